@@ -1,0 +1,49 @@
+# Everything runs in .venv, made once and remade only when the content of pyproject.toml changes.
+# Use another interpreter with `make test PYTHON=python3.12`, another place with VENV=...
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+# Named by content, not by date: a fresh checkout touches every file without changing one.
+STAMP := $(VENV)/.installed-$(shell cksum < pyproject.toml | tr ' ' '-')
+PYTEST_ARGS ?= -n auto
+DEMO_ARGS ?=
+
+.PHONY: help venv demo test lint format types unit bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+venv: $(STAMP)  ## make the environment with every extra
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or newer is needed, {sys.executable} is {v[0]}.{v[1]}: run make with PYTHON=python3.11")'
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[all,dev]'
+	@rm -f $(VENV)/.installed-*
+	@touch $@
+
+demo: $(STAMP)  ## train one network twice, stock and converted, and compare (three minutes)
+	$(PY) -m snn_reversible_plugin demo $(DEMO_ARGS)
+
+test: lint types unit  ## lint, types and all tests
+
+lint: $(STAMP)  ## ruff: rules and format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(STAMP)  ## let ruff rewrite the files
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+types: $(STAMP)  ## mypy
+	$(PY) -m mypy
+
+unit: $(STAMP)  ## pytest alone; choose with PYTEST_ARGS="-k data"
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+bench: $(STAMP)  ## the benchmarks, stock and peers in the same run
+	$(PY) -m benchmarks
+
+clean:  ## remove caches and outputs, keep the environment
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis dist demo.png
+	find src tests examples -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,166 @@
+"""The command line, ``python -m snn_reversible_plugin``.
+
+The idea: it reads arguments and prints; what it runs is in `demo` and `report`, and is imported
+only when it is wanted, so that ``--help`` is quick and needs no framework.
+
+Source: typer, https://typer.tiangolo.com.
+"""
+
+import importlib
+import inspect
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    help="Train spiking neural networks in a small part of their memory.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+)
+
+
+class Mode(StrEnum):
+    """What is replayed: everything replayable, or only what needs no convolution or product."""
+
+    memory = "memory"
+    speed = "speed"
+
+
+ModeOption = Annotated[Mode, typer.Option(help="Spare memory all you can, or keep stock's speed.")]
+
+
+@app.command()
+def demo(
+    epochs: Annotated[int, typer.Option(min=1, help="Rounds through the training part.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, help="Event frames in a recording, T.")] = 10,
+    batch: Annotated[int, typer.Option(min=1, help="Recordings in a batch.")] = 32,
+    width: Annotated[int, typer.Option(min=1, help="Channels of each convolution.")] = 32,
+    size: Annotated[int, typer.Option(min=8, help="Sensor's width and height in pixels.")] = 24,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Recordings of each part to use; all if not given.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of both networks and of the data's order.")] = 0,
+    mode: ModeOption = Mode.memory,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...; cuda if there is one.")] = "auto",
+    plot: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("demo.png"),
+) -> None:
+    """Train one network twice on event data, stock and converted, and compare the two."""
+    import torch
+
+    from .demo import compare
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    console = Console()
+    comparison = compare(
+        epochs=epochs,
+        steps=steps,
+        batch_size=batch,
+        width=width,
+        size=size,
+        limit=limit,
+        seed=seed,
+        mode=mode.value,
+        device=device,
+        console=console,
+    )
+    console.print(comparison.table())
+    _save(comparison, plot, console)
+    if comparison.equal_steps < len(comparison.stock.losses):
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    factory: Annotated[str, typer.Argument(metavar="PACKAGE.MODULE:FACTORY", help="What makes the model.")],
+    shape: Annotated[
+        list[str],
+        typer.Option(help="Input's shape, as in 8,16,2,32,32; once for each input of the model."),
+    ],
+    mode: ModeOption = Mode.memory,
+    device: Annotated[str, typer.Option(help="Where the model and its input live.")] = "cpu",
+    plot: Annotated[Path | None, typer.Option(help="Also draw the report, to this file.")] = None,
+) -> None:
+    """Show what a model holds for its backward pass, module by module, stock and converted.
+
+    The model gets random numbers from 0 to 1 for its input.
+    """
+    import torch
+
+    from .convert import convert_to_reversible
+    from .report import memory_report
+
+    shapes = [_shape(text) for text in shape]
+    model = _build(factory).to(device)
+    console = Console()
+    inputs = [torch.rand(sizes, device=device) for sizes in shapes]
+    try:
+        convert_to_reversible(model, mode=mode.value)
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint="FACTORY") from error
+    with console.status("two steps, stock and converted"):
+        result = memory_report(model, *inputs)
+    result.print()
+    if plot is not None:
+        _save(result, plot, console)
+
+
+def _save(result: Any, path: Path, console: Console) -> None:
+    """Write ``result.plot()`` to ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result.plot().savefig(path)
+    console.print(f"picture: {path}", soft_wrap=True)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    """``"8,16,2"`` as ``(8, 16, 2)``."""
+    try:
+        sizes = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        sizes = ()
+    if not sizes or min(sizes) < 1:
+        raise typer.BadParameter(
+            f"{text!r} is no shape: give sizes from 1 up with commas between, as in 8,16,2,32,32",
+            param_hint="--shape",
+        )
+    return sizes
+
+
+def _build(target: str) -> Any:
+    """The model that ``package.module:factory`` makes."""
+    from torch import nn
+
+    def refuse(why: str) -> typer.BadParameter:
+        return typer.BadParameter(f"{target!r} {why}", param_hint="FACTORY")
+
+    module_name, colon, name = target.partition(":")
+    if not (module_name and colon and name):
+        raise refuse("names no factory: give package.module:factory, as in mypackage.models:build")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise refuse(f"cannot be imported ({error}): run in its folder, or set PYTHONPATH") from error
+    if not hasattr(module, name):
+        raise refuse(f"is not there: {module_name} has no {name!r}")
+    factory = getattr(module, name)
+    if not callable(factory):
+        raise refuse(f"is a {type(factory).__name__}: name something that makes a model when called")
+    if isinstance(factory, nn.Module):  # built already
+        return factory
+    try:
+        inspect.signature(factory).bind()
+    except TypeError as error:
+        raise refuse(
+            f"does not work without arguments ({error}): name a function that gives them"
+        ) from error
+    model = factory()
+    if not isinstance(model, nn.Module):
+        raise refuse(f"made a {type(model).__name__}: it has to make a torch.nn.Module")
+    return model
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m snn_reversible_plugin")

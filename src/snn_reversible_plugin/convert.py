@@ -1,0 +1,266 @@
+"""``convert_to_reversible``: one call that makes a stock network record its training on the tape.
+
+The one idea: swap classes, never modules. The root's class gets a subclass whose calls run under a
+tape, each spiking neuron's class becomes its reversible counterpart from the registry. Module identity,
+parameters, hooks, optimizers and ``state_dict`` stay as they were, and ``restore`` puts the classes back.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from snn_reversible_plugin import tape
+from snn_reversible_plugin.adapters import is_spiking, load_adapters
+from snn_reversible_plugin.registry import (
+    StaysStock,
+    SwappedClass,
+    reversible_type,
+    stock_classes,
+    swap,
+    swapped_class,
+    unswap,
+)
+from snn_reversible_plugin.tracking import tracked
+
+M = TypeVar("M", bound=nn.Module)
+
+MODES = tuple(tape.WORK_LIMIT)
+ARITHMETICS = ("auto", "stock")
+
+
+@dataclass
+class Settings:
+    """What ``convert_to_reversible`` decided; lives on the root module and travels with its copies.
+
+    ``stays_stock`` maps the names of neurons that stayed stock to the reason.
+    """
+
+    mode: str = "memory"
+    arithmetic: str = "auto"
+    stays_stock: dict[str, str] = field(default_factory=dict)
+
+
+class Recorded(SwappedClass):
+    """Root of a converted model: its calls run under a tape."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        stock_forward = super().forward  # type: ignore[misc]
+
+        @functools.wraps(stock_forward)
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            with tape.recording(settings_of(self).mode):
+                return stock_forward(self, *args, **kwargs)
+
+        cls.forward = forward  # type: ignore[attr-defined]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with tape.recording(settings_of(self).mode):  # type: ignore[arg-type]
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+
+class Skipped(SwappedClass):
+    """A module named in ``skip``: what autograd saves inside it is kept as it is."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with tape.suspended():
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+
+def convert_to_reversible(
+    model: M,
+    *,
+    mode: str = "memory",
+    arithmetic: str = "auto",
+    skip: Sequence[str | type[nn.Module]] = (),
+) -> M:
+    """Make a spiking network train in a small part of its memory.
+
+    In place: returns the same object, with the same parameters and the same ``state_dict``. Training
+    scripts, optimizers made before, hooks, references to submodules, ``copy.deepcopy``, pickling and
+    ``torch.save`` keep working. Outputs and gradients are bit-identical to the stock network's.
+    Calling it again changes the settings. See :func:`restore`, :func:`memory_report`, :func:`verify`.
+
+    Args:
+        model: any ``nn.Module`` with SpikingJelly or snnTorch neurons, or with neurons that
+            :func:`register_reversible` was told of.
+        mode: ``"memory"`` rebuilds in the backward everything that can be rebuilt, ``"speed"`` only what
+            needs no convolution or matrix product.
+        arithmetic: ``"stock"``, or ``"auto"``, which chooses stock arithmetic for every neuron.
+        skip: names (as in ``named_modules``) or types of modules to leave as they are: their neurons stay
+            stock and nothing that runs inside them is replayed.
+
+    Raises:
+        TypeError: ``model`` is no ``nn.Module``, or is compiled or scripted.
+        ValueError: an unknown ``mode`` or ``arithmetic``, a ``skip`` name that is not in the model, or a
+            model in which no spiking neuron is found.
+
+    Example:
+        >>> import snn_reversible_plugin as srp
+        >>> from torch import nn
+        >>> from spikingjelly.activation_based import layer, neuron
+        >>> model = nn.Sequential(layer.Conv2d(2, 8, 3), neuron.LIFNode(step_mode="m"))
+        >>> srp.convert_to_reversible(model) is model
+        True
+    """
+    check_model(model)
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {MODES}, not {mode!r}")
+    if arithmetic not in ARITHMETICS:
+        raise ValueError(f"arithmetic must be one of {ARITHMETICS}, not {arithmetic!r}")
+    skipped = _skipped(model, skip)
+    within_skipped = {id(inner) for top in skipped for inner in top.modules()}
+    load_adapters()
+    restore(model)
+    settings = Settings(mode, arithmetic)
+    swaps: list[tuple[nn.Module, type[nn.Module]]] = []
+    neurons = 0
+    for name, module in model.named_modules():
+        target = None
+        if id(module) in within_skipped:
+            reason = "named in skip"
+        else:
+            try:
+                target = reversible_type(module)
+                reason = f"the converter does not know {type(module).__name__}"
+            except StaysStock as refusal:
+                reason = str(refusal)
+        if target is not None:
+            swaps.append((module, target))
+        elif is_spiking(module):
+            settings.stays_stock[name] = reason
+        neurons += target is not None or is_spiking(module)
+    if not neurons:
+        raise ValueError(
+            f"{type(model).__name__} has no spiking neuron that the converter knows (SpikingJelly's and "
+            "snnTorch's). For a neuron of your own use register_reversible, or run the model under "
+            "snn_reversible_plugin.reversible(model)."
+        )
+    for module, target in swaps:
+        if target is not type(module):
+            swap(module, target)
+    for module in skipped:
+        swap(module, swapped_class(Skipped, type(module)))
+    swap(model, swapped_class(Recorded, type(model)))
+    model.__dict__["_srp_settings"] = settings
+    return model
+
+
+def restore(model: M) -> M:
+    """Make the network stock again, in place. A model that was never converted is returned as it is.
+
+    Example:
+        >>> import snn_reversible_plugin as srp
+        >>> from spikingjelly.activation_based import neuron
+        >>> node = srp.restore(srp.convert_to_reversible(neuron.LIFNode()))
+        >>> type(node) is neuron.LIFNode
+        True
+    """
+    for module in model.modules():
+        unswap(module)
+        module.__dict__.pop("_srp_settings", None)
+    return model
+
+
+@contextmanager
+def reversible(model: nn.Module, *, mode: str | None = None, check: bool = False) -> Iterator[None]:
+    """Context manager: the tape alone, for a loop that calls submodules itself.
+
+    What runs inside is recorded, whichever module runs it; on a model that was not converted too.
+
+    Args:
+        model: named in errors; its settings give the default of ``mode``.
+        mode: as in :func:`convert_to_reversible`.
+        check: compare every rebuilt tensor with a checksum that the forward left, and name the module
+            whose replay differs. Slow; waits for the device.
+
+    Raises:
+        RuntimeError: from the backward, in check mode, where a replay differs.
+
+    Example:
+        >>> import torch
+        >>> import snn_reversible_plugin as srp
+        >>> model = torch.nn.ModuleList([torch.nn.Linear(8, 8), torch.nn.Linear(8, 2)])
+        >>> with srp.reversible(model):
+        ...     spikes = (model[0](torch.ones(4, 8)) > 0).float()
+        ...     loss = model[1](spikes).sum()
+        >>> loss.backward()
+    """
+    check_model(model)
+    with tape.recording(mode or settings_of(model).mode, check=check) as recorder:
+        if not check or recorder is None:
+            yield
+            return
+        with tracked(model, recorder):
+            yield
+
+
+@contextmanager
+def stock(model: nn.Module) -> Iterator[None]:
+    """Context manager: run a converted model the stock way.
+
+    Example:
+        >>> import torch
+        >>> import snn_reversible_plugin as srp
+        >>> from spikingjelly.activation_based import neuron
+        >>> node = srp.convert_to_reversible(neuron.LIFNode())
+        >>> with srp.stock(node):
+        ...     print(type(node).__name__)
+        LIFNode
+    """
+    with stock_classes(model.modules()):
+        yield
+
+
+def settings_of(model: nn.Module) -> Settings:
+    """The settings of a converted model; the defaults for any other."""
+    settings: Settings = model.__dict__.get("_srp_settings") or Settings()
+    return settings
+
+
+def stock_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module has when it is stock."""
+    with stock_classes([module]):
+        return type(module)
+
+
+def check_model(model: Any) -> None:
+    """Refuse what the tape can't record."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected an nn.Module, not {type(model).__name__}")
+    for name, module in model.named_modules():
+        where = repr(name) if name else type(model).__name__
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(
+                f"{where} is a scripted module: the tape works on eager operations. Convert the Python "
+                "model it was scripted from."
+            )
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            raise TypeError(
+                f"{where} is compiled: the tape works on eager operations. Convert the model without "
+                "torch.compile."
+            )
+
+
+def _skipped(model: nn.Module, skip: Sequence[str | type[nn.Module]]) -> list[nn.Module]:
+    if isinstance(skip, (str, type)):
+        skip = (skip,)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    skipped: list[nn.Module] = []
+    for item in skip:
+        if isinstance(item, str) and item not in modules:
+            raise ValueError(f"skip names {item!r}, and the model has no module of that name")
+        if isinstance(item, str):
+            skipped.append(modules[item])
+        elif isinstance(item, type):
+            skipped += [module for module in modules.values() if isinstance(module, item)]
+        else:
+            raise TypeError(f"skip takes module names and types, not {item!r}")
+    return list(dict.fromkeys(skipped))

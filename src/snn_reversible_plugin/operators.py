@@ -1,0 +1,147 @@
+"""Which operators the tape may run a second time.
+
+One question an operator: can its output be computed again, bit for bit, from its tensor arguments
+alone, and at what price? The answer is read off the operator's schema and tags, and off a few short
+lists of what schemas don't say. Source: PyTorch's ``native_functions.yaml``.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+aten = torch.ops.aten
+
+
+class Kind(enum.Enum):
+    OPAQUE = "its result is no function of its tensor arguments, or we can't know"
+    VIEW = "its result shares the storage of its first argument"
+    PURE = "its result is computed from its arguments"
+    NORM = "batch norm: pure, but for the running statistics that it updates in training"
+    MUTATING = "it writes into an argument"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How the tape treats one operator.
+
+    ``work`` is 1 for convolutions and matrix products. ``mutated`` lists the positions or names of the
+    arguments written to; ``inplace`` says that it is the first alone, so that the operator on a copy is
+    a recipe. ``atomic``: on CUDA its result depends on the order of atomic additions.
+    """
+
+    kind: Kind
+    work: int = 0
+    mutated: tuple[int | str, ...] = ()
+    inplace: bool = False
+    binary: bool = False
+    atomic: bool = False
+
+
+_WORK = frozenset(
+    [
+        "convolution",
+        "_convolution",
+        "mkldnn_convolution",
+        "cudnn_convolution",
+        "miopen_convolution",
+        "mm",
+        "addmm",
+        "bmm",
+        "baddbmm",
+        "addbmm",
+        "addmv",
+        "mv",
+        "addr",
+        "dot",
+        "vdot",
+        "linear",
+        "mkldnn_linear",
+        "_addmm_activation",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_attention_math",
+        "slow_conv3d_forward",
+        "_slow_conv2d_forward",
+        "conv_depthwise3d",
+        "_conv_depthwise2d",
+    ]
+)
+_NORMS = frozenset(["native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"])
+_ATOMIC = frozenset(
+    [
+        "index_add",
+        "scatter",
+        "scatter_add",
+        "scatter_reduce",
+        "index_put",
+        "_index_put_impl",
+        "index_reduce",
+        "index_copy",
+        "put",
+        "bincount",
+        "histc",
+        "cumsum",
+        "embedding_bag",
+        "_embedding_bag",
+        "segment_reduce",
+    ]
+)
+_OPAQUE = frozenset(
+    [
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "empty_permuted",
+        "new_empty",
+        "new_empty_strided",
+        "lift",
+        "lift_fresh",
+        "_cudnn_rnn",
+        "resize",
+        "record_stream",
+        "set",
+    ]
+)
+
+_plans: dict[Any, Plan] = {}
+
+
+def plan_of(func: Any) -> Plan:
+    """The plan of an ``OpOverload``, made once for each."""
+    plan = _plans.get(func)
+    if plan is None:
+        plan = _plans[func] = _make_plan(func)
+    return plan
+
+
+def _make_plan(func: Any) -> Plan:
+    schema = func._schema
+    name = schema.name.partition("::")[2].rstrip("_")
+    mutated = tuple(
+        arg.name if arg.kwarg_only else position
+        for position, arg in enumerate(schema.arguments)
+        if arg.alias_info is not None and arg.alias_info.is_write
+    )
+    replayable = (
+        func.namespace == "aten"
+        and name not in _OPAQUE
+        and torch.Tag.nondeterministic_seeded not in func.tags
+    )
+    work, atomic, binary = int(name in _WORK), name in _ATOMIC, name == "bernoulli"
+    if mutated:
+        # The second return of an operator like `_native_batch_norm_legit` is no alias of the first.
+        inplace = replayable and mutated == (0,) and len(schema.returns) == 1
+        return Plan(Kind.MUTATING, work, mutated, inplace, binary, atomic)
+    if not replayable:
+        return Plan(Kind.OPAQUE, binary=binary)
+    if name in _NORMS:
+        return Plan(Kind.NORM)
+    if any(ret.alias_info is not None for ret in schema.returns):
+        return Plan(Kind.VIEW)
+    return Plan(Kind.PURE, work, atomic=atomic)

@@ -1,0 +1,33 @@
+"""Bit packing on the CPU through numpy's packbits, several times faster than the torch form.
+
+Held to :mod:`snn_reversible_plugin.ops.bits_torch` by the tests. Chunks are small, so that the
+one-byte intermediate stays in the cache.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+CHUNK = 1 << 19
+
+
+def pack_bits(flat: torch.Tensor) -> torch.Tensor:
+    n = flat.numel()
+    bits = torch.empty((n + 7) // 8, dtype=torch.uint8)
+    packed = bits.numpy()
+    for start in range(0, n, CHUNK):
+        part = flat[start : start + CHUNK]
+        ones = part if part.dtype is torch.bool else part.ne(0)
+        stop = start + ones.numel()
+        packed[start // 8 : (stop + 7) // 8] = np.packbits(ones.numpy(), bitorder="little")
+    return bits
+
+
+def unpack_bits(bits: torch.Tensor, out: torch.Tensor) -> None:
+    n = out.numel()
+    packed = bits.numpy()
+    for start in range(0, n, CHUNK):
+        stop = min(start + CHUNK, n)
+        ones = np.unpackbits(packed[start // 8 : (stop + 7) // 8], count=stop - start, bitorder="little")
+        out[start:stop].copy_(torch.from_numpy(ones))

@@ -1,0 +1,41 @@
+"""Which module runs: names for errors and reports, by hooks that are there only while needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from torch import nn
+
+
+class Tracker(Protocol):
+    """Whoever wants to know: ``where`` is the name of the module that runs."""
+
+    where: str | None
+
+
+@contextmanager
+def tracked(model: nn.Module, tracker: Tracker) -> Iterator[None]:
+    """Keep ``tracker.where`` at the name of the module whose forward runs."""
+    outer: list[str | None] = []
+    hooks = []
+
+    def entering(name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any) -> None:
+            outer.append(tracker.where)
+            tracker.where = name
+
+        return hook
+
+    def leaving(_module: nn.Module, _inputs: Any, _output: Any) -> None:
+        tracker.where = outer.pop() if outer else None
+
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(entering(name or "model"), prepend=True))
+        hooks.append(module.register_forward_hook(leaving, always_call=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
