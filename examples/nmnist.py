@@ -6,6 +6,7 @@ The folder is in the layout of the download, ``Train/<digit>/<id>.bin`` and ``Te
 or a part.
 """
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ def vgg(channels: int) -> nn.Sequential:
     """Five convolutional layers for event frames ``[T, N, 2, 34, 34]``: scores ``[T, N, 10]``."""
     layers: list[nn.Module] = []
     sizes = [2, channels, channels, 2 * channels, 2 * channels, 2 * channels]
-    for i, (before, after) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for i, (before, after) in enumerate(pairwise(sizes)):
         layers += [
             layer.Conv2d(before, after, 3, padding=1, bias=False),
             layer.BatchNorm2d(after),

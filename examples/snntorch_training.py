@@ -19,9 +19,9 @@ from snn_reversible_plugin.data import DigitSaccades, event_frames
 
 
 class Net(nn.Module):
-    """A convolutional network for event frames ``[T, N, 2, 24, 24]``: spikes ``[T, N, 10]``."""
+    """A convolutional network for event frames ``[T, N, 2, 24, 24]``: membranes ``[T, N, 10]``."""
 
-    def __init__(self, beta: float = 0.5) -> None:
+    def __init__(self, beta: float = 0.9) -> None:
         super().__init__()
         grad = surrogate.fast_sigmoid(slope=25)
         self.conv1 = nn.Conv2d(2, 12, 5)  # 24 to 20, pooled to 10
@@ -33,13 +33,13 @@ class Net(nn.Module):
 
     def forward(self, x_seq: torch.Tensor) -> torch.Tensor:
         mem1, mem2, mem3 = self.lif1.init_leaky(), self.lif2.init_leaky(), self.lif3.init_leaky()
-        spikes = []
+        membranes = []
         for x in x_seq:
             spk1, mem1 = self.lif1(F.max_pool2d(self.conv1(x), 2), mem1)
             spk2, mem2 = self.lif2(F.max_pool2d(self.conv2(spk1), 2), mem2)
-            spk3, mem3 = self.lif3(self.fc1(spk2.flatten(1)), mem3)
-            spikes.append(spk3)
-        return torch.stack(spikes)
+            _, mem3 = self.lif3(self.fc1(spk2.flatten(1)), mem3)
+            membranes.append(mem3)
+        return torch.stack(membranes)
 
 
 def main(
@@ -67,8 +67,7 @@ def main(
         net.train()
         bar = tqdm(training, desc=f"epoch {epoch + 1} of {epochs}")
         for x_seq, digit in bar:
-            rate = net(x_seq.to(device)).mean(0)
-            loss = F.cross_entropy(10 * rate, digit.to(device))
+            loss = F.cross_entropy(net(x_seq.to(device)).mean(0), digit.to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -79,7 +78,7 @@ def main(
         right = 0
         with torch.no_grad():
             for x_seq, digit in test:
-                right += (net(x_seq.to(device)).sum(0).argmax(1).cpu() == digit).sum().item()
+                right += (net(x_seq.to(device)).mean(0).argmax(1).cpu() == digit).sum().item()
         print(f"test accuracy {right / len(test.dataset):.1%}")
     return losses
 

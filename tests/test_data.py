@@ -123,6 +123,9 @@ def test_recordings_depend_on_index_and_seed_and_nothing_else():
     again[4]  # the order of access leaves no trace
     np.testing.assert_array_equal(first[7][0], again[7][0])
     assert len(first[7][0]) != len(DigitSaccades(seed=4)[7][0])
+    # The digit itself starts elsewhere, by up to 1.25 pixels either way.
+    centres = [DigitSaccades(seed=seed)[7][0]["x"].mean() for seed in range(6)]
+    assert 0.2 < np.std(centres) < 1.25
     last = DigitSaccades(train=False)
     np.testing.assert_array_equal(last[-1][0], last[len(last) - 1][0])
 

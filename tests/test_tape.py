@@ -185,6 +185,21 @@ def test_in_place_through_a_view(net, x):
     assert_same(forward, leaves_of(net))
 
 
+def test_a_view_of_spikes_that_were_written_in_place():
+    """A new view has its base's version, which need not be zero."""
+    weight = torch.randn(64, 64, requires_grad=True)
+    saved = Saved()
+    with tape.recording(observer=saved):
+        with tape.paused():
+            s = torch.empty(2, 64, 64)
+            s.copy_(torch.rand(2, 64, 64) > 0.5)
+        tape.mark_spikes(s)
+        loss = (s.flatten(0, 1) @ weight).sum() + (s[0] @ weight).sum()
+    assert s._version > 0 and not saved.of(Kept)
+    loss.backward()
+    assert torch.equal(weight.grad, s.flatten(0, 1).sum(0)[:, None].expand(64, 64) + s[0].sum(0)[:, None])
+
+
 def test_in_place_on_what_a_recipe_holds(net, x):
     """Stock autograd saves nothing of `a + 1`, so it does not mind that `a` changes afterwards."""
     noise = torch.randn(6, 8, 16, 16)

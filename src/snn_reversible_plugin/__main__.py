@@ -50,7 +50,7 @@ def demo(
     """Train one network twice on event data, stock and converted, and compare the two."""
     import torch
 
-    from .demo import compare
+    from snn_reversible_plugin.demo import compare
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -90,8 +90,8 @@ def report(
     """
     import torch
 
-    from .convert import convert_to_reversible
-    from .report import memory_report
+    from snn_reversible_plugin.convert import convert_to_reversible
+    from snn_reversible_plugin.report import memory_report
 
     shapes = [_shape(text) for text in shape]
     model = _build(factory).to(device)

@@ -27,13 +27,14 @@ from rich.progress import (
 from rich.table import Table
 from torch import nn
 
-from .convert import convert_to_reversible
-from .report import measure_step
+from snn_reversible_plugin.convert import convert_to_reversible
+from snn_reversible_plugin.memory import measure_step
+from snn_reversible_plugin.states import unchanged
 
 try:
     from spikingjelly.activation_based import functional, layer, neuron, surrogate
 
-    from .data import DigitSaccades, event_frames
+    from snn_reversible_plugin.data import DigitSaccades, event_frames
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"the demo needs SpikingJelly, tonic and scikit-learn ({error}): "
@@ -181,11 +182,10 @@ class Comparison:
         curve.set_title(f"{self.equal_steps} of {len(a.losses)} losses equal, bit for bit")
         curve.legend(frameon=False)
 
-        for shift, colour, name, run in ((-0.2, grey, "stock", a), (0.2, blue, "converted", b)):
+        for shift, colour, run in ((-0.2, grey, a), (0.2, blue, b)):
             places = [place + shift for place in (0, 1)]
             drawn = bars.bar(places, [run.held / 1e6, run.peak / 1e6], 0.36, color=colour)
             bars.bar_label(drawn, fmt="%.0f MB", padding=2)
-            drawn.set_label(name)
         bars.set_xticks([0, 1], ["held between\nforward and backward", "peak of a step"])
         bars.set_yticks([])
         bars.margins(y=0.12)
@@ -249,15 +249,15 @@ def compare(
     test = event_frames(
         DigitSaccades(train=False, size=size, limit=limit), steps=steps, batch_size=4 * batch_size
     )
+    recordings: Any = training.dataset
     total = epochs * len(training)
     if total < 1:
         raise ValueError(
-            f"{epochs} epochs of {len(training.dataset)} recordings in full batches of "
-            f"{batch_size} are no step at all: give more epochs or recordings, or smaller batches"
+            f"{epochs} epochs of {len(recordings)} recordings in full batches of {batch_size} are no step at "
+            "all: give more epochs or recordings, or smaller batches"
         )
-    recordings = range(len(training.dataset))
-    for i in track(recordings, "recording events", console=console, transient=True):
-        training.dataset[i]  # the cache keeps it, so that no step's time has the camera's in it
+    for i in track(range(len(recordings)), "recording events", console=console, transient=True):
+        recordings[i]  # the cache keeps it, so that no step's time has the camera's in it
 
     trainers = []
     for converted in (False, True):
@@ -321,12 +321,9 @@ class _Trainer:
 
     def measure(self, x: torch.Tensor, digit: torch.Tensor) -> None:
         x, digit = x.to(self.device), digit.to(self.device)
-        # Measuring takes a step of its own, which is to leave no trace in the training.
-        before = {name: value.clone() for name, value in self.model.state_dict().items()}
-        measured = measure_step(lambda: self.loss(x, digit))
+        with unchanged(self.model):  # measuring takes steps of its own
+            measured = measure_step(lambda: self.loss(x, digit))
         self.run.held, self.run.peak = measured.held, measured.peak
-        self.model.load_state_dict(before)
-        self.optimizer.zero_grad()
 
     @torch.no_grad()
     def test(self, batches: Any) -> None:

@@ -34,10 +34,13 @@ def _forget(entry: _Entry) -> None:
         del _entries[entry.key]
 
 
-def enter(tensor: torch.Tensor, handle: Handle | None) -> None:
+def enter(tensor: torch.Tensor, handle: Handle | None, base: torch.Tensor | None = None) -> None:
+    """Write down a tensor's handle. A new view gets the version counter of its ``base`` only after
+    the operation has returned, so the base is asked."""
     entry = _Entry(tensor, _forget)
     entry.key, entry.handle = id(tensor), handle
-    entry.version = -1 if tensor.is_inference() else tensor._version
+    counted = tensor if base is None else base
+    entry.version = -1 if counted.is_inference() else counted._version
     _entries[entry.key] = entry
 
 

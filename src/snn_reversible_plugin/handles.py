@@ -24,10 +24,12 @@ from snn_reversible_plugin import ops
 # 2. A value is cached only while somebody else still needs it, and let go when the last need is
 #    served. So a conv output that a neuron's backward had to rebuild waits for batch norm's backward
 #    and no longer, and T slices of one tensor rebuild that tensor once, not T times.
-# 3. A handle's claim on its operands ends as soon as its own value stands.
-# 4. A value that is rebuilt for its last need, and shares no storage with a cached or kept tensor, is
+# 3. What is cheap to rebuild, views and casts of something packed or kept, is never cached: spikes are
+#    a bit an element when they wait and a float when they are used.
+# 4. A handle's claim on its operands ends as soon as its own value stands.
+# 5. A value that is rebuilt for its last need, and shares no storage with a cached or kept tensor, is
 #    *owned* by the one who asked: a neuron's backward may overwrite it. See `owns`.
-# 5. Counts are an optimization and never decide correctness: a graph that is walked twice
+# 6. Counts are an optimization and never decide correctness: a graph that is walked twice
 #    (retain_graph) finds them at zero and rebuilds every time.
 
 
@@ -130,11 +132,11 @@ class Replayed(Handle):
     """Output ``index`` of ``func(*args, **kwargs)``, where handles stand for tensors.
 
     ``work`` counts the convolutions and matrix products that a rebuild runs, ``depth`` the longest
-    chain of operations down to something stored.
+    chain of operations down to something stored. ``cheap`` says that a rebuild is hardly more than a copy.
     """
 
     __slots__ = (
-        "args", "cache", "claiming", "depth", "func", "index", "inplace", "kwargs", "needs",
+        "args", "cache", "cheap", "claiming", "depth", "func", "index", "inplace", "kwargs", "needs",
         "siblings", "work",
     )  # fmt: skip
 
@@ -146,11 +148,12 @@ class Replayed(Handle):
         index: int | None,
         work: int,
         depth: int,
-        inplace: bool,
+        inplace: bool = False,
+        cheap: bool = False,
     ) -> None:
         super().__init__()
         self.func, self.args, self.kwargs, self.index = func, args, kwargs, index
-        self.work, self.depth, self.inplace = work, depth, inplace
+        self.work, self.depth, self.inplace, self.cheap = work, depth, inplace, cheap
         self.needs = 0
         self.claiming = False
         self.cache: torch.Tensor | None = None
@@ -213,7 +216,7 @@ class Replayed(Handle):
                     sibling.cache = outputs[sibling.index]
                     sibling.drop_claims()
         self.verified(value, f"replaying {self.func}")
-        if not last:
+        if not last and not self.cheap:
             self.cache = value
             owned = False
         return value, owned

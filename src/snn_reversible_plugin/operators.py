@@ -30,7 +30,8 @@ class Plan:
 
     ``work`` is 1 for convolutions and matrix products. ``mutated`` lists the positions or names of the
     arguments written to; ``inplace`` says that it is the first alone, so that the operator on a copy is
-    a recipe. ``atomic``: on CUDA its result depends on the order of atomic additions.
+    a recipe. ``atomic``: on CUDA its result depends on the order of atomic additions. ``cheap``: a view or
+    a cast.
     """
 
     kind: Kind
@@ -39,6 +40,7 @@ class Plan:
     inplace: bool = False
     binary: bool = False
     atomic: bool = False
+    cheap: bool = False
 
 
 _WORK = frozenset(
@@ -143,5 +145,5 @@ def _make_plan(func: Any) -> Plan:
     if name in _NORMS:
         return Plan(Kind.NORM)
     if any(ret.alias_info is not None for ret in schema.returns):
-        return Plan(Kind.VIEW)
-    return Plan(Kind.PURE, work, atomic=atomic)
+        return Plan(Kind.VIEW, cheap=True)
+    return Plan(Kind.PURE, work, atomic=atomic, cheap=name == "_to_copy")

@@ -119,6 +119,7 @@ class MemoryReport:
         return figure
 
 
+@torch.enable_grad()
 def memory_report(model: nn.Module, *inputs: Any, loss: Loss | None = None) -> MemoryReport:
     """Measure, module by module, what autograd saves stock and what the tape stores instead.
 

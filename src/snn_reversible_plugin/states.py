@@ -14,6 +14,7 @@ from torch import nn
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Context manager: on leaving, the model is as it was on entering.
 
+    Inside, states that carry a graph are cut from it: it may have been freed by a backward.
     Put back are buffers, tensors among the attributes, SpikingJelly's ``_memories``, gradients, and the
     random number generators. Parameters are taken to be only read.
     """
@@ -24,6 +25,9 @@ def unchanged(model: nn.Module) -> Iterator[None]:
             tables.append(module.__dict__["_memories"])
         for table in tables:
             saved.append((table, {key: _copied(value) for key, value in table.items()}))
+            for key, value in table.items():
+                if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                    table[key] = value.detach()
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     devices = {p.device for p in model.parameters() if p.is_cuda}
     for parameter, _ in gradients:

@@ -43,9 +43,46 @@ ONLY_X = Wanted(x=True, v=False, q=False)
 
 def chunk_size(device: torch.device) -> int:
     """How many neurons to work on at a time: what the cores' caches hold, or what fills a GPU."""
-    if device.type == "cpu":
-        return min(65_536 * torch.get_num_threads(), 524_288)
-    return 1 << 20
+    if device.type != "cpu":
+        return 1 << 20
+    threads = torch.get_num_threads()
+    return _GRAIN * (2 * threads if threads <= 8 else min(threads, 16))
+
+
+# NOTE [Where neurons may be cut]
+#
+# 1. On a CPU, torch works on vector registers and finishes the last few elements of each thread's share
+#    one by one. exp, sigmoid, cos and their like are other code there, and can differ in the last bit.
+# 2. So wherever such a function is involved, a piece has to end where stock's step ends a thread's
+#    share, or at a multiple of the registers' length from that share's beginning.
+# 3. Shares are n / k elements, rounded up, for the smallest k of the number of threads and of n / 32,768
+#    rounded up. Where they don't end at a multiple, a step is not cut at all.
+# 4. The pieces are shared out among threads too: up to one grain each, or evenly in whole grains.
+_GRAIN = 32_768
+_REGISTERS = 64  # a multiple of any vector loop's step
+
+
+def cuts(n: int, device: torch.device, uniform: bool) -> list[slice]:
+    """How to cut n neurons into chunks such that every element comes out as if they weren't cut.
+
+    ``uniform``: no function is involved whose bits depend on an element's place.
+    """
+    size = chunk_size(device)
+    if not uniform and device.type == "cpu":
+        threads = torch.get_num_threads()
+        shares = min(threads, -(-n // _GRAIN))
+        if shares > 1 and -(-n // shares) % _REGISTERS:
+            return [slice(0, n)]
+        rest = n - n % size
+        ends = [*range(size, rest + 1, size)]
+        grains = n % size // _GRAIN
+        if grains > threads:
+            ends.append(rest + threads * _GRAIN)
+        ends += [rest + grains * _GRAIN, n]
+    else:
+        ends = [*range(size, n, size), n]
+    begins = [0, *ends[:-1]]
+    return [slice(a, b) for a, b in zip(begins, ends, strict=True) if b > a] or [slice(0, 0)]
 
 
 def multi_step(
@@ -76,7 +113,8 @@ def multi_step(
     x2, s2, v1 = _flat(x_seq, order), _flat(spikes, order), _flat(v_last[None], order)[0]
     v2 = None if v_seq is None else _flat(v_seq, order)
     start = _flat(v[None], order)[0] if isinstance(v, Tensor) else v
-    for part, work in _chunks(x2, rule, surrogate, q):
+    uniform = surrogate.uniform or surrogate.fire is None
+    for part, work in _chunks(x2, rule, surrogate, q, uniform):
         state = _start(v1[part], start, part)
         targets = None if v2 is None else v2[:, part].unbind(0)
         for t, (x, s) in enumerate(zip(x2[:, part].unbind(0), s2[:, part].unbind(0), strict=True)):
@@ -131,7 +169,8 @@ def multi_step_vjp(
     starts = [_flat(g[None], order)[0] for g in g_start]
     g_q: list[Tensor] = []
     # A sum over neurons must not be cut (dynamics, note on order, 4).
-    for part, work in _chunks(x2, rule, surrogate, q, whole=learns_leak):
+    chunks = _chunks(x2, rule, surrogate, q, surrogate.uniform, whole=learns_leak)
+    for part, work in chunks:
         xs = x2[:, part].unbind(0)
         hs = xs if owned else (torch.empty_like(x2[:, part]) if h2 is None else h2[:, part]).unbind(0)
         state = _start(work.state, start, part)
@@ -189,14 +228,18 @@ def _start(buffer: Tensor, v: Tensor | float, part: slice) -> Tensor:
 
 
 def _chunks(
-    x2: Tensor, rule: Rule, surrogate: Surrogate, q: Tensor | None, whole: bool = False
+    x2: Tensor,
+    rule: Rule,
+    surrogate: Surrogate,
+    q: Tensor | None,
+    uniform: bool,
+    whole: bool = False,
 ) -> Iterator[tuple[slice, _Work]]:
     """Slices of the neurons, each with a working set of its length."""
     n = x2.shape[1]
-    size = max(n if whole else min(n, chunk_size(x2.device)), 1)
-    work = _Work(x2, size, rule, surrogate, q)
-    for begin in range(0, max(n, 1), size):
-        part = slice(begin, min(n, begin + size))
+    parts = [slice(0, n)] if whole else cuts(n, x2.device, uniform)
+    work = _Work(x2, max(part.stop - part.start for part in parts), rule, surrogate, q)
+    for part in parts:
         work.resize(part.stop - part.start)
         yield part, work
 

@@ -120,6 +120,11 @@ class Tape(TorchDispatchMode):
         self._outside: dict[int, Kept] = {}
         self._held: dict[int, list[weakref.ref[Kept]]] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Spares each operation a wrapper: the tape never records in a compiled region."""
+        return False
+
     # The pack hook.
 
     def pack(self, tensor: torch.Tensor) -> Handle:
@@ -239,21 +244,19 @@ class Tape(TorchDispatchMode):
             return
         value = args[1] if _LIKE[func] is None else _LIKE[func]
         options = {"dtype": out.dtype, "device": out.device}
-        recipe = Replayed(aten.full.default, (list(out.shape), value), options, None, 0, 0, False)
+        recipe = Replayed(aten.full.default, (list(out.shape), value), options, None, 0, 0)
         self._enter_recipe(out, recipe)
 
     def _record(
         self, func: Any, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     ) -> None:
+        base = args[0] if plan.kind is Kind.VIEW else None
         if isinstance(out, torch.Tensor):
-            if out.dtype is torch.bool and plan.kind is not Kind.VIEW:
+            if out.dtype is torch.bool and base is None:
                 enter(out, Packed())
                 return
             recipe = self._recipe(func, plan, args, kwargs, [out])
-            if recipe is None:
-                enter(out, None)
-            else:
-                self._enter_recipe(out, recipe)
+            self._enter_recipe(out, recipe, base)
             return
         if not isinstance(out, (tuple, list)):
             return  # a number that the user reads off
@@ -264,10 +267,9 @@ class Tape(TorchDispatchMode):
             if not isinstance(tensor, torch.Tensor):
                 continue
             if recipe is None or (index and plan.kind is Kind.NORM):
-                enter(tensor, None)
+                enter(tensor, None, base)
             else:
-                one = recipe.output(index, siblings)
-                self._enter_recipe(tensor, one)
+                self._enter_recipe(tensor, recipe.output(index, siblings), base)
 
     def _recipe(
         self,
@@ -281,11 +283,13 @@ class Tape(TorchDispatchMode):
         view = plan.kind is Kind.VIEW
         work, depth = plan.work, 0
         newly_held = largest = 0
+        cheap = plan.cheap
         for tensor in _tensors((*args, *kwargs.values()) if kwargs else args):
             handle = look_up(tensor)
             if isinstance(handle, Replayed):
                 work += handle.work
                 depth = max(depth, handle.depth)
+                cheap = cheap and handle.cheap
             elif handle is None or (isinstance(handle, Kept) and not handle.anchored):
                 newly_held += tensor.untyped_storage().nbytes()
             largest = max(largest, _bytes(tensor))
@@ -304,6 +308,7 @@ class Tape(TorchDispatchMode):
             work,
             depth + 1,
             plan.inplace,
+            cheap,
         )
 
     def _operand(self, arg: Any) -> Any:
@@ -320,12 +325,14 @@ class Tape(TorchDispatchMode):
             return [self._operand(item) for item in arg]
         return arg
 
-    def _enter_recipe(self, out: torch.Tensor, recipe: Replayed) -> None:
-        if self.check or self.observer is not None:
+    def _enter_recipe(
+        self, out: torch.Tensor, recipe: Replayed | None, base: torch.Tensor | None = None
+    ) -> None:
+        if recipe is not None and (self.check or self.observer is not None):
             recipe.where = self.where
             if self.check:
                 recipe.checksum = checksum(out)
-        enter(out, recipe)
+        enter(out, recipe, base)
 
 
 _local = threading.local()

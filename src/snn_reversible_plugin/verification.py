@@ -75,6 +75,7 @@ class Verification:
         Console().print(table)
 
 
+@torch.enable_grad()
 def verify(model: nn.Module, *inputs: Any, loss: Loss | None = None, repeats: int = 3) -> Verification:
     """Run a batch stock and converted, and compare: outputs, gradients, spikes, memory, time.
 

@@ -16,9 +16,9 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
-from .dvs import brightness_events
-from .frames import event_frames
-from .nmnist import NMNISTFolder
-from .saccades import DigitSaccades
+from snn_reversible_plugin.data.dvs import brightness_events
+from snn_reversible_plugin.data.frames import event_frames
+from snn_reversible_plugin.data.nmnist import NMNISTFolder
+from snn_reversible_plugin.data.saccades import DigitSaccades
 
 __all__ = ["DigitSaccades", "NMNISTFolder", "brightness_events", "event_frames"]

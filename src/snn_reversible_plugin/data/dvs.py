@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from tonic.io import events_struct, make_structured_array
 
-from .recordings import Events
+from snn_reversible_plugin.data.recordings import Events
 
 Floats = npt.NDArray[np.float64]
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from tonic.io import read_mnist_file
 
-from .recordings import Events, Recordings
+from snn_reversible_plugin.data.recordings import Events, Recordings
 
 _LAYOUT = "Train/<digit>/<id>.bin and Test/<digit>/<id>.bin, with digits 0 to 9"
 

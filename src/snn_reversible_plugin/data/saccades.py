@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from .dvs import Floats, brightness_events
-from .recordings import Events, Recordings
+from snn_reversible_plugin.data.dvs import Floats, brightness_events
+from snn_reversible_plugin.data.recordings import Events, Recordings
 
 # Corners of the path, as parts of the sensor's width: a triangle that ends where it began.
 _CORNERS = np.array([(0.0, 0.0), (3.5, 7.0), (7.0, 0.0), (0.0, 0.0)]) / 34

@@ -36,17 +36,22 @@ def _atan(shift: Tensor, grad: Tensor, alpha: float) -> Tensor:
 
 def _fast_sigmoid(shift: Tensor, grad: Tensor, slope: float) -> Tensor:
     shift.abs_().mul_(slope).add_(1.0).pow_(2)
-    return torch.div(grad, shift, out=shift)
+    # Where layouts differ, the original's result has the gradient's.
+    return torch.div(grad, shift, out=shift) if _alike(grad, shift) else grad.clone() / shift
 
 
 def _sigmoid(shift: Tensor, grad: Tensor, slope: float) -> Tensor:
     shift.mul_(-slope).exp_()
-    above = (grad * slope).to(shift.dtype).mul_(shift)
-    return above.div_(shift.add_(1).pow_(2))
+    above = (grad if _alike(grad, shift) else grad.clone()) * slope
+    return above.to(shift.dtype).mul_(shift).div_(shift.add_(1).pow_(2))
 
 
 def _straight_through_estimator(shift: Tensor, grad: Tensor) -> Tensor:
-    return shift.copy_(grad)
+    return grad.clone()
+
+
+def _alike(grad: Tensor, shift: Tensor) -> bool:
+    return grad.stride() == shift.stride()
 
 
 class _Context:

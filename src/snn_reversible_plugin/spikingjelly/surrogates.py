@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from snn_reversible_plugin.dynamics import Surrogate
+from snn_reversible_plugin.spikingjelly.rerun import Autocast
 
 # What a surrogate derivative multiplies the gradient with, in place of u. SpikingJelly runs these in
 # float32 for the surrogates named here, and the surrogate's own backward otherwise; the operations are
@@ -71,6 +72,12 @@ _DERIVATIVES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "SuperSpike": _super_spike,
     "Erf": _erf,
 }
+# Their gradients, here and in the surrogates themselves, take no more than correctly rounded operations.
+_UNIFORM = {
+    "ATan", "PiecewiseQuadratic", "SoftSign", "SuperSpike", "NonzeroSignLogAbs", "PiecewiseLeakyReLU",
+    "LeakyKReLU", "FakeNumericalGradient", "LogTailedReLU", "DeterministicPass", "MultiLevelSpikeCount",
+    "Rect",
+}  # fmt: skip
 _NOT_HEAVISIDE = ("MultiLevelSpikeCount",)
 _RANDOM = ("PoissonPass",)
 
@@ -91,45 +98,50 @@ def fused_alpha(function: Any) -> tuple[str, float] | None:
 def derivative(name: str, alpha: float) -> Callable[[Tensor, Tensor], Tensor]:
     """``vjp(grad, u)`` of one of those surrogates, with the rounding of SpikingJelly's reference."""
     formula = _DERIVATIVES[name]
-    return lambda grad, u: formula(u, alpha).mul_(grad)
+
+    def vjp(grad: Tensor, u: Tensor) -> Tensor:
+        factor = formula(u, alpha)
+        # Stock's product is laid out as the gradient is.
+        return factor.mul_(grad) if grad.stride() == factor.stride() else grad * factor
+
+    return vjp
 
 
 def by_autograd(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
     """``vjp(grad, u)`` of any function, as autograd computes it."""
-    # Backward runs in whatever autocast state the user calls it; the forward part here must not.
-    states = {kind: torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")}
-    kinds = [kind for kind, on in states.items() if on]
-    dtypes = {kind: torch.get_autocast_dtype(kind) for kind in kinds}
+    autocast = Autocast()
 
     def vjp(grad: Tensor, u: Tensor) -> Tensor:
         u = u.detach().requires_grad_()
-        with torch.enable_grad():
-            if kinds or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-                with (
-                    torch.autocast("cpu", dtypes.get("cpu"), enabled="cpu" in kinds),
-                    torch.autocast("cuda", dtypes.get("cuda"), enabled="cuda" in kinds),
-                ):
-                    s = function(u)
-            else:
-                s = function(u)
+        with torch.enable_grad(), autocast.again():
+            s = function(u)
         return torch.autograd.grad(s, u, grad)[0]
 
     return vjp
 
 
-def proved(function: Any, like: Tensor, chunk: int) -> Surrogate | None:
-    """The surrogate of a neuron that runs on tensors like ``like`` [N, ...], or None without a proof.
+def proved(
+    function: Any, shape: torch.Size, dtype: torch.dtype, device: torch.device, chunk: int
+) -> Surrogate | None:
+    """The surrogate of a neuron whose steps are tensors of this kind, or None without a proof.
 
     ``chunk``: how many elements at a time it would be called with.
     """
     if function is None:
         function = surrogate.Sigmoid()
     known = _library(function)
+    uniform = known is not None and is_uniform(function)
     if known is None:
-        known = _watched_once(function, like, chunk)
+        known, uniform = _watched_once(function, shape, dtype, device, chunk)
     if known is None:
         return None
-    return Surrogate(None if known == "heaviside" else function, by_autograd(function))
+    return Surrogate(None if known == "heaviside" else function, by_autograd(function), uniform)
+
+
+def is_uniform(function: Any) -> bool:
+    """Whether a surrogate of SpikingJelly's own is ``uniform`` in the sense of :class:`Surrogate`."""
+    name = "Sigmoid" if function is None else type(function).__name__
+    return name in _UNIFORM and function.spiking
 
 
 def is_heaviside(function: Any) -> bool:
@@ -169,13 +181,22 @@ _ELEMENTWISE = {
     aten.detach.default, aten.alias.default, aten._to_copy.default, aten.clone.default,
     aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.copy_.default,
     aten.fill_.Scalar, aten.zero_.default, aten.scalar_tensor.default, aten.lift_fresh.default,
+    aten.masked_fill_.Scalar, aten.masked_fill.Scalar,
 }  # fmt: skip
-# Of two zeros-and-ones tensors, or on one.
+# Correctly rounded, or not rounding at all.
+_ROUNDED = {
+    "add", "sub", "rsub", "mul", "div", "neg", "abs", "reciprocal", "sqrt", "square", "ge", "gt",
+    "le", "lt", "eq", "ne", "where", "clamp", "clamp_min", "clamp_max", "relu",
+    "threshold_backward", "hardtanh", "hardtanh_backward", "sign", "sgn", "minimum", "maximum",
+    "floor", "ceil", "round", "trunc", "logical_and", "logical_or", "logical_not", "logical_xor",
+    "bitwise_and", "bitwise_or", "bitwise_not", "isnan", "index_put",
+}  # fmt: skip
+# What these make of zeros and ones is zeros and ones.
 _BINARY = {
     aten.detach.default, aten.alias.default, aten._to_copy.default, aten.clone.default,
     aten.view.default, aten._unsafe_view.default, aten.stack.default, aten.cat.default,
-    aten.select.int, aten.slice.Tensor, aten.unbind.int, aten.unsqueeze.default, aten.mul.Tensor,
-    aten.squeeze.dim, aten.permute.default, aten.transpose.int, aten.expand.default,
+    aten.select.int, aten.slice.Tensor, aten.unbind.int, aten.unsqueeze.default, aten.squeeze.dim,
+    aten.permute.default, aten.transpose.int, aten.expand.default,
 }  # fmt: skip
 
 
@@ -185,9 +206,10 @@ class Witness(TorchDispatchMode):
     def __init__(self, *inputs: Tensor) -> None:
         super().__init__()
         self.shape = inputs[0].shape if inputs else None
-        self.pointwise = True
+        self.pointwise = self.uniform = True
         self.trace: list[Any] = []
-        self._made = {id(tensor): tensor for tensor in inputs}
+        # By storage, for autograd hands out what it saved as new tensors; held, so that none is reused.
+        self._made = {_storage(tensor): tensor for tensor in inputs}
         self._binary: dict[int, tuple[weakref.ref[Tensor], int]] = {}
 
     def is_binary(self, tensor: Any) -> bool:
@@ -225,12 +247,18 @@ class Witness(TorchDispatchMode):
     ) -> None:
         # A tensor that the surrogate brings along could be per channel, or learn.
         self.pointwise = (
-            all(id(tensor) in self._made for tensor in tensors)
+            all(_storage(tensor) in self._made for tensor in tensors)
             and all(tensor.shape in (self.shape, ()) for tensor in (*tensors, *outputs))
             and torch.Tag.nondeterministic_seeded not in func.tags
             and (torch.Tag.pointwise in func.tags or func in _ELEMENTWISE or self._masks(func, args))
         )
-        self._made.update((id(tensor), tensor) for tensor in outputs)
+        name = func._schema.name.partition("::")[2].rstrip("_")
+        self.uniform = self.uniform and (
+            func in _ELEMENTWISE
+            or (name in _ROUNDED and kwargs.get("alpha", 1) == 1)
+            or (name == "pow" and args[1] == 2)
+        )
+        self._made.update((_storage(tensor), tensor) for tensor in outputs)
         self.trace.append((func, *(_constant(arg) for arg in (*args, *kwargs.items()))))
 
     def _masks(self, func: Any, args: tuple[Any, ...]) -> bool:
@@ -239,6 +267,10 @@ class Witness(TorchDispatchMode):
             return False
         mask = args[1][0]
         return isinstance(mask, Tensor) and mask.dtype is torch.bool and mask.shape == self.shape
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
@@ -255,44 +287,61 @@ def _constant(arg: Any) -> Any:
     return tuple(map(_constant, arg)) if isinstance(arg, (tuple, list)) else arg
 
 
-_proofs: weakref.WeakKeyDictionary[Any, dict[Any, str | None]] = weakref.WeakKeyDictionary()
+_Proof = tuple[str | None, bool]
+_NO_PROOF: _Proof = (None, False)
+_proofs: weakref.WeakKeyDictionary[Any, dict[Any, _Proof]] = weakref.WeakKeyDictionary()
 
 
-def _watched_once(function: Any, like: Tensor, chunk: int) -> str | None:
+def _watched_once(
+    function: Any, shape: torch.Size, dtype: torch.dtype, device: torch.device, chunk: int
+) -> _Proof:
     if isinstance(function, torch.nn.Module) and _is_hooked(function):
-        return None
+        return _NO_PROOF
     settings = tuple(
         (name, value)
         for name, value in getattr(function, "__dict__", {}).items()
         if isinstance(value, (bool, int, float, str))
     )
-    key = (settings, like.shape, like.dtype, like.device, chunk)
+    key = (settings, shape, dtype, device, chunk)
     try:
         proofs = _proofs.setdefault(function, {})
     except TypeError:  # no weak reference to it: it could be another function at the next call
-        return None
+        return _NO_PROOF
     if key not in proofs:
-        proofs[key] = _watched(function, like, chunk)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            try:
+                proofs[key] = _watched(function, (shape, (chunk,)), dtype, device)
+            except Exception:  # it does not take these numbers, or not these shapes
+                proofs[key] = _NO_PROOF
     return proofs[key]
 
 
-def _watched(function: Any, like: Tensor, chunk: int) -> str | None:
+def _watched(function: Any, shapes: Any, dtype: torch.dtype, device: torch.device) -> _Proof:
     """Watch a surrogate on a step as it is, and on a chunk: the same pointwise operations, or None."""
-    traces, binary = [], True
-    for shape in (like.shape, (chunk,)):
-        u = torch.linspace(-2.0, 2.0, math.prod(shape), device=like.device).to(like.dtype)
+    traces, binary, uniform = [], True, True
+    for shape in shapes:
+        u = torch.linspace(-2.0, 2.0, math.prod(shape), device=device).to(dtype)
         u = u.reshape(shape).requires_grad_()
         grad = torch.ones_like(u)
         witness = Witness(u, grad)
-        with torch.enable_grad(), witness:
+        # Autograd may keep what it saves here as it is; no tape should see it.
+        hooks = torch.autograd.graph.saved_tensors_hooks(as_it_is, as_it_is)
+        with hooks, torch.enable_grad(), witness:
             s = function(u)
             if not (isinstance(s, Tensor) and s.requires_grad and s.shape == u.shape):
-                return None
+                return _NO_PROOF
             binary = binary and witness.is_binary(s)
             (g,) = torch.autograd.grad(s, u, grad, allow_unused=True)
-        if g is None or s.dtype != u.dtype or u._version or not witness.pointwise:
-            return None
+        changed = u._version or grad._version
+        if g is None or s.dtype != u.dtype or changed or not witness.pointwise:
+            return _NO_PROOF
+        uniform = uniform and witness.uniform
         traces.append(witness.trace)
     if traces[0] != traces[1]:
-        return None
-    return "heaviside" if binary else "pointwise"
+        return _NO_PROOF
+    return "heaviside" if binary else "pointwise", uniform
+
+
+def as_it_is(tensor: Tensor) -> Tensor:
+    """A pack or unpack hook that does nothing, for graphs that are gone at once."""
+    return tensor

@@ -1,0 +1,220 @@
+"""The command line and the demonstration behind it, at small size."""
+
+import json
+import subprocess
+import sys
+
+import matplotlib.image
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import snn_reversible_plugin as srp
+from snn_reversible_plugin import demo
+from snn_reversible_plugin.__main__ import app
+
+SMALL = {"epochs": 2, "steps": 8, "batch_size": 8, "width": 8, "size": 16, "limit": 24}
+ARGUMENTS = [
+    "--epochs",
+    "2",
+    "--steps",
+    "8",
+    "--batch",
+    "8",
+    "--width",
+    "8",
+    "--size",
+    "16",
+    "--limit",
+    "24",
+]
+
+
+def run(*arguments):
+    # A wide terminal, so that no message or table is broken into lines.
+    return CliRunner().invoke(app, [str(part) for part in arguments], env={"COLUMNS": "250"})
+
+
+def test_the_demo_trains_twice_and_shows_it(tmp_path):
+    picture = tmp_path / "new folder" / "demo.png"
+    result = run("demo", *ARGUMENTS, "--plot", picture)
+    assert result.exit_code == 0, result.output
+    for piece in (
+        "6 of 6 steps",
+        "test accuracy",
+        "held between forward and backward",
+        "peak",
+        str(picture),
+    ):
+        assert piece in result.output
+    pixels = matplotlib.image.imread(picture)
+    assert pixels.shape[1] > pixels.shape[0] > 300
+    assert pixels.std() > 0.05
+
+
+def test_the_demo_compares_what_it_says():
+    both = demo.compare(**SMALL)
+    assert both.equal_steps == len(both.stock.losses) == 6
+    assert both.largest_difference == 0
+    assert len(set(both.stock.losses)) == 6, "nothing was learned"
+    assert 0 <= both.stock.accuracy == both.converted.accuracy <= 1
+    # 8 steps of three layers of neurons: stock keeps 13 bytes or more a neuron and step, the tape one bit.
+    assert both.stock.held > 5 * both.converted.held > 0
+    assert both.stock.peak > both.converted.peak > both.converted.held
+    assert min(both.stock.seconds + both.converted.seconds) > 0
+
+
+def test_the_demo_trains_as_an_ordinary_loop_does(monkeypatch):
+    # Measuring leaves no trace, nor do the other network's steps.
+    trainer = demo._Trainer(demo.network(4), 1, "cpu")
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.measure(torch.rand(3, 2, 2, 16, 16), torch.tensor([1, 2]))
+    assert trainer.run.peak > trainer.run.held > 0
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+
+    expected = demo.compare(**SMALL).converted.losses
+    monkeypatch.setattr(demo._Trainer, "measure", lambda *_: None)
+    monkeypatch.setattr(demo, "convert_to_reversible", lambda model, mode: model)
+    assert demo.compare(**SMALL).stock.losses == expected
+
+
+def test_the_demo_fails_when_a_loss_differs(monkeypatch, tmp_path):
+    def convert_badly(model, mode):
+        nn.init.zeros_(model[-1].bias)
+        return srp.convert_to_reversible(model, mode=mode)
+
+    monkeypatch.setattr(demo, "convert_to_reversible", convert_badly)
+    result = run("demo", *ARGUMENTS, "--plot", tmp_path / "demo.png")
+    assert result.exit_code == 1
+    assert "0 of 6 steps" in result.output
+    assert "apart" in result.output
+
+
+def test_the_demo_refuses_to_take_no_step():
+    with pytest.raises(ValueError, match="2 epochs of 24 recordings in full batches of 25 are no step"):
+        demo.compare(**SMALL | {"batch_size": 25})
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    """A module `own_models` that can be imported, with good and bad factories."""
+    (tmp_path / "own_models.py").write_text(
+        "from torch import nn\n"
+        "from spikingjelly.activation_based import layer, neuron\n"
+        "def build():\n"
+        "    return nn.Sequential(layer.Conv2d(2, 8, 3, step_mode='m'), neuron.LIFNode(step_mode='m'),\n"
+        "                         layer.Flatten(step_mode='m'), layer.Linear(8 * 36, 10, step_mode='m'))\n"
+        "built = build()\n"
+        "class TwoInputs(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.inner = build()\n"
+        "    def forward(self, a, b):\n"
+        "        return self.inner(a) + b\n"
+        "def sized(width): return build()\n"
+        "def nothing(): return 3\n"
+        "def no_neuron(): return nn.Linear(3, 3)\n"
+        "def broken(): raise TypeError('a mistake of its own')\n"
+        "number = 3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    sys.modules.pop("own_models", None)
+
+
+@pytest.mark.parametrize("factory", ["build", "built"])
+def test_a_report_of_a_users_model(models, factory):
+    result = run("report", f"own_models:{factory}", "--shape", "8,4,2,8,8", "--plot", models / "report.png")
+    assert result.exit_code == 0, result.output
+    for piece in ("Conv2d", "LIFNode", "held", "peak", "report.png"):
+        assert piece in result.output
+    assert matplotlib.image.imread(models / "report.png").std() > 0.02
+
+
+def test_a_report_takes_a_shape_for_each_input(models):
+    result = run("report", "own_models:TwoInputs", "--shape", "8,4,2,8,8", "--shape", "8,4,10")
+    assert result.exit_code == 0, result.output
+    assert "inner.1" in result.output
+
+
+def test_a_report_passes_the_mode_on(models, monkeypatch):
+    seen = []
+    import snn_reversible_plugin.report as report
+
+    monkeypatch.setattr(report, "memory_report", lambda model, x: seen.append((model, x)) or Silent())
+    assert run("report", "own_models:build", "--shape", "3,1,2,8,8", "--mode", "speed").exit_code == 0
+    ((model, x),) = seen
+    assert x.shape == (3, 1, 2, 8, 8) and 0 <= x.min() < x.max() <= 1
+    assert model._srp_settings.mode == "speed"
+
+
+class Silent:
+    def print(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("factory", "shape", "message"),
+    [
+        ("own_models", "8,4,2", "'own_models' names no factory"),
+        (":build", "8,4,2", "':build' names no factory"),
+        ("absent_module:build", "8,4,2", "No module named 'absent_module'"),
+        ("own_models:absent", "8,4,2", "own_models has no 'absent'"),
+        ("own_models:number", "8,4,2", "is a int"),
+        (
+            "own_models:sized",
+            "8,4,2",
+            "does not work without arguments (missing a required argument: 'width')",
+        ),
+        ("own_models:nothing", "8,4,2", "made a int"),
+        ("own_models:no_neuron", "3", "has no spiking neuron"),
+        ("own_models:build", "8,four", "'8,four' is no shape"),
+        ("own_models:build", "8,0,2", "'8,0,2' is no shape"),
+        ("own_models:build", "", "'' is no shape"),
+    ],
+)
+def test_a_bad_argument_is_named_with_its_remedy(models, factory, shape, message):
+    result = run("report", factory, "--shape", shape)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+def test_a_mistake_inside_the_users_factory_is_shown_as_it_is(models):
+    result = run("report", "own_models:broken", "--shape", "3")
+    assert isinstance(result.exception, TypeError)
+    assert str(result.exception) == "a mistake of its own"
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "snn_reversible_plugin", "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert "demo" in done.stdout and "report" in done.stdout
+
+
+def test_the_import_needs_torch_alone():
+    # Whatever else is imported by then, importing torch has brought along.
+    code = (
+        "import sys, torch, json; before = set(sys.modules); import snn_reversible_plugin;"
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before};"
+        "print(json.dumps(sorted(new - set(sys.stdlib_module_names))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(json.loads(done.stdout)) <= {"snn_reversible_plugin", "torch"}
+
+
+def test_what_the_demo_needs_is_named_with_the_extra():
+    code = "import sys; sys.modules['spikingjelly'] = None; import snn_reversible_plugin.demo"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "pip install 'snn-reversible-plugin[all]'" in done.stderr
+
+
+def test_the_network_of_the_demo_is_stock():
+    names = {type(module).__module__.partition(".")[0] for module in demo.network(4).modules()}
+    assert names == {"torch", "spikingjelly"}
+    assert demo.network(4)(torch.rand(3, 2, 2, 16, 16)).shape == (3, 2, 10)
