@@ -253,8 +253,8 @@ def compare(
     total = epochs * len(training)
     if total < 1:
         raise ValueError(
-            f"{epochs} epochs of {len(recordings)} recordings in full batches of {batch_size} are no step at "
-            "all: give more epochs or recordings, or smaller batches"
+            f"{epochs} epochs of {len(recordings)} recordings in full batches of {batch_size} are no step "
+            "at all: give more epochs or recordings, or smaller batches"
         )
     for i in track(range(len(recordings)), "recording events", console=console, transient=True):
         recordings[i]  # the cache keeps it, so that no step's time has the camera's in it

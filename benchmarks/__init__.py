@@ -1,0 +1,1 @@
+"""Benchmarks: ``python -m benchmarks``. Every number in README and docs comes from here."""
