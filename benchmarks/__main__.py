@@ -18,6 +18,7 @@ from rich.table import Table
 from .measure import MIB, Result, measure
 from .methods import METHODS
 from .picture import draw
+from .readme import update
 from .workloads import WORKLOADS
 
 RESULTS = Path(__file__).parent / "results"
@@ -49,7 +50,10 @@ def main(
                 _save(results, device, repeats)
     console.print(_table(results))
     if save:
-        console.print(f"written: {_save(results, device, repeats)}, {draw(_load(device), device)}")
+        written = [_save(results, device, repeats), draw(_load(device), device)]
+        if device == "cpu":
+            written.append(update(_load(device)))
+        console.print("written:", *written)
 
 
 def _table(results: list[Result]) -> Table:
@@ -102,7 +106,12 @@ def _save(results: list[Result], device: str, repeats: int) -> Path:
             "context": context,
         }
     path = _path(device)
-    path.write_text(json.dumps({"results": stored}, indent=1) + "\n")
+    ordered = {
+        key: stored[key]
+        for key in (f"{name} | {method}" for name in WORKLOADS for method in METHODS)
+        if key in stored
+    }
+    path.write_text(json.dumps({"results": ordered}, indent=1) + "\n")
     return path
 
 

@@ -5,7 +5,6 @@ A method turns a stock model into the one to measure, or raises :class:`CannotRu
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import torch
@@ -52,5 +51,10 @@ METHODS: dict[str, Method] = {
 
 
 def prepare(name: str, workload: Workload, stock: nn.Module, x: torch.Tensor) -> nn.Module:
-    """A copy of the stock model, made ready by the method."""
-    return METHODS[name](workload, copy.deepcopy(stock), x)
+    """A model with the stock model's weights, made ready by the method.
+
+    Made anew rather than copied: snnTorch resets the neurons that were constructed, not copies.
+    """
+    model = workload.make().to(x.device)
+    model.load_state_dict(stock.state_dict())
+    return METHODS[name](workload, model, x)

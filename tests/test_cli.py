@@ -67,7 +67,7 @@ def test_the_demo_compares_what_it_says():
 
 def test_the_demo_trains_as_an_ordinary_loop_does(monkeypatch):
     # Measuring leaves no trace, nor do the other network's steps.
-    trainer = demo._Trainer(demo.network(4), 1, "cpu")
+    trainer = demo._Trainer(demo.network(4, 16), 1, "cpu")
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     trainer.measure(torch.rand(3, 2, 2, 16, 16), torch.tensor([1, 2]))
     assert trainer.run.peak > trainer.run.held > 0
@@ -215,6 +215,6 @@ def test_what_the_demo_needs_is_named_with_the_extra():
 
 
 def test_the_network_of_the_demo_is_stock():
-    names = {type(module).__module__.partition(".")[0] for module in demo.network(4).modules()}
+    names = {type(module).__module__.partition(".")[0] for module in demo.network(4, 16).modules()}
     assert names == {"torch", "spikingjelly"}
-    assert demo.network(4)(torch.rand(3, 2, 2, 16, 16)).shape == (3, 2, 10)
+    assert demo.network(4, 16)(torch.rand(3, 2, 2, 16, 16)).shape == (3, 2, 10)

@@ -8,10 +8,10 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from against_stock import assert_trains_like_stock, reset, step
 from torch import nn
 
 import snn_reversible_plugin as srp
+from against_stock import assert_trains_like_stock, reset, step
 from snn_reversible_plugin import tape
 
 neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
@@ -286,7 +286,7 @@ def test_double_backward_is_refused(net, x):
 
 class TestRefusals:
     def test_no_module(self):
-        with pytest.raises(TypeError, match="expected an nn.Module, not dict"):
+        with pytest.raises(TypeError, match=r"expected an nn\.Module, not dict"):
             srp.convert_to_reversible({})
 
     def test_no_spiking_neuron(self):
@@ -297,7 +297,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("name", ["mode", "arithmetic"])
     def test_unknown_settings(self, name):
-        with pytest.raises(ValueError, match=f"{name} must be one of .* not 'turbo'"):
+        with pytest.raises(ValueError, match=rf"{name} must be one of .* not 'turbo'"):
             srp.convert_to_reversible(Net(), **{name: "turbo"})
 
     def test_skip_of_nothing(self):
@@ -343,7 +343,7 @@ def test_register_reversible_takes_a_third_party_neuron(x):
     assert type(srp.restore(model)[1]) is Mine
     with pytest.raises(TypeError, match="must subclass"):
         srp.register_reversible(Mine)(nn.Linear)
-    with pytest.raises(TypeError, match="nn.Module class"):
+    with pytest.raises(TypeError, match=r"nn\.Module class"):
         srp.register_reversible(3)
 
 

@@ -31,7 +31,6 @@ from snn_reversible_plugin.tracking import tracked
 
 M = TypeVar("M", bound=nn.Module)
 
-MODES = tuple(tape.WORK_LIMIT)
 ARITHMETICS = ("auto", "stock")
 
 
@@ -111,8 +110,8 @@ def convert_to_reversible(
         True
     """
     check_model(model)
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {MODES}, not {mode!r}")
+    if mode not in tape.MODES:
+        raise ValueError(f"mode must be one of {tape.MODES}, not {mode!r}")
     if arithmetic not in ARITHMETICS:
         raise ValueError(f"arithmetic must be one of {ARITHMETICS}, not {arithmetic!r}")
     skipped = _skipped(model, skip)

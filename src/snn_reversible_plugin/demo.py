@@ -43,7 +43,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 
-def network(width: int = 32) -> nn.Module:
+def network(width: int = 32, size: int = 24) -> nn.Module:
     """A stock SpikingJelly network: three convolutional layers of neurons and a linear one.
 
     It runs in multi-step mode: from event frames ``[T, N, 2, H, W]`` with H and W from 8 up, it
@@ -72,9 +72,8 @@ def network(width: int = 32) -> nn.Module:
         *block(width),
         layer.MaxPool2d(2),
         *block(width),
-        layer.AdaptiveAvgPool2d(4),
         layer.Flatten(),
-        layer.Linear(width * 16, 10),
+        layer.Linear(width * (size // 4) ** 2, 10),
     )
     functional.set_step_mode(model, "m")
     return model
@@ -262,7 +261,7 @@ def compare(
     trainers = []
     for converted in (False, True):
         torch.manual_seed(seed)
-        model = network(width).to(device)
+        model = network(width, size).to(device)
         if converted:
             model = convert_to_reversible(model, mode=mode)
         trainers.append(_Trainer(model, total, device))
@@ -306,6 +305,7 @@ class _Trainer:
         functional.reset_net(self.model)
         return nn.functional.cross_entropy(self.model(x).mean(0), digit)
 
+    @torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
     def step(self, x: torch.Tensor, digit: torch.Tensor) -> None:
         x, digit = x.to(self.device), digit.to(self.device)
         self._wait()

@@ -123,7 +123,7 @@ def _charge(x: Tensor, v: Tensor, rule: Rule, q: Tensor | None) -> tuple[Tensor,
         return v + x, None
     from_rest = v - rule.rest
     pull = x - from_rest if rule.decay_input else from_rest
-    leak = pull * q if q is not None else pull / rule.tau
+    leak = pull * q if q is not None else pull / rule.tau  # type: ignore[operator]
     h = v + leak if rule.decay_input else v - leak + x
     return h, None if q is None else pull
 
@@ -157,7 +157,7 @@ def charge_vjp(
     if q is None and rule.tau is None:
         return g_h, None, None
     g_leak = g_h if rule.decay_input else -g_h
-    g_pull = g_leak * q if q is not None else g_leak / rule.tau
+    g_pull = g_leak * q if q is not None else g_leak / rule.tau  # type: ignore[operator]
     g_q = None if pull is None or q is None else (g_leak * pull).sum().to(q.dtype)
     return (g_pull, -g_pull, g_q) if rule.decay_input else (g_h, g_pull, g_q)
 

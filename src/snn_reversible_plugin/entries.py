@@ -16,7 +16,7 @@ from snn_reversible_plugin.handles import Handle
 OUTSIDE: Any = object()
 
 
-class _Entry(weakref.ref):  # type: ignore[type-arg]
+class _Entry(weakref.ref):
     """What is known of a live tensor: its handle (None: made under a tape, no recipe) at a version."""
 
     __slots__ = ("handle", "key", "version")

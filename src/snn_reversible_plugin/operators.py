@@ -17,6 +17,8 @@ aten = torch.ops.aten
 
 
 class Kind(enum.Enum):
+    """What an operator does, as far as running it again is concerned."""
+
     OPAQUE = "its result is no function of its tensor arguments, or we can't know"
     VIEW = "its result shares the storage of its first argument"
     PURE = "its result is computed from its arguments"

@@ -9,7 +9,6 @@ of its own.
 from __future__ import annotations
 
 import copyreg
-import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -72,7 +71,7 @@ def register_reversible(stock_type: type[nn.Module], *, subclasses: bool = False
             def chooser(_module: nn.Module) -> type[nn.Module]:
                 return chosen
         else:
-            chooser = target
+            chooser = target  # type: ignore[assignment]
         (_families if subclasses else _exact)[stock_type] = chooser
         return target
 
@@ -107,19 +106,24 @@ class SwappedClass:
         reduced = super().__reduce_ex__(protocol)
         cls = type(self)
         if reduced[0] is copyreg.__newobj__ and reduced[1][0] is cls:  # type: ignore[attr-defined]
-            mixin, stock_type = cls._srp_halves  # type: ignore[attr-defined]
+            mixin, stock_type = cls._srp_halves
             return (_new_swapped, (mixin, stock_type, *reduced[1][1:]), *reduced[2:])
         return reduced
 
 
-@functools.cache
+_swapped: dict[tuple[type, type], type[nn.Module]] = {}
+
+
 def swapped_class(mixin: type, stock_type: type[nn.Module]) -> type[nn.Module]:
     """The class ``mixin`` in front of ``stock_type``, made once for each pair."""
-    return type(
-        f"{mixin.__name__}{stock_type.__name__}",
-        (mixin, stock_type),
-        {"_srp_halves": (mixin, stock_type), "__module__": mixin.__module__},
-    )
+    halves = (mixin, stock_type)
+    if halves not in _swapped:
+        _swapped[halves] = type(
+            f"{mixin.__name__}{stock_type.__name__}",
+            (mixin, stock_type),
+            {"_srp_halves": (mixin, stock_type), "__module__": mixin.__module__},
+        )
+    return _swapped[halves]
 
 
 # A class made by swapped_class says itself what it stands in front of. A public neuron type looks the

@@ -1,339 +1,35 @@
-"""The tape: what autograd saves is kept, packed or replayed, and the network stays eager.
+"""Turning the tape on and off, and what a neuron says to it.
 
-While a tape records, a ``TorchDispatchMode`` notes how each tensor came about (its *recipe*), and
-``saved_tensors_hooks`` hand autograd a small handle in place of each tensor that it saves. The same
-kernels run on the same values, so outputs and gradients are stock's bit for bit; only what is stored
-between forward and backward changes. Working below autograd makes each saved tensor, also the masks,
-indices and casts inside composite functions, the output of some recorded operation.
-
-Source: design section 1. The mechanism of ``torch.utils.checkpoint`` is the nearest relative, but
-needs a function to run again; a recipe is one operation, so a loop that the user wrote works too.
+A neuron is an autograd function that saves its input with ``ctx.save_for_backward``, as any other; under
+:class:`recording` that stores a handle. It does its arithmetic under :func:`paused`, vouches for its
+spikes with :func:`mark_spikes`, and may overwrite what it :func:`owns`.
 """
 
 from __future__ import annotations
 
 import threading
-import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
 
 import torch
-from torch.utils._python_dispatch import (
-    TorchDispatchMode,
-    _get_current_dispatch_mode,
-    _pop_mode,
-    _push_mode,
-)
 
-from snn_reversible_plugin.entries import OUTSIDE, enter, look_up, written
-from snn_reversible_plugin.handles import (
-    Handle,
-    Kept,
-    Packed,
-    Replayed,
-    checksum,
-    owns,
-    unpack,
-)
-from snn_reversible_plugin.operators import Kind, Plan, aten, plan_of
+from snn_reversible_plugin.entries import enter
+from snn_reversible_plugin.handles import Packed, owns, unpack
+from snn_reversible_plugin.recorder import WORK_LIMIT, Observer, OffStack, Tape
 
 __all__ = [
-    "Observer",
-    "Tape",
+    "MODES",
     "current",
     "mark_opaque",
     "mark_spikes",
+    "may_record",
     "owns",
     "paused",
     "recording",
     "suspended",
 ]
 
-# NOTE [What gets a recipe]
-#
-# 1. Only what an aten operation computed from tensors alone (`operators`). All else is kept.
-# 2. A truth value is one bit by construction: the outputs of comparisons, `bernoulli_`, and the spikes
-#    that a neuron of ours vouches for. That is the only way to be packed.
-# 3. A recipe may not cost more memory than it saves: the tensors that it would newly hold must not be
-#    larger than its output, and a small output of a large input is kept.
-# 4. A recipe may not cost more time than allowed: `work`, the convolutions and matrix products down to
-#    something stored, is bounded by the mode, so a long chain gets an anchor now and then by itself.
-# 5. A recipe describes a value; the entry that leads to it describes a tensor *at a version*. An
-#    in-place operation voids the entry, and the new value's recipe starts from the old value's handle.
-# 6. What a recipe holds by reference is copied when an operation is about to write to it: stock
-#    autograd may never have saved it, so it would not have minded. Writes that the tape can't see
-#    (an optimizer's, after the forward) are found by the version and refused, as autograd does.
-# 7. A tensor without an entry came from outside: a parameter, an input, a state of an earlier call.
-#    Somebody else holds it anyway, so it costs nothing.
-# 8. Batch norm replays on batch statistics with no running statistics at all: the kernels compute the
-#    same output, and nothing is updated twice.
-
-MAX_DEPTH = 64
-WORK_LIMIT = {"memory": 2, "speed": 0}
-SMALL_OUTPUT = 16  # an output this many times smaller than its largest input is kept
-
-_LIKE = {aten.zeros_like.default: 0, aten.ones_like.default: 1, aten.full_like.default: None}
-
-
-class Observer(Protocol):
-    """Is told of every tensor that autograd saves under the tape. See ``report``."""
-
-    def packed(self, where: str | None, tensor: torch.Tensor, handle: Handle) -> None: ...
-
-
-def _alias(tensor: torch.Tensor) -> torch.Tensor:
-    """The same storage and version counter, without the tensor's place in the graph."""
-    with (
-        torch._C._DisableTorchDispatch(),
-        torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False),
-        torch.no_grad(),
-    ):
-        return tensor.detach()
-
-
-def _tensors(args: Iterable[Any]) -> Iterator[torch.Tensor]:
-    for arg in args:
-        if isinstance(arg, torch.Tensor):
-            yield arg
-        elif isinstance(arg, (list, tuple)):
-            for item in arg:
-                if isinstance(item, torch.Tensor):
-                    yield item
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-class Tape(TorchDispatchMode):
-    """Records recipes, and packs what autograd saves. Made by :func:`recording`."""
-
-    def __init__(self, mode: str, check: bool, observer: Observer | None) -> None:
-        super().__init__()
-        self.work_limit = WORK_LIMIT[mode]
-        self.check = check
-        self.observer = observer
-        self.where: str | None = None  # the module that runs, in check mode and under an observer
-        self.suspended = 0
-        self.paused = 0
-        self._outside: dict[int, Kept] = {}
-        self._held: dict[int, list[weakref.ref[Kept]]] = {}
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Spares each operation a wrapper: the tape never records in a compiled region."""
-        return False
-
-    # The pack hook.
-
-    def pack(self, tensor: torch.Tensor) -> Handle:
-        handle = None if self.suspended else look_up(tensor)
-        if isinstance(handle, Packed):
-            with paused():
-                handle.materialize(tensor)
-        elif not isinstance(handle, Handle):
-            handle = self._keep(tensor, handle)
-        if isinstance(handle, Kept):
-            handle.anchored = True
-        handle.need()
-        if self.check or self.observer is not None:
-            self._label(handle, tensor)
-            if self.observer is not None:
-                self.observer.packed(self.where, tensor, handle)
-        return handle
-
-    def _label(self, handle: Handle, tensor: torch.Tensor) -> None:
-        if handle.where is None:
-            handle.where = self.where
-        if self.check and handle.checksum is None and not isinstance(handle, Kept):
-            with paused(), torch.no_grad():
-                handle.checksum = checksum(tensor)
-
-    def _keep(self, tensor: torch.Tensor, known: Any) -> Kept:
-        if known is OUTSIDE:
-            kept = self._outside.get(id(tensor))
-            if kept is not None and kept.tensor is tensor and kept.version == tensor._version:
-                return kept
-            # A leaf can be held as it is; another tensor would tie its graph into a cycle.
-            kept = Kept(tensor if tensor.is_leaf else _alias(tensor))
-            kept.anchored = True
-            if tensor.is_leaf and kept.version >= 0:
-                self._outside[id(tensor)] = kept
-        else:
-            kept = Kept(_alias(tensor))
-            enter(tensor, kept)
-        kept.where = self.where
-        storage = tensor.untyped_storage()._cdata
-        self._held.setdefault(storage, []).append(weakref.ref(kept))
-        return kept
-
-    # The recording mode.
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if self.paused or torch._C._current_graph_task_id() != -1:
-            return func(*args, **kwargs)
-        plan = plan_of(func)
-        if plan.kind is Kind.MUTATING:
-            return self._run_mutating(func, plan, types, args, kwargs)
-        out = func(*args, **kwargs)
-        if plan.kind is Kind.VIEW and look_up(args[0]) is OUTSIDE:
-            return out
-        if types or self.suspended or plan.kind is Kind.OPAQUE:
-            self._enter_unknown(plan, out)
-        elif func in _LIKE:
-            self._record_constant(func, args, out)
-        elif plan.kind is Kind.NORM and args[5]:
-            self._record(func, plan, (*args[:3], None, None, *args[5:]), kwargs, out)
-        else:
-            self._record(func, plan, args, kwargs, out)
-        return out
-
-    def _run_mutating(
-        self, func: Any, plan: Plan, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        mutated = list(
-            _tensors(
-                kwargs.get(at) if isinstance(at, str) else args[at] if at < len(args) else None
-                for at in plan.mutated
-            )
-        )
-        recipe = None
-        if plan.inplace and not (types or self.suspended) and isinstance(args[0], torch.Tensor):
-            before = look_up(args[0])
-            if isinstance(before, Handle) and not (isinstance(before, Kept) and not before.anchored):
-                recipe = self._recipe(func, plan, args, kwargs, [args[0]])
-        for tensor in mutated:
-            self._before_write(tensor)
-        out = func(*args, **kwargs)
-        for tensor in mutated:
-            if recipe is not None:
-                self._enter_recipe(tensor, recipe)
-            elif plan.binary or tensor.dtype is torch.bool:
-                enter(tensor, Packed())
-            elif look_up(tensor) is not OUTSIDE:
-                enter(tensor, None)
-            written(tensor)
-        return out
-
-    def _before_write(self, tensor: torch.Tensor) -> None:
-        handle = look_up(tensor)
-        if isinstance(handle, Packed):
-            handle.materialize(tensor)
-        for ref in self._held.pop(tensor.untyped_storage()._cdata, ()):
-            kept = ref()
-            if kept is not None and kept.anchored:
-                kept.spill()
-
-    def _enter_unknown(self, plan: Plan, out: Any) -> None:
-        for tensor in _tensors((out,)):
-            bit = plan.binary or tensor.dtype is torch.bool
-            enter(tensor, Packed() if bit and plan.kind is not Kind.VIEW else None)
-
-    def _record_constant(self, func: Any, args: tuple[Any, ...], out: torch.Tensor) -> None:
-        """A constant needs no example to be made again, only its shape."""
-        if not out.is_contiguous():
-            enter(out, None)
-            return
-        value = args[1] if _LIKE[func] is None else _LIKE[func]
-        options = {"dtype": out.dtype, "device": out.device}
-        recipe = Replayed(aten.full.default, (list(out.shape), value), options, None, 0, 0)
-        self._enter_recipe(out, recipe)
-
-    def _record(
-        self, func: Any, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
-    ) -> None:
-        base = args[0] if plan.kind is Kind.VIEW else None
-        if isinstance(out, torch.Tensor):
-            if out.dtype is torch.bool and base is None:
-                enter(out, Packed())
-                return
-            recipe = self._recipe(func, plan, args, kwargs, [out])
-            self._enter_recipe(out, recipe, base)
-            return
-        if not isinstance(out, (tuple, list)):
-            return  # a number that the user reads off
-        outputs = [tensor for tensor in out if isinstance(tensor, torch.Tensor)]
-        recipe = self._recipe(func, plan, args, kwargs, outputs) if outputs else None
-        siblings: list[weakref.ref[Replayed]] = []
-        for index, tensor in enumerate(out):
-            if not isinstance(tensor, torch.Tensor):
-                continue
-            if recipe is None or (index and plan.kind is Kind.NORM):
-                enter(tensor, None, base)
-            else:
-                self._enter_recipe(tensor, recipe.output(index, siblings), base)
-
-    def _recipe(
-        self,
-        func: Any,
-        plan: Plan,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        outputs: list[torch.Tensor],
-    ) -> Replayed | None:
-        """The recipe of an operation, or None where keeping its output is cheaper."""
-        view = plan.kind is Kind.VIEW
-        work, depth = plan.work, 0
-        newly_held = largest = 0
-        cheap = plan.cheap
-        for tensor in _tensors((*args, *kwargs.values()) if kwargs else args):
-            handle = look_up(tensor)
-            if isinstance(handle, Replayed):
-                work += handle.work
-                depth = max(depth, handle.depth)
-                cheap = cheap and handle.cheap
-            elif handle is None or (isinstance(handle, Kept) and not handle.anchored):
-                newly_held += tensor.untyped_storage().nbytes()
-            largest = max(largest, _bytes(tensor))
-            if plan.atomic and tensor.is_cuda:
-                return None
-        size = max(_bytes(tensor) for tensor in outputs)
-        if work > self.work_limit or depth >= MAX_DEPTH or newly_held > size:
-            return None
-        if not view and size * SMALL_OUTPUT <= largest:
-            return None
-        return Replayed(
-            func,
-            tuple(self._operand(arg) for arg in args),
-            {name: self._operand(arg) for name, arg in kwargs.items()},
-            None,
-            work,
-            depth + 1,
-            plan.inplace,
-            cheap,
-        )
-
-    def _operand(self, arg: Any) -> Any:
-        if isinstance(arg, torch.Tensor):
-            handle = look_up(arg)
-            if isinstance(handle, Packed):
-                handle.materialize(arg)
-            elif not isinstance(handle, Handle):
-                handle = self._keep(arg, handle)
-            if isinstance(handle, Kept):
-                handle.anchored = True
-            return handle
-        if isinstance(arg, (list, tuple)) and any(isinstance(item, torch.Tensor) for item in arg):
-            return [self._operand(item) for item in arg]
-        return arg
-
-    def _enter_recipe(
-        self, out: torch.Tensor, recipe: Replayed | None, base: torch.Tensor | None = None
-    ) -> None:
-        if recipe is not None and (self.check or self.observer is not None):
-            recipe.where = self.where
-            if self.check:
-                recipe.checksum = checksum(out)
-        enter(out, recipe, base)
-
+MODES = tuple(WORK_LIMIT)
 
 _local = threading.local()
 
@@ -361,8 +57,8 @@ class recording:
     def __init__(
         self, mode: str = "memory", *, check: bool = False, observer: Observer | None = None
     ) -> None:
-        if mode not in WORK_LIMIT:
-            raise ValueError(f"mode must be one of {sorted(WORK_LIMIT)}, not {mode!r}")
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {MODES}, not {mode!r}")
         self.mode, self.check, self.observer = mode, check, observer
 
     def __enter__(self) -> Tape | None:
@@ -411,31 +107,12 @@ def suspended() -> Iterator[None]:
         tape.suspended -= 1
 
 
-class paused:
+def paused() -> OffStack:
     """Context manager: operations inside are not recorded. For a neuron's own arithmetic.
 
     What they make counts as coming from outside, until :func:`mark_spikes` or :func:`mark_opaque`.
     """
-
-    __slots__ = ("popped", "tape")
-
-    def __enter__(self) -> None:
-        self.tape = tape = current()
-        self.popped = False
-        if tape is None:
-            return
-        # Off the stack it costs nothing; below a mode that the user entered it has to stay.
-        if _get_current_dispatch_mode() is tape:
-            _pop_mode()
-            self.popped = True
-        else:
-            tape.paused += 1
-
-    def __exit__(self, *exc: object) -> None:
-        if self.popped:
-            _push_mode(self.tape)
-        elif self.tape is not None:
-            self.tape.paused -= 1
+    return OffStack(current())
 
 
 def mark_spikes(spikes: torch.Tensor) -> None:

@@ -13,6 +13,7 @@ CHUNK = 1 << 19
 
 
 def pack_bits(flat: torch.Tensor) -> torch.Tensor:
+    """See :func:`snn_reversible_plugin.ops.pack_bits`."""
     n = flat.numel()
     bits = torch.empty((n + 7) // 8, dtype=torch.uint8)
     packed = bits.numpy()
@@ -25,6 +26,7 @@ def pack_bits(flat: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_bits(bits: torch.Tensor, out: torch.Tensor) -> None:
+    """See :func:`snn_reversible_plugin.ops.unpack_bits`."""
     n = out.numel()
     packed = bits.numpy()
     for start in range(0, n, CHUNK):

@@ -12,6 +12,7 @@ CHUNK = 1 << 24
 
 
 def pack_bits(flat: torch.Tensor) -> torch.Tensor:
+    """See :func:`snn_reversible_plugin.ops.pack_bits`."""
     n = flat.numel()
     bits = torch.empty((n + 7) // 8, dtype=torch.uint8, device=flat.device)
     weights = (1 << torch.arange(8, device=flat.device)).to(torch.uint8)
@@ -25,6 +26,7 @@ def pack_bits(flat: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_bits(bits: torch.Tensor, out: torch.Tensor) -> None:
+    """See :func:`snn_reversible_plugin.ops.unpack_bits`."""
     n = out.numel()
     shifts = torch.arange(8, device=bits.device, dtype=torch.uint8)
     for start in range(0, n, CHUNK):

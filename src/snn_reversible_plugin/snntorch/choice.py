@@ -20,7 +20,7 @@ from snn_reversible_plugin.registry import (
     swapped_class,
 )
 from snn_reversible_plugin.snntorch import neurons
-from snn_reversible_plugin.snntorch.neurons import Spec
+from snn_reversible_plugin.snntorch.analytic import Spec, anchored, mechanism_of
 
 
 class Anchored(SwappedClass):
@@ -32,7 +32,7 @@ class Anchored(SwappedClass):
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         """One time step."""
         result = super().forward(*args, **kwargs)  # type: ignore[misc]
-        return neurons.anchored(self, _spec(self), result)
+        return anchored(self, _spec(self), result)
 
 
 _REVERSIBLE: dict[type[nn.Module], tuple[Spec, type[nn.Module]]] = {
@@ -63,7 +63,7 @@ def _spec(neuron: nn.Module) -> Spec:
 
 def _choose(module: nn.Module) -> type[nn.Module]:
     spec, reversible = _REVERSIBLE[type(module)]
-    if neurons.mechanism_of(module, spec) is not None:
+    if mechanism_of(module, spec) is not None:
         return reversible
     return swapped_class(Anchored, type(module))
 

@@ -4,20 +4,20 @@ The one idea: a step's gradient needs the membrane after the step, which lives a
 step starts from it, and no current. So what is held is the membrane, shared by storage between
 two steps, and what a learned factor or a reset asks for beyond it; a step is two nodes instead of about
 ten. Two and not one, because the membrane between them is the user's: its gradient can be asked for,
-and has to contain the part that comes through the spikes.
+and has to contain the part that comes through the spikes. Both are applied under ``tape.paused()``.
 
 Source: ``forward``, ``fire`` and ``mem_reset`` of ``snntorch/_neurons``, version 1.0.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from snn_reversible_plugin import tape
 from snn_reversible_plugin.snntorch.charges import Charge, Gradients
 from snn_reversible_plugin.snntorch.surrogates import Derivative
 
@@ -47,7 +47,10 @@ class Plan(NamedTuple):
 
     charge: type[Charge]
     reset: str
-    recompute: bool = True
+    recompute: bool
+
+
+plan_of = functools.cache(Plan)  # one object for all steps: their graph nodes hold it
 
 
 def fired(mem: Tensor, threshold: Tensor) -> Tensor:
@@ -69,22 +72,20 @@ class Charging(torch.autograd.Function):
         charge = plan.charge
         mem, reset = constants
         x = list(xs)
-        again: list[Tensor] = []
         if plan.reset == AFTER:
             x = x[len(x) // 2 :]
-        with tape.paused():
-            if plan.reset == BEFORE:
-                assert charge.membrane is not None
-                x[charge.membrane] = (1 - reset) * mem
-            states = charge.states(x)
-            if plan.reset == SUBTRACT:
-                states[-1].sub_(reset * threshold)
-            elif plan.reset == AFTER:
-                # Only a recurrent layer can have given the second charge other tensors.
-                same = all(a is b for a, b in zip(xs, x, strict=False))
-                again = states if same else charge.states(xs[: len(x)])
-                for index in charge.zeroed:
-                    states[index].sub_(again[index] * reset)
+        if plan.reset == BEFORE:
+            assert charge.membrane is not None
+            x[charge.membrane] = (1 - reset) * mem
+        states = charge.states(x)
+        if plan.reset == SUBTRACT:
+            states[-1].sub_(reset * threshold)
+        elif plan.reset == AFTER:
+            # Only a recurrent layer can have given the second charge other tensors.
+            same = all(a is b for a, b in zip(xs, x, strict=False))
+            again = states if same else charge.states(xs[: len(x)])
+            for index in charge.zeroed:
+                states[index].sub_(again[index] * reset)
 
         of_threshold = ctx.needs_input_grad[2] and plan.reset == SUBTRACT
         needs = ctx.needs_input_grad[3 : 3 + len(x)]
@@ -147,8 +148,7 @@ class Firing(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(mem, threshold)
         ctx.derivative = derivative
-        with tape.paused():
-            return fired(mem, threshold)
+        return fired(mem, threshold)
 
     @staticmethod
     @once_differentiable

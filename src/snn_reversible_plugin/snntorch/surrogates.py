@@ -120,7 +120,7 @@ def _trusted(
         derivative = functools.partial(derivative, **dict(zip(code.co_freevars, values, strict=True)))
     with torch.inference_mode(False), torch.enable_grad():
         shift = torch.linspace(-3, 3, 101, dtype=torch.float32, device="cpu").requires_grad_()
-        grad = torch.linspace(-1, 2, 101, device="cpu").sin_()
+        grad = torch.linspace(-1, 2, 101, dtype=torch.float32, device="cpu").sin_()
         spikes = spike_grad.value(shift)
         (expected,) = torch.autograd.grad(spikes, shift, grad)
     with torch.no_grad():

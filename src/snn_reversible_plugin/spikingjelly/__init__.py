@@ -7,6 +7,8 @@ what can't be stays stock, with the reason below. Source: ``spikingjelly.activat
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 try:
@@ -20,7 +22,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from snn_reversible_plugin.registry import StaysStock, register_reversible, swapped_class
-from snn_reversible_plugin.spikingjelly.generic import Replayed, dynamics_of
+from snn_reversible_plugin.spikingjelly.generic import Replayed, dynamics_of, origin_of
 from snn_reversible_plugin.spikingjelly.nodes import (
     Analytic,
     Reversible,
@@ -54,10 +56,20 @@ _REPLAYED: tuple[type[nn.Module], ...] = (
 )  # fmt: skip
 
 
+# Through these a neuron is called; a functional forward has no side effects by SpikingJelly's contract.
+_ENTRIES = {"__call__", "forward", "functional_forward", "single_step_forward", "multi_step_forward"}
+
+
 def _choose(module: nn.Module) -> type[nn.Module]:
-    cls = type(module)
+    cls: Any = type(module)
     if isinstance(module, Analytic):
         return cls
+    own = _ENTRIES & origin_of(cls)[1]
+    if own:
+        raise StaysStock(
+            f"it has a {min(own)} of its own, which may do more than its equations; write them as "
+            "single_step_functional_forward to have it replayed"
+        )
     for child in module.modules():
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
             raise StaysStock("its forward updates batch-norm statistics")
@@ -76,7 +88,7 @@ for _cls in _REPLAYED:
 for _cls in _STOCK:
     register_reversible(_cls, subclasses=True)(_refuse)
 for _cls, _rev in _ANALYTIC.items():
-    register_reversible(_cls)(_rev)  # type: ignore[arg-type]
+    register_reversible(_cls)(_rev)
 
 
 def register() -> None:

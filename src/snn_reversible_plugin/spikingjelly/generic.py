@@ -9,7 +9,6 @@ Source: the neurons of ``spikingjelly.activation_based.neuron`` 2.0, read one by
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -61,17 +60,31 @@ _HARMLESS = {
 }  # fmt: skip
 
 
-@functools.cache
-def dynamics_of(cls: type) -> type | None:
+def dynamics_of(cls: type) -> Any:
     """The SpikingJelly class whose dynamics an instance has; None if a subclass overrides any."""
+    if cls not in _dynamics:
+        _dynamics[cls] = _dynamics_of(cls)
+    return _dynamics[cls]
+
+
+_dynamics: dict[type, type | None] = {}
+
+
+def _dynamics_of(cls: type) -> type | None:
+    base, own = origin_of(cls)
+    return None if base is None or own & (set(dir(base)) - _HARMLESS) else base
+
+
+def origin_of(cls: type) -> tuple[type | None, set[str]]:
+    """The SpikingJelly class that a class is or derives from, and what a user's classes define over it."""
     own: set[str] = set()
     for base in cls.__mro__:
         package = base.__module__.partition(".")[0]
         if package == "spikingjelly":
-            return None if own & (set(dir(base)) - _HARMLESS) else base
+            return base, own
         if package != __name__.partition(".")[0]:
             own |= vars(base).keys()
-    return None
+    return None, own
 
 
 class Replayed(SwappedClass):
@@ -87,13 +100,11 @@ class Replayed(SwappedClass):
         return replayed(self, Replayed, args, kwargs)  # type: ignore[arg-type]
 
 
-def replayed(
-    module: nn.Module, mixin: type, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def replayed(module: nn.Module, mixin: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The forward that ``mixin`` stands in front of, with as little kept as can be."""
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return super(mixin, module).forward(*args, **kwargs)  # type: ignore[misc]
+        return super(mixin, module).forward(*args, **kwargs)
 
     if torch.jit.is_tracing() or not _is_learning(module, args, kwargs):
         with tape.paused():
@@ -159,9 +170,7 @@ class _Chunked(torch.autograd.Function):
     """``run(x_seq, states) -> outputs`` on one stretch of neurons after the other."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x_seq: Tensor, run: Callable[..., Any], states: Any, parts: list[slice]
-    ) -> Any:
+    def forward(ctx: Any, x_seq: Tensor, run: Callable[..., Any], states: Any, parts: list[slice]) -> Any:
         ctx.set_materialize_grads(False)
         ctx.run, ctx.states, ctx.parts, ctx.autocast = run, states, parts, Autocast()
         ctx.save_for_backward(x_seq)
@@ -261,7 +270,7 @@ def _in_chunks(module: Any, x_seq: Any) -> Any:
     # EIF has an exponential in its own equation.
     uniform = is_uniform(frozen.surrogate_function) and not isinstance(module, neuron.EIFNode)
     parts = cuts(math.prod(shape), device, uniform)
-    spikes, *updated = _Chunked.apply(x_seq, run, states, parts)  # type: ignore[no-untyped-call]
+    spikes, *updated = _Chunked.apply(x_seq, run, states, parts)
     for name, state in zip(names, updated, strict=True):
         module._memories[name] = state
     module.v_seq = None

@@ -76,9 +76,7 @@ class _MultiStep(torch.autograd.Function):
         ctx.save_for_backward(x_seq, v if ctx.start is None else None, ws[0] if ws else None)
         with tape.paused():
             q = call.leak(ws[0]) if ws else None
-            spikes, v, v_seq = multi_step(
-                x_seq, v, call.rule, call.surrogate, q, call.store_v_seq
-            )
+            spikes, v, v_seq = multi_step(x_seq, v, call.rule, call.surrogate, q, call.store_v_seq)
         if v_seq is None:
             return spikes, v
         return (spikes, v_seq) if call.fused else (spikes, v, v_seq)
@@ -200,11 +198,11 @@ def _forward(module: Any, x: Any) -> Any:
     again = v if isinstance(v, Tensor) else None
     if not multi:
         ws = () if w is None else (w,)
-        s, v = _SingleStep.apply(x, v, again, call, *ws)  # type: ignore[no-untyped-call]
+        s, v = _SingleStep.apply(x, v, again, call, *ws)
         v_seq = None
     else:
         ws = () if w is None else (w,) * (1 if call.fused else x.shape[0])
-        s, *states = _MultiStep.apply(x, v, again, call, *ws)  # type: ignore[no-untyped-call]
+        s, *states = _MultiStep.apply(x, v, again, call, *ws)
         v_seq = states[-1] if call.store_v_seq else None
         v = states[0]
         if v_seq is not None:
@@ -222,9 +220,7 @@ def _forward(module: Any, x: Any) -> Any:
     return s
 
 
-def _call(
-    module: Any, kind: type | None, shape: torch.Size, x: Tensor, w: Tensor | None
-) -> _Call | None:
+def _call(module: Any, kind: type | None, shape: torch.Size, x: Tensor, w: Tensor | None) -> _Call | None:
     if kind is neuron.IFNode:
         tau, decay_input = None, False
     elif kind is neuron.LIFNode:
@@ -253,13 +249,14 @@ def _call(
         return None
     if not _agrees(kind, decay_input, v_reset is None, rule.detach_reset, fused and fused[0]):
         return None
+    known: Surrogate | None
     if fused is not None:
-        known: Surrogate | None = Surrogate(None, derivative(*fused), is_uniform(function))
+        known = Surrogate(None, derivative(*fused), is_uniform(function))
     else:
-        n = shape.numel()
-        known = proved(function, shape, x.dtype, x.device, min(n, chunk_size(x.device)))
-        if known is None:
-            return None
+        chunk = min(shape.numel(), chunk_size(x.device))
+        known = proved(function, shape, x.dtype, x.device, chunk)
+    if known is None:
+        return None
     return _Call(rule, known, fused is not None, bool(module.store_v_seq))
 
 
@@ -273,9 +270,7 @@ def _runs_torch(kind: type, device: torch.device, fused: bool) -> bool:
 
 
 @functools.cache
-def _agrees(
-    kind: type, decay_input: bool, soft: bool, detach_reset: bool, fused: str | None
-) -> bool:
+def _agrees(kind: type, decay_input: bool, soft: bool, detach_reset: bool, fused: str | None) -> bool:
     """Whether the installed SpikingJelly computes what is written out here; tried once for each case.
 
     Another version may do its arithmetic in another order; then stock's own code is replayed.

@@ -120,7 +120,7 @@ class Rerun:
         self.args = tuple(self._slotted(arg) for arg in args)
         self.kwargs = {key: self._slotted(arg) for key, arg in kwargs.items()}
         anchor = torch.empty(0, requires_grad=True)
-        self.saver = _Saver.apply(anchor, *self.tensors).grad_fn  # type: ignore[no-untyped-call]
+        self.saver = _Saver.apply(anchor, *self.tensors).grad_fn
         self.held = [(tensor, tensor._version) for tensor in _tensors_of(module)]
         self.autocast = Autocast()
         self.count = 0

@@ -1,0 +1,253 @@
+"""The written-out gradients against autograd, and the sweeps in place against the specification."""
+
+import doctest
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from snn_reversible_plugin import dynamics, sweeps
+from snn_reversible_plugin.dynamics import Rule, Surrogate, Wanted
+from snn_reversible_plugin.memory import AllocationCounter
+
+ALL = Wanted(x=True, v=True, q=True)
+RULES = [
+    Rule(tau, decay_input, 0.7, v_reset, detach_reset)
+    for tau, decay_input, v_reset, detach_reset in itertools.product(
+        [None, 1.9], [True, False], [0.0, None, -0.2], [True, False]
+    )
+]
+
+
+class Spike(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u):
+        ctx.save_for_backward(u)
+        return (u >= 0).to(u)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return triangle(grad, ctx.saved_tensors[0])
+
+
+def triangle(grad, u):
+    return grad * (1 - u.abs()).clamp_min(0)
+
+
+def smooth_vjp(grad, u):
+    s = torch.sigmoid(u)
+    return torch.ops.aten.sigmoid_backward(grad, s)
+
+
+BINARY = Surrogate(None, triangle, uniform=True)
+SMOOTH = Surrogate(torch.sigmoid, smooth_vjp)
+FIRE = {BINARY: Spike.apply, SMOOTH: torch.sigmoid}
+
+
+def by_autograd(x_seq, v, rule, surrogate, q, g_s, g_v, g_v_seq):
+    """The neuron as a user would write it, and autograd's gradients of x_seq, v and q."""
+    x_seq, v, q = (t.detach().requires_grad_() if t is not None else None for t in (x_seq, v, q))
+    spikes, voltages, state = [], [], v
+    rest = 0.0 if rule.v_reset is None else rule.v_reset
+    for x in x_seq:
+        if q is None and rule.tau is None:
+            h = state + x
+        else:
+            pull = x - (state - rest) if rule.decay_input else state - rest
+            leak = pull / rule.tau if q is None else pull * q
+            h = state + leak if rule.decay_input else state - leak + x
+        s = FIRE[surrogate](h - rule.v_threshold)
+        r = s.detach() if rule.detach_reset else s
+        state = h - r * rule.v_threshold if rule.v_reset is None else r * rule.v_reset + (1.0 - r) * h
+        spikes.append(s)
+        voltages.append(state)
+    outputs = torch.stack(spikes), state, torch.stack(voltages)
+    pairs = [(o, g) for o, g in zip(outputs, (g_s, g_v, g_v_seq), strict=True) if g is not None]
+    inputs = [x_seq, v] + ([] if q is None else [q])
+    grads = torch.autograd.grad([o for o, _ in pairs], inputs, [g for _, g in pairs])
+    return [t.detach() for t in outputs], grads
+
+
+def problem(rule, shape=(4, 3, 5), dtype=torch.float32, learnable=False):
+    x_seq, v = torch.randn(shape, dtype=dtype) * 1.3, torch.randn(shape[1:], dtype=dtype) * 0.5
+    q = torch.tensor(0.4, dtype=dtype) if learnable else None
+    rule = rule._replace(tau=None) if learnable else rule
+    g_s, g_v, g_v_seq = torch.randn_like(x_seq), torch.randn_like(v), torch.randn_like(x_seq)
+    return x_seq, v, rule, q, g_s, g_v, g_v_seq
+
+
+def assert_same(x_seq, v, rule, surrogate, q, given_grads, owned=False):
+    expected, grads = by_autograd(x_seq, v, rule, surrogate, q, *given_grads)
+    for run, vjp, how in (
+        (dynamics.sequence, dynamics.sequence_vjp, {}),
+        (sweeps.multi_step, sweeps.multi_step_vjp, {"owned": owned}),
+    ):
+        got = run(x_seq, v, rule, surrogate, q, True)
+        assert all(map(torch.equal, got, expected))
+        assert all(map(torch.equal, run(x_seq, v, rule, surrogate, q, False)[:2], expected))
+        found = vjp(
+            x_seq.clone(memory_format=torch.preserve_format),
+            v,
+            *given_grads,
+            rule,
+            surrogate,
+            q,
+            ALL,
+            **how,
+        )
+        assert torch.equal(found.x, grads[0])
+        first, second = found.v
+        assert torch.equal(first if second is None else first + second, grads[1])
+        if q is not None:
+            assert torch.equal(sum(found.q[1:], found.q[0]), grads[2])
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("surrogate", [BINARY, SMOOTH], ids=["binary", "smooth"])
+@pytest.mark.parametrize("learnable", [False, True], ids=["fixed", "learnable"])
+def test_gradients_are_autograds(rule, surrogate, learnable):
+    for dtype, owned in itertools.product([torch.float32, torch.float64, torch.bfloat16], [False, True]):
+        x_seq, v, used, q, *grads = problem(rule, dtype=dtype, learnable=learnable)
+        for g_s, g_v, g_v_seq in itertools.product(*([None, g] for g in grads)):
+            if not (g_s is None and g_v is None and g_v_seq is None):
+                assert_same(x_seq, v, used, surrogate, q, (g_s, g_v, g_v_seq), owned)
+
+
+@given(
+    shape=st.lists(st.integers(0, 4), min_size=1, max_size=4).map(lambda s: (1 + s[0], *s[1:], 2)),
+    rule=st.sampled_from(RULES),
+    learnable=st.booleans(),
+    layout=st.sampled_from(["plain", "reversed", "channels_last", "gradient_reversed", "expanded"]),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=120, deadline=None)
+def test_any_shape_and_layout(shape, rule, learnable, layout, seed):
+    torch.manual_seed(seed)
+    x_seq, v, rule, q, g_s, g_v, _ = problem(rule, shape, learnable=learnable)
+    order = range(x_seq.dim())
+    if layout == "reversed":
+        x_seq = x_seq.permute(*order[::-1]).contiguous().permute(*order[::-1])
+    elif layout == "channels_last" and x_seq.dim() == 5:
+        x_seq = x_seq.movedim(2, -1).contiguous().movedim(-1, 2)
+        v, g_s = (t.movedim(-3, -1).contiguous().movedim(-1, -3) for t in (v, g_s))
+    elif layout == "gradient_reversed":
+        g_s = g_s.permute(*order[::-1]).contiguous().permute(*order[::-1])
+    elif layout == "expanded":
+        g_s = g_s[:1, ..., :1].expand(x_seq.shape)
+    assert_same(x_seq, v, rule, BINARY, q, (g_s, g_v, None))
+
+
+def test_a_constant_start_is_a_tensor_of_that_value():
+    for rule, value in itertools.product(RULES, [0.0, 0.35]):
+        x_seq, v, rule, _, g_s, g_v, _ = problem(rule)
+        v.fill_(value)
+        for a, b in zip(
+            sweeps.multi_step(x_seq, value, rule, BINARY)[:2],
+            sweeps.multi_step(x_seq, v, rule, BINARY)[:2],
+            strict=True,
+        ):
+            assert torch.equal(a, b)
+        grads = [
+            sweeps.multi_step_vjp(x_seq, start, g_s, g_v, None, rule, BINARY).x for start in (value, v)
+        ]
+        assert torch.equal(*grads)
+
+
+def test_an_owned_current_becomes_its_gradient():
+    x_seq, v, rule, _, g_s, _, _ = problem(RULES[-1])
+    kept = x_seq.clone()
+    sweeps.multi_step_vjp(x_seq, v, g_s, None, None, rule, BINARY)
+    assert torch.equal(x_seq, kept)
+    grads = sweeps.multi_step_vjp(x_seq, v, g_s, None, None, rule, BINARY, owned=True)
+    assert grads.x is x_seq
+    overlapping = kept[:1].expand(kept.shape)
+    grads = sweeps.multi_step_vjp(overlapping, v, g_s, None, None, rule, BINARY, owned=True)
+    assert grads.x is not overlapping
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_memory_beyond_the_results_is_a_few_chunks(rule, monkeypatch):
+    monkeypatch.setattr(sweeps, "chunk_size", lambda device: 1024)
+    x_seq = torch.randn(8, 64, 1024)
+    g_s, size, step = torch.randn_like(x_seq), x_seq.numel() * 4, x_seq[0].numel() * 4
+    rule_surrogate = Surrogate(None, lambda grad, u: u.abs_().reciprocal_().mul_(grad), uniform=True)
+    with AllocationCounter() as counter:
+        kept = sweeps.multi_step(x_seq, 0.0, rule, rule_surrogate)
+    assert counter.peak < size + step + 12 * 4096
+    del kept
+    with AllocationCounter() as counter:
+        sweeps.multi_step_vjp(x_seq, 0.0, g_s, None, None, rule, rule_surrogate, owned=True)
+    assert counter.peak < 12 * 4096
+
+
+def test_single_steps_are_a_sequence():
+    for rule, learnable in itertools.product(RULES, [False, True]):
+        x_seq, v, rule, q, g_s, g_v, _ = problem(rule, (1, 3, 5), learnable=learnable)
+        s, after, h, pull = dynamics.single_step(x_seq[0], v, rule, BINARY, q)
+        expected = dynamics.sequence(x_seq, v, rule, BINARY, q)
+        assert torch.equal(s, expected[0][0])
+        assert torch.equal(after, expected[1])
+        one = dynamics.single_step_vjp(h, g_s[0], g_v, rule, BINARY, q, pull)
+        many = dynamics.sequence_vjp(x_seq, v, g_s, g_v, None, rule, BINARY, q, ALL)
+        assert torch.equal(one.x, many.x[0])
+        assert torch.equal(one.v[0], many.v[0])
+        assert [g.item() for g in one.q] == [g.item() for g in many.q]
+
+
+@given(n=st.integers(0, 5_000_000), threads=st.integers(1, 80), uniform=st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_cuts_cover_the_neurons_and_respect_vector_registers(n, threads, uniform):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: threads)
+        parts = sweeps.cuts(n, torch.device("cpu"), uniform)
+
+        def ends_of_shares(length):
+            pieces = min(threads, -(-length // 32_768)) or 1
+            share = -(-length // pieces)
+            return [min(length, k * share) for k in range(1, pieces + 1)]
+
+        assert parts[0].start == 0
+        assert parts[-1].stop == n
+        assert all(a.stop == b.start for a, b in itertools.pairwise(parts))
+        if uniform or len(parts) == 1:
+            return
+        assert max(p.stop - p.start for p in parts) <= sweeps.chunk_size(torch.device("cpu"))
+        assert all(end % 64 == 0 or end == n for end in ends_of_shares(n))
+        for part in parts:
+            assert part.start % 64 == 0
+            for end in ends_of_shares(part.stop - part.start):
+                assert (part.start + end) % 64 == 0 or part.start + end == n
+
+
+@pytest.mark.parametrize("n", [32_769, 100_003, 131_072 + 17, 262_144 + 200])
+def test_cuts_of_a_sigmoid_are_those_of_the_whole(n):
+    threads = torch.get_num_threads()
+    u = torch.randn(n)
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            whole = torch.sigmoid(u)
+            for part in sweeps.cuts(n, u.device, uniform=False):
+                assert torch.equal(torch.sigmoid(u[part]), whole[part])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_numbers_that_are_not_finite():
+    for rule, value in itertools.product(RULES, [math.nan, math.inf, -math.inf]):
+        x_seq, v, rule, q, *grads = problem(rule)
+        x_seq[1, 0, 0] = value
+        expected, (g_x, *_) = by_autograd(x_seq, v, rule, BINARY, q, *grads)
+        got = sweeps.multi_step(x_seq, v, rule, BINARY, None, True)
+        found = sweeps.multi_step_vjp(x_seq, v, *grads, rule, BINARY)
+        for a, b in zip((*got, found.x), (*expected, g_x), strict=True):
+            assert torch.equal(a.nan_to_num(9), b.nan_to_num(9))
+            assert torch.equal(a.isnan(), b.isnan())
+
+
+@pytest.mark.parametrize("module", [dynamics, sweeps])
+def test_examples(module):
+    assert doctest.testmod(module).failed == 0
