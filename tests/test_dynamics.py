@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snn_reversible_plugin import dynamics, sweeps
+from snn_reversible_plugin import cuts, dynamics, sweeps
 from snn_reversible_plugin.dynamics import Rule, Surrogate, Wanted
 from snn_reversible_plugin.memory import AllocationCounter
 
@@ -170,7 +170,7 @@ def test_an_owned_current_becomes_its_gradient():
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_memory_beyond_the_results_is_a_few_chunks(rule, monkeypatch):
-    monkeypatch.setattr(sweeps, "chunk_size", lambda device: 1024)
+    monkeypatch.setattr(cuts, "chunk_size", lambda device: 1024)
     x_seq = torch.randn(8, 64, 1024)
     g_s, size, step = torch.randn_like(x_seq), x_seq.numel() * 4, x_seq[0].numel() * 4
     rule_surrogate = Surrogate(None, lambda grad, u: u.abs_().reciprocal_().mul_(grad), uniform=True)
@@ -202,7 +202,7 @@ def test_single_steps_are_a_sequence():
 def test_cuts_cover_the_neurons_and_respect_vector_registers(n, threads, uniform):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: threads)
-        parts = sweeps.cuts(n, torch.device("cpu"), uniform)
+        parts = cuts.cuts(n, torch.device("cpu"), uniform)
 
         def ends_of_shares(length):
             pieces = min(threads, -(-length // 32_768)) or 1
@@ -214,7 +214,7 @@ def test_cuts_cover_the_neurons_and_respect_vector_registers(n, threads, uniform
         assert all(a.stop == b.start for a, b in itertools.pairwise(parts))
         if uniform or len(parts) == 1:
             return
-        assert max(p.stop - p.start for p in parts) <= sweeps.chunk_size(torch.device("cpu"))
+        assert max(p.stop - p.start for p in parts) <= cuts.chunk_size(torch.device("cpu"))
         assert all(end % 64 == 0 or end == n for end in ends_of_shares(n))
         for part in parts:
             assert part.start % 64 == 0
@@ -230,7 +230,7 @@ def test_cuts_of_a_sigmoid_are_those_of_the_whole(n):
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             whole = torch.sigmoid(u)
-            for part in sweeps.cuts(n, u.device, uniform=False):
+            for part in cuts.cuts(n, u.device, uniform=False):
                 assert torch.equal(torch.sigmoid(u[part]), whole[part])
     finally:
         torch.set_num_threads(threads)
@@ -248,6 +248,6 @@ def test_numbers_that_are_not_finite():
             assert torch.equal(a.isnan(), b.isnan())
 
 
-@pytest.mark.parametrize("module", [dynamics, sweeps])
+@pytest.mark.parametrize("module", [cuts, dynamics, sweeps])
 def test_examples(module):
     assert doctest.testmod(module).failed == 0

@@ -123,7 +123,7 @@ def test_layouts(cls, layout):
 
 @pytest.mark.parametrize("cls", REV)
 def test_chunks_of_neurons_give_the_same(cls, monkeypatch):
-    monkeypatch.setattr("snn_reversible_plugin.sweeps.chunk_size", lambda device: 7)
+    monkeypatch.setattr("snn_reversible_plugin.cuts.chunk_size", lambda device: 7)
     monkeypatch.setattr("snn_reversible_plugin.spikingjelly.nodes.chunk_size", lambda device: 7)
     for settings, reset, store, name in itertools.product(
         settings_of(cls), RESETS, [False, True], ["ATan", "Rect", "Triangle"]

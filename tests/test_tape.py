@@ -200,6 +200,53 @@ def test_a_view_of_spikes_that_were_written_in_place():
     assert torch.equal(weight.grad, s.flatten(0, 1).sum(0)[:, None].expand(64, 64) + s[0].sum(0)[:, None])
 
 
+@pytest.mark.parametrize("how", ["data in place", "data replaced", "data of a view"])
+def test_changes_behind_the_version_counter(net, x, how):
+    """What is saved after the change has the new value, what was saved before the old one."""
+
+    def forward():
+        out = net["bn1"](net["conv1"](x))
+        before = out.sigmoid()
+        if how == "data in place":
+            out.data.mul_(2)
+        elif how == "data replaced":
+            out.data = out.data * 2
+        else:
+            out.data[0].mul_(2)
+        return net["conv2"](out * out) * before
+
+    saved = Saved()
+    torch.manual_seed(0)
+    expected = gradients(forward, [net["conv2"].weight])
+    torch.manual_seed(0)
+    actual = gradients(forward, [net["conv2"].weight], mode="memory", observer=saved)
+    assert torch.equal(expected[0], actual[0]) and torch.equal(expected[1][0], actual[1][0])
+
+
+def test_sparse_operands():
+    weight = torch.randn(32, 8, requires_grad=True)
+    dense = torch.rand(16, 32)
+
+    def forward():
+        sparse = (dense * (dense > 0.7)).to_sparse()
+        return (torch.sparse.mm(sparse, weight) * 2).sigmoid()
+
+    assert_same(forward, [weight])
+
+
+def test_vmap_inside_a_recording(net, x):
+    def forward():
+        s = Heaviside.apply(net["conv1"](x))
+        return torch.vmap(lambda y: net["head"](y.flatten()[:128]).sigmoid())(s)
+
+    assert_same(forward, leaves_of(net))
+
+
+def test_reparametrized_weights(x):
+    conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 4, 3))
+    assert_same(lambda: Heaviside.apply(conv(x)) * conv(x), list(conv.parameters()))
+
+
 def test_in_place_on_what_a_recipe_holds(net, x):
     """Stock autograd saves nothing of `a + 1`, so it does not mind that `a` changes afterwards."""
     noise = torch.randn(6, 8, 16, 16)

@@ -66,8 +66,7 @@ class Surrogate(NamedTuple):
 
     ``fire`` maps u to the output; None is the Heaviside step ``u >= 0``. ``vjp(grad, u)`` returns the
     gradient with respect to u; it may overwrite u, never grad. Both work element by element.
-    ``uniform``: an element's bits don't depend on where in memory it lies (:mod:`.sweeps`, note on
-    cuts).
+    ``uniform``: an element's bits don't depend on where in memory it lies (:mod:`.cuts`).
     """
 
     fire: Callable[[Tensor], Tensor] | None

@@ -6,6 +6,7 @@ tape, so that a state handed from one call to the next is known in the next.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from typing import Any
 
@@ -16,17 +17,30 @@ from snn_reversible_plugin.handles import Handle
 OUTSIDE: Any = object()
 
 
+# NOTE [When an entry holds]
+#
+# 1. For the same tensor object: an id alone comes back after a free, so the weak reference is compared.
+# 2. At the same version: an in-place operation moves the version counter on.
+# 3. At the same address: `x.data = y` changes a tensor without touching its version.
+# 4. As long as nobody wrote to the storage through an alias: `x.data.mul_(2)` moves a version counter of
+#    its own. Recorded writes are numbered by storage, and void what is older.
+
+
 class _Entry(weakref.ref):
     """What is known of a live tensor: its handle (None: made under a tape, no recipe) at a version."""
 
-    __slots__ = ("handle", "key", "version")
+    __slots__ = ("address", "handle", "key", "serial", "version")
 
     handle: Handle | None
     key: int
     version: int
+    address: int
+    serial: int
 
 
 _entries: dict[int, _Entry] = {}
+_writes: dict[int, int] = {}
+_serial = itertools.count()
 
 
 def _forget(entry: _Entry) -> None:
@@ -37,10 +51,14 @@ def _forget(entry: _Entry) -> None:
 def enter(tensor: torch.Tensor, handle: Handle | None, base: torch.Tensor | None = None) -> None:
     """Write down a tensor's handle. A new view gets the version counter of its ``base`` only after
     the operation has returned, so the base is asked."""
+    if not is_plain(tensor):
+        return
     entry = _Entry(tensor, _forget)
     entry.key, entry.handle = id(tensor), handle
     counted = tensor if base is None else base
     entry.version = -1 if counted.is_inference() else counted._version
+    entry.address = tensor.data_ptr()
+    entry.serial = next(_serial)
     _entries[entry.key] = entry
 
 
@@ -49,13 +67,37 @@ def look_up(tensor: torch.Tensor) -> Any:
     entry = _entries.get(id(tensor))
     if entry is None or entry() is not tensor:
         return OUTSIDE
-    if entry.version >= 0 and entry.version != tensor._version:
+    if (
+        (entry.version >= 0 and entry.version != tensor._version)
+        or entry.address != tensor.data_ptr()
+        or (_writes and _writes.get(storage_key(tensor), -1) > entry.serial)
+    ):
         return None
     return entry.handle
 
 
 def written(tensor: torch.Tensor) -> None:
-    """Follow the version counter, which moves on once the recorded in-place operation returns."""
+    """An in-place operation that the tape recorded is about to return, and to move the version on."""
+    if not is_plain(tensor):
+        return
+    _writes[storage_key(tensor)] = next(_serial)
     entry = _entries.get(id(tensor))
-    if entry is not None and entry() is tensor and entry.version >= 0:
-        entry.version += 1
+    if entry is not None and entry() is tensor:
+        entry.serial = next(_serial)
+        if entry.version >= 0:
+            entry.version += 1
+
+
+def forget_writes() -> None:
+    """Start a recording afresh: storages have come and gone since the last one."""
+    _writes.clear()
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """Identifies a live storage."""
+    return tensor.untyped_storage()._cdata
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has a storage of its own kind: not sparse, not opaque."""
+    return tensor.layout is torch.strided

@@ -265,6 +265,8 @@ _local = threading.local()
 
 def note_ownership(value: torch.Tensor, owned: bool) -> None:
     """Remember for :func:`owns` whether the value that is about to be handed out is the caller's."""
+    if value.layout is not torch.strided:
+        return
     fresh = _local.__dict__.setdefault("fresh", {})
     if len(fresh) > 64:
         fresh.clear()

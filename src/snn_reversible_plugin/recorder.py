@@ -24,7 +24,15 @@ from torch.utils._python_dispatch import (
     _push_mode,
 )
 
-from snn_reversible_plugin.entries import OUTSIDE, enter, look_up, written
+from snn_reversible_plugin.entries import (
+    OUTSIDE,
+    enter,
+    forget_writes,
+    is_plain,
+    look_up,
+    storage_key,
+    written,
+)
 from snn_reversible_plugin.handles import Handle, Kept, Packed, Replayed, checksum
 from snn_reversible_plugin.operators import Kind, Plan, aten, plan_of
 
@@ -93,6 +101,7 @@ class Tape(TorchDispatchMode):
         self.check = check
         self.observer = observer
         self.where: str | None = None  # the module that runs, in check mode and under an observer
+        forget_writes()
         self.suspended = 0
         self.paused = 0
         self._outside: dict[int, Kept] = {}
@@ -142,8 +151,8 @@ class Tape(TorchDispatchMode):
             kept = Kept(_alias(tensor))
             enter(tensor, kept)
         kept.where = self.where
-        storage = tensor.untyped_storage()._cdata
-        self._held.setdefault(storage, []).append(weakref.ref(kept))
+        if is_plain(tensor):
+            self._held.setdefault(storage_key(tensor), []).append(weakref.ref(kept))
         return kept
 
     # The recording mode.
@@ -205,7 +214,9 @@ class Tape(TorchDispatchMode):
         handle = look_up(tensor)
         if isinstance(handle, Packed):
             handle.materialize(tensor)
-        for ref in self._held.pop(tensor.untyped_storage()._cdata, ()):
+        if not is_plain(tensor):
+            return
+        for ref in self._held.pop(storage_key(tensor), ()):
             kept = ref()
             if kept is not None and kept.anchored:
                 kept.spill()
@@ -264,6 +275,8 @@ class Tape(TorchDispatchMode):
         cheap = plan.cheap
         for tensor in _tensors((*args, *kwargs.values()) if kwargs else args):
             handle = look_up(tensor)
+            if not is_plain(tensor):
+                return None
             if isinstance(handle, Replayed):
                 work += handle.work
                 depth = max(depth, handle.depth)
@@ -273,6 +286,8 @@ class Tape(TorchDispatchMode):
             largest = max(largest, _bytes(tensor))
             if plan.atomic and tensor.is_cuda:
                 return None
+        if not all(is_plain(tensor) for tensor in outputs):
+            return None
         size = max(_bytes(tensor) for tensor in outputs)
         if work > self.work_limit or depth >= MAX_DEPTH or newly_held > size:
             return None

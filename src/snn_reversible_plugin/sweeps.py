@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from snn_reversible_plugin.cuts import cuts
 from snn_reversible_plugin.dynamics import (
     Gradients,
     Rule,
@@ -39,50 +40,6 @@ from snn_reversible_plugin.dynamics import (
 
 
 ONLY_X = Wanted(x=True, v=False, q=False)
-
-
-def chunk_size(device: torch.device) -> int:
-    """How many neurons to work on at a time: what the cores' caches hold, or what fills a GPU."""
-    if device.type != "cpu":
-        return 1 << 20
-    threads = torch.get_num_threads()
-    return _GRAIN * (2 * threads if threads <= 8 else min(threads, 16))
-
-
-# NOTE [Where neurons may be cut]
-#
-# 1. On a CPU, torch works on vector registers and finishes the last few elements of each thread's share
-#    one by one. exp, sigmoid, cos and their like are other code there, and can differ in the last bit.
-# 2. So wherever such a function is involved, a piece has to end where stock's step ends a thread's
-#    share, or at a multiple of the registers' length from that share's beginning.
-# 3. Shares are n / k elements, rounded up, for the smallest k of the number of threads and of n / 32,768
-#    rounded up. Where they don't end at a multiple, a step is not cut at all.
-# 4. The pieces are shared out among threads too: up to one grain each, or evenly in whole grains.
-_GRAIN = 32_768
-_REGISTERS = 64  # a multiple of any vector loop's step
-
-
-def cuts(n: int, device: torch.device, uniform: bool) -> list[slice]:
-    """How to cut n neurons into chunks such that every element comes out as if they weren't cut.
-
-    ``uniform``: no function is involved whose bits depend on an element's place.
-    """
-    size = chunk_size(device)
-    if not uniform and device.type == "cpu":
-        threads = torch.get_num_threads()
-        shares = min(threads, -(-n // _GRAIN))
-        if shares > 1 and -(-n // shares) % _REGISTERS:
-            return [slice(0, n)]
-        rest = n - n % size
-        ends = [*range(size, rest + 1, size)]
-        grains = n % size // _GRAIN
-        if grains > threads:
-            ends.append(rest + threads * _GRAIN)
-        ends += [rest + grains * _GRAIN, n]
-    else:
-        ends = [*range(size, n, size), n]
-    begins = [0, *ends[:-1]]
-    return [slice(a, b) for a, b in zip(begins, ends, strict=True) if b > a] or [slice(0, 0)]
 
 
 def multi_step(
@@ -190,8 +147,11 @@ def multi_step_vjp(
             g_h = work.fire_reset_vjp(hs[t], None if gs is None else gs[t], carry)
             if learns_leak:
                 g_q.append(work.leak_vjp(g_h, xs[t], work.state))
-            above = gvs[t - 1] if t and gvs is not None else None
-            carry = work.charge_vjp(g_h, hs[t], above, [g[part] for g in starts] if not t else [])
+            if t:
+                above = None if gvs is None else gvs[t - 1]
+                carry = work.charge_vjp(g_h, hs[t], above)
+            else:
+                work.first_vjp(g_h, hs[0], [g[part] for g in starts])
     parts = (*g_start, None, None)
     return Gradients(g_x if wanted.x else None, (parts[0], parts[1]), g_q)
 
@@ -347,10 +307,10 @@ class _Work:
         if g_v is None:
             assert g_s is not None
             return self.surrogate.vjp(g_s, u)
-        through_reset = g_v
+        keep = None
         if rule.v_reset is not None:
             self._fire_at(u, self.s)
-            through_reset = torch.sub(self.one, self.s, out=self.k).mul_(g_v)
+            keep = torch.sub(self.one, self.s, out=self.k)
         if not rule.detach_reset:
             factor = rule.v_threshold if rule.v_reset is None else h
             term = torch.mul(g_v, factor, out=self.s)
@@ -360,8 +320,13 @@ class _Work:
             elif rule.v_reset is not None:
                 g_s.add_(torch.mul(g_v, rule.v_reset, out=self.h))
         if g_s is None:
-            return u.copy_(through_reset)
-        return torch.add(through_reset, self.surrogate.vjp(g_s, u), out=self.u)
+            return u.copy_(g_v) if keep is None else torch.mul(keep, g_v, out=u)
+        through_spike = self.surrogate.vjp(g_s, u)
+        if keep is None:
+            return torch.add(g_v, through_spike, out=u)
+        if self.binary:
+            return torch.addcmul(through_spike, keep, g_v, out=u)
+        return torch.add(keep.mul_(g_v), through_spike, out=u)
 
     def leak_vjp(self, g_h: Tensor, x: Tensor, v: Tensor) -> Tensor:
         """The gradient of q at the step that charged v with x. Uses s k."""
@@ -372,22 +337,31 @@ class _Work:
         total = torch.mul(g_h, pull, out=self.s).sum()
         return (total if self.rule.decay_input else total.neg_()).to(self.q.dtype)
 
-    def charge_vjp(self, g_h: Tensor, out: Tensor, above: Tensor | None, starts: list[Tensor]) -> Tensor:
-        """x's gradient into out; returns the gradient of the membrane before the step. Uses k carry.
+    def charge_vjp(self, g_h: Tensor, out: Tensor, above: Tensor | None) -> Tensor:
+        """x's gradient into out; returns that of the membrane before the step. Uses k carry.
 
-        ``above`` is that membrane's own incoming gradient; ``starts`` take its two parts where the
-        step was the first.
+        ``above`` is what that membrane gets from v_seq.
         """
-        if starts:
-            starts[0].copy_(g_h)
         if not self.leaky:
             out.copy_(g_h)
             return out if above is None else torch.add(above, out, out=self.carry)
-        leak = self._leak(g_h, out if self.rule.decay_input else self.k)
-        if starts:
-            torch.neg(leak, out=starts[1])
+        leak = self._leak_vjp(g_h, out)
         total = g_h if above is None else torch.add(above, g_h, out=self.carry)
-        carry = torch.sub(total, leak, out=self.carry)
-        if not self.rule.decay_input:
+        return torch.sub(total, leak, out=self.carry)
+
+    def first_vjp(self, g_h: Tensor, out: Tensor, starts: list[Tensor]) -> None:
+        """x's gradient into out, and the two terms of the first membrane's into starts, if wanted."""
+        for start in starts[:1]:
+            start.copy_(g_h)
+        if not self.leaky:
             out.copy_(g_h)
-        return carry
+            return
+        leak = self._leak_vjp(g_h, out)
+        for start in starts[1:]:
+            torch.neg(leak, out=start)
+
+    def _leak_vjp(self, g_h: Tensor, out: Tensor) -> Tensor:
+        if self.rule.decay_input:
+            return self._leak(g_h, out)
+        out.copy_(g_h)
+        return self._leak(out, self.k)

@@ -18,6 +18,7 @@ from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 
 from snn_reversible_plugin import tape
+from snn_reversible_plugin.cuts import cuts
 from snn_reversible_plugin.dynamics import is_plain
 from snn_reversible_plugin.registry import SwappedClass
 from snn_reversible_plugin.spikingjelly.rerun import (
@@ -32,7 +33,6 @@ from snn_reversible_plugin.spikingjelly.surrogates import (
     is_known,
     is_uniform,
 )
-from snn_reversible_plugin.sweeps import cuts
 
 # Every element on its own, nothing learnable, states of the input's shape.
 _POINTWISE = {

@@ -21,6 +21,7 @@ from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import Tensor, nn
 
 from snn_reversible_plugin import tape
+from snn_reversible_plugin.cuts import chunk_size
 from snn_reversible_plugin.dynamics import Rule, Surrogate, Wanted, single_step, single_step_vjp
 from snn_reversible_plugin.registry import SwappedClass
 from snn_reversible_plugin.spikingjelly.generic import dynamics_of, replayed
@@ -33,7 +34,7 @@ from snn_reversible_plugin.spikingjelly.surrogates import (
     is_uniform,
     proved,
 )
-from snn_reversible_plugin.sweeps import chunk_size, multi_step, multi_step_vjp
+from snn_reversible_plugin.sweeps import multi_step, multi_step_vjp
 
 # NOTE [What stock runs]
 #
