@@ -376,7 +376,7 @@ def test_verify_after_training_without_a_reset(net, x):
 
 def test_verify_finds_a_replay_that_differs():
     class Impure(nn.Module):
-        """Reads something that changes behind autograd's back."""
+        """Reads something that changes behind torch's back."""
 
         def __init__(self):
             super().__init__()
@@ -384,7 +384,7 @@ def test_verify_finds_a_replay_that_differs():
 
         def forward(self, y):
             out = y * self.gain
-            self.gain.data += 1.0
+            self.gain.numpy()[:] += 1.0
             return out.sigmoid() * out
 
     model = nn.Sequential(nn.Conv2d(2, 8, 3), Impure(), neuron.LIFNode())

@@ -5,11 +5,15 @@ import torch
 from against_stock import assert_trains_like_stock, make_fire
 
 sj_model = pytest.importorskip("spikingjelly.activation_based.model")
-from spikingjelly.activation_based import functional, neuron, surrogate  # noqa: E402
+from spikingjelly.activation_based import functional, layer, neuron, rnn, surrogate  # noqa: E402
 from spikingjelly.activation_based.model import (  # noqa: E402
+    masnn,
+    maxformer,
     ms_resnet,
     parametric_lif_net,
+    qkformer,
     sew_resnet,
+    spike_driven_transformer,
     spikformer,
     spiking_resnet,
     spiking_vgg,
@@ -48,6 +52,21 @@ ZOO = {
         ),
         (2, 3, 32, 32),
     ),
+    "maxformer": (
+        lambda: maxformer.MaxFormer(T=2, num_classes=5, embed_dims=96, depths=(1, 1, 1), cifar=True),
+        (2, 2, 3, 32, 32),
+    ),
+    "qkformer": (
+        lambda: qkformer.QKFormer(T=2, num_classes=5, embed_dims=48, num_heads=(1, 2, 2), depths=(1, 1, 1)),
+        (2, 2, 3, 64, 64),
+    ),
+    "spike-driven transformer": (
+        lambda: spike_driven_transformer.SpikeDrivenTransformer(
+            T=2, num_classes=5, embed_dims=64, num_heads=4, depths=2
+        ),
+        (2, 2, 3, 32, 32),
+    ),
+    "MASNN": (lambda: masnn.MASNN(T=5, channels=(8, 8, 8), fc_hidden=16, num_classes=5), (5, 2, 2, 32, 32)),
     "DVSGestureNet": (
         lambda: parametric_lif_net.DVSGestureNet(channels=8, spiking_neuron=neuron.LIFNode),
         (2, 1, 2, 128, 128),
@@ -61,6 +80,44 @@ def test_spikingjelly_models(name, mode):
     make, shape = ZOO[name]
     x = torch.rand(shape) * 2
     assert_trains_like_stock(multi_step(make), (x,), steps=2 if mode == "memory" else 1, mode=mode)
+
+
+@pytest.mark.parametrize("container", ["linear recurrence", "element-wise recurrence", "time last", "step by step"])
+def test_spikingjelly_containers(container):
+    from torch import nn
+
+    def make():
+        if container == "linear recurrence":
+            node = layer.LinearRecurrentContainer(neuron.LIFNode(), 24, 24, step_mode="m")
+        elif container == "element-wise recurrence":
+            node = layer.ElementWiseRecurrentContainer(neuron.IFNode(), torch.add, step_mode="m")
+        elif container == "time last":
+            return nn.Sequential(
+                layer.TLastSeqToANNContainer(nn.Linear(12, 24)), layer.TLastMultiStepContainer(neuron.LIFNode())
+            )
+        else:
+            node = layer.MultiStepContainer(nn.Linear(24, 24), neuron.ParametricLIFNode())
+        return nn.Sequential(layer.Linear(12, 24, step_mode="m"), node, layer.Linear(24, 3, step_mode="m"))
+
+    shape = (8, 12, 5) if container == "time last" else (5, 8, 12)
+    assert_trains_like_stock(make, (torch.rand(shape) * 3,))
+
+
+@pytest.mark.parametrize("kind", [rnn.SpikingLSTM, rnn.SpikingGRU, rnn.SpikingVanillaRNN])
+def test_spikingjelly_recurrent_cells(kind):
+    from torch import nn
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = kind(12, 24, 2)
+            self.fc = nn.Linear(24, 3)
+
+        def forward(self, x_seq):
+            return self.fc(self.rnn(x_seq)[0])
+
+    converted = assert_trains_like_stock(Net, (torch.rand(5, 8, 12),))
+    assert converted._srp_settings.stays_stock
 
 
 def test_single_step_resnet_in_a_users_loop():

@@ -12,6 +12,7 @@ import sys
 from torch import nn
 
 FRAMEWORKS = ("spikingjelly", "snntorch")
+_NEURON_BASES = ("BaseNode", "SimpleBaseNode", "SpikingRNNCellBase", "SpikingNeuron")
 
 
 def load_adapters() -> None:
@@ -56,6 +57,6 @@ def is_spiking(module: nn.Module) -> bool:
     """Whether a module is a spiking neuron of a known framework, by its base class."""
     return any(
         cls.__module__.partition(".")[0] in FRAMEWORKS
-        and cls.__name__ in ("BaseNode", "SimpleBaseNode", "SpikingNeuron")
+        and cls.__name__ in _NEURON_BASES
         for cls in type(module).__mro__
     )

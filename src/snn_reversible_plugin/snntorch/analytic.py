@@ -77,8 +77,9 @@ def analytic(neuron: Any, spec: Spec, current: Tensor, given: tuple[Tensor | Non
     delayed = not spec.undelayed or neuron.reset_delay
     reset = None
     if derivative is None:
+        _set_states(neuron, spec.states, states)  # methods of the user's own may look
         reset = neuron.mem_reset(mem)
-        if reset.dtype is not torch.float32 or reset.shape != mem.shape:
+        if reset.dtype is not torch.float32 or reset.shape != mem.shape or reset.requires_grad:
             return None
     currents = again = [current]
     if spec.recurrent:
@@ -115,18 +116,23 @@ def analytic(neuron: Any, spec: Spec, current: Tensor, given: tuple[Tensor | Non
             tape.mark_spikes(spikes)
         ungraded = _is_one(neuron.graded_spikes_factor)
     neuron.reset = reset
+    _set_states(neuron, spec.states[-len(charged) :], charged)
     if neuron.inhibition:
         spikes = neuron.fire_inhibition(mem.size(0), charged[-1])
     elif spikes is None:
         spikes = neuron.fire(charged[-1])
     elif not ungraded:
         spikes = spikes * neuron.graded_spikes_factor
+    if spec.recurrent:
+        neuron.spk = spikes
     if not delayed:
-        charged[-1] = _reset_now(neuron, spikes, charged[-1])
-    results = (spikes, *charged)
-    for name, state in zip(spec.states, results if spec.recurrent else charged, strict=True):
+        neuron.mem = charged[-1] = _reset_now(neuron, spikes, charged[-1])
+    return (spikes, *charged) if neuron.output or not neuron.init_hidden else spikes
+
+
+def _set_states(neuron: Any, names: tuple[str, ...], states: list[Tensor]) -> None:
+    for name, state in zip(names, states, strict=True):
         setattr(neuron, name, state)
-    return results if neuron.output or not neuron.init_hidden else spikes
 
 
 _SYN = plan_of(LeakyCharge, NONE, True)
@@ -151,7 +157,7 @@ def mechanism_of(neuron: Any, spec: Spec) -> str | None:
 
 
 @functools.cache
-def _inherits(cls: type, stock_type: type, *names: str) -> bool:
+def _inherits(cls: Any, stock_type: Any, *names: str) -> bool:
     return all(getattr(cls, name) is getattr(stock_type, name) for name in names)
 
 
@@ -199,7 +205,7 @@ def _fits(parameter: Tensor, state: Tensor) -> bool:
     )
 
 
-def _fits_recurrent(layer: nn.Module, state: Tensor) -> bool:
+def _fits_recurrent(layer: Any, state: Tensor) -> bool:
     """Whether the recurrent current has the state's shape."""
     if isinstance(layer, nn.Conv2d):
         return all(size % 2 for size in layer.kernel_size)

@@ -50,7 +50,10 @@ class Plan(NamedTuple):
     recompute: bool
 
 
-plan_of = functools.cache(Plan)  # one object for all steps: their graph nodes hold it
+@functools.cache
+def plan_of(charge: Any, reset: str, recompute: bool) -> Plan:
+    """One object for all steps, because their graph nodes hold it."""
+    return Plan(charge, reset, recompute)
 
 
 def fired(mem: Tensor, threshold: Tensor) -> Tensor:
@@ -129,6 +132,7 @@ class Charging(torch.autograd.Function):
                 of_zeros[index] = None if part is None else -part * reset
             of_x = charge.gradients(x, needs, of_zeros) + charge.gradients(x, needs, grads)
         elif plan.reset == BEFORE:
+            assert charge.membrane is not None
             passed = 1 - reset
             x[charge.membrane] = passed * x[charge.membrane]
             of_x = charge.gradients(x, needs, grads)
