@@ -8,6 +8,11 @@ STAMP := $(VENV)/.installed-$(shell cksum < pyproject.toml | tr ' ' '-')
 PYTEST_ARGS ?= -n auto
 DEMO_ARGS ?=
 
+# Memory that is freed stays with the process. On a virtual machine the page faults of large tensors, mapped
+# and unmapped again and again, can take longer than the arithmetic.
+export MALLOC_MMAP_MAX_ ?= 0
+export MALLOC_TRIM_THRESHOLD_ ?= 1099511627776
+
 .PHONY: help venv demo test lint format types unit bench clean
 
 help:  ## list the targets

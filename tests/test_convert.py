@@ -284,6 +284,31 @@ def test_double_backward_is_refused(net, x):
         torch.autograd.grad(loss, list(net.parameters()), create_graph=True)
 
 
+@pytest.mark.parametrize("how", ["torch.compile", "compile in place", "a part"])
+def test_compiling_after_the_conversion(x, how):
+    """A compiled region runs the stock network; what is around it stays on the tape."""
+
+    def make():
+        model = nn.Sequential(
+            nn.Sequential(layer.Conv2d(2, 4, 3), neuron.LIFNode()), layer.Conv2d(4, 4, 3), neuron.IFNode()
+        )
+        functional.set_step_mode(model, "m")
+        return model
+
+    torch.manual_seed(0)
+    stock = make()
+    net = srp.convert_to_reversible(copy.deepcopy(stock))
+    called = net
+    if how == "torch.compile":
+        called = torch.compile(net, backend="eager")
+    else:
+        (net if how == "compile in place" else net[0]).compile(backend="eager")
+    stock(x).square().sum().backward()
+    called(x).square().sum().backward()
+    for a, b in zip(stock.parameters(), net.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
 class TestRefusals:
     def test_no_module(self):
         with pytest.raises(TypeError, match=r"expected an nn\.Module, not dict"):
@@ -299,6 +324,11 @@ class TestRefusals:
     def test_unknown_settings(self, name):
         with pytest.raises(ValueError, match=rf"{name} must be one of .* not 'turbo'"):
             srp.convert_to_reversible(Net(), **{name: "turbo"})
+
+    def test_a_model_of_neurons_that_all_stay_stock_is_not_refused(self):
+        snntorch = pytest.importorskip("snntorch")
+        model = srp.convert_to_reversible(nn.Sequential(snntorch.LeakyParallel(4, 4)))
+        assert list(model._srp_settings.stays_stock) == ["0"]
 
     def test_skip_of_nothing(self):
         with pytest.raises(ValueError, match="no module of that name"):

@@ -34,5 +34,7 @@ def test_a_missing_framework_names_its_extra(framework):
 
 def test_register_without_any_framework():
     code = "import importlib.util as u; u.find_spec = lambda name: None; "
-    result = python(code + "import snn_reversible_plugin as srp; srp.register()", "spikingjelly", "snntorch")
+    result = python(
+        code + "import snn_reversible_plugin as srp; srp.register()", "spikingjelly", "snntorch"
+    )
     assert "pip install snn-reversible-plugin[spikingjelly]" in result.stderr

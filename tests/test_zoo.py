@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from against_stock import assert_trains_like_stock, make_fire
 
 sj_model = pytest.importorskip("spikingjelly.activation_based.model")
@@ -23,6 +24,8 @@ from snn_reversible_plugin.memory import count_step  # noqa: E402
 
 LIF = {"spiking_neuron": neuron.LIFNode, "surrogate_function": surrogate.ATan(), "detach_reset": True}
 IF = {"spiking_neuron": neuron.IFNode}
+FIVE = {"num_classes": 5}
+SMALL = (2, 2, 3, 32, 32)
 PLIF = {"spiking_neuron": neuron.ParametricLIFNode, "surrogate_function": surrogate.Sigmoid()}
 
 
@@ -36,42 +39,70 @@ def multi_step(make):
 
 
 ZOO = {
-    "sew_resnet18 ADD LIF": (lambda: sew_resnet.sew_resnet18(num_classes=5, cnf="ADD", **LIF), (4, 2, 3, 32, 32)),
-    "sew_resnet18 AND IF": (lambda: sew_resnet.sew_resnet18(num_classes=5, cnf="AND", **IF), (2, 2, 3, 32, 32)),
-    "sew_resnet18 IAND PLIF": (lambda: sew_resnet.sew_resnet18(num_classes=5, cnf="IAND", **PLIF), (2, 2, 3, 32, 32)),
-    "sew_resnet50 ADD IF": (lambda: sew_resnet.sew_resnet50(num_classes=5, cnf="ADD", **IF), (2, 2, 3, 32, 32)),
-    "spiking_resnet18 LIF": (lambda: spiking_resnet.spiking_resnet18(num_classes=5, **LIF), (3, 2, 3, 32, 32)),
-    "spiking_resnet50 IF": (lambda: spiking_resnet.spiking_resnet50(num_classes=5, **IF), (2, 2, 3, 32, 32)),
-    "ms_resnet18": (lambda: ms_resnet.ms_resnet18(num_classes=5), (2, 2, 3, 32, 32)),
-    "max_resnet18": (lambda: ms_resnet.max_resnet18(num_classes=5), (2, 2, 3, 32, 32)),
-    "spiking_vgg11_bn PLIF": (lambda: spiking_vgg.spiking_vgg11_bn(num_classes=5, **PLIF), (2, 2, 3, 32, 32)),
-    "spiking_vgg11 LIF": (lambda: spiking_vgg.spiking_vgg11(num_classes=5, **LIF), (2, 2, 3, 32, 32)),
+    "sew_resnet18 ADD LIF": (
+        lambda: sew_resnet.sew_resnet18(**FIVE, cnf="ADD", **LIF),
+        (4, 2, 3, 32, 32),
+    ),
+    "sew_resnet18 AND IF": (
+        lambda: sew_resnet.sew_resnet18(**FIVE, cnf="AND", **IF),
+        SMALL,
+    ),
+    "sew_resnet18 IAND PLIF": (
+        lambda: sew_resnet.sew_resnet18(**FIVE, cnf="IAND", **PLIF),
+        SMALL,
+    ),
+    "sew_resnet50 ADD IF": (
+        lambda: sew_resnet.sew_resnet50(**FIVE, cnf="ADD", **IF),
+        SMALL,
+    ),
+    "spiking_resnet18 LIF": (
+        lambda: spiking_resnet.spiking_resnet18(**FIVE, **LIF),
+        (3, 2, 3, 32, 32),
+    ),
+    "spiking_resnet50 IF": (
+        lambda: spiking_resnet.spiking_resnet50(**FIVE, **IF),
+        SMALL,
+    ),
+    "ms_resnet18": (lambda: ms_resnet.ms_resnet18(**FIVE), SMALL),
+    "max_resnet18": (lambda: ms_resnet.max_resnet18(**FIVE), SMALL),
+    "spiking_vgg11_bn PLIF": (
+        lambda: spiking_vgg.spiking_vgg11_bn(**FIVE, **PLIF),
+        SMALL,
+    ),
+    "spiking_vgg11 LIF": (lambda: spiking_vgg.spiking_vgg11(**FIVE, **LIF), SMALL),
     "spikformer": (
         lambda: spikformer.Spikformer(
-            T=2, img_size_h=32, img_size_w=32, patch_size=4, num_classes=5, embed_dims=64, num_heads=4, depths=2
+            T=2,
+            img_size_h=32,
+            img_size_w=32,
+            patch_size=4,
+            num_classes=5,
+            embed_dims=64,
+            num_heads=4,
+            depths=2,
         ),
         (2, 3, 32, 32),
     ),
     "maxformer": (
-        lambda: maxformer.MaxFormer(T=2, num_classes=5, embed_dims=96, depths=(1, 1, 1), cifar=True),
-        (2, 2, 3, 32, 32),
+        lambda: maxformer.MaxFormer(T=2, **FIVE, embed_dims=96, depths=(1, 1, 1), cifar=True),
+        SMALL,
     ),
     "qkformer": (
-        lambda: qkformer.QKFormer(T=2, num_classes=5, embed_dims=48, num_heads=(1, 2, 2), depths=(1, 1, 1)),
+        lambda: qkformer.QKFormer(T=2, **FIVE, embed_dims=48, num_heads=(1, 2, 2), depths=(1, 1, 1)),
         (2, 2, 3, 64, 64),
     ),
     "spike-driven transformer": (
         lambda: spike_driven_transformer.SpikeDrivenTransformer(
-            T=2, num_classes=5, embed_dims=64, num_heads=4, depths=2
+            T=2, **FIVE, embed_dims=64, num_heads=4, depths=2
         ),
-        (2, 2, 3, 32, 32),
+        SMALL,
     ),
-    "MASNN": (lambda: masnn.MASNN(T=5, channels=(8, 8, 8), fc_hidden=16, num_classes=5), (5, 2, 2, 32, 32)),
+    "MASNN": (lambda: masnn.MASNN(T=5, channels=(8, 8, 8), fc_hidden=16, **FIVE), (5, 2, 2, 32, 32)),
     "DVSGestureNet": (
         lambda: parametric_lif_net.DVSGestureNet(channels=8, spiking_neuron=neuron.LIFNode),
         (2, 1, 2, 128, 128),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -82,7 +113,9 @@ def test_spikingjelly_models(name, mode):
     assert_trains_like_stock(multi_step(make), (x,), steps=2 if mode == "memory" else 1, mode=mode)
 
 
-@pytest.mark.parametrize("container", ["linear recurrence", "element-wise recurrence", "time last", "step by step"])
+@pytest.mark.parametrize(
+    "container", ["linear recurrence", "element-wise recurrence", "time last", "step by step"]
+)
 def test_spikingjelly_containers(container):
     from torch import nn
 
@@ -93,7 +126,8 @@ def test_spikingjelly_containers(container):
             node = layer.ElementWiseRecurrentContainer(neuron.IFNode(), torch.add, step_mode="m")
         elif container == "time last":
             return nn.Sequential(
-                layer.TLastSeqToANNContainer(nn.Linear(12, 24)), layer.TLastMultiStepContainer(neuron.LIFNode())
+                layer.TLastSeqToANNContainer(nn.Linear(12, 24)),
+                layer.TLastMultiStepContainer(neuron.LIFNode()),
             )
         else:
             node = layer.MultiStepContainer(nn.Linear(24, 24), neuron.ParametricLIFNode())
@@ -126,7 +160,7 @@ def test_single_step_resnet_in_a_users_loop():
     class Loop(nn.Module):
         def __init__(self):
             super().__init__()
-            self.net = make_fire(spiking_resnet.spiking_resnet18(num_classes=5, **LIF))
+            self.net = make_fire(spiking_resnet.spiking_resnet18(**FIVE, **LIF))
 
         def forward(self, x_seq):
             return sum(self.net(x) for x in x_seq) / len(x_seq)

@@ -56,7 +56,6 @@ def register() -> list[str]:
 def is_spiking(module: nn.Module) -> bool:
     """Whether a module is a spiking neuron of a known framework, by its base class."""
     return any(
-        cls.__module__.partition(".")[0] in FRAMEWORKS
-        and cls.__name__ in _NEURON_BASES
+        cls.__module__.partition(".")[0] in FRAMEWORKS and cls.__name__ in _NEURON_BASES
         for cls in type(module).__mro__
     )

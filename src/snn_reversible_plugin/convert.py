@@ -55,12 +55,17 @@ class Recorded(SwappedClass):
 
         @functools.wraps(stock_forward)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return stock_forward(self, *args, **kwargs)
             with tape.recording(settings_of(self).mode):
                 return stock_forward(self, *args, **kwargs)
 
         cls.forward = forward  # type: ignore[attr-defined]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Compiled after the conversion: the compiler sees the stock network.
+        if torch.compiler.is_compiling() or getattr(self, "_compiled_call_impl", None) is not None:
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
         with tape.recording(settings_of(self).mode):  # type: ignore[arg-type]
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
@@ -69,6 +74,8 @@ class Skipped(SwappedClass):
     """A module named in ``skip``: what autograd saves inside it is kept as it is."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
         with tape.suspended():
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
@@ -120,9 +127,8 @@ def convert_to_reversible(
     restore(model)
     settings = Settings(mode, arithmetic)
     swaps: list[tuple[nn.Module, type[nn.Module]]] = []
-    neurons = 0
     for name, module in model.named_modules():
-        target = None
+        target, spiking = None, is_spiking(module)
         if id(module) in within_skipped:
             reason = "named in skip"
         else:
@@ -130,13 +136,12 @@ def convert_to_reversible(
                 target = reversible_type(module)
                 reason = f"the converter does not know {type(module).__name__}"
             except StaysStock as refusal:
-                reason = str(refusal)
+                reason, spiking = str(refusal), True
         if target is not None:
             swaps.append((module, target))
-        elif is_spiking(module):
+        elif spiking:
             settings.stays_stock[name] = reason
-        neurons += target is not None or is_spiking(module)
-    if not neurons:
+    if not (swaps or settings.stays_stock):
         raise ValueError(
             f"{type(model).__name__} has no spiking neuron that the converter knows (SpikingJelly's and "
             "snnTorch's). For a neuron of your own use register_reversible, or run the model under "

@@ -107,11 +107,6 @@ class Tape(TorchDispatchMode):
         self._outside: dict[int, Kept] = {}
         self._held: dict[int, list[weakref.ref[Kept]]] = {}
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Spares each operation a wrapper: the tape never records in a compiled region."""
-        return False
-
     # The pack hook.
 
     def pack(self, tensor: torch.Tensor) -> Handle:

@@ -142,10 +142,11 @@ def mechanism_of(neuron: Any, spec: Spec) -> str | None:
     """The reset of a neuron whose charge, as it is set now, the analytic step covers; else None."""
     charge = neuron.state_function
     name = getattr(charge, "__name__", "")
+    owner: Any = getattr(charge, "__self__", None)
     if (
         neuron.state_quant
         or name not in spec.resets
-        or getattr(charge, "__self__", None) is not neuron
+        or owner is not neuron
         or charge.__func__ is not getattr(spec.stock_type, name)
         or "_base_state_function" in neuron.__dict__
         or not _inherits(type(neuron), spec.stock_type, "_base_state_function")
@@ -156,9 +157,11 @@ def mechanism_of(neuron: Any, spec: Spec) -> str | None:
     return spec.resets[name]
 
 
-@functools.cache
-def _inherits(cls: Any, stock_type: Any, *names: str) -> bool:
+def _compare(cls: type, stock_type: type, *names: str) -> bool:
     return all(getattr(cls, name) is getattr(stock_type, name) for name in names)
+
+
+_inherits: Callable[..., bool] = functools.cache(_compare)
 
 
 def _states(

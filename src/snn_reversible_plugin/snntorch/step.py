@@ -12,6 +12,7 @@ Source: ``forward``, ``fire`` and ``mem_reset`` of ``snntorch/_neurons``, versio
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -50,10 +51,8 @@ class Plan(NamedTuple):
     recompute: bool
 
 
-@functools.cache
-def plan_of(charge: Any, reset: str, recompute: bool) -> Plan:
-    """One object for all steps, because their graph nodes hold it."""
-    return Plan(charge, reset, recompute)
+# One object for all steps, because their graph nodes hold it.
+plan_of: Callable[..., Plan] = functools.cache(Plan)
 
 
 def fired(mem: Tensor, threshold: Tensor) -> Tensor:
