@@ -33,7 +33,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         )
     context = next(iter(results.values()))["context"]
     versions = ", ".join(f"{name} {number}" for name, number in context["versions"].items())
-    lines += ["", f"{versions}; {context['threads']} threads; medians of {context['repeats']} steps."]
+    repeats = min(entry["context"]["repeats"] for entry in results.values())
+    lines += ["", f"{versions}; {context['threads']} threads; medians of at least {repeats} steps."]
     return "\n".join(lines)
 
 
