@@ -178,7 +178,9 @@ def test_a_branch_that_uses_its_input_often_and_a_shared_block():
         def forward(self, x):
             return self.node(self.fc(x)) * torch.tanh(x) + torch.sigmoid(x) * x
 
-    against_plain(RevSSequence([RevSBlock(Often(), Often(), dim=1) for _ in range(3)]), torch.randn(5, 6), 2)
+    against_plain(
+        RevSSequence([RevSBlock(Often(), Often(), dim=1) for _ in range(3)]), torch.randn(5, 6), 2
+    )
     shared = RevSBlock(Often(), Often(), dim=1)
     against_plain(RevSSequence([shared, shared], check=True), torch.randn(5, 6))
 
@@ -233,15 +235,21 @@ def test_accumulation_frozen_parameters_hooks_and_autograd_grad():
 
 
 def test_two_hundred_blocks_are_rebuilt_exactly_and_floats_are_not():
-    x = torch.randn(2, 1, 4, 4, 4) * 2
+    def wide():
+        fc = nn.Linear(32, 32, bias=False)
+        with torch.no_grad():
+            fc.weight.mul_(3)
+        return nn.Sequential(neuron.IFNode(step_mode="m"), fc)
+
     found = {}
     for bits in (16, None):
         torch.manual_seed(0)
-        model = chain(200, bits=bits, states="reset", check=True, node="if")
-        model(x).sum().backward()
+        blocks = [RevSBlock(wide(), wide(), bits=bits) for _ in range(200)]
+        model = RevSSequence(blocks, states="reset", check=True)
+        model(torch.randn(4, 256, 64)).sum().backward()
         found[bits] = model.last_rebuild
     assert found[16].flipped_bits == 0 and found[16].max_error == 0
-    assert found[None].flipped_bits > 0 and found[None].max_error > 0.1
+    assert found[None].flipped_bits > 0 and found[None].max_error > 0.1  # a spike flipped, then more
 
 
 def test_held_memory_is_flat_in_depth():
@@ -364,10 +372,9 @@ def test_in_place_changes_are_refused():
 
 def test_a_branch_that_is_not_deterministic_is_named_in_check_mode():
     class Counting(nn.Module):
-        calls = [0]
-
         def __init__(self):
             super().__init__()
+            self.calls = [0]
             self.fc = nn.Linear(3, 3)
 
         def forward(self, x):

@@ -1,4 +1,4 @@
-"""RevSBlock and RevSSequence: residual blocks that are rebuilt from their output, bit for bit, at any depth.
+"""RevSBlock and RevSSequence: blocks that are rebuilt from their output, bit for bit, at any depth.
 
 The one idea: the state is two streams, each updated by a function of the other, so each update can be
 subtracted again. On the dyadic grid (:mod:`snn_reversible_plugin.grid`) the subtraction is exact, so a
@@ -33,8 +33,8 @@ from snn_reversible_plugin.handles import checksum
 #    they see of any module.
 # 3. Each rebuilt stream gets the strides of the forward's: a kernel may round by layout.
 # 4. The range is checked on what is rebuilt, at the end (grid, note 3): one wait for the device a chain.
-# 5. What the second run reads by reference (parameters, statistics of norms in evaluation) must be unchanged;
-#    version counters say so. They don't see `parameter.data = ...`.
+# 5. What the second run reads by reference (parameters, statistics of norms in evaluation) must be
+#    unchanged; version counters say so. They don't see `parameter.data = ...`.
 
 Streams = tuple[Tensor, Tensor]
 
@@ -47,7 +47,7 @@ class RevSBlock(nn.Module):
 
     Args:
         f, g: branches, any modules that map half a state to a tensor of the same shape.
-        dim: the dimension that splits into the two streams, 2 for ``[T, N, C, ...]``, 1 for ``[N, C, ...]``.
+        dim: the dimension that splits into the two streams, 2 for ``[T, N, C, ...]``, 1 for ``[N, C]``.
         bits: of the grid that the streams live on, so that they must stay below 2^(24 - bits); None for
             streams in plain floating point, which drift: for comparison.
 
@@ -56,7 +56,7 @@ class RevSBlock(nn.Module):
         are float32 (float64 for float64), under autocast too.
 
     Raises:
-        ValueError: an odd number of channels, streams of unequal shapes, or a branch that changes the shape.
+        ValueError: an odd number of channels, streams of unequal shapes, a branch that changes the shape.
 
     Example:
         >>> import torch
@@ -123,7 +123,8 @@ class RevSSequence(nn.Module):
         >>> from torch import nn
         >>> from spikingjelly.activation_based import layer, neuron
         >>> def branch():
-        ...     return nn.Sequential(neuron.LIFNode(step_mode="m"), layer.Conv2d(4, 4, 3, padding=1, step_mode="m"))
+        ...     conv = layer.Conv2d(4, 4, 3, padding=1, step_mode="m")
+        ...     return nn.Sequential(neuron.LIFNode(step_mode="m"), conv)
         >>> chain = RevSSequence([RevSBlock(branch(), branch()) for _ in range(3)], states="reset")
         >>> x = torch.randn(2, 1, 8, 5, 5, requires_grad=True)
         >>> chain(x).sum().backward()
@@ -330,7 +331,7 @@ def _couple(name: str, stream: Tensor, finish: Any, out: Tensor) -> Tensor:
     if out.shape != stream.shape:
         raise ValueError(
             f"{name} returned a tensor of shape {tuple(out.shape)} for a stream of shape "
-            f"{tuple(stream.shape)}: a branch must keep the shape. Put what changes it between two sequences."
+            f"{tuple(stream.shape)}: a branch must keep the shape. What changes it goes between two chains."
         )
     return stream + finish(out)  # type: ignore[no-any-return]
 
@@ -342,8 +343,8 @@ def _enter(x: Tensor | Streams, dim: int, bits: int | None, name: str) -> Stream
             raise ValueError(f"{name}: dim={dim}, and the input has shape {tuple(x.shape)}")
         if x.shape[dim] % 2:
             raise ValueError(
-                f"{name}: {x.shape[dim]} channels (dimension {dim} of {tuple(x.shape)}) don't split into two "
-                "streams: give an even number, or a pair of streams."
+                f"{name}: {x.shape[dim]} channels (dimension {dim} of {tuple(x.shape)}) don't split into "
+                "two streams: give an even number, or a pair of streams."
             )
         x1, x2 = x.chunk(2, dim)
     else:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 # NOTE [When x + s - s is x]
 #
-# 1. Let x and y be multiples of u = 2^-bits of magnitude below 2^24 u, and s any multiple of u. If y = x + s,
-#    y is a float32, so the sum was exact, and so is y - s = x. Nothing is asked of s itself.
+# 1. Let x and y be multiples of u = 2^-bits of magnitude below 2^24 u, and s any multiple of u. If
+#    y = x + s, it is a float32, so the sum was exact, and so is y - s = x. Nothing is asked of s itself.
 # 2. Rounding is monotonic: a sum that leaves the range is seen by the magnitude of the rounded sum.
 # 3. Hence a walk back from the last value that checks each rebuilt value is enough: as long as all values
 #    so far were in range, the next one is the forward's, and shows it if that one was not. The forward

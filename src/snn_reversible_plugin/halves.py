@@ -22,9 +22,9 @@ from snn_reversible_plugin.adapters import is_spiking
 
 # NOTE [What makes the second run the first one]
 #
-# 1. A state is what SpikingJelly's `_memories` and the buffers of snnTorch's neurons hold, and any tensor or
-#    number among a module's attributes that is another object after the run (a user's `self.v`). Its value
-#    at entry is kept; a fresh neuron's is a number and costs nothing.
+# 1. A state is what SpikingJelly's `_memories` and the buffers of snnTorch's neurons hold, and any
+#    tensor or number among a module's attributes that is another object after the run (a user's
+#    `self.v`). Its value at entry is kept; a fresh neuron's is a number and costs nothing.
 # 2. States are inputs and outputs of the chain as far as gradients go. Afterwards modules get back what
 #    they held when the backward began: the user may have moved on.
 # 3. A norm in training writes its running statistics. The second run writes to copies.
@@ -131,9 +131,9 @@ class Half:
         if inspect:
             self._refuse_strangers(value, inputs)
         grads = torch.autograd.grad(outputs, inputs, g_outputs, allow_unused=True)
-        for key, g in zip(entry, grads[1 + len(aliases) :], strict=True):
+        for state, g in zip(entry, grads[1 + len(aliases) :], strict=True):
             if g is not None:  # a state that the branch only reads has a gradient already
-                g_states[key] = g_states[key] + g if key in g_states else g
+                g_states[state] = g_states[state] + g if state in g_states else g
         return value.detach(), grads[0], list(grads[1 : 1 + len(aliases)])
 
     @contextmanager
@@ -324,9 +324,7 @@ def _autocast_settings(device: torch.device) -> list[tuple[str, bool, torch.dtyp
 
 
 @contextmanager
-def _autocast(
-    settings: list[tuple[str, bool, torch.dtype, bool]], cache: bool = True
-) -> Iterator[None]:
+def _autocast(settings: list[tuple[str, bool, torch.dtype, bool]], cache: bool = True) -> Iterator[None]:
     with ExitStack() as stack:
         for kind, enabled, dtype, cached in settings:
             stack.enter_context(torch.autocast(kind, dtype, enabled, cached and cache))
