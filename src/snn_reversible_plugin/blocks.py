@@ -283,6 +283,8 @@ class _Chain(torch.autograd.Function):
         g_states: dict[Key, Tensor] = {
             (id(table), key): g for (table, key), g in zip(run.exits, g_exits, strict=True) if g is not None
         }
+        if hasattr(ctx, "maybe_clear_saved_tensors"):
+            ctx.maybe_clear_saved_tensors()  # the output's last use is soon over
         kept = [[saved.pop(0) for _ in range(count)] for count in ctx.counts]
         wanted = [p for p, needed in zip(run.parameters, ctx.needs_input_grad[3:], strict=False) if needed]
         totals: dict[int, Tensor] = {}

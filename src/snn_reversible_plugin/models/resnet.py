@@ -114,9 +114,9 @@ def rev_s_resnet37(**settings: Any) -> RevSResNet:
 
 
 def rev_s_resnet24(**settings: Any) -> RevSResNet:
-    """RevSResNet24 for event data, 2 input channels and 10 classes unless told otherwise: 260,362 parameters.
+    """RevSResNet24 for events: 260,362 parameters with 2 input channels and 10 classes, the defaults.
 
-    Settings as in :func:`rev_s_resnet21`; inputs have their time steps.
+    Settings as in :func:`rev_s_resnet21`; inputs have their time steps unless ``T`` is given.
     """
     defaults: dict[str, Any] = {"T": None, "in_channels": 2}
     return RevSResNet((1, 2, 2), (16, 32, 48), **{**defaults, **settings})
@@ -124,4 +124,4 @@ def rev_s_resnet24(**settings: Any) -> RevSResNet:
 
 def rev_s_resnet109(**settings: Any) -> RevSResNet:
     """RevSResNet109: 26 blocks of four convolutions. Settings as in :func:`rev_s_resnet21`."""
-    return RevSResNet((2, 6, 14, 4), WIDTHS, **settings)
+    return RevSResNet((2, 4, 16, 4), WIDTHS, **settings)
