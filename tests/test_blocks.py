@@ -330,6 +330,10 @@ def test_blocks_that_do_not_go_together_are_refused():
         RevSSequence([])
     with pytest.raises(TypeError, match="not a RevSBlock"):
         RevSSequence([f])
+    with pytest.raises(ValueError, match="mode must be"):
+        RevSSequence([RevSBlock(f, f)], mode="fast")
+    with pytest.raises(ValueError, match="states must be"):
+        RevSSequence([RevSBlock(f, f)], states="keep")
     with pytest.raises(TypeError, match="must be an"):
         RevSBlock(lambda x: x, f)
     with pytest.raises(ValueError, match="bits must be"):

@@ -12,7 +12,7 @@ point; the grid is this package's.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from snn_reversible_plugin import tape
 from snn_reversible_plugin.grid import check_bits, check_range, reach, snap
 from snn_reversible_plugin.halves import Half, Key, reset_states, state_tensors
 from snn_reversible_plugin.handles import checksum
+from snn_reversible_plugin.rebuilt import Rebuild, Undo, difference, with_strides
 
 # NOTE [How the backward walks]
 #
@@ -85,14 +86,6 @@ class RevSBlock(nn.Module):
         return torch.cat((y1, y2), self.dim) if split else (y1, y2)
 
 
-@dataclass(frozen=True)
-class Rebuild:
-    """What check mode found when the chain's input was rebuilt: bits that differ, and by how much."""
-
-    flipped_bits: int
-    max_error: float
-
-
 class RevSSequence(nn.Module):
     """A chain of reversible blocks that keeps only its last output for the backward.
 
@@ -105,6 +98,8 @@ class RevSSequence(nn.Module):
         blocks: :class:`RevSBlock`, at least one, all with one ``dim`` and ``bits``.
         states: ``"carry"`` hands neuron states from call to call as the frameworks do; ``"reset"`` starts
             the neurons fresh in each call and leaves them fresh, so that no final membrane is held either.
+        mode: of the tape inside a rebuilt branch: ``"memory"`` runs its convolutions and matrix products
+            once more for a lower peak, ``"speed"`` does not.
         check: compare each rebuilt block input with the forward's: raises where a branch isn't
             deterministic, and counts flipped bits in ``last_rebuild``. Slow; keeps the chain's input.
 
@@ -132,7 +127,14 @@ class RevSSequence(nn.Module):
         torch.Size([2, 1, 8, 5, 5])
     """
 
-    def __init__(self, blocks: Iterable[RevSBlock], *, states: str = "carry", check: bool = False) -> None:
+    def __init__(
+        self,
+        blocks: Iterable[RevSBlock],
+        *,
+        states: str = "carry",
+        mode: str = "speed",
+        check: bool = False,
+    ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         for index, block in enumerate(self.blocks):
@@ -145,7 +147,9 @@ class RevSSequence(nn.Module):
             )
         if states not in ("carry", "reset"):
             raise ValueError(f"states must be 'carry' or 'reset', not {states!r}")
-        self.states, self.check, self.reversible = states, check, True
+        if mode not in tape.MODES:
+            raise ValueError(f"mode must be one of {tape.MODES}, not {mode!r}")
+        self.states, self.mode, self.check, self.reversible = states, mode, check, True
         self.last_rebuild: Rebuild | None = None
         self._inspected = False
 
@@ -206,9 +210,6 @@ class _Run:
         self.exits: list[tuple[dict[str, Any], str]] = []
         self.original: Streams | None = None
 
-    def finish(self, out: Tensor) -> Tensor:
-        return out if self.bits is None else snap(out, self.bits)
-
     def forward(self, a: Tensor, b: Tensor) -> tuple[Streams, list[list[Tensor]]]:
         """Run every half: a and b are the streams, and take turns."""
         if self.check:
@@ -221,7 +222,7 @@ class _Run:
             self.strides.append(a.stride())
             if self.check:
                 self.checksums.append(checksum(a))
-            a, b = b, _couple(half.name, a, self.finish, half.first(b))
+            a, b = b, _couple(half.name, a, half.first(b), self.bits)
             kept.append(half.tensors())
             if self.chain.states == "carry":
                 exits.update({(id(table), key): (table, key) for table, key in half.exits()})
@@ -288,23 +289,25 @@ class _Chain(torch.autograd.Function):
         kept = [[saved.pop(0) for _ in range(count)] for count in ctx.counts]
         wanted = [p for p, needed in zip(run.parameters, ctx.needs_input_grad[3:], strict=False) if needed]
         totals: dict[int, Tensor] = {}
-        a = _with_strides(a, run.strides[-1])
+        a = with_strides(a, run.strides[-1])
         reaches = [reach(a), reach(b)]
+        finish = partial(_onto_grid, bits=run.bits)
         for index in range(len(run.halves) - 1, -1, -1):
             half = run.halves[index]
             # Forward: b = before + snap(half(a)), where `before` and `a` were the streams.
             own = {id(p) for p in half.module.parameters()}
             parameters = [p for p in wanted if id(p) in own]
-            value, g_a, g_parameters = half.again(
-                a, kept.pop(), parameters, run.finish, g_b, g_a, g_states,
+            undo = Undo(b, run.strides[index], in_place=run.bits is not None)
+            del b
+            g_a, g_parameters = half.again(
+                a, kept.pop(), parameters, finish, undo, g_b, g_a, g_states, run.chain.mode,
                 inspect=run.check or not run.chain._inspected,
             )  # fmt: skip
             for parameter, g_p in zip(parameters, g_parameters, strict=True):
                 if g_p is not None:
                     total = totals.get(id(parameter))
                     totals[id(parameter)] = g_p if total is None else total + g_p
-            a, b = _with_strides(b - value, run.strides[index]), a
-            del value
+            a, b = undo.rebuilt, a
             g_a, g_b = g_b, g_a
             reaches.append(reach(a))
             if run.check:
@@ -312,7 +315,7 @@ class _Chain(torch.autograd.Function):
         run.chain._inspected = True
         _check_reaches(run, reaches)
         if run.original is not None:
-            run.chain.last_rebuild = _difference((a, b), run.original)
+            run.chain.last_rebuild = difference((a, b), run.original)
         g_inputs = [totals.get(id(p)) for p in run.parameters]
         return (None, g_a, g_b, *g_inputs, *(g_states.get(key) for key in run.state_keys))
 
@@ -320,22 +323,22 @@ class _Chain(torch.autograd.Function):
 def _plain(blocks: Sequence[RevSBlock], x1: Tensor, x2: Tensor) -> Streams:
     for index, block in enumerate(blocks):
         for name, branch in (("f", block.f), ("g", block.g)):
-            out, bits = branch(x2), block.bits
-
-            def finish(value: Tensor, bits: int | None = bits) -> Tensor:
-                return value if bits is None else snap(value, bits)
-
-            x1, x2 = x2, _couple(f"block {index}: {name} ({type(branch).__name__})", x1, finish, out)
+            where = f"block {index}: {name} ({type(branch).__name__})"
+            x1, x2 = x2, _couple(where, x1, branch(x2), block.bits)
     return x1, x2
 
 
-def _couple(name: str, stream: Tensor, finish: Any, out: Tensor) -> Tensor:
+def _onto_grid(out: Tensor, bits: int | None) -> Tensor:
+    return out if bits is None else snap(out, bits)
+
+
+def _couple(name: str, stream: Tensor, out: Tensor, bits: int | None) -> Tensor:
     if out.shape != stream.shape:
         raise ValueError(
             f"{name} returned a tensor of shape {tuple(out.shape)} for a stream of shape "
             f"{tuple(stream.shape)}: a branch must keep the shape. What changes it goes between two chains."
         )
-    return stream + finish(out)  # type: ignore[no-any-return]
+    return stream + _onto_grid(out, bits)
 
 
 def _enter(x: Tensor | Streams, dim: int, bits: int | None, name: str) -> Streams:
@@ -359,13 +362,6 @@ def _enter(x: Tensor | Streams, dim: int, bits: int | None, name: str) -> Stream
     return (x1.clone(), x2.clone()) if bits is None else (snap(x1, bits), snap(x2, bits))
 
 
-def _with_strides(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
-    if tensor.stride() == strides:
-        return tensor
-    out = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
-    return out.copy_(tensor)
-
-
 def _compare(run: _Run, index: int, rebuilt: Tensor) -> None:
     if run.bits is not None and not torch.equal(checksum(rebuilt), run.checksums[index]):
         raise RuntimeError(
@@ -380,14 +376,3 @@ def _check_reaches(run: _Run, reaches: list[Tensor]) -> None:
     names = ["the output's first stream", "the output's second stream"]
     names += [f"the stream that {half.name} is added to" for half in reversed(run.halves)]
     check_range([f"RevSSequence: {name}" for name in names], reaches, run.bits)
-
-
-def _difference(rebuilt: Streams, original: Streams) -> Rebuild:
-    flipped, error = 0, 0.0
-    for ours, theirs in zip(rebuilt, original, strict=True):
-        if theirs.numel() == 0:
-            continue
-        bits = ours.contiguous().view(torch.uint8) ^ theirs.contiguous().view(torch.uint8)
-        flipped += sum(int((bits >> place & 1).sum()) for place in range(8))
-        error = max(error, float((ours - theirs).abs().max()))
-    return Rebuild(flipped, error)

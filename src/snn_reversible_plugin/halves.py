@@ -86,11 +86,13 @@ class Half:
         states: Sequence[Tensor],
         parameters: Sequence[nn.Parameter],
         finish: Callable[[Tensor], Tensor],
+        undo: Callable[[Tensor], None],
         g_out: Tensor | None,
         g_x: Tensor | None,
         g_states: dict[Key, Tensor],
+        mode: str = "speed",
         inspect: bool = False,
-    ) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
         """Run again, and backward.
 
         Args:
@@ -98,13 +100,15 @@ class Half:
             states: what :meth:`tensors` gave.
             parameters: those that get a gradient.
             finish: applied to the branch's output (the grid).
+            undo: is given the value to subtract, before the backward, when least else is alive.
             g_out: gradient of ``finish``'s output.
             g_x: the gradient that the input has already from the stream.
             g_states: gradients of the states; in: at exit, out: at entry.
+            mode: of the tape that records the run.
             inspect: look for tensors that get a gradient and are no parameters.
 
         Returns:
-            ``finish(branch(x))``, the input's whole gradient, the parameters' gradients.
+            The input's whole gradient, the parameters' gradients.
         """
         leaf = x.detach()
         aliases = {id(p): nn.Parameter(p.detach()) for p in parameters}
@@ -112,7 +116,7 @@ class Half:
             stack.enter_context(_random(self._rng, x.device))
             entry = stack.enter_context(self._as_it_was(states, aliases))
             outputs, g_outputs = [], []
-            with torch.enable_grad(), _autocast(self._autocast), tape.recording():
+            with torch.enable_grad(), _autocast(self._autocast), tape.recording(mode):
                 leaf.requires_grad_()
                 value = finish(self.module(leaf))
                 identity = leaf.view_as(leaf)
@@ -121,12 +125,13 @@ class Half:
                 if grad is not None and table[key].requires_grad:
                     outputs.append(table[key])
                     g_outputs.append(grad)
+        undo(value.detach())
         for output, grad in ((value, g_out), (identity, g_x)):
             if grad is not None and output.requires_grad:
                 outputs.append(output)
                 g_outputs.append(grad)
         if not outputs:
-            return value.detach(), None, [None] * len(parameters)
+            return None, [None] * len(parameters)
         inputs = [leaf, *aliases.values(), *entry.values()]
         if inspect:
             self._refuse_strangers(value, inputs)
@@ -134,7 +139,7 @@ class Half:
         for state, g in zip(entry, grads[1 + len(aliases) :], strict=True):
             if g is not None:  # a state that the branch only reads has a gradient already
                 g_states[state] = g_states[state] + g if state in g_states else g
-        return value.detach(), grads[0], list(grads[1 : 1 + len(aliases)])
+        return grads[0], list(grads[1 : 1 + len(aliases)])
 
     @contextmanager
     def _as_it_was(
