@@ -1,0 +1,436 @@
+"""Reversible blocks against the same blocks run plainly: every comparison is bit for bit."""
+
+import copy
+
+import pytest
+import snntorch
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from spikingjelly.activation_based import functional, layer, neuron, surrogate
+from torch import nn
+
+import snn_reversible_plugin as srp
+from snn_reversible_plugin.blocks import RevSBlock, RevSSequence
+from snn_reversible_plugin.halves import reset_states
+from snn_reversible_plugin.memory import count_step
+
+NEURONS = {
+    "if": lambda: neuron.IFNode(step_mode="m"),
+    "lif": lambda: neuron.LIFNode(step_mode="m", detach_reset=True, surrogate_function=surrogate.ATan()),
+    "plif": lambda: neuron.ParametricLIFNode(step_mode="m", v_reset=None),
+}
+
+
+def branch(c=2, node="lif", p=0.0):
+    layers = [
+        NEURONS[node](),
+        layer.Conv2d(c, c, 3, padding=1, bias=False, step_mode="m"),
+        layer.BatchNorm2d(c, step_mode="m"),
+        NEURONS[node](),
+        layer.Conv2d(c, c, 3, padding=1, step_mode="m"),
+    ]
+    return nn.Sequential(*layers, layer.Dropout(p, step_mode="m")) if p else nn.Sequential(*layers)
+
+
+def chain(depth=3, bits=16, states="carry", check=False, **kwargs):
+    blocks = [RevSBlock(branch(**kwargs), branch(**kwargs), bits=bits) for _ in range(depth)]
+    return RevSSequence(blocks, states=states, check=check)
+
+
+class Loop(nn.Module):
+    """snnTorch over time steps: a linear layer and a Leaky that keeps its own state."""
+
+    def __init__(self, width=3):
+        super().__init__()
+        self.fc = nn.Linear(width, width)
+        self.lif = snntorch.Leaky(beta=0.8, init_hidden=True, learn_beta=True, learn_threshold=True)
+
+    def forward(self, x):
+        return torch.stack([self.fc(self.lif(step)) for step in x])
+
+
+def states_of(model):
+    found = []
+    for module in model.modules():
+        found += [v for v in getattr(module, "_memories", {}).values() if isinstance(v, torch.Tensor)]
+    return found
+
+
+def step(model, x, calls=1, seed=3):
+    """Everything that a training step computes."""
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    torch.manual_seed(seed)
+    outs = [model(x) for _ in range(calls)]
+    weights = torch.linspace(-1, 1, outs[0].numel()).view(outs[0].shape)
+    torch.manual_seed(seed + 1)
+    sum((out * weights).pow(2).sum() for out in outs).backward()
+    found = [*outs, x.grad, *(p.grad for p in model.parameters()), *model.buffers(), *states_of(model)]
+    reset_states(model)
+    return [t if t is None else t.detach().clone() for t in found]
+
+
+def assert_same(ours, plain):
+    assert len(ours) == len(plain)
+    for a, b in zip(ours, plain, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or (a.dtype is b.dtype and torch.equal(a, b))
+
+
+def against_plain(model, x, calls=1, steps=2):
+    plain = copy.deepcopy(model)
+    plain.reversible = False
+    for _ in range(steps):
+        assert_same(step(model, x, calls), step(plain, x, calls))
+
+
+@pytest.mark.parametrize("converted", [False, True])
+@pytest.mark.parametrize("states", ["carry", "reset"])
+@pytest.mark.parametrize("node", list(NEURONS))
+def test_spikingjelly_equals_the_plain_run(node, states, converted):
+    model = chain(node=node, states=states, check=True)
+    if converted:
+        srp.convert_to_reversible(model)
+    against_plain(model, torch.randn(3, 2, 4, 5, 3), calls=2 if states == "carry" else 1)
+    assert model.last_rebuild.flipped_bits == 0
+
+
+@pytest.mark.parametrize("states", ["carry", "reset"])
+def test_snntorch_equals_the_plain_run(states):
+    model = RevSSequence([RevSBlock(Loop(), Loop()) for _ in range(3)], states=states, check=True)
+    against_plain(model, torch.randn(4, 2, 6))
+
+
+def test_snntorch_stepped_from_outside_hands_its_states_on():
+    class Single(Loop):
+        def forward(self, x):
+            return self.fc(self.lif(x))
+
+    model = RevSSequence([RevSBlock(Single(), Single(), dim=1) for _ in range(3)], check=True)
+    against_plain(model, torch.randn(2, 6) * 2, calls=4)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 4, 3, 3), (2, 3, 4, 1, 1), (5, 1, 4, 4, 7)])
+@pytest.mark.parametrize("bits", [4, 16, None])
+def test_shapes_and_grids(shape, bits):
+    model = chain(depth=2, bits=bits)
+    if bits is not None:
+        against_plain(model, torch.randn(shape))
+    else:
+        assert torch.isfinite(step(model, torch.randn(shape))[0]).all()
+
+
+def test_dropout_and_norms_in_both_modes():
+    model = chain(p=0.4, check=True)
+    against_plain(model, torch.randn(3, 2, 4, 5, 5))
+    assert all(int(m.num_batches_tracked) == 2 for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    against_plain(model.eval(), torch.randn(3, 2, 4, 5, 5))
+
+
+def test_switching_to_evaluation_before_the_backward_changes_nothing():
+    model, x = chain(p=0.4), torch.randn(2, 2, 4, 3, 3)
+    plain = copy.deepcopy(model)
+    plain.reversible = False
+    for m in (model, plain):
+        torch.manual_seed(1)
+        out = m(x)
+        m.eval()
+        torch.manual_seed(2)
+        out.square().sum().backward()
+        reset_states(m)
+    assert_same([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()])
+    assert not any(m.training for m in model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    model = chain(check=True)
+    plain = copy.deepcopy(model)
+    plain.reversible = False
+    x = torch.randn(2, 2, 4, 5, 5)
+    results = []
+    for m in (model, plain):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", dtype):
+            out = m(leaf)
+        assert out.dtype is torch.float32
+        out.square().sum().backward()
+        results.append([out, leaf.grad, *(p.grad for p in m.parameters())])
+    assert_same(*results)
+
+
+def test_states_with_a_gradient_go_through_single_steps():
+    def single():
+        return nn.Sequential(nn.Linear(3, 3), neuron.LIFNode(), nn.Linear(3, 3))
+
+    model = RevSSequence([RevSBlock(single(), single(), dim=1) for _ in range(3)], check=True)
+    against_plain(model, torch.randn(2, 6), calls=4)
+
+
+def test_a_branch_that_uses_its_input_often_and_a_shared_block():
+    class Often(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3, 3)
+            self.node = neuron.LIFNode()
+
+        def forward(self, x):
+            return self.node(self.fc(x)) * torch.tanh(x) + torch.sigmoid(x) * x
+
+    against_plain(
+        RevSSequence([RevSBlock(Often(), Often(), dim=1) for _ in range(3)]), torch.randn(5, 6), 2
+    )
+    shared = RevSBlock(Often(), Often(), dim=1)
+    against_plain(RevSSequence([shared, shared], check=True), torch.randn(5, 6))
+
+
+@pytest.mark.parametrize("states", ["carry", "reset"])
+def test_a_pair_of_streams(states):
+    model = chain(states=states)
+    plain = copy.deepcopy(model)
+    plain.reversible = False
+    x = torch.randn(2, 2, 2, 3, 3), torch.randn(2, 2, 2, 3, 3)
+    for used in (0, 1):
+        results = []
+        for m in (model, plain):
+            m.zero_grad()
+            leaves = [t.clone().requires_grad_() for t in x]
+            out = m(tuple(leaves))
+            assert isinstance(out, tuple)
+            out[used].square().sum().backward()
+            reset_states(m)
+            results.append([*out, *(leaf.grad for leaf in leaves), *(p.grad for p in m.parameters())])
+        assert_same(*results)
+
+
+def test_accumulation_frozen_parameters_hooks_and_autograd_grad():
+    model = chain()
+    plain = copy.deepcopy(model)
+    plain.reversible = False
+    calls = []
+    for m in (model, plain):
+        first = next(m.parameters())
+        first.requires_grad_(False)
+        for p in list(m.parameters())[1:3]:
+            p.register_hook(lambda g: calls.append(1) or g * 3)
+    x = torch.randn(2, 2, 4, 3, 3)
+    for _ in range(2):
+        for m in (model, plain):
+            m(x).square().sum().backward()
+            reset_states(m)
+    assert len(calls) == 8
+    assert next(model.parameters()).grad is None
+    assert_same([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()])
+    results = []
+    for m in (model, plain):
+        wanted = list(m.parameters())[3:5]
+        results.append(torch.autograd.grad(m(x).square().sum(), wanted))
+        reset_states(m)
+    assert_same(*results)
+    out = model(x).square().sum()
+    first, second = (torch.autograd.grad(out, wanted, retain_graph=True) for wanted in [list(
+        model.parameters())[3:5]] * 2)  # fmt: skip
+    assert_same(first, second)
+
+
+def test_two_hundred_blocks_are_rebuilt_exactly_and_floats_are_not():
+    def wide():
+        fc = nn.Linear(32, 32, bias=False)
+        with torch.no_grad():
+            fc.weight.mul_(3)
+        return nn.Sequential(neuron.IFNode(step_mode="m"), fc)
+
+    found = {}
+    for bits in (16, None):
+        torch.manual_seed(0)
+        blocks = [RevSBlock(wide(), wide(), bits=bits) for _ in range(200)]
+        model = RevSSequence(blocks, states="reset", check=True)
+        model(torch.randn(4, 256, 64)).sum().backward()
+        found[bits] = model.last_rebuild
+    assert found[16].flipped_bits == 0 and found[16].max_error == 0
+    assert found[None].flipped_bits > 0 and found[None].max_error > 0.1  # a spike flipped, then more
+
+
+def test_held_memory_is_flat_in_depth():
+    held = {}
+    for depth in (8, 200):
+        model, x = chain(depth, states="reset"), torch.randn(2, 1, 4, 8, 8)
+        held[depth] = count_step(lambda model=model, x=x: model(x).sum())[0]
+    assert held[200] <= 1.02 * held[8]
+    assert held[8] < 2 * 2 * 4 * 8 * 8 * 4
+
+
+def test_each_branch_runs_twice_a_step():
+    runs = []
+    model = chain(states="reset")
+    for block in model.blocks:
+        for half in (block.f, block.g):
+            half.register_forward_hook(lambda *_: runs.append(1))
+    model(torch.randn(2, 1, 4, 3, 3)).sum().backward()
+    assert len(runs) == 2 * 2 * 3
+
+
+def test_without_grad_mode_it_is_the_plain_run():
+    model, x = chain(states="reset").eval(), torch.randn(2, 1, 4, 3, 3)
+    with torch.no_grad():
+        out = model(x)
+    assert torch.equal(out, model(x)) and not out.requires_grad
+
+
+def test_neurons_are_left_alone_by_the_backward():
+    model, x = chain(), torch.randn(2, 1, 4, 3, 3)
+    out = model(x)
+    functional.reset_net(model)
+    out.sum().backward()
+    assert not states_of(model)
+
+
+def test_inside_a_converted_network():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        layer.Conv2d(1, 4, 3, padding=1, step_mode="m"),
+        chain(states="reset"),
+        neuron.LIFNode(step_mode="m"),
+        layer.Conv2d(4, 1, 3, step_mode="m"),
+    )
+    plain = copy.deepcopy(net)
+    plain[1].reversible = False
+    x = torch.randn(3, 2, 1, 5, 5)
+    assert_same(step(srp.convert_to_reversible(net), x), step(plain, x))
+
+
+def test_copies_and_state_dict():
+    model = chain()
+    other = copy.deepcopy(model)
+    other.load_state_dict(model.state_dict())
+    x = torch.randn(2, 1, 4, 3, 3)
+    assert_same(step(model, x), step(other, x))
+
+
+# Errors.
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"5 channels .* don't split"):
+        chain()(torch.randn(2, 1, 5, 3, 3))
+    with pytest.raises(ValueError, match=r"block 0: g \(Linear\) returned .*\(2, 4\).*\(2, 3\)"):
+        RevSSequence([RevSBlock(nn.Linear(3, 3), nn.Linear(3, 4), dim=1)])(torch.randn(2, 6))
+    with pytest.raises(ValueError, match="one shape"):
+        chain()((torch.randn(2, 1, 2, 3, 3), torch.randn(2, 1, 4, 3, 3)))
+    with pytest.raises(ValueError, match="dim=7"):
+        RevSBlock(nn.Identity(), nn.Identity(), dim=7)(torch.randn(2, 6))
+
+
+def test_blocks_that_do_not_go_together_are_refused():
+    f = nn.Identity()
+    with pytest.raises(ValueError, match="share dim and bits"):
+        RevSSequence([RevSBlock(f, f), RevSBlock(f, f, bits=8)])
+    with pytest.raises(ValueError, match="at least one"):
+        RevSSequence([])
+    with pytest.raises(TypeError, match="not a RevSBlock"):
+        RevSSequence([f])
+    with pytest.raises(ValueError, match="mode must be"):
+        RevSSequence([RevSBlock(f, f)], mode="fast")
+    with pytest.raises(ValueError, match="states must be"):
+        RevSSequence([RevSBlock(f, f)], states="keep")
+    with pytest.raises(TypeError, match="must be an"):
+        RevSBlock(lambda x: x, f)
+    with pytest.raises(ValueError, match="bits must be"):
+        RevSBlock(f, f, bits=30)
+
+
+class Times(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(float(factor)))
+
+    def forward(self, x):
+        return x * self.factor
+
+
+@pytest.mark.parametrize("value", [200.0, float("inf"), float("nan")])
+def test_leaving_the_range_is_refused_in_the_backward(value):
+    model = RevSSequence([RevSBlock(Times(1), Times(-1), dim=1) for _ in range(6)])
+    out = model(torch.full((1, 2), value))
+    with pytest.raises(OverflowError, match=r"reaches .*bits=16.*256.*fewer bits"):
+        out.sum().backward()
+
+
+def test_in_place_changes_are_refused():
+    model, x = chain(), torch.randn(2, 1, 4, 3, 3)
+    out = model(x)
+    out.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+    reset_states(model)
+    out = model(x)
+    with torch.no_grad():
+        next(model.parameters()).mul_(2)
+    with pytest.raises(RuntimeError, match=r"blocks\.0\.f\.1\.weight was modified"):
+        out.sum().backward()
+    inplace = RevSSequence([RevSBlock(nn.ReLU(inplace=True), Times(1), dim=1)])
+    with pytest.raises(RuntimeError, match=r"block 0: f \(ReLU\) changed its input in place"):
+        inplace(torch.randn(2, 6))
+
+
+def test_a_branch_that_is_not_deterministic_is_named_in_check_mode():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.calls = [0]
+            self.fc = nn.Linear(3, 3)
+
+        def forward(self, x):
+            self.calls[0] += 1
+            return self.fc(x) * self.calls[0]
+
+    model = RevSSequence([RevSBlock(nn.Linear(3, 3), Counting(), dim=1)], check=True)
+    with pytest.raises(RuntimeError, match=r"block 0: g \(Counting\).*deterministic"):
+        model(torch.randn(2, 6)).sum().backward()
+
+
+def test_a_gradient_that_would_be_lost_is_refused():
+    outside = torch.ones(3, requires_grad=True)
+
+    class Closure(nn.Module):
+        def forward(self, x):
+            return x * outside
+
+    model = RevSSequence([RevSBlock(Closure(), nn.Linear(3, 3), dim=1)])
+    with pytest.raises(RuntimeError, match=r"block 0: f \(Closure\) uses a tensor of shape \(3,\)"):
+        model(torch.randn(2, 6)).sum().backward()
+
+
+def test_double_backward_is_refused():
+    x = torch.randn(2, 6, requires_grad=True)
+    model = RevSSequence([RevSBlock(nn.Linear(3, 3), nn.Linear(3, 3), dim=1)])
+    (g,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        g.sum().backward()
+
+
+def _worker(rank, where, reversible, queue):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{where}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = chain(states="reset")
+    model.reversible = reversible
+    parallel = nn.parallel.DistributedDataParallel(model)
+    for seed in range(2):
+        torch.manual_seed(10 * seed + rank)
+        parallel(torch.randn(2, 2, 4, 3, 3)).square().sum().backward()
+    if rank == 0:
+        torch.save([p.grad for p in model.parameters()], queue)
+    dist.destroy_process_group()
+
+
+def test_two_processes(tmp_path):
+    found = []
+    for reversible in (True, False):
+        out = tmp_path / f"{reversible}.pt"
+        mp.start_processes(
+            _worker, (str(tmp_path / f"s{reversible}"), reversible, str(out)), 2, start_method="spawn"
+        )
+        found.append(torch.load(out))
+    assert_same(*found)
