@@ -1,6 +1,7 @@
 """Reversible training for spiking neural networks: stock models, a small part of the memory."""
 
 from snn_reversible_plugin.adapters import register
+from snn_reversible_plugin.blocks import RevSBlock, RevSSequence
 from snn_reversible_plugin.convert import convert_to_reversible, restore, reversible, stock
 from snn_reversible_plugin.registry import register_reversible
 from snn_reversible_plugin.report import MemoryReport, memory_report
@@ -8,6 +9,8 @@ from snn_reversible_plugin.verification import Verification, verify
 
 __all__ = [
     "MemoryReport",
+    "RevSBlock",
+    "RevSSequence",
     "Verification",
     "convert_to_reversible",
     "memory_report",

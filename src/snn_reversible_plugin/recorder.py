@@ -102,6 +102,8 @@ class Tape(TorchDispatchMode):
         self.observer = observer
         self.where: str | None = None  # the module that runs, in check mode and under an observer
         forget_writes()
+        # A block that is rebuilt records inside a backward; what a backward itself runs is not recorded.
+        self.graph_task = torch._C._current_graph_task_id()
         self.suspended = 0
         self.paused = 0
         self._outside: dict[int, Kept] = {}
@@ -160,7 +162,7 @@ class Tape(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if self.paused or torch._C._current_graph_task_id() != -1:
+        if self.paused or torch._C._current_graph_task_id() != self.graph_task:
             return func(*args, **kwargs)
         plan = plan_of(func)
         if plan.kind is Kind.MUTATING:
