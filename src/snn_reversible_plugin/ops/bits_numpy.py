@@ -1,4 +1,4 @@
-"""Bit packing on the CPU through numpy's packbits, several times faster than the torch form.
+"""Bit packing on the CPU through numpy's packbits, which is faster there than the torch form.
 
 Held to :mod:`snn_reversible_plugin.ops.bits_torch` by the tests. Chunks are small, so that the
 one-byte intermediate stays in the cache.

@@ -120,7 +120,8 @@ class Rerun:
         self.args = tuple(self._slotted(arg) for arg in args)
         self.kwargs = {key: self._slotted(arg) for key, arg in kwargs.items()}
         anchor = torch.empty(0, requires_grad=True)
-        self.saver = _Saver.apply(anchor, *self.tensors).grad_fn
+        # The tensor, not its node: in torch 2.6 a node is cleared when its output dies.
+        self.saver = _Saver.apply(anchor, *self.tensors)
         self.held = [(tensor, tensor._version) for tensor in _tensors_of(module)]
         self.autocast = Autocast()
         self.count = 0
@@ -169,7 +170,7 @@ class Rerun:
         for tensor in _changed(self.held):
             self._refuse_change(tensor)
         with torch.no_grad():
-            saved = [t.detach().requires_grad_(t.requires_grad) for t in self.saver.saved_tensors]
+            saved = [t.detach().requires_grad_(t.requires_grad) for t in self.saver.grad_fn.saved_tensors]
 
         def unslotted(value: Any) -> Any:
             return saved[value.index] if isinstance(value, _Slot) else value
