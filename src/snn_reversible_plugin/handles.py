@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -53,6 +53,10 @@ class Handle:
 
     def release(self) -> None:
         """One of those who announced a need is served."""
+
+    def peek(self) -> torch.Tensor:
+        """The value for somebody who announced no need: nothing is counted, nothing cached."""
+        return self.get(False)[0]
 
     def unpack(self) -> torch.Tensor:
         """Serve one need of autograd's."""
@@ -221,6 +225,20 @@ class Replayed(Handle):
             owned = False
         return value, owned
 
+    def peek(self, seen: dict[int, torch.Tensor] | None = None) -> torch.Tensor:
+        if self.cache is not None:
+            return self.cache
+        seen = {} if seen is None else seen
+        if id(self) not in seen:
+            args = [_peeked(arg, seen) for arg in self.args]
+            kwargs = {name: _peeked(arg, seen) for name, arg in self.kwargs.items()}
+            if self.inplace:
+                args[0] = args[0].clone()
+            outputs = self.func(*args, **kwargs)
+            value = outputs if self.index is None else outputs[self.index]
+            seen[id(self)] = self.verified(value, f"replaying {self.func}")
+        return seen[id(self)]
+
     def _run(self) -> tuple[Any, bool]:
         borrowed: list[torch.Tensor] = []
         args = [_value_of(arg, borrowed) for arg in self.args]
@@ -246,6 +264,16 @@ def _value_of(arg: Any, borrowed: list[torch.Tensor]) -> Any:
     return arg
 
 
+def _peeked(arg: Any, seen: dict[int, torch.Tensor]) -> Any:
+    if isinstance(arg, Replayed):
+        return arg.peek(seen)
+    if isinstance(arg, Handle):
+        return arg.peek()
+    if type(arg) is list:
+        return [_peeked(item, seen) for item in arg]
+    return arg
+
+
 def unpack(handle: Handle) -> torch.Tensor:
     """The unpack hook."""
     if torch.is_grad_enabled():
@@ -253,11 +281,20 @@ def unpack(handle: Handle) -> torch.Tensor:
             "double backward (create_graph=True) through a reversible model is not supported: the tape "
             "rebuilds values, not their graph. Run that part under snn_reversible_plugin.stock(model)."
         )
+    return _without_autocast(handle.unpack)
+
+
+def peek(handle: Handle) -> torch.Tensor:
+    """What a handle stands for, outside of a backward."""
+    return _without_autocast(handle.peek)
+
+
+def _without_autocast(rebuild: Callable[[], torch.Tensor]) -> torch.Tensor:
     if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
-        return handle.unpack()
+        return rebuild()
     # What autocast cast in the forward was recorded as operations of its own.
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        return handle.unpack()
+        return rebuild()
 
 
 _local = threading.local()

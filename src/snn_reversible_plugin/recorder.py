@@ -57,7 +57,7 @@ from snn_reversible_plugin.operators import Kind, Plan, aten, plan_of
 
 MAX_DEPTH = 64
 WORK_LIMIT = {"memory": 2, "speed": 0}
-SMALL_OUTPUT = 16  # an output this many times smaller than its largest input is kept
+SMALL_OUTPUT = 16  # an output this many times smaller than the largest activation it is made of is kept
 
 _LIKE = {aten.zeros_like.default: 0, aten.ones_like.default: 1, aten.full_like.default: None}
 
@@ -280,7 +280,8 @@ class Tape(TorchDispatchMode):
                 cheap = cheap and handle.cheap
             elif handle is None or (isinstance(handle, Kept) and not handle.anchored):
                 newly_held += tensor.untyped_storage().nbytes()
-            largest = max(largest, _bytes(tensor))
+            if handle is not OUTSIDE:
+                largest = max(largest, _bytes(tensor))
             if plan.atomic and tensor.is_cuda:
                 return None
         if not all(is_plain(tensor) for tensor in outputs):
@@ -301,16 +302,20 @@ class Tape(TorchDispatchMode):
             cheap,
         )
 
+    def hold(self, tensor: torch.Tensor) -> Handle:
+        """The handle of a tensor that something is going to rely on."""
+        handle = look_up(tensor)
+        if isinstance(handle, Packed):
+            handle.materialize(tensor)
+        elif not isinstance(handle, Handle):
+            handle = self._keep(tensor, handle)
+        if isinstance(handle, Kept):
+            handle.anchored = True
+        return handle  # type: ignore[no-any-return]
+
     def _operand(self, arg: Any) -> Any:
         if isinstance(arg, torch.Tensor):
-            handle = look_up(arg)
-            if isinstance(handle, Packed):
-                handle.materialize(arg)
-            elif not isinstance(handle, Handle):
-                handle = self._keep(arg, handle)
-            if isinstance(handle, Kept):
-                handle.anchored = True
-            return handle
+            return self.hold(arg)
         if isinstance(arg, (list, tuple)) and any(isinstance(item, torch.Tensor) for item in arg):
             return [self._operand(item) for item in arg]
         return arg

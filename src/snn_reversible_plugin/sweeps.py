@@ -96,6 +96,7 @@ def multi_step_vjp(
     wanted: Wanted = ONLY_X,
     *,
     owned: bool = False,
+    v_last: Tensor | None = None,
 ) -> Gradients:
     """Gradients of :func:`multi_step` from its inputs and those of its outputs (None: no gradient).
 
@@ -104,12 +105,15 @@ def multi_step_vjp(
         g_s, g_v, g_v_seq: gradients of spikes, final membrane and membranes, not all None.
         wanted: which gradients to compute.
         owned: x_seq may be overwritten: it becomes h, then the gradient of x_seq.
+        v_last: is overwritten with the final membrane. Laid out as :func:`multi_step` does.
     """
     order = _order(x_seq, v)
     if order is None or not all(
         g is None or is_plain(g, order[1:], zeros=True)
         for g in (g_s, g_v_seq, None if g_v is None else g_v[None])
     ):
+        if v_last is not None:
+            v_last.copy_(multi_step(x_seq, v, rule, surrogate, q)[1])
         return sequence_vjp(x_seq, v, g_s, g_v, g_v_seq, rule, surrogate, q, wanted)
     learns_leak = q is not None and wanted.q
     if learns_leak and rule.decay_input:
@@ -120,6 +124,7 @@ def multi_step_vjp(
     h2 = None if g_x is None else _flat(g_x, order)  # None: h lives in a chunk
     gs2, gvs2 = (None if g is None else _flat(g, order) for g in (g_s, g_v_seq))
     gv1 = None if g_v is None else _flat(g_v[None], order)[0]
+    last = None if v_last is None else _flat(v_last[None], order)[0]
     start = _flat(v[None], order)[0] if isinstance(v, Tensor) else v
     leaky = q is not None or rule.tau is not None
     g_start = [_dense(x_seq, order, steps=False) for _ in range(1 + leaky)] if wanted.v else []
@@ -136,6 +141,9 @@ def multi_step_vjp(
             if t + 1 < len(xs):
                 work.fire(h, work.s)
                 work.reset(h, work.s, state)
+        if last is not None:
+            work.fire(hs[-1], work.s)
+            work.reset(hs[-1], work.s, last[part])
         gs = None if gs2 is None else gs2[:, part].unbind(0)
         gvs = None if gvs2 is None else gvs2[:, part].unbind(0)
         carry = None if gv1 is None else gv1[part]

@@ -14,14 +14,16 @@ from contextlib import contextmanager
 import torch
 
 from snn_reversible_plugin.entries import enter
-from snn_reversible_plugin.handles import Packed, owns, unpack
+from snn_reversible_plugin.handles import Handle, Packed, owns, unpack
 from snn_reversible_plugin.recorder import WORK_LIMIT, Observer, OffStack, Tape
 
 __all__ = [
     "MODES",
     "current",
+    "hold",
     "mark_opaque",
     "mark_spikes",
+    "may_promise",
     "may_record",
     "owns",
     "paused",
@@ -93,6 +95,12 @@ def may_record() -> bool:
     )
 
 
+def may_promise() -> bool:
+    """Whether a tape records what outlives this call: it does not in a block that a backward rebuilds."""
+    recorder = current()
+    return recorder is not None and not recorder.suspended and recorder.graph_task == -1
+
+
 @contextmanager
 def suspended() -> Iterator[None]:
     """Inside, the tape keeps everything: for a part of a network that must not be replayed."""
@@ -113,6 +121,14 @@ def paused() -> OffStack:
     What they make counts as coming from outside, until :func:`mark_spikes` or :func:`mark_opaque`.
     """
     return OffStack(current())
+
+
+def hold(tensor: torch.Tensor) -> Handle:
+    """A handle of a tensor, under a tape: for one who may have to compute something again."""
+    recorder = current()
+    assert recorder is not None
+    with OffStack(recorder):
+        return recorder.hold(tensor)
 
 
 def mark_spikes(spikes: torch.Tensor) -> None:

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import functools
 import os
+import weakref
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +26,7 @@ from snn_reversible_plugin import tape
 from snn_reversible_plugin.cuts import chunk_size
 from snn_reversible_plugin.dynamics import Rule, Surrogate, Wanted, single_step, single_step_vjp
 from snn_reversible_plugin.registry import SwappedClass
+from snn_reversible_plugin.spikingjelly.final_membrane import FinalMembrane, Memories
 from snn_reversible_plugin.spikingjelly.generic import dynamics_of, replayed
 from snn_reversible_plugin.spikingjelly.rerun import differentiable_once
 from snn_reversible_plugin.spikingjelly.surrogates import (
@@ -67,17 +70,31 @@ class _Call(NamedTuple):
         return [torch.ops.aten.sigmoid_backward(g, q).to(w.dtype) for g in g_q]
 
 
+def _final_membrane(call: _Call, v: float, x_seq: Tensor, w: Tensor | None = None) -> Tensor:
+    q = None if w is None else call.leak(w)
+    return multi_step(x_seq, v, call.rule, call.surrogate, q)[1]
+
+
 class _MultiStep(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_seq: Tensor, v: Any, _v_again: Any, call: _Call, *ws: Tensor
+        ctx: Any,
+        x_seq: Tensor,
+        v: Any,
+        _v_again: Any,
+        call: _Call,
+        final: FinalMembrane | None,
+        *ws: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
+        ctx.final = None if final is None else weakref.ref(final)
         ctx.call, ctx.start = call, None if isinstance(v, Tensor) else v
         ctx.save_for_backward(x_seq, v if ctx.start is None else None, ws[0] if ws else None)
         with tape.paused():
             q = call.leak(ws[0]) if ws else None
             spikes, v, v_seq = multi_step(x_seq, v, call.rule, call.surrogate, q, call.store_v_seq)
+            if final is not None:
+                v = final.placeholder(v)
         if v_seq is None:
             return spikes, v
         return (spikes, v_seq) if call.fused else (spikes, v, v_seq)
@@ -88,24 +105,28 @@ class _MultiStep(torch.autograd.Function):
         x_seq, v, w = ctx.saved_tensors
         owned = tape.owns(x_seq)
         call: _Call = ctx.call
-        nothing = (None,) * (len(ctx.needs_input_grad) - 4)
+        nothing = (None,) * (len(ctx.needs_input_grad) - 5)
         g_v, g_v_seq = (*g_states, None)[:2]
         if call.store_v_seq and call.fused:
             g_v, g_v_seq = None, g_v
         if g_s is None and g_v is None and g_v_seq is None:
-            return None, None, None, None, *nothing
+            return None, None, None, None, None, *nothing
         q = None if w is None else call.leak(w)
         wanted = Wanted(
             x=ctx.needs_input_grad[0],
             v=ctx.needs_input_grad[1],
-            q=w is not None and ctx.needs_input_grad[4],
+            q=w is not None and ctx.needs_input_grad[5],
         )
+        final = None if ctx.final is None else ctx.final()
+        v_last = None if final is None else final.empty()
         grads = multi_step_vjp(
             x_seq, ctx.start if v is None else v, g_s, g_v, g_v_seq, call.rule, call.surrogate, q,
-            wanted, owned=owned,
+            wanted, owned=owned, v_last=v_last,
         )  # fmt: skip
+        if final is not None and v_last is not None:
+            final.keep(v_last)
         g_ws = call.leak_vjp(grads.q, q, w) if wanted.q else nothing  # type: ignore[arg-type]
-        return grads.x, *grads.v, None, *g_ws
+        return grads.x, *grads.v, None, None, *g_ws
 
 
 class _SingleStep(torch.autograd.Function):
@@ -157,6 +178,13 @@ class Analytic:
                 return out
         return replayed(self, Analytic, args, kwargs)  # type: ignore[arg-type]
 
+    def reset(self) -> None:
+        """Set the states to their reset values."""
+        memories = self.__dict__["_memories"]
+        if isinstance(memories, Memories):
+            memories.forget()
+        super().reset()  # type: ignore[misc]
+
 
 class Reversible(Analytic, SwappedClass):
     """In front of a subclass that has one of the three neurons' dynamics."""
@@ -197,13 +225,16 @@ def _forward(module: Any, x: Any) -> Any:
     if call is None:
         return NotImplemented
     again = v if isinstance(v, Tensor) else None
+    final = None
     if not multi:
         ws = () if w is None else (w,)
         s, v = _SingleStep.apply(x, v, again, call, *ws)
         v_seq = None
     else:
         ws = () if w is None else (w,) * (1 if call.fused else x.shape[0])
-        s, *states = _MultiStep.apply(x, v, again, call, *ws)
+        if tape.may_promise() and not isinstance(v, Tensor) and not call.store_v_seq:
+            final = FinalMembrane(partial(_final_membrane, call, v), *map(tape.hold, (x, *ws[:1])))
+        s, *states = _MultiStep.apply(x, v, again, call, final, *ws)
         v_seq = states[-1] if call.store_v_seq else None
         v = states[0]
         if v_seq is not None:
@@ -213,10 +244,15 @@ def _forward(module: Any, x: Any) -> Any:
         module.v_seq = v_seq
     if call.surrogate.fire is None:
         tape.mark_spikes(s)
-        if v_seq is None or not call.fused:
-            tape.mark_opaque(v)
     else:
-        tape.mark_opaque(s, v)
+        tape.mark_opaque(s)
+    if final is not None:
+        final.promise(v)
+        v = final
+        if not isinstance(module._memories, Memories):
+            module.__dict__["_memories"] = Memories(module._memories)
+    elif v_seq is None or not call.fused:
+        tape.mark_opaque(v)
     module._memories["v"] = v
     return s
 
