@@ -140,8 +140,8 @@ class Replayed(Handle):
     """
 
     __slots__ = (
-        "args", "cache", "cheap", "claiming", "depth", "func", "index", "inplace", "kwargs", "needs",
-        "siblings", "work",
+        "args", "awaited", "cache", "cheap", "claiming", "depth", "func", "index", "inplace", "kwargs",
+        "needs", "siblings", "work",
     )  # fmt: skip
 
     def __init__(
@@ -162,6 +162,7 @@ class Replayed(Handle):
         self.claiming = False
         self.cache: torch.Tensor | None = None
         self.siblings: list[weakref.ref[Replayed]] | None = None
+        self.awaited: weakref.ref[Any] | None = None  # a stream that is computed when this value stands
 
     def output(self, index: int, siblings: list[weakref.ref[Replayed]]) -> Replayed:
         """The same recipe for one of several outputs; ``siblings`` collects those of one call."""
@@ -223,6 +224,8 @@ class Replayed(Handle):
         if not last and not self.cheap:
             self.cache = value
             owned = False
+            if self.awaited is not None and (stream := self.awaited()) is not None:
+                stream.arrive()
         return value, owned
 
     def peek(self, seen: dict[int, torch.Tensor] | None = None) -> torch.Tensor:

@@ -35,6 +35,14 @@ from snn_reversible_plugin.entries import (
 )
 from snn_reversible_plugin.handles import Handle, Kept, Packed, Replayed, checksum
 from snn_reversible_plugin.operators import Kind, Plan, aten, plan_of
+from snn_reversible_plugin.streams import (
+    SUMS,
+    Stream,
+    leads_to_a_stream,
+    snap_again,
+    snapped,
+    stream_sum,
+)
 
 # NOTE [What gets a recipe]
 #
@@ -59,6 +67,7 @@ MAX_DEPTH = 64
 WORK_LIMIT = {"memory": 2, "speed": 0}
 SMALL_OUTPUT = 16  # an output this many times smaller than the largest activation it is made of is kept
 
+SNAP = Plan(Kind.PURE, inplace=True)
 _LIKE = {aten.zeros_like.default: 0, aten.ones_like.default: 1, aten.full_like.default: None}
 
 
@@ -76,6 +85,10 @@ def _alias(tensor: torch.Tensor) -> torch.Tensor:
         torch.no_grad(),
     ):
         return tensor.detach()
+
+
+def _is_stream(arg: Any) -> bool:
+    return isinstance(arg, torch.Tensor) and isinstance(look_up(arg), Stream)
 
 
 def _tensors(args: Iterable[Any]) -> Iterator[torch.Tensor]:
@@ -104,6 +117,7 @@ class Tape(TorchDispatchMode):
         forget_writes()
         # A block that is rebuilt records inside a backward; what a backward itself runs is not recorded.
         self.graph_task = torch._C._current_graph_task_id()
+        self.residual: str | None = None  # the residual block that runs, if its sums are on the grid
         self.suspended = 0
         self.paused = 0
         self._outside: dict[int, Kept] = {}
@@ -164,6 +178,10 @@ class Tape(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.paused or torch._C._current_graph_task_id() != self.graph_task:
             return func(*args, **kwargs)
+        if self.residual is not None and func in SUMS and not (types or self.suspended):
+            out = self._run_sum(func, args, kwargs)
+            if out is not None:
+                return out
         plan = plan_of(func)
         if plan.kind is Kind.MUTATING:
             return self._run_mutating(func, plan, types, args, kwargs)
@@ -206,6 +224,38 @@ class Tape(TorchDispatchMode):
                 enter(tensor, None)
             written(tensor)
         return out
+
+    def start_stream(self, x: torch.Tensor) -> Stream:
+        """Treat a tensor as a residual stream from now on. It has to be on the grid."""
+        anchor = look_up(x)
+        if self.work_limit or not isinstance(anchor, Replayed):
+            anchor = self._keep(x, None)
+            anchor.anchored = True
+        stream = Stream(anchor, x.stride(), self.residual or "a residual stream")
+        enter(x, stream)
+        return stream
+
+    def _run_sum(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+        """A residual sum (see ``streams``), or None: it is an addition like any other."""
+        at = stream_sum(args, kwargs, _is_stream)
+        if at is None:
+            return None
+        x, before = args[at], look_up(args[at])
+        branch = snapped(args[1 - at])
+        recipe = self._recipe(snap_again, SNAP, (args[1 - at],), {}, [branch])
+        self._enter_recipe(branch, recipe)
+        total = x + branch
+        self._record(aten.add.Tensor, plan_of(aten.add.Tensor), (x, branch), {}, total)
+        after = self.start_stream(total)
+        if self.work_limit and recipe is not None and not leads_to_a_stream(recipe):
+            before.undo(after, recipe)
+        if not SUMS[func]:
+            return total  # type: ignore[no-any-return]
+        self._before_write(args[0])
+        args[0].copy_(total)
+        enter(args[0], after)
+        written(args[0])
+        return args[0]  # type: ignore[no-any-return]
 
     def _before_write(self, tensor: torch.Tensor) -> None:
         handle = look_up(tensor)

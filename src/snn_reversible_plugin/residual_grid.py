@@ -1,0 +1,85 @@
+"""Residual blocks of a stock network whose stream is on the grid, so that it can be undone.
+
+The one idea: the block runs its own forward; only its sums, stream plus branch, are computed on the
+grid, under a tape (which then undoes them, :mod:`snn_reversible_plugin.streams`) as without one. Source:
+design section 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from snn_reversible_plugin import tape
+from snn_reversible_plugin.entries import look_up
+from snn_reversible_plugin.grid import snap
+from snn_reversible_plugin.registry import SwappedClass
+from snn_reversible_plugin.streams import BITS, SUMS, Stream, snapped, stream_sum
+
+NAME = "_srp_name"
+
+
+class OnGrid(SwappedClass):
+    """A residual block that takes and gives a stream on the grid."""
+
+    treatment = "residual sums undone in the backward"
+    arithmetic = "grid"
+
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if (
+            not isinstance(x, Tensor)
+            or x.dtype is not torch.float32
+            or x.layout is not torch.strided
+            or torch.compiler.is_compiling()
+            or torch._C._functorch.peek_interpreter_stack() is not None
+        ):
+            return super().__call__(x, *args, **kwargs)  # type: ignore[misc]
+        with _on_grid(self.__dict__.get(NAME, type(self).__name__), x) as stream:
+            return super().__call__(stream, *args, **kwargs)  # type: ignore[misc]
+
+
+@contextmanager
+def _on_grid(name: str, x: Tensor) -> Iterator[Tensor]:
+    recorder = tape.current()
+    if recorder is None:
+        x = snap(x, BITS)
+        with _Sums(x):
+            yield x
+        return
+    outer, recorder.residual = recorder.residual, name
+    try:
+        if not isinstance(look_up(x), Stream):
+            x = snap(x, BITS)
+            with tape.paused():
+                recorder.start_stream(x)
+        yield x
+    finally:
+        recorder.residual = outer
+
+
+class _Sums(TorchDispatchMode):
+    """The sums of one block where no tape records."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self._streams = [x]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        at = stream_sum(args, kwargs, self._is_stream) if func in SUMS else None
+        if at is None:
+            return func(*args, **kwargs)
+        total = args[at] + snapped(args[1 - at])
+        out = args[0].copy_(total) if SUMS[func] else total
+        self._streams.append(out)
+        return out
+
+    def _is_stream(self, value: Any) -> bool:
+        return any(value is stream for stream in self._streams)

@@ -1,0 +1,216 @@
+"""An ordinary residual stream, reversed: each block's input is the next one's minus the branch.
+
+The one idea: x_n = x_{n+1} - branch_n, where the branch is replayed from its spikes anyway, because its own
+backward needs it. On the dyadic grid that is exact, so of all the copies of a stream that a stage of
+blocks makes the last is held and no other. No second stream, no change of architecture.
+
+Source: design section 5; this package's own. The grid is :mod:`snn_reversible_plugin.grid`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from snn_reversible_plugin.grid import check_range, reach
+from snn_reversible_plugin.handles import Handle, Replayed
+from snn_reversible_plugin.operators import aten
+from snn_reversible_plugin.rebuilt import with_strides
+
+# NOTE [Undoing a sum]
+#
+# 1. A sum y = x + b of a stream and a branch is computed as x + snap(b). Autograd sits above, and sees a
+#    sum: the gradient passes straight through the rounding.
+# 2. Once y is known, x's handle lets go of x and becomes "y minus the branch". Who holds the handle
+#    already, because autograd saved x, need not be told.
+# 3. Not where the branch's recipe itself leads back to a stream: there would be no way out of the circle.
+#    A branch that starts with a neuron ends at its spikes.
+# 4. The branch's last convolution is rebuilt twice in a block's backward: for its own batch norm, early, and
+#    for x, late. So it tells x when its value stands (`Replayed.awaited`), and x is computed then, in the
+#    place of y, which nobody needs any more.
+# 5. The last value needs no longer stand once the one before it does. So who was computed from it forgets it,
+#    and finds it again, for a second backward, only as long as autograd holds on to it too.
+# 6. A stream must stay below the grid's limit. What is rebuilt is looked at when the backward ends
+#    (grid, note 3), in one wait for the device.
+
+BITS = 16
+SUMS = {aten.add.Tensor: False, aten.add_.Tensor: True}  # whether it writes into its first argument
+
+
+class Stream(Replayed):
+    """The handle of a stream: the tensor itself, until the sum after it is known."""
+
+    __slots__ = ("_stride", "_total", "_undoing", "anchor")
+
+    def __init__(self, anchor: Handle, stride: tuple[int, ...], where: str) -> None:
+        super().__init__(aten.sub.Tensor, (), {}, None, work=0, depth=0)
+        self.anchor: Handle | None = anchor
+        self.where = where
+        self._stride = stride
+        self._undoing = False
+        self._total: Callable[[], Stream | None] = _nothing
+
+    def need(self) -> None:
+        super().need()
+        if self.anchor is not None:
+            self.anchor.need()
+
+    def release(self) -> None:
+        super().release()
+        if self.anchor is not None:
+            self.anchor.release()
+
+    def undo(self, total: Stream, branch: Replayed) -> None:
+        """From now on be ``total - branch``."""
+        self.anchor, self.args = None, (total, branch)
+        self._total = weakref.ref(total)
+        if self.needs:
+            self.claiming = True
+            total.need()
+            branch.need()
+        for handle in _down_to_work(branch):
+            handle.awaited = weakref.ref(self)
+
+    def arrive(self) -> None:
+        """Part of the branch stands, and somebody else waits for it too: a good time to be computed."""
+        total = self._total()
+        if self.needs and self.cache is None and not self._undoing and total is not None:
+            if total.anchor is not None or total.cache is not None:
+                self.get(False)
+
+    def get(self, last: bool) -> tuple[torch.Tensor, bool]:
+        if self.anchor is not None:
+            return self.anchor.get(last)
+        if self.cache is not None:
+            return self.cache, last
+        value, below = self._nearest()
+        owned = False
+        for stream in reversed(below):
+            value = stream._undone(value, owned)
+            stream.drop_claims()
+            owned = not (stream.needs - (stream is self and last))
+            if not owned:
+                stream.cache = value
+        return value, owned
+
+    def peek(self, seen: dict[int, torch.Tensor] | None = None) -> torch.Tensor:
+        if self.anchor is not None:
+            return self.anchor.peek()
+        if self.cache is not None:
+            return self.cache
+        value, below = self._nearest()
+        for stream in reversed(below):
+            value = with_strides(value - stream.args[1].peek(), stream._stride)
+        return value
+
+    def _nearest(self) -> tuple[torch.Tensor, list[Stream]]:
+        """The nearest sum above that stands, and the streams from it down to this one.
+
+        Without recursion: a stage may be long.
+        """
+        below: list[Stream] = []
+        stream = self
+        while stream.anchor is None and stream.cache is None:
+            below.append(stream)
+            total = stream._total()
+            if total is None:
+                raise RuntimeError(
+                    f"{stream.where}: trying to backward through a residual block a second time, and what it is "
+                    "undone from has been freed. Use retain_graph=True in the first backward."
+                )
+            stream = total
+        value, _ = stream.get(False)
+        if below and stream.anchor is not None:
+            _watch(stream.where, value)
+        return value, below
+
+    def _undone(self, total: torch.Tensor, owned: bool) -> torch.Tensor:
+        self._undoing = True
+        try:
+            branch, replaceable = self.args[1].get(self.args[1].needs <= 1)
+        finally:
+            self._undoing = False
+        if replaceable and branch.stride() == self._stride:
+            value = torch.sub(total, branch, out=branch)
+        elif owned and total.stride() == self._stride:
+            value = torch.sub(total, branch, out=total)
+        else:
+            value = with_strides(total - branch, self._stride)
+        self.args = (None, self.args[1])
+        _watch(self.where, value)
+        return self.verified(value, "undoing a residual sum")
+
+
+def stream_sum(
+    args: tuple[Any, ...], kwargs: dict[str, Any], is_stream: Callable[[Any], bool]
+) -> int | None:
+    """Which argument of an addition is a stream that the other, a branch, is added to."""
+    if kwargs or len(args) != 2:
+        return None
+    at = 0 if is_stream(args[0]) else 1
+    x, branch = args[at], args[1 - at]
+    fits = (
+        is_stream(x)
+        and isinstance(branch, torch.Tensor)
+        and branch.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and branch.shape == x.shape
+        and not is_stream(branch)
+    )
+    return at if fits else None
+
+
+def snapped(branch: torch.Tensor) -> torch.Tensor:
+    """The branch on the grid, as a new tensor."""
+    return _snap_(branch.float() if branch.dtype is not torch.float32 else branch.clone())
+
+
+def snap_again(branch: torch.Tensor) -> torch.Tensor:
+    """The same in a backward, where the branch is the caller's to overwrite."""
+    return _snap_(branch.float())
+
+
+def _snap_(branch: torch.Tensor) -> torch.Tensor:
+    return branch.mul_(2.0**BITS).round_().mul_(2.0**-BITS)
+
+
+def _nothing() -> None:
+    return None
+
+
+def leads_to_a_stream(handle: Handle) -> bool:
+    """Whether a recipe, down to what is stored, uses a stream."""
+    if isinstance(handle, Stream):
+        return True
+    return isinstance(handle, Replayed) and any(map(leads_to_a_stream, handle.operands()))
+
+
+def _down_to_work(handle: Handle) -> Iterator[Replayed]:
+    """A branch's recipe from its end down to its last convolution or matrix product."""
+    while isinstance(handle, Replayed) and handle.work:
+        yield handle
+        below = [operand for operand in handle.operands() if isinstance(operand, Replayed) and operand.work]
+        if sum(operand.work for operand in below) < handle.work:
+            return
+        handle = below[0]
+
+
+_reaches: dict[int, list[tuple[str, torch.Tensor]]] = {}
+
+
+def _watch(where: str | None, stream: torch.Tensor) -> None:
+    task = torch._C._current_graph_task_id()
+    if task not in _reaches:
+        _reaches[task] = []
+        if task != -1:
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: _check(task))  # type: ignore[attr-defined]
+    _reaches[task].append((where or "a residual stream", reach(stream)))
+    if task == -1:
+        _check(task)
+
+
+def _check(task: int) -> None:
+    found = _reaches.pop(task)
+    check_range([name for name, _ in found], [value for _, value in found], BITS)
