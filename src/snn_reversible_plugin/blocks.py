@@ -201,7 +201,7 @@ class _Run:
         self.chain, self.dim, self.parameters, self.state_keys = chain, dim, parameters, state_keys
         self.bits, self.check = blocks[0].bits, chain.check
         self.halves = [
-            Half(f"block {index}: {name} ({type(branch).__name__})", branch)
+            Half(f"block {index}: {name} ({branch._get_name()})", branch)
             for index, block in enumerate(blocks)
             for name, branch in (("f", block.f), ("g", block.g))
         ]
@@ -323,7 +323,7 @@ class _Chain(torch.autograd.Function):
 def _plain(blocks: Sequence[RevSBlock], x1: Tensor, x2: Tensor) -> Streams:
     for index, block in enumerate(blocks):
         for name, branch in (("f", block.f), ("g", block.g)):
-            where = f"block {index}: {name} ({type(branch).__name__})"
+            where = f"block {index}: {name} ({branch._get_name()})"
             x1, x2 = x2, _couple(where, x1, branch(x2), block.bits)
     return x1, x2
 
