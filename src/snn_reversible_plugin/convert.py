@@ -8,6 +8,7 @@ parameters, hooks, optimizers and ``state_dict`` stay as they were, and ``restor
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -112,7 +113,7 @@ def convert_to_reversible(
     Raises:
         TypeError: ``model`` is no ``nn.Module``, or is compiled or scripted.
         ValueError: an unknown ``mode`` or ``arithmetic``, a ``skip`` name that is not in the model, or a
-            model in which no spiking neuron is found; with ``blocks``, one with no blocks to wrap.
+            model in which no spiking neuron is found; with ``blocks``, one without residual blocks.
 
     Example:
         >>> import snn_reversible_plugin as srp
@@ -153,8 +154,9 @@ def convert_to_reversible(
             "snnTorch's). For a neuron of your own use register_reversible, or run the model under "
             "snn_reversible_plugin.reversible(model)."
         )
-    if blocks:
-        wrap(model, skip=skip, by_conversion=True)
+    if blocks and not (surgery := wrap(model, skip=skip, by_conversion=True)).chains:
+        reasons = ", ".join(f"{block.name}: {block.why}" for block in surgery.blocks)
+        warnings.warn(f"blocks=True, and no block can be wrapped ({reasons})", stacklevel=2)
     for module, target in swaps:
         if target is not type(module):
             swap(module, target)

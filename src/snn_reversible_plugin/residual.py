@@ -1,8 +1,8 @@
 """What is known of residual blocks: which modules make up their branches, and which can't be taken apart.
 
-The one idea: a block is known by the forward that it runs, by name, so that nothing is imported and a subclass
-with a forward of its own is not mistaken for its base. Blocks of users say it themselves, by a method
-``residual_branches`` or through a matcher.
+The one idea: a block is known by the forward that it runs, by name, so that nothing is imported and a
+subclass with a forward of its own is not mistaken for its base. Blocks of users say it themselves, by a
+method ``residual_branches`` or through a matcher.
 
 Source: SpikingJelly 2.0, ``spikingjelly.activation_based.model``, whose forwards are written out here as
 names of submodules; SEW and its connect functions from Fang et al., "Deep Residual Learning in Spiking
@@ -22,9 +22,9 @@ from snn_reversible_plugin.wrapped import Branch
 
 # NOTE [What a branch is]
 #
-# 1. A branch is what the block adds to its input: x + branch(x). A block x = x + a(x); x = x + b(x) has two.
-#    Only a block that is nothing but such sums can be wrapped: a parameter or a neuron that is in none of
-#    the branches shows that it does more.
+# 1. A branch is what the block adds to its input: x + branch(x). A block x = x + a(x); x = x + b(x) has
+#    two. Only a block that is nothing but such sums can be wrapped: a parameter or a neuron that is in none
+#    of the branches shows that it does more.
 # 2. SEW's AND and IAND multiply the shortcut by spikes: where the factor is zero the input is gone, and
 #    nothing rebuilds it.
 # 3. SpikingResNet fires after the addition, sn(x + conv(x)), which forgets the sum. Its branch here fires
@@ -36,9 +36,7 @@ Matcher = Callable[[nn.Module], Any]
 Parts = tuple[str, ...]  # submodules in the order in which a branch runs them
 
 FIRES_EARLY = "fires before the addition; stock fires after it"
-NO_SHORTCUT = (
-    "no known shortcut: if it computes x + branch(x), a method residual_branches or a matcher can say so"
-)
+NO_SHORTCUT = "no known shortcut; a method residual_branches or a matcher can name its branch"
 _ZOO = "spikingjelly.activation_based.model."
 _METHOD = "residual_branches"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -106,8 +104,8 @@ def _said_branches(block: nn.Module, name: str, said: Any) -> list[Branch]:
         or not all(isinstance(m, nn.Module) for m in modules)
     ):
         raise TypeError(
-            f"{name} ({type(block).__name__}): a matcher and residual_branches give the branch as a module, "
-            f"or several as a list, not {said!r}"
+            f"{name} ({type(block).__name__}): a matcher or residual_branches gives a branch as a module, "
+            f"several as a list, not {said!r}"
         )
     own = {id(parameter) for parameter in block.parameters()}
     for module in modules:
@@ -175,9 +173,21 @@ def _attention_and_mlp(_block: Any) -> Found:
     return [(("attn",), True), (("mlp",), True)], ""
 
 
-def _spatial_mlp(block: Any) -> list[tuple[Parts, bool]]:
-    first, second = ("mlp.lif1", "mlp.fc1", "mlp.bn1"), ("mlp.lif2", "mlp.fc2", "mlp.bn2")
-    return [(first, False), (second, False)] if block.mlp.residual else [((*first, *second), False)]
+def _spatial_mlp(mlp: Any, prefix: str = "mlp.") -> list[tuple[Parts, bool]]:
+    first, second = (tuple(f"{prefix}{name}{i}" for name in ("lif", "fc", "bn")) for i in (1, 2))
+    return [(first, False), (second, False)] if mlp.residual else [((*first, *second), False)]
+
+
+def _convolution_and_mlp(block: Any) -> Found:
+    return [(("lif", "dwconv", "bn"), False), *_spatial_mlp(block.mlp)], ""
+
+
+def _attention_and_spatial_mlp(block: Any) -> Found:
+    return [(("attn",), True), *_spatial_mlp(block.mlp)], ""
+
+
+def _spatial_mlp_alone(block: Any) -> Found:
+    return _spatial_mlp(block, ""), ""
 
 
 def _inseparable(_block: Any) -> Found:
@@ -194,11 +204,9 @@ _BLOCKS: dict[str, Callable[[Any], Found]] = {
     "masnn._AttMSBlock.forward": _residual((*_MEMBRANE, "attention")),
     "spikformer.SpikformerBlock.forward": _attention_and_mlp,
     "qkformer._Block.forward": _attention_and_mlp,
-    "maxformer._DWCBlock.forward": lambda block: (
-        [(("lif", "dwconv", "bn"), False), *_spatial_mlp(block)],
-        "",
-    ),
-    "maxformer._SSABlock.forward": lambda block: ([(("attn",), True), *_spatial_mlp(block)], ""),
+    "maxformer._DWCBlock.forward": _convolution_and_mlp,
+    "maxformer._SSABlock.forward": _attention_and_spatial_mlp,
+    "maxformer._SpatialMLP.forward": _spatial_mlp_alone,
     "spike_driven_transformer._Block.forward": _inseparable,
 }
 _STAGES = ("stage1", "stage2", "stage3")

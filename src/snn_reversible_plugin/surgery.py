@@ -1,8 +1,7 @@
 """``wrap_residual_blocks``: stock residual networks become reversible ones, with the same parameters.
 
-The one idea: consecutive residual branches, whose blocks have no reason to be apart, are paired as F and G of
-two full-width streams; the stream enters both, and their mean leaves. A plan is made first, as data, and is
-all that a dry run makes.
+The one idea: consecutive residual branches are paired as F and G of two full-width streams; the stream
+enters both, and their mean leaves. A plan is made first, as data, and is all that a dry run makes.
 
 Source: design section 5; Gomez et al., "The Reversible Residual Network", NeurIPS 2017, for two streams in
 place of one; Zhang and Zhang, AAAI 2024 (arXiv 2312.07922), for spiking branches.
@@ -17,7 +16,6 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from snn_reversible_plugin import tape
 from snn_reversible_plugin.adapters import is_spiking
 from snn_reversible_plugin.checks import check_model, skipped_modules
 from snn_reversible_plugin.grid import check_bits
@@ -93,27 +91,26 @@ def wrap_residual_blocks(
     bits: int = 16,
     skip: Sequence[str | type[nn.Module]] = (),
     consecutive: Sequence[str] = (),
-    mode: str = "speed",
 ) -> SurgeryReport:
     """Turn chains of residual blocks into reversible ones, which keep their last output only.
 
-    In place, with the blocks' own submodules: the module tree, parameters and the keys of ``state_dict`` stay
-    as they are, so that weights go from the stock network to the wrapped one and back by
-    ``load_state_dict``. The branches of consecutive shape-preserving blocks become F and G of
-    :class:`RevSBlock` s, in turn: ``y1 = x1 + snap(F(x2))``, ``y2 = x2 + snap(G(y1))``. Both streams start as
-    the chain's input, its output is their mean. **This is another function than the stock network's**:
+    In place, with the blocks' own submodules: the module tree, the parameters and the keys of
+    ``state_dict`` stay as they are, so that ``load_state_dict`` takes weights from the stock network to the
+    wrapped one and back. The branches of consecutive shape-preserving blocks become F and G of
+    :class:`RevSBlock`, in turn: ``y1 = x1 + snap(F(x2))``, ``y2 = x2 + snap(G(y1))``. Both streams start as
+    the chain's input, and its output is their mean. **This is another function than the stock network's**:
     fine-tune it. Gradients are exactly those of the new function.
 
     Found are SpikingJelly's SEW-ResNet (connect function ADD), MS-, Max- and AttMS-ResNet, SpikingResNet
     (which then fires before the addition, not after it), Spikformer, QKFormer and MaxFormer, multi-step or
-    stepped one time step at a time, and blocks of your own: a method ``residual_branches()`` on the block, or
-    ``matcher``, gives the module b where the block computes ``x + b(x)``, or a list of modules where it
+    stepped one time step at a time, and blocks of your own: a method ``residual_branches()`` of the block,
+    or ``matcher``, gives the module b where the block computes ``x + b(x)``, or a list of modules where it
     computes several such sums one after another.
 
     Blocks are consecutive in an ``nn.Sequential``, in the lists of SpikingJelly's models, and in the lists
-    named in ``consecutive``. An odd branch left over stays stock, so that its block computes what it did.
-    Calling it again wraps what is not wrapped yet. The blocks' own forward hooks see the chain's output, each
-    block's the same; hooks inside the branches fire in the forward and when the backward rebuilds.
+    named in ``consecutive``. An odd block left over stays stock, and so computes what it did. Calling it
+    again wraps what is not wrapped yet. A hook that is put on a wrapped block later sees the chain's input
+    or output, not the block's; hooks inside the branches fire in the forward and in the rebuild.
 
     Args:
         model: any ``nn.Module``, converted or not.
@@ -123,10 +120,9 @@ def wrap_residual_blocks(
         skip: names or types of modules that stay as they are, together with the blocks around them.
         consecutive: names of ``nn.ModuleList`` s whose modules the model's forward calls one after another,
             each with the output of the one before. Calling them otherwise raises a ``RuntimeError``.
-        mode: of the tape inside a rebuilt branch; see :class:`RevSSequence`.
 
     Raises:
-        ValueError: nothing can be wrapped (not in a dry run), and why; a name that is not in the model; a
+        ValueError: no residual block is known in the model (not in a dry run); a name that is not in it; a
             branch with parameters that are not the block's.
         TypeError: ``model`` is no ``nn.Module``, or is compiled or scripted; a branch is no module.
 
@@ -141,9 +137,7 @@ def wrap_residual_blocks(
         >>> report.blocks[2].name, report.blocks[2].why
         ('layer2.0', 'its shortcut is not the identity: it changes the shape')
     """
-    return wrap(
-        model, dry_run=dry_run, matcher=matcher, bits=bits, skip=skip, consecutive=consecutive, mode=mode
-    )
+    return wrap(model, dry_run=dry_run, matcher=matcher, bits=bits, skip=skip, consecutive=consecutive)
 
 
 def unwrap_residual_blocks(model: M) -> M:
@@ -171,14 +165,11 @@ def wrap(
     bits: int = 16,
     skip: Sequence[str | type[nn.Module]] = (),
     consecutive: Sequence[str] = (),
-    mode: str = "speed",
     by_conversion: bool = False,
 ) -> SurgeryReport:
     """:func:`wrap_residual_blocks`; ``by_conversion`` lets ``restore`` undo it."""
     check_model(model)
     check_bits(bits)
-    if mode not in tape.MODES:
-        raise ValueError(f"mode must be one of {tape.MODES}, not {mode!r}")
     with stock_classes(model.modules()):
         plan = _Plan(model, matcher, skip, consecutive)
         runs = list(plan.runs())
@@ -189,14 +180,13 @@ def wrap(
     report = SurgeryReport(tuple(plan.in_order()), tuple(named), bits, dry_run)
     if dry_run:
         return report
-    if not report.chains:
-        reasons = "; ".join(f"{block.name}: {block.why}" for block in report.blocks)
+    if all(block.why == NO_SHORTCUT for block in report.blocks):
         raise ValueError(
-            f"{type(model).__name__} has no residual blocks that can be wrapped ({reasons or 'none found'}). "
-            "Blocks of your own need a method residual_branches or a matcher."
+            f"{type(model).__name__} has no residual block that is known (SpikingJelly's). Give blocks of "
+            "your own a method residual_branches, or wrap_residual_blocks a matcher."
         )
     for run in runs:
-        WrappedChain(run.blocks, run.branches, bits, mode, by_conversion).install()
+        WrappedChain(run.blocks, run.branches, bits, by_conversion).install()
     return report
 
 

@@ -10,6 +10,7 @@ exit that averages as in Gomez et al., "The Reversible Residual Network", NeurIP
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,9 +27,9 @@ from snn_reversible_plugin.registry import SwappedClass, swap, swapped_class
 # 1. Whoever calls the blocks, an nn.Sequential or a loop of the user's, calls each once and in order. The
 #    first call returns the whole chain's output, so each later block must get that very tensor, and
 #    returns it. Another tensor means that something happens between the blocks: an error.
-# 2. A caller that leaves early, with a slice of the container say, would take the whole chain's output for a
-#    part of it. The backward through an output that not all blocks have seen is an error, and so is the
-#    next pass.
+# 2. A caller that leaves early, with a slice of the container say, would take the whole chain's output for
+#    a part of it. The backward through an output that not all blocks have seen is an error, and the next
+#    pass warns of it.
 # 3. The chain holds submodules that it was given once. A submodule that was replaced since would be run in
 #    its old form, so the blocks' modules are compared before each run.
 
@@ -71,12 +72,11 @@ class WrappedChain:
         blocks: Sequence[nn.Module],
         branches: Sequence[Branch],
         bits: int = 16,
-        mode: str = "speed",
         by_conversion: bool = False,
     ) -> None:
         pairs = zip(branches[::2], branches[1::2], strict=True)
         self.blocks, self.by_conversion = tuple(blocks), by_conversion
-        self.chain = RevSSequence([RevSBlock(f, g, bits=bits) for f, g in pairs], mode=mode)
+        self.chain = RevSSequence([RevSBlock(f, g, bits=bits) for f, g in pairs])
         self._modules = self._modules_now()
         self._pass: _Pass | None = None
 
@@ -115,8 +115,8 @@ class WrappedChain:
         if compiling:
             return self._average(x)
         self._check_modules()
-        if self._pass is not None:
-            self._pass.check()
+        if self._pass is not None and (problem := self._pass.problem()):
+            warnings.warn(problem, RuntimeWarning, stacklevel=4)  # or the pass broke off by an exception
         out = self._average(x)
         self._pass = _Pass(self.label(), len(self.blocks), out)
         if out.requires_grad:
@@ -164,13 +164,19 @@ class _Pass:
     def __init__(self, label: str, length: int, output: Tensor) -> None:
         self.label, self.length, self.place, self.output = label, length, 0, weakref.ref(output)
 
-    def check(self, _gradient: Tensor | None = None) -> None:
-        """Refuse an output that some block has not seen."""
-        if self.place != self.length - 1:
-            raise RuntimeError(
-                f"{self.label}: only {self.place + 1} of {self.length} blocks were called, and the first "
-                "returns the output of all. Run them all, or call unwrap_residual_blocks(model)."
-            )
+    def problem(self) -> str:
+        """What is wrong with an output that some block has not seen."""
+        if self.place == self.length - 1:
+            return ""
+        return (
+            f"{self.label}: only {self.place + 1} of {self.length} blocks were called, and the first one "
+            "returns the output of all. Run them all, or call unwrap_residual_blocks(model)."
+        )
+
+    def check(self, _gradient: Tensor) -> None:
+        """A hook of the output."""
+        if problem := self.problem():
+            raise RuntimeError(problem)
 
 
 class Wrapped(SwappedClass):
