@@ -286,11 +286,11 @@ def test_wrapping_twice_is_wrapping_once():
 
 
 def test_held_memory_falls_and_does_not_grow_with_depth():
-    def held(depth, wrap):
+    def held(depth, wrap, states="carry"):
         blocks = [ms_resnet._MSBlock(16, 16, 1, None) for _ in range(depth)]
         model = make_fire(nn.Sequential(*blocks))
         if wrap:
-            srp.wrap_residual_blocks(model)
+            srp.wrap_residual_blocks(model, states=states)
         x = torch.randn(4, 4, 16, 16, 16, requires_grad=True)
 
         def loss():
@@ -303,6 +303,17 @@ def test_held_memory_falls_and_does_not_grow_with_depth():
     assert held(8, True) < held(8, False) / 8
     assert held(16, True) - held(8, True) <= 8 * state * 1.02
     assert held(16, False) - held(8, False) > 8 * 10 * state
+    assert held(16, True, "reset") <= held(8, True, "reset") * 1.02
+
+
+def test_states_that_are_reset():
+    model, x = sew(), torch.rand(2, 2, 3, 32, 32)
+    srp.wrap_residual_blocks(model, states="reset")
+    carrying = sew()
+    carrying.load_state_dict(model.state_dict())
+    srp.wrap_residual_blocks(carrying)
+    assert_same(train(model, x), train(carrying, x))
+    assert model.layer1[2].sn1.v == 0.0 and carrying.layer1[2].sn1.v.shape
 
 
 class Body(nn.Module):
@@ -539,6 +550,8 @@ class TestRefusals:
             srp.wrap_residual_blocks(model, consecutive=["0"])
         with pytest.raises(ValueError, match="bits must be"):
             srp.wrap_residual_blocks(model, bits=24)
+        with pytest.raises(ValueError, match="states must be"):
+            srp.wrap_residual_blocks(model, states="keep")
         with pytest.raises(TypeError, match=r"expected an nn\.Module"):
             srp.wrap_residual_blocks([])
         assert not wrapped_chains(model)

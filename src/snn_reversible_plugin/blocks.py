@@ -145,8 +145,7 @@ class RevSSequence(nn.Module):
             raise ValueError(
                 f"RevSSequence takes blocks, at least one, that share dim and bits, not {found}"
             )
-        if states not in ("carry", "reset"):
-            raise ValueError(f"states must be 'carry' or 'reset', not {states!r}")
+        check_states(states)
         if mode not in tape.MODES:
             raise ValueError(f"mode must be one of {tape.MODES}, not {mode!r}")
         self.states, self.mode, self.check, self.reversible = states, mode, check, True
@@ -318,6 +317,12 @@ class _Chain(torch.autograd.Function):
             run.chain.last_rebuild = difference((a, b), run.original)
         g_inputs = [totals.get(id(p)) for p in run.parameters]
         return (None, g_a, g_b, *g_inputs, *(g_states.get(key) for key in run.state_keys))
+
+
+def check_states(states: str) -> None:
+    """Refuse what is neither of the two ways with neuron states."""
+    if states not in ("carry", "reset"):
+        raise ValueError(f"states must be 'carry' or 'reset', not {states!r}")
 
 
 def _plain(blocks: Sequence[RevSBlock], x1: Tensor, x2: Tensor) -> Streams:

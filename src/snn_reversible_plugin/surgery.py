@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from snn_reversible_plugin.adapters import is_spiking
+from snn_reversible_plugin.blocks import check_states
 from snn_reversible_plugin.checks import check_model, skipped_modules
 from snn_reversible_plugin.grid import check_bits
 from snn_reversible_plugin.registry import StaysStock, stock_classes
@@ -89,6 +90,7 @@ def wrap_residual_blocks(
     dry_run: bool = False,
     matcher: Matcher | None = None,
     bits: int = 16,
+    states: str = "carry",
     skip: Sequence[str | type[nn.Module]] = (),
     consecutive: Sequence[str] = (),
 ) -> SurgeryReport:
@@ -117,13 +119,17 @@ def wrap_residual_blocks(
         dry_run: only make the plan.
         matcher: a function from a module to its branch or branches, or None where it doesn't know.
         bits: of the grid that the streams live on: their magnitude must stay below 2^(24 - bits).
+        states: of the neurons in the chains: ``"carry"`` hands them from call to call, as the frameworks
+            do; ``"reset"`` starts them fresh in each call and leaves them so, which frees the final
+            membranes, all that a chain holds for each further block: for networks called with whole
+            sequences.
         skip: names or types of modules that stay as they are, together with the blocks around them.
         consecutive: names of ``nn.ModuleList`` s whose modules the model's forward calls one after another,
             each with the output of the one before. Calling them otherwise raises a ``RuntimeError``.
 
     Raises:
         ValueError: no residual block is known in the model (not in a dry run); a name that is not in it; a
-            branch with parameters that are not the block's.
+            branch with parameters that are not the block's; ``bits`` or ``states`` that there are not.
         TypeError: ``model`` is no ``nn.Module``, or is compiled or scripted; a branch is no module.
 
     Example:
@@ -137,7 +143,15 @@ def wrap_residual_blocks(
         >>> report.blocks[2].name, report.blocks[2].why
         ('layer2.0', 'its shortcut is not the identity: it changes the shape')
     """
-    return wrap(model, dry_run=dry_run, matcher=matcher, bits=bits, skip=skip, consecutive=consecutive)
+    return wrap(
+        model,
+        dry_run=dry_run,
+        matcher=matcher,
+        bits=bits,
+        states=states,
+        skip=skip,
+        consecutive=consecutive,
+    )
 
 
 def unwrap_residual_blocks(model: M) -> M:
@@ -163,6 +177,7 @@ def wrap(
     dry_run: bool = False,
     matcher: Matcher | None = None,
     bits: int = 16,
+    states: str = "carry",
     skip: Sequence[str | type[nn.Module]] = (),
     consecutive: Sequence[str] = (),
     by_conversion: bool = False,
@@ -170,6 +185,7 @@ def wrap(
     """:func:`wrap_residual_blocks`; ``by_conversion`` lets ``restore`` undo it."""
     check_model(model)
     check_bits(bits)
+    check_states(states)
     with stock_classes(model.modules()):
         plan = _Plan(model, matcher, skip, consecutive)
         runs = list(plan.runs())
@@ -186,7 +202,7 @@ def wrap(
             "your own a method residual_branches, or wrap_residual_blocks a matcher."
         )
     for run in runs:
-        WrappedChain(run.blocks, run.branches, bits, by_conversion).install()
+        WrappedChain(run.blocks, run.branches, bits, states, by_conversion).install()
     return report
 
 

@@ -72,11 +72,12 @@ class WrappedChain:
         blocks: Sequence[nn.Module],
         branches: Sequence[Branch],
         bits: int = 16,
+        states: str = "carry",
         by_conversion: bool = False,
     ) -> None:
         pairs = zip(branches[::2], branches[1::2], strict=True)
         self.blocks, self.by_conversion = tuple(blocks), by_conversion
-        self.chain = RevSSequence([RevSBlock(f, g, bits=bits) for f, g in pairs])
+        self.chain = RevSSequence([RevSBlock(f, g, bits=bits) for f, g in pairs], states=states)
         self._modules = self._modules_now()
         self._pass: _Pass | None = None
 
