@@ -5,12 +5,14 @@ from snn_reversible_plugin.blocks import RevSBlock, RevSSequence
 from snn_reversible_plugin.convert import convert_to_reversible, restore, reversible, stock
 from snn_reversible_plugin.registry import register_reversible
 from snn_reversible_plugin.report import MemoryReport, memory_report
+from snn_reversible_plugin.surgery import SurgeryReport, unwrap_residual_blocks, wrap_residual_blocks
 from snn_reversible_plugin.verification import Verification, verify
 
 __all__ = [
     "MemoryReport",
     "RevSBlock",
     "RevSSequence",
+    "SurgeryReport",
     "Verification",
     "convert_to_reversible",
     "memory_report",
@@ -19,5 +21,7 @@ __all__ = [
     "restore",
     "reversible",
     "stock",
+    "unwrap_residual_blocks",
     "verify",
+    "wrap_residual_blocks",
 ]

@@ -145,8 +145,7 @@ class RevSSequence(nn.Module):
             raise ValueError(
                 f"RevSSequence takes blocks, at least one, that share dim and bits, not {found}"
             )
-        if states not in ("carry", "reset"):
-            raise ValueError(f"states must be 'carry' or 'reset', not {states!r}")
+        check_states(states)
         if mode not in tape.MODES:
             raise ValueError(f"mode must be one of {tape.MODES}, not {mode!r}")
         self.states, self.mode, self.check, self.reversible = states, mode, check, True
@@ -201,7 +200,7 @@ class _Run:
         self.chain, self.dim, self.parameters, self.state_keys = chain, dim, parameters, state_keys
         self.bits, self.check = blocks[0].bits, chain.check
         self.halves = [
-            Half(f"block {index}: {name} ({type(branch).__name__})", branch)
+            Half(f"block {index}: {name} ({branch._get_name()})", branch)
             for index, block in enumerate(blocks)
             for name, branch in (("f", block.f), ("g", block.g))
         ]
@@ -320,10 +319,16 @@ class _Chain(torch.autograd.Function):
         return (None, g_a, g_b, *g_inputs, *(g_states.get(key) for key in run.state_keys))
 
 
+def check_states(states: str) -> None:
+    """Refuse what is neither of the two ways with neuron states."""
+    if states not in ("carry", "reset"):
+        raise ValueError(f"states must be 'carry' or 'reset', not {states!r}")
+
+
 def _plain(blocks: Sequence[RevSBlock], x1: Tensor, x2: Tensor) -> Streams:
     for index, block in enumerate(blocks):
         for name, branch in (("f", block.f), ("g", block.g)):
-            where = f"block {index}: {name} ({type(branch).__name__})"
+            where = f"block {index}: {name} ({branch._get_name()})"
             x1, x2 = x2, _couple(where, x1, branch(x2), block.bits)
     return x1, x2
 

@@ -8,6 +8,7 @@ parameters, hooks, optimizers and ``state_dict`` stay as they were, and ``restor
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from torch import nn
 
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.adapters import is_spiking, load_adapters
+from snn_reversible_plugin.checks import check_model, skipped_modules
 from snn_reversible_plugin.registry import (
     StaysStock,
     SwappedClass,
@@ -27,7 +29,9 @@ from snn_reversible_plugin.registry import (
     swapped_class,
     unswap,
 )
+from snn_reversible_plugin.surgery import wrap
 from snn_reversible_plugin.tracking import tracked
+from snn_reversible_plugin.wrapped import run_plainly, wrapped_chains
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -86,6 +90,7 @@ def convert_to_reversible(
     mode: str = "memory",
     arithmetic: str = "auto",
     skip: Sequence[str | type[nn.Module]] = (),
+    blocks: bool = False,
 ) -> M:
     """Make a spiking network train in a small part of its memory.
 
@@ -102,11 +107,13 @@ def convert_to_reversible(
         arithmetic: ``"stock"``, or ``"auto"``, which chooses stock arithmetic for every neuron.
         skip: names (as in ``named_modules``) or types of modules to leave as they are: their neurons stay
             stock and nothing that runs inside them is replayed.
+        blocks: also turn chains of residual blocks into reversible ones, as :func:`wrap_residual_blocks`
+            does. This changes the function that the network computes, where nothing else does.
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``, or is compiled or scripted.
         ValueError: an unknown ``mode`` or ``arithmetic``, a ``skip`` name that is not in the model, or a
-            model in which no spiking neuron is found.
+            model in which no spiking neuron is found; with ``blocks``, one without residual blocks.
 
     Example:
         >>> import snn_reversible_plugin as srp
@@ -121,7 +128,7 @@ def convert_to_reversible(
         raise ValueError(f"mode must be one of {tape.MODES}, not {mode!r}")
     if arithmetic not in ARITHMETICS:
         raise ValueError(f"arithmetic must be one of {ARITHMETICS}, not {arithmetic!r}")
-    skipped = _skipped(model, skip)
+    skipped = skipped_modules(model, skip)
     within_skipped = {id(inner) for top in skipped for inner in top.modules()}
     load_adapters()
     restore(model)
@@ -147,6 +154,9 @@ def convert_to_reversible(
             "snnTorch's). For a neuron of your own use register_reversible, or run the model under "
             "snn_reversible_plugin.reversible(model)."
         )
+    if blocks and not (surgery := wrap(model, skip=skip, by_conversion=True)).chains:
+        reasons = ", ".join(f"{block.name}: {block.why}" for block in surgery.blocks)
+        warnings.warn(f"blocks=True, and no block can be wrapped ({reasons})", stacklevel=2)
     for module, target in swaps:
         if target is not type(module):
             swap(module, target)
@@ -170,6 +180,9 @@ def restore(model: M) -> M:
     for module in model.modules():
         unswap(module)
         module.__dict__.pop("_srp_settings", None)
+    for chain in wrapped_chains(model):
+        if chain.by_conversion:
+            chain.remove()
     return model
 
 
@@ -219,7 +232,7 @@ def stock(model: nn.Module) -> Iterator[None]:
         ...     print(type(node).__name__)
         LIFNode
     """
-    with stock_classes(model.modules()):
+    with stock_classes(model.modules()), run_plainly(model):
         yield
 
 
@@ -233,38 +246,3 @@ def stock_class(module: nn.Module) -> type[nn.Module]:
     """The class that a module has when it is stock."""
     with stock_classes([module]):
         return type(module)
-
-
-def check_model(model: Any) -> None:
-    """Refuse what the tape can't record."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected an nn.Module, not {type(model).__name__}")
-    for name, module in model.named_modules():
-        where = repr(name) if name else type(model).__name__
-        if isinstance(module, torch.jit.ScriptModule):
-            raise TypeError(
-                f"{where} is a scripted module: the tape works on eager operations. Convert the Python "
-                "model it was scripted from."
-            )
-        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
-            raise TypeError(
-                f"{where} is compiled: the tape works on eager operations. Convert the model without "
-                "torch.compile."
-            )
-
-
-def _skipped(model: nn.Module, skip: Sequence[str | type[nn.Module]]) -> list[nn.Module]:
-    if isinstance(skip, (str, type)):
-        skip = (skip,)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    skipped: list[nn.Module] = []
-    for item in skip:
-        if isinstance(item, str) and item not in modules:
-            raise ValueError(f"skip names {item!r}, and the model has no module of that name")
-        if isinstance(item, str):
-            skipped.append(modules[item])
-        elif isinstance(item, type):
-            skipped += [module for module in modules.values() if isinstance(module, item)]
-        else:
-            raise TypeError(f"skip takes module names and types, not {item!r}")
-    return list(dict.fromkeys(skipped))

@@ -99,8 +99,11 @@ class SwappedClass:
     """Mixin of classes made at run time to stand in front of a stock class.
 
     Such a class can't be found by name, so pickling and ``copy.deepcopy`` go through
-    :func:`swapped_class`, which makes it again from its two halves.
+    :func:`swapped_class`, which makes it again from its two halves. Where ``is_architecture`` is true, the
+    class is what the network computes, and going back to stock keeps it.
     """
+
+    is_architecture = False
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(protocol)
@@ -153,14 +156,22 @@ def swap(module: nn.Module, target: type[nn.Module]) -> None:
 def unswap(module: nn.Module) -> None:
     """Give an instance its stock class back, through however many swaps."""
     while True:
-        halves = type(module).__dict__.get("_srp_halves")
-        if halves is not None:
-            module.__class__ = halves[1]
+        stock_type = _unswapped(type(module))
+        if stock_type is not type(module):
+            module.__class__ = stock_type
         elif (marked := marked_stock_type(module)) is not None:
             module.__class__ = marked
             mark_stock_type(module, None)
         else:
             return
+
+
+def _unswapped(cls: type[nn.Module]) -> type[nn.Module]:
+    halves = cls.__dict__.get("_srp_halves")
+    if halves is None:
+        return cls
+    mixin, stock_type = halves
+    return swapped_class(mixin, _unswapped(stock_type)) if mixin.is_architecture else _unswapped(stock_type)
 
 
 @contextmanager

@@ -151,6 +151,8 @@ def _run(model: nn.Module, inputs: tuple[Any, ...], loss: Loss | None) -> _Run:
     try:
         with unchanged(model):
             output = model(*inputs)
+            for hook in hooks:  # a reversible chain runs its neurons again in the backward
+                hook.remove()
             gradients = torch.autograd.grad(loss_of(output, loss), of, allow_unused=True)
     finally:
         for hook in hooks:
