@@ -29,13 +29,14 @@ from snn_reversible_plugin.registry import (
     swapped_class,
     unswap,
 )
+from snn_reversible_plugin.residual_grid import NAME, OnGrid, carries_a_membrane
 from snn_reversible_plugin.surgery import wrap
 from snn_reversible_plugin.tracking import tracked
 from snn_reversible_plugin.wrapped import run_plainly, wrapped_chains
 
 M = TypeVar("M", bound=nn.Module)
 
-ARITHMETICS = ("auto", "stock")
+ARITHMETICS = ("auto", "grid", "stock")
 
 
 @dataclass
@@ -104,7 +105,8 @@ def convert_to_reversible(
             :func:`register_reversible` was told of.
         mode: ``"memory"`` rebuilds in the backward everything that can be rebuilt, ``"speed"`` only what
             needs no convolution or matrix product.
-        arithmetic: ``"stock"``, or ``"auto"``, which chooses stock arithmetic for every neuron.
+        arithmetic: ``"stock"``; ``"grid"``, which puts the residual streams of MS-ResNet and its kind on
+            the dyadic grid, where they can be undone; or ``"auto"``, stock arithmetic for every module.
         skip: names (as in ``named_modules``) or types of modules to leave as they are: their neurons stay
             stock and nothing that runs inside them is replayed.
         blocks: also turn chains of residual blocks into reversible ones, as :func:`wrap_residual_blocks`
@@ -160,11 +162,21 @@ def convert_to_reversible(
     for module, target in swaps:
         if target is not type(module):
             swap(module, target)
+    if arithmetic == "grid":
+        _put_streams_on_grid(model, within_skipped)
     for module in skipped:
         swap(module, swapped_class(Skipped, type(module)))
     swap(model, swapped_class(Recorded, type(model)))
     model.__dict__["_srp_settings"] = settings
     return model
+
+
+def _put_streams_on_grid(model: nn.Module, skipped: set[int]) -> None:
+    wrapped = {id(block) for chain in wrapped_chains(model) for block in chain.blocks}
+    for name, module in list(model.named_modules()):
+        if id(module) not in skipped | wrapped and carries_a_membrane(module):
+            swap(module, swapped_class(OnGrid, type(module)))
+            module.__dict__[NAME] = name
 
 
 def restore(model: M) -> M:
@@ -180,6 +192,7 @@ def restore(model: M) -> M:
     for module in model.modules():
         unswap(module)
         module.__dict__.pop("_srp_settings", None)
+        module.__dict__.pop(NAME, None)
     for chain in wrapped_chains(model):
         if chain.by_conversion:
             chain.remove()

@@ -237,7 +237,7 @@ class Tape(TorchDispatchMode):
 
     def _run_sum(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
         """A residual sum (see ``streams``), or None: it is an addition like any other."""
-        at = stream_sum(args, kwargs, _is_stream)
+        at = stream_sum(func, args, kwargs, _is_stream)
         if at is None:
             return None
         x, before = args[at], look_up(args[at])

@@ -18,6 +18,7 @@ from snn_reversible_plugin import convert, tape
 from snn_reversible_plugin.handles import Handle, Kept, Packed, Replayed
 from snn_reversible_plugin.memory import StepCost
 from snn_reversible_plugin.states import unchanged
+from snn_reversible_plugin.streams import Stream
 from snn_reversible_plugin.tracking import tracked
 from snn_reversible_plugin.trial import Loss, as_converted, costs, loss_of, megabytes
 
@@ -157,6 +158,7 @@ def memory_report(model: nn.Module, *inputs: Any, loss: Loss | None = None) -> M
             assert recorder is not None
             with tracked(model, recorder):
                 loss_of(model(*inputs), loss)
+        held, treatments = by_tape.count()
         rows = []
         for name, module in model.named_modules():
             name = name or "model"
@@ -164,9 +166,9 @@ def memory_report(model: nn.Module, *inputs: Any, loss: Loss | None = None) -> M
                 name,
                 convert.stock_class(module).__name__,
                 _about_neuron(name, module, settings),
-                dict(by_tape.treatments[name]) if name in by_tape.treatments else {},
+                dict(treatments.get(name, {})),
                 by_stock.bytes[name],
-                by_tape.bytes[name],
+                held[name],
             )
             if row.stock_bytes or row.bytes or row.treatment or row.neuron:
                 rows.append(row)
@@ -206,31 +208,47 @@ class _SavedByStock:
 
 
 class _SavedByTape:
-    """Counts what the handles that autograd was given rely on, each storage once."""
+    """Counts what the handles that autograd was given rely on, each storage once, when the forward is over:
+    a stream is not undone before the sum after it is known."""
 
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self.bytes: Counter[str] = Counter()
-        self.treatments: dict[str, Counter[str]] = {}
         self._free = _storages(model, inputs)
-        self._seen: dict[int, Handle] = {}
+        self._packed: list[tuple[str, Handle]] = []
 
     def packed(self, where: str | None, tensor: torch.Tensor, handle: Handle) -> None:
-        where = where or "model"
-        kinds = self.treatments.setdefault(where, Counter())
-        kinds[type(handle).__name__.lower()] += 1
-        self._count(where, handle)
+        self._packed.append((where or "model", handle))
 
-    def _count(self, where: str, handle: Handle) -> None:
-        if id(handle) in self._seen:
-            return
-        self._seen[id(handle)] = handle
-        if isinstance(handle, Replayed):
-            for operand in handle.operands():
-                self._count(where, operand)
-        elif isinstance(handle, Packed) and handle.bits is not None:
-            self.bytes[where] += handle.bits.untyped_storage().nbytes()
-        elif isinstance(handle, Kept):
-            storage = handle.tensor.untyped_storage()
-            if storage._cdata not in self._free:
-                self._free.add(storage._cdata)
-                self.bytes[where] += storage.nbytes()
+    def count(self) -> tuple[Counter[str], dict[str, Counter[str]]]:
+        """Bytes, and the number of each treatment, by module."""
+        held: Counter[str] = Counter()
+        treatments: dict[str, Counter[str]] = {}
+        seen: dict[int, Handle] = {}
+        for where, handle in self._packed:
+            treatments.setdefault(where, Counter())[_treatment(handle)] += 1
+            self._count(where, handle, held, seen)
+        return held, treatments
+
+    def _count(self, where: str, handle: Handle, held: Counter[str], seen: dict[int, Handle]) -> None:
+        waiting = [handle]
+        while waiting:
+            handle = waiting.pop()
+            if id(handle) in seen:
+                continue
+            seen[id(handle)] = handle
+            if isinstance(handle, Replayed):
+                waiting += handle.operands()
+                if isinstance(handle, Stream) and handle.anchor is not None:
+                    waiting.append(handle.anchor)
+            elif isinstance(handle, Packed) and handle.bits is not None:
+                held[where] += handle.bits.untyped_storage().nbytes()
+            elif isinstance(handle, Kept):
+                storage = handle.tensor.untyped_storage()
+                if storage._cdata not in self._free:
+                    self._free.add(storage._cdata)
+                    held[where] += storage.nbytes()
+
+
+def _treatment(handle: Handle) -> str:
+    if isinstance(handle, Stream):
+        return "reversed" if handle.anchor is None else _treatment(handle.anchor)
+    return type(handle).__name__.lower()

@@ -12,16 +12,32 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from snn_reversible_plugin import tape
+from snn_reversible_plugin.adapters import is_spiking
 from snn_reversible_plugin.entries import look_up
 from snn_reversible_plugin.grid import snap
-from snn_reversible_plugin.registry import SwappedClass
+from snn_reversible_plugin.registry import StaysStock, SwappedClass
+from snn_reversible_plugin.residual import find_branches
 from snn_reversible_plugin.streams import BITS, SUMS, Stream, snapped, stream_sum
 
-NAME = "_srp_name"
+NAME = "_srp_name"  # of the block in its model, for errors
+
+
+def carries_a_membrane(block: nn.Module) -> bool:
+    """Whether a block is known to add branches that are no spikes to its input.
+
+    Sums of spikes are whole numbers: those are rebuilt from their bits, with no grid.
+    """
+    try:
+        found = find_branches(block, type(block).__name__, None)
+    except StaysStock:
+        return False
+    if found is None or found[1]:
+        return False
+    return not any(is_spiking(list(branch)[-1]) for branch in found[0])
 
 
 class OnGrid(SwappedClass):
@@ -33,7 +49,7 @@ class OnGrid(SwappedClass):
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         if (
             not isinstance(x, Tensor)
-            or x.dtype is not torch.float32
+            or not (x.dtype is torch.float32 or _autocasts(x))
             or x.layout is not torch.strided
             or torch.compiler.is_compiling()
             or torch._C._functorch.peek_interpreter_stack() is not None
@@ -41,6 +57,12 @@ class OnGrid(SwappedClass):
             return super().__call__(x, *args, **kwargs)  # type: ignore[misc]
         with _on_grid(self.__dict__.get(NAME, type(self).__name__), x) as stream:
             return super().__call__(stream, *args, **kwargs)  # type: ignore[misc]
+
+
+def _autocasts(x: Tensor) -> bool:
+    """Whether x is short of float32 because autocast chose so, and what follows can be given float32."""
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    return half and torch.is_autocast_enabled(x.device.type)
 
 
 @contextmanager
@@ -73,7 +95,7 @@ class _Sums(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        at = stream_sum(args, kwargs, self._is_stream) if func in SUMS else None
+        at = stream_sum(func, args, kwargs, self._is_stream) if func in SUMS else None
         if at is None:
             return func(*args, **kwargs)
         total = args[at] + snapped(args[1 - at])

@@ -28,11 +28,11 @@ from snn_reversible_plugin.rebuilt import with_strides
 #    already, because autograd saved x, need not be told.
 # 3. Not where the branch's recipe itself leads back to a stream: there would be no way out of the circle.
 #    A branch that starts with a neuron ends at its spikes.
-# 4. The branch's last convolution is rebuilt twice in a block's backward: for its own batch norm, early, and
-#    for x, late. So it tells x when its value stands (`Replayed.awaited`), and x is computed then, in the
-#    place of y, which nobody needs any more.
-# 5. The last value needs no longer stand once the one before it does. So who was computed from it forgets it,
-#    and finds it again, for a second backward, only as long as autograd holds on to it too.
+# 4. The branch's last convolution is wanted twice in a block's backward: by its own batch norm, early, and
+#    for x, late. So it tells x when its value stands (`Replayed.awaited`), and x is computed then, in
+#    the place of y, which nobody needs any more.
+# 5. Once x stands, y need not. So x forgets y, and finds it again, for a second backward, only as long as
+#    autograd holds on to it too.
 # 6. A stream must stay below the grid's limit. What is rebuilt is looked at when the backward ends
 #    (grid, note 3), in one wait for the device.
 
@@ -43,30 +43,26 @@ SUMS = {aten.add.Tensor: False, aten.add_.Tensor: True}  # whether it writes int
 class Stream(Replayed):
     """The handle of a stream: the tensor itself, until the sum after it is known."""
 
-    __slots__ = ("_stride", "_total", "_undoing", "anchor")
+    __slots__ = ("_before", "_stride", "_total", "_undoing", "anchor")
 
     def __init__(self, anchor: Handle, stride: tuple[int, ...], where: str) -> None:
-        super().__init__(aten.sub.Tensor, (), {}, None, work=0, depth=0)
+        super().__init__(aten.sub.Tensor, (None, None), {}, None, work=0, depth=0)
         self.anchor: Handle | None = anchor
         self.where = where
         self._stride = stride
         self._undoing = False
         self._total: Callable[[], Stream | None] = _nothing
+        self._before: Callable[[], Stream | None] = _nothing
 
     def need(self) -> None:
         super().need()
         if self.anchor is not None:
             self.anchor.need()
 
-    def release(self) -> None:
-        super().release()
-        if self.anchor is not None:
-            self.anchor.release()
-
     def undo(self, total: Stream, branch: Replayed) -> None:
         """From now on be ``total - branch``."""
         self.anchor, self.args = None, (total, branch)
-        self._total = weakref.ref(total)
+        self._total, total._before = weakref.ref(total), weakref.ref(self)
         if self.needs:
             self.claiming = True
             total.need()
@@ -76,25 +72,50 @@ class Stream(Replayed):
 
     def arrive(self) -> None:
         """Part of the branch stands, and somebody else waits for it too: a good time to be computed."""
+        if not self.needs or self.cache is not None or self._undoing:
+            return
         total = self._total()
-        if self.needs and self.cache is None and not self._undoing and total is not None:
-            if total.anchor is not None or total.cache is not None:
-                self.get(False)
+        if total is not None and (total.anchor is not None or total.cache is not None):
+            self.get(False)
 
     def get(self, last: bool) -> tuple[torch.Tensor, bool]:
+        waited_for = self._stay()
         if self.anchor is not None:
             return self.anchor.get(last)
         if self.cache is not None:
-            return self.cache, last
+            return self.cache, last and not waited_for
         value, below = self._nearest()
         owned = False
         for stream in reversed(below):
             value = stream._undone(value, owned)
-            stream.drop_claims()
-            owned = not (stream.needs - (stream is self and last))
+            owned = not stream._stay() and not (stream.needs - (stream is self and last))
             if not owned:
                 stream.cache = value
         return value, owned
+
+    def release(self) -> None:
+        if self.needs:
+            self.needs -= 1
+        if not self.needs and not self._stay():
+            self.cache = None
+            self.drop_claims()
+        if self.anchor is not None:
+            self.anchor.release()
+
+    def _stay(self) -> bool:
+        """Let the one before hold on to this one, if it waits for it; in a second backward it may."""
+        before = self._before()
+        if before is None or before.anchor is not None or before.cache is not None:
+            return False
+        if before._undoing:
+            return False
+        before.args = (self, before.args[1])
+        return True
+
+    def _leave(self) -> None:
+        """The one before stands."""
+        if not self.needs:
+            self.cache = None
 
     def peek(self, seen: dict[int, torch.Tensor] | None = None) -> torch.Tensor:
         if self.anchor is not None:
@@ -118,8 +139,8 @@ class Stream(Replayed):
             total = stream._total()
             if total is None:
                 raise RuntimeError(
-                    f"{stream.where}: trying to backward through a residual block a second time, and what it is "
-                    "undone from has been freed. Use retain_graph=True in the first backward."
+                    f"{stream.where}: trying to backward through a residual block a second time, and what "
+                    "its input is undone from has been freed. Use retain_graph=True in the first backward."
                 )
             stream = total
         value, _ = stream.get(False)
@@ -128,26 +149,30 @@ class Stream(Replayed):
         return value, below
 
     def _undone(self, total: torch.Tensor, owned: bool) -> torch.Tensor:
+        above, recipe = self.args
         self._undoing = True
         try:
-            branch, replaceable = self.args[1].get(self.args[1].needs <= 1)
+            branch, replaceable = recipe.get(recipe.needs <= 1)
+            if replaceable and branch.stride() == self._stride:
+                value = torch.sub(total, branch, out=branch)
+            elif owned and total.stride() == self._stride:
+                value = torch.sub(total, branch, out=total)
+            else:
+                value = with_strides(total - branch, self._stride)
+            self.drop_claims()
         finally:
             self._undoing = False
-        if replaceable and branch.stride() == self._stride:
-            value = torch.sub(total, branch, out=branch)
-        elif owned and total.stride() == self._stride:
-            value = torch.sub(total, branch, out=total)
-        else:
-            value = with_strides(total - branch, self._stride)
-        self.args = (None, self.args[1])
+        self.args = (None, recipe)
+        above._leave()
         _watch(self.where, value)
         return self.verified(value, "undoing a residual sum")
 
 
 def stream_sum(
-    args: tuple[Any, ...], kwargs: dict[str, Any], is_stream: Callable[[Any], bool]
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], is_stream: Callable[[Any], bool]
 ) -> int | None:
-    """Which argument of an addition is a stream that the other, a branch, is added to."""
+    """Which argument of an addition is a stream that the other, a branch, is added to; None: it is no such
+    sum, or one that is written into a tensor of too few digits."""
     if kwargs or len(args) != 2:
         return None
     at = 0 if is_stream(args[0]) else 1
@@ -158,6 +183,7 @@ def stream_sum(
         and branch.dtype in (torch.float32, torch.float16, torch.bfloat16)
         and branch.shape == x.shape
         and not is_stream(branch)
+        and not (SUMS[func] and args[0].dtype is not torch.float32)
     )
     return at if fits else None
 
