@@ -698,6 +698,9 @@ class TestConversion:
         assert verification.ok and verification.spikes > 0
         report = srp.memory_report(model, x)
         assert report.converted.held < report.stock.held / 4
+        with srp.stock(model):
+            assert not wrapped_chains(model)[0].chain.reversible
+            assert isinstance(model.blocks[0], Wrapped)
         assert wrapped_chains(model)[0].chain.reversible
         assert any(row.name == "blocks.0" for row in report.modules)
 
