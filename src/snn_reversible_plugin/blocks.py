@@ -12,6 +12,7 @@ point; the grid is this package's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.grid import check_bits, check_range, reach, snap
-from snn_reversible_plugin.halves import Half, Key, reset_states, state_tensors
+from snn_reversible_plugin.halves import Half, Key, fresh_states, state_tensors
 from snn_reversible_plugin.handles import checksum
 from snn_reversible_plugin.rebuilt import Flips, Rebuild, Undo, difference, flipped, with_strides
 
@@ -165,9 +166,7 @@ class RevSSequence(nn.Module):
         blocks: list[RevSBlock] = list(self.blocks)  # type: ignore[arg-type]
         split, dim = isinstance(x, Tensor), blocks[0].dim
         x1, x2 = _enter(x, dim, blocks[0].bits, "RevSSequence")
-        if self.states == "reset":
-            reset_states(self)
-        try:
+        with fresh_states(self) if self.states == "reset" else nullcontext():
             if self.reversible and tape.may_record():
                 outs = self._reversibly(blocks, x1, x2, dim if split else None)
                 return outs[0] if split else outs  # type: ignore[return-value]
@@ -179,9 +178,6 @@ class RevSSequence(nn.Module):
             ]
             y1, y2 = _plain(halves, x1, x2, blocks[0].bits)
             return torch.cat((y1, y2), dim) if split else (y1, y2)
-        finally:
-            if self.states == "reset":
-                reset_states(self)
 
     def _reversibly(
         self, blocks: list[RevSBlock], x1: Tensor, x2: Tensor, dim: int | None
@@ -289,7 +285,7 @@ class _Chain(torch.autograd.Function):
             (a, b), saved = saved[:2], saved[2:]
             g_a, g_b, *g_exits = grads
         else:
-            a, b = saved.pop(0).chunk(2, run.dim)
+            a, b = (half.clone() for half in saved.pop(0).chunk(2, run.dim))  # the output may go
             g, *g_exits = grads
             g_a, g_b = (None, None) if g is None else g.chunk(2, run.dim)
         g_states: dict[Key, Tensor] = {
@@ -309,9 +305,9 @@ class _Chain(torch.autograd.Function):
             # Forward: b = before + snap(half(a)), where `before` and `a` were the streams.
             own = {id(p) for p in half.module.parameters()}
             parameters = [p for p in wanted if id(p) in own]
-            undo = Undo(b, run.strides[index], run.bits is not None, partial(_see, run, index, reaches))
-            # Of the chain's input only the reach is wanted; let it go before the backward.
-            undo.keep = index > 0 or run.check
+            undo = Undo(run.strides[index], run.bits is not None, partial(_see, run, index, reaches))
+            if index or run.check:  # nobody reads the chain's first input stream
+                undo.stream = b
             streams = [g_b, g_a]
             del b, g_a
             g_total, g_parameters, spikes = half.again(
@@ -396,4 +392,4 @@ def _check_reaches(run: _Run, reaches: list[Tensor]) -> None:
         return
     names = ["the output's first stream", "the output's second stream"]
     names += [f"the stream that {half.name} is added to" for half in reversed(run.halves)]
-    check_range([f"RevSSequence: {name}" for name in names], reaches, run.bits)
+    check_range([f"RevSSequence: {name}" for name in names[: len(reaches)]], reaches, run.bits)

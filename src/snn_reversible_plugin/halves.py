@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.adapters import is_spiking
 from snn_reversible_plugin.inner_backward import gradients, settle, sharded_parameters
-from snn_reversible_plugin.rebuilt import observed_spikes
+from snn_reversible_plugin.rebuilt import Spikes, observed_spikes
 
 # NOTE [What makes the second run the first one]
 #
@@ -57,7 +57,7 @@ class Half:
         self._changed: list[tuple[dict[str, Any], str]] = []
         self._rng: list[Tensor] | None = None
         self.wanted: set[Key] = set()  # the entry states that get a gradient
-        self.spikes: list[Tensor] = []
+        self.spikes: Spikes = []
 
     def first(self, x: Tensor, observe: bool = False) -> Tensor:
         """Run without a graph. The caller keeps :meth:`tensors`; ``observe`` keeps the spikes, as bits."""
@@ -100,7 +100,7 @@ class Half:
         mode: str = "speed",
         inspect: bool = False,
         observe: bool = False,
-    ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor]]:
+    ) -> tuple[Tensor | None, list[Tensor | None], Spikes]:
         """Run again, and backward.
 
         Args:
@@ -233,6 +233,16 @@ def reset_states(module: nn.Module) -> None:
             for name in ("mem", "syn", "syn_exc", "syn_inh", "spk"):
                 if isinstance(state := inner._buffers.get(name), Tensor):
                     inner._buffers[name] = state.new_zeros(())
+
+
+@contextmanager
+def fresh_states(module: nn.Module) -> Iterator[None]:
+    """Start the neurons fresh, and leave them fresh: a whole simulation inside."""
+    reset_states(module)
+    try:
+        yield
+    finally:
+        reset_states(module)
 
 
 def state_tensors(module: nn.Module) -> list[tuple[Key, Tensor]]:

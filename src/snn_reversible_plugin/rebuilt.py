@@ -51,32 +51,29 @@ class Rebuild:
             text += f", first in {next(iter(self.by_branch))}"
         if not self.flipped_bits:
             return f"{text}; the rebuilt input is equal bit for bit"
-        return f"{text}; {self.flipped_bits:,} bits of the rebuilt input differ, at most by {self.max_error:.3g}"
+        return f"{text}; {self.flipped_bits:,} bits of the rebuilt input, off by up to {self.max_error:.3g}"
 
 
 class Undo:
-    """Subtracts a branch from a stream. What snap made is fresh, so the difference may take its place.
+    """Subtracts a branch from ``stream``, if there is one; the difference is ``rebuilt``, shown to ``see``.
 
-    ``see`` is shown the difference, which is ``rebuilt`` afterwards if it is to be kept.
+    What snap made is fresh, so the difference may take its place.
     """
 
-    def __init__(
-        self, stream: Tensor, strides: tuple[int, ...], in_place: bool, see: Callable[[Tensor], None]
-    ) -> None:
-        self.stream: Tensor | None = stream
-        self.strides, self.in_place, self.see, self.keep = strides, in_place, see, True
+    def __init__(self, strides: tuple[int, ...], in_place: bool, see: Callable[[Tensor], None]) -> None:
+        self.strides, self.in_place, self.see = strides, in_place, see
+        self.stream: Tensor | None = None
         self.rebuilt: Any = None
 
     def __call__(self, value: Tensor) -> None:
         stream, self.stream = self.stream, None
-        assert stream is not None, "a branch is undone once"
+        if stream is None:
+            return
         if self.in_place and value.stride() == self.strides and value.dtype is stream.dtype:
-            rebuilt = torch.sub(stream, value, out=value)
+            self.rebuilt = torch.sub(stream, value, out=value)
         else:
-            rebuilt = with_strides(stream - value, self.strides)
-        self.see(rebuilt)
-        if self.keep:
-            self.rebuilt = rebuilt
+            self.rebuilt = with_strides(stream - value, self.strides)
+        self.see(self.rebuilt)
 
 
 def with_strides(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
