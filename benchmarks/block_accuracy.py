@@ -54,24 +54,24 @@ class CannotRun(Exception):
 
 def reversible() -> nn.Module:
     """RevSResNet24 on the grid, rebuilt in the backward."""
-    return srp.convert_to_reversible(rev_s_resnet24(neuron="lif"))
+    return srp.convert_to_reversible(rev_s_resnet24())
 
 
 def run_plainly() -> nn.Module:
     """The same blocks, unreversed: must learn the same to the bit."""
-    return _unreversed(rev_s_resnet24(neuron="lif"))
+    return _unreversed(rev_s_resnet24())
 
 
 def in_floats() -> nn.Module:
     """The same blocks, unreversed, streams in ordinary floating point: what the grid costs."""
-    return _unreversed(rev_s_resnet24(neuron="lif", bits=None))
+    return _unreversed(rev_s_resnet24(bits=None))
 
 
 def ms_resnet20() -> nn.Module:
     """The paper's counterpart: MS-ResNet20, 3 x 3 ordinary residual blocks, about as many parameters."""
     return MSResNet(
         T=STEPS, in_channels=2, num_classes=10, layers=(3, 3, 3), base_channels=16, stem_kernel_size=3,
-        stem_stride=1, spiking_neuron=neuron.LIFNode, detach_reset=True,
+        stem_stride=1, spiking_neuron=neuron.IFNode, detach_reset=True,
         surrogate_function=surrogate.ATan(),
     )  # fmt: skip
 

@@ -41,12 +41,12 @@ class Data(StrEnum):
     nmnist = "nmnist"
 
 
-def make_model(network: Network, neuron: str) -> nn.Module:
+def make_model(network: Network, neuron: str | None) -> nn.Module:
     """A network for ``[T, N, 2, 34, 34]``; everything around its reversible chains is converted."""
     if network is Network.resnet24:
-        model: nn.Module = rev_s_resnet24(neuron=neuron)
+        model: nn.Module = rev_s_resnet24(neuron=neuron or "if")
     else:
-        model = rev_s_former(1, 48, T=None, in_channels=2, patch=8, neuron=neuron)
+        model = rev_s_former(1, 48, T=None, in_channels=2, patch=8, neuron=neuron or "lif")
     return srp.convert_to_reversible(model)
 
 
@@ -139,7 +139,7 @@ def main(
     steps: int = 5,
     batch: int = 16,
     lr: float = 5e-3,
-    neuron: str = "lif",
+    neuron: str | None = None,
     limit: int | None = None,
     checkpoint: Path = Path("reversible_network.pt"),
     save_every: int = 50,
