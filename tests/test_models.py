@@ -3,12 +3,13 @@
 import copy
 
 import pytest
+import snntorch
 import torch
-from spikingjelly.activation_based import functional
 
 import snn_reversible_plugin as srp
 from snn_reversible_plugin import models
 from snn_reversible_plugin.blocks import RevSSequence
+from snn_reversible_plugin.memory import count_step
 
 
 @pytest.mark.parametrize(
@@ -17,6 +18,7 @@ from snn_reversible_plugin.blocks import RevSSequence
         (lambda: models.rev_s_resnet21(num_classes=100), 11_048_420),
         (lambda: models.rev_s_resnet37(num_classes=100), 23_590_884),
         (lambda: models.rev_s_resnet24(num_classes=10), 260_362),
+        (lambda: models.rev_s_resnet24(neuron="leaky"), 260_362),
         (lambda: models.rev_s_former(2, 384, num_classes=10), 5_766_586),
         (lambda: models.rev_s_former(4, 384, num_classes=10), 9_323_962),
     ],
@@ -37,14 +39,17 @@ SMALL = {
 
 
 def step(model, x):
-    functional.reset_net(model)
     model.zero_grad()
     out = model(x)
     out.square().sum().backward()
     return [out.detach(), *(p.grad for p in model.parameters()), *(b.clone() for b in model.buffers())]
 
 
-@pytest.mark.parametrize("neuron", ["if", "lif", "plif"])
+def synaptic():
+    return snntorch.Synaptic(alpha=0.7, beta=0.6, learn_beta=True, init_hidden=True)
+
+
+@pytest.mark.parametrize("neuron", ["if", "lif", "plif", "leaky", "Lapicque", synaptic])
 @pytest.mark.parametrize("name", list(SMALL))
 @pytest.mark.parametrize("converted", [False, True])
 def test_training_equals_the_plain_run(name, neuron, converted):
@@ -68,10 +73,39 @@ def test_training_equals_the_plain_run(name, neuron, converted):
     assert all(chain.last_rebuild.flipped_bits == 0 for chain in chains)
 
 
-def test_depth_109_has_26_blocks():
+def test_depth_109_is_depth_37_with_the_blocks_that_its_authors_add():
+    """Their code has blocks 2, 4, 16, 4 for 109 and 1, 2, 3, 2 for 37, whose number the paper gives."""
     with torch.device("meta"):
-        model = models.rev_s_resnet109()
+        model = models.rev_s_resnet109(num_classes=100)
     assert sum(len(m.blocks) for m in model.modules() if isinstance(m, RevSSequence)) == 26
+    block = [4 * (9 * width * width + 2 * width) for width in (64, 128, 256, 448)]  # four convs and norms
+    more = 1 * block[0] + 2 * block[1] + 13 * block[2] + 2 * block[3]
+    assert sum(p.numel() for p in model.parameters()) == 23_590_884 + more == 70_075_876
+
+
+@pytest.mark.parametrize("neuron", ["lif", "leaky"])
+def test_a_call_is_a_whole_simulation(neuron):
+    model = models.rev_s_resnet24(neuron=neuron).eval()
+    x = torch.rand(3, 2, 2, 9, 9) * 2
+    first = model(x)
+    model(torch.rand(2, 1, 2, 9, 9) * 5)  # another batch size, and a state left behind if there were one
+    assert torch.equal(model(x), first)
+    held = [
+        t
+        for m in model.modules()
+        for t in [*m._buffers.values(), *m.__dict__.get("_memories", {}).values()]
+    ]
+    assert not any(t.grad_fn is not None for t in held if isinstance(t, torch.Tensor))
+
+
+def test_resnet37_peaks_below_eight_megabytes_an_image():
+    model, batch = srp.convert_to_reversible(models.rev_s_resnet37(num_classes=100), mode="memory"), 2
+    for chain in [m for m in model.modules() if isinstance(m, RevSSequence)]:
+        chain.mode = "memory"
+    x = torch.rand(batch, 3, 32, 32)
+    _, peak = count_step(lambda: model(x).square().sum())
+    gradients = sum(p.grad.nbytes for p in model.parameters())
+    assert peak - gradients <= 8e6 * batch
 
 
 @pytest.mark.parametrize(
@@ -91,6 +125,8 @@ def test_wrong_settings_are_refused():
         models.RevSResNet((1,), (2, 3))
     with pytest.raises(ValueError, match="neuron must be"):
         models.rev_s_resnet24(neuron="izhikevich")
+    with pytest.raises(ValueError, match="init_hidden=True"):
+        models.rev_s_resnet24(neuron=lambda: snntorch.Leaky(beta=0.5))
     with pytest.raises(ValueError, match="patch must be"):
         models.rev_s_former(1, 24, patch=3)
     with pytest.raises(ValueError, match="multiple of 8"):

@@ -11,7 +11,8 @@ point; the grid is this package's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -21,9 +22,9 @@ from torch.autograd.function import once_differentiable
 
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.grid import check_bits, check_range, reach, snap
-from snn_reversible_plugin.halves import Half, Key, reset_states, state_tensors
+from snn_reversible_plugin.halves import Half, Key, fresh_states, state_tensors
 from snn_reversible_plugin.handles import checksum
-from snn_reversible_plugin.rebuilt import Rebuild, Undo, difference, with_strides
+from snn_reversible_plugin.rebuilt import Flips, Rebuild, Undo, difference, flipped, with_strides
 
 # NOTE [How the backward walks]
 #
@@ -38,6 +39,7 @@ from snn_reversible_plugin.rebuilt import Rebuild, Undo, difference, with_stride
 #    unchanged; version counters say so. They don't see `parameter.data = ...`.
 
 Streams = tuple[Tensor, Tensor]
+HALVES = ("f", "g")
 
 
 class RevSBlock(nn.Module):
@@ -79,10 +81,13 @@ class RevSBlock(nn.Module):
     def extra_repr(self) -> str:
         return f"dim={self.dim}, bits={self.bits}"
 
-    def forward(self, x: Tensor | Streams) -> Tensor | Streams:
+    def forward(self, x: Tensor | Streams, half: str | None = None) -> Tensor | Streams:
+        if half is not None:  # a chain undoes a block half by half
+            return getattr(self, half)(x)  # type: ignore[no-any-return]
         split = isinstance(x, Tensor)
         x1, x2 = _enter(x, self.dim, self.bits, "RevSBlock")
-        y1, y2 = _plain([self], x1, x2)
+        halves = [(_where(0, self, name), getattr(self, name)) for name in HALVES]
+        y1, y2 = _plain(halves, x1, x2, self.bits)
         return torch.cat((y1, y2), self.dim) if split else (y1, y2)
 
 
@@ -100,8 +105,9 @@ class RevSSequence(nn.Module):
             the neurons fresh in each call and leaves them fresh, so that no final membrane is held either.
         mode: of the tape inside a rebuilt branch: ``"memory"`` runs its convolutions and matrix products
             once more for a lower peak, ``"speed"`` does not.
-        check: compare each rebuilt block input with the forward's: raises where a branch isn't
-            deterministic, and counts flipped bits in ``last_rebuild``. Slow; keeps the chain's input.
+        check: compare each rebuilt block input and each spike with the forward's: raises where a branch
+            isn't deterministic, and counts in ``last_rebuild`` what flipped. Slow; keeps the chain's input,
+            and a bit a spike. See :func:`counting_flips` for whole models.
 
     Attributes:
         reversible: False runs the blocks plainly.
@@ -159,17 +165,18 @@ class RevSSequence(nn.Module):
         blocks: list[RevSBlock] = list(self.blocks)  # type: ignore[arg-type]
         split, dim = isinstance(x, Tensor), blocks[0].dim
         x1, x2 = _enter(x, dim, blocks[0].bits, "RevSSequence")
-        if self.states == "reset":
-            reset_states(self)
-        try:
+        with fresh_states(self) if self.states == "reset" else nullcontext():
             if self.reversible and tape.may_record():
                 outs = self._reversibly(blocks, x1, x2, dim if split else None)
                 return outs[0] if split else outs  # type: ignore[return-value]
-            y1, y2 = _plain(blocks, x1, x2)
+            # Through the blocks, whose hooks may gather parameters.
+            halves = [
+                (_where(index, block, name), partial(block, half=name))
+                for index, block in enumerate(blocks)
+                for name in HALVES
+            ]
+            y1, y2 = _plain(halves, x1, x2, blocks[0].bits)
             return torch.cat((y1, y2), dim) if split else (y1, y2)
-        finally:
-            if self.states == "reset":
-                reset_states(self)
 
     def _reversibly(
         self, blocks: list[RevSBlock], x1: Tensor, x2: Tensor, dim: int | None
@@ -200,9 +207,9 @@ class _Run:
         self.chain, self.dim, self.parameters, self.state_keys = chain, dim, parameters, state_keys
         self.bits, self.check = blocks[0].bits, chain.check
         self.halves = [
-            Half(f"block {index}: {name} ({branch._get_name()})", branch)
+            Half(_where(index, block, name), block, name)
             for index, block in enumerate(blocks)
-            for name, branch in (("f", block.f), ("g", block.g))
+            for name in HALVES
         ]
         self.strides: list[tuple[int, ...]] = []
         self.checksums: list[Tensor] = []
@@ -221,7 +228,7 @@ class _Run:
             self.strides.append(a.stride())
             if self.check:
                 self.checksums.append(checksum(a))
-            a, b = b, _couple(half.name, a, half.first(b), self.bits)
+            a, b = b, _couple(half.name, a, half.first(b, self.check), self.bits)
             kept.append(half.tensors())
             if self.chain.states == "carry":
                 exits.update({(id(table), key): (table, key) for table, key in half.exits()})
@@ -277,7 +284,7 @@ class _Chain(torch.autograd.Function):
             (a, b), saved = saved[:2], saved[2:]
             g_a, g_b, *g_exits = grads
         else:
-            a, b = saved.pop(0).chunk(2, run.dim)
+            a, b = (half.clone() for half in saved.pop(0).chunk(2, run.dim))  # the output may go
             g, *g_exits = grads
             g_a, g_b = (None, None) if g is None else g.chunk(2, run.dim)
         g_states: dict[Key, Tensor] = {
@@ -290,31 +297,34 @@ class _Chain(torch.autograd.Function):
         totals: dict[int, Tensor] = {}
         a = with_strides(a, run.strides[-1])
         reaches = [reach(a), reach(b)]
+        flips: dict[str, Flips] = {}
         finish = partial(_onto_grid, bits=run.bits)
         for index in range(len(run.halves) - 1, -1, -1):
             half = run.halves[index]
             # Forward: b = before + snap(half(a)), where `before` and `a` were the streams.
             own = {id(p) for p in half.module.parameters()}
             parameters = [p for p in wanted if id(p) in own]
-            undo = Undo(b, run.strides[index], in_place=run.bits is not None)
-            del b
-            g_a, g_parameters = half.again(
-                a, kept.pop(), parameters, finish, undo, g_b, g_a, g_states, run.chain.mode,
-                inspect=run.check or not run.chain._inspected,
+            undo = Undo(run.strides[index], run.bits is not None, partial(_see, run, index, reaches))
+            if index or run.check:  # nobody reads the chain's first input stream
+                undo.stream = b
+            streams = [g_b, g_a]
+            del b, g_a
+            g_total, g_parameters, spikes = half.again(
+                a, kept.pop(), parameters, finish, undo, streams, g_states, run.chain.mode,
+                inspect=run.check or not run.chain._inspected, observe=run.check,
             )  # fmt: skip
             for parameter, g_p in zip(parameters, g_parameters, strict=True):
                 if g_p is not None:
                     total = totals.get(id(parameter))
                     totals[id(parameter)] = g_p if total is None else total + g_p
             a, b = undo.rebuilt, a
-            g_a, g_b = g_b, g_a
-            reaches.append(reach(a))
+            g_a, g_b = g_b, g_total
             if run.check:
-                _compare(run, index, a)
+                flips[half.name] = flipped(half.name, half.spikes, spikes)
         run.chain._inspected = True
         _check_reaches(run, reaches)
         if run.original is not None:
-            run.chain.last_rebuild = difference((a, b), run.original)
+            run.chain.last_rebuild = difference((a, b), run.original, flips)
         g_inputs = [totals.get(id(p)) for p in run.parameters]
         return (None, g_a, g_b, *g_inputs, *(g_states.get(key) for key in run.state_keys))
 
@@ -325,12 +335,16 @@ def check_states(states: str) -> None:
         raise ValueError(f"states must be 'carry' or 'reset', not {states!r}")
 
 
-def _plain(blocks: Sequence[RevSBlock], x1: Tensor, x2: Tensor) -> Streams:
-    for index, block in enumerate(blocks):
-        for name, branch in (("f", block.f), ("g", block.g)):
-            where = f"block {index}: {name} ({branch._get_name()})"
-            x1, x2 = x2, _couple(where, x1, branch(x2), block.bits)
+def _plain(
+    halves: Iterable[tuple[str, Callable[[Tensor], Tensor]]], x1: Tensor, x2: Tensor, bits: int | None
+) -> Streams:
+    for name, half in halves:
+        x1, x2 = x2, _couple(name, x1, half(x2), bits)
     return x1, x2
+
+
+def _where(index: int, block: RevSBlock, name: str) -> str:
+    return f"block {index}: {name} ({getattr(block, name)._get_name()})"
 
 
 def _onto_grid(out: Tensor, bits: int | None) -> Tensor:
@@ -367,8 +381,11 @@ def _enter(x: Tensor | Streams, dim: int, bits: int | None, name: str) -> Stream
     return (x1.clone(), x2.clone()) if bits is None else (snap(x1, bits), snap(x2, bits))
 
 
-def _compare(run: _Run, index: int, rebuilt: Tensor) -> None:
-    if run.bits is not None and not torch.equal(checksum(rebuilt), run.checksums[index]):
+def _see(run: _Run, index: int, reaches: list[Tensor], rebuilt: Tensor) -> None:
+    reaches.append(reach(rebuilt))
+    if not run.check or run.bits is None:
+        return
+    if not torch.equal(checksum(rebuilt), run.checksums[index]):
         raise RuntimeError(
             f"{run.halves[index].name}: the rebuilt input differs from the forward's. The branch is not "
             "deterministic, reads something that has changed, or a stream left the grid's range."
@@ -380,4 +397,4 @@ def _check_reaches(run: _Run, reaches: list[Tensor]) -> None:
         return
     names = ["the output's first stream", "the output's second stream"]
     names += [f"the stream that {half.name} is added to" for half in reversed(run.halves)]
-    check_range([f"RevSSequence: {name}" for name in names], reaches, run.bits)
+    check_range([f"RevSSequence: {name}" for name in names[: len(reaches)]], reaches, run.bits)

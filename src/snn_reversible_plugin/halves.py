@@ -19,6 +19,8 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.adapters import is_spiking
+from snn_reversible_plugin.inner_backward import gradients, settle, sharded_parameters
+from snn_reversible_plugin.rebuilt import Spikes, observed_spikes
 
 # NOTE [What makes the second run the first one]
 #
@@ -43,22 +45,28 @@ _STATE = (Tensor, int, float, type(None))
 class Half:
     """One run of a branch: what it read, and how to run it again."""
 
-    __slots__ = ("_autocast", "_changed", "_entry", "_modes", "_rng", "module", "name", "wanted")
+    __slots__ = (
+        "_autocast", "_changed", "_entry", "_modes", "_rng", "block", "half", "module", "name", "spikes",
+        "wanted",
+    )  # fmt: skip
 
-    def __init__(self, name: str, module: nn.Module) -> None:
-        self.name, self.module = name, module
+    def __init__(self, name: str, block: nn.Module, half: str) -> None:
+        self.name, self.block, self.half = name, block, half
+        self.module: nn.Module = getattr(block, half)
         self._entry: list[tuple[dict[str, Any], str, Any]] = []
         self._changed: list[tuple[dict[str, Any], str]] = []
         self._rng: list[Tensor] | None = None
         self.wanted: set[Key] = set()  # the entry states that get a gradient
+        self.spikes: Spikes = []
 
-    def first(self, x: Tensor) -> Tensor:
-        """Run without a graph. The caller keeps :meth:`tensors`."""
+    def first(self, x: Tensor, observe: bool = False) -> Tensor:
+        """Run without a graph. The caller keeps :meth:`tensors`; ``observe`` keeps the spikes, as bits."""
         before, version, rng = _snapshot(self.module), x._version, _rng_states(x.device)
         self._modes = [module.training for module in self.module.modules()]
         self._autocast = _autocast_settings(x.device)
-        with _autocast(self._autocast, cache=False):  # a cast cached without a graph would lack it later
-            out = self.module(x)
+        # A cast that is cached without a graph would lack it later.
+        with _autocast(self._autocast, cache=False), observed_spikes(self.module, observe) as self.spikes:
+            out = self.block(x, half=self.half)
         check_output(self.name, out, x, version)
         if not all(map(torch.equal, rng, _rng_states(x.device))):
             self._rng = rng
@@ -87,12 +95,12 @@ class Half:
         parameters: Sequence[nn.Parameter],
         finish: Callable[[Tensor], Tensor],
         undo: Callable[[Tensor], None],
-        g_out: Tensor | None,
-        g_x: Tensor | None,
+        streams: list[Tensor | None],
         g_states: dict[Key, Tensor],
         mode: str = "speed",
         inspect: bool = False,
-    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        observe: bool = False,
+    ) -> tuple[Tensor | None, list[Tensor | None], Spikes]:
         """Run again, and backward.
 
         Args:
@@ -101,24 +109,27 @@ class Half:
             parameters: those that get a gradient.
             finish: applied to the branch's output (the grid).
             undo: is given the value to subtract, before the backward, when least else is alive.
-            g_out: gradient of ``finish``'s output.
-            g_x: the gradient that the input has already from the stream.
+            streams: the gradients of ``finish``'s output, and what the input has already from the stream;
+                emptied, so that they can go once they are used.
             g_states: gradients of the states; in: at exit, out: at entry.
             mode: of the tape that records the run.
             inspect: look for tensors that get a gradient and are no parameters.
+            observe: keep the spikes, as bits.
 
         Returns:
-            The input's whole gradient, the parameters' gradients.
+            The input's whole gradient, the parameters' gradients, the spikes.
         """
         leaf = x.detach()
-        aliases = {id(p): nn.Parameter(p.detach()) for p in parameters}
+        managed = sharded_parameters(self.block)
+        aliases = {id(p): nn.Parameter(p.detach()) for p in parameters if id(p) not in managed}
         with ExitStack() as stack:
             stack.enter_context(_random(self._rng, x.device))
             entry = stack.enter_context(self._as_it_was(states, aliases))
             outputs, g_outputs = [], []
             with torch.enable_grad(), _autocast(self._autocast), tape.recording(mode):
                 leaf.requires_grad_()
-                value = finish(self.module(leaf))
+                with observed_spikes(self.module, observe) as spikes:
+                    value = finish(self.block(leaf, half=self.half))
                 identity = leaf.view_as(leaf)
             for table, key in self.exits():
                 grad = g_states.pop((id(table), key), None)
@@ -126,20 +137,25 @@ class Half:
                     outputs.append(table[key])
                     g_outputs.append(grad)
         undo(value.detach())
-        for output, grad in ((value, g_out), (identity, g_x)):
+        for output, grad in ((value, streams[0]), (identity, streams[1])):
             if grad is not None and output.requires_grad:
                 outputs.append(output)
                 g_outputs.append(grad)
+        streams.clear()
         if not outputs:
-            return None, [None] * len(parameters)
+            return None, [None] * len(parameters), spikes
         inputs = [leaf, *aliases.values(), *entry.values()]
-        if inspect:
+        if inspect and not managed:
             self._refuse_strangers(value, inputs)
-        grads = torch.autograd.grad(outputs, inputs, g_outputs, allow_unused=True)
+        del value, identity, output, grad
+        grads = gradients(outputs, g_outputs, inputs, accumulate=bool(managed))
+        if managed:
+            settle(self.block)
         for state, g in zip(entry, grads[1 + len(aliases) :], strict=True):
             if g is not None:  # a state that the branch only reads has a gradient already
                 g_states[state] = g_states[state] + g if state in g_states else g
-        return grads[0], list(grads[1 : 1 + len(aliases)])
+        found = dict(zip(aliases, grads[1:], strict=False))
+        return grads[0], [found.get(id(p)) for p in parameters], spikes
 
     @contextmanager
     def _as_it_was(
@@ -217,6 +233,16 @@ def reset_states(module: nn.Module) -> None:
             for name in ("mem", "syn", "syn_exc", "syn_inh", "spk"):
                 if isinstance(state := inner._buffers.get(name), Tensor):
                     inner._buffers[name] = state.new_zeros(())
+
+
+@contextmanager
+def fresh_states(module: nn.Module) -> Iterator[None]:
+    """Start the neurons fresh, and leave them fresh: a whole simulation inside."""
+    reset_states(module)
+    try:
+        yield
+    finally:
+        reset_states(module)
 
 
 def state_tensors(module: nn.Module) -> list[tuple[Key, Tensor]]:

@@ -1,36 +1,79 @@
 """What a reversible chain gets back: a stream with a branch subtracted, and how well that went.
 
 The one idea: the difference takes the place of the branch's value, so that undoing a block allocates
-nothing. Source: design section 5.
+nothing; and what went wrong, if anything, is counted in the field's own unit, spikes that flipped.
+Source: design section 5.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from snn_reversible_plugin import ops, tape
+from snn_reversible_plugin.adapters import is_spiking
+
+Spikes = list[tuple[Tensor, int]]  # of each call of a neuron: its spikes as bits, and how many there are
+Flips = tuple[Tensor, int]  # how many spikes flipped, on their device, of how many
 
 
 @dataclass(frozen=True)
 class Rebuild:
-    """What check mode found when the chain's input was rebuilt: bits that differ, and by how much."""
+    """What check mode found when a chain was rebuilt, in comparison with its forward.
+
+    Attributes:
+        flipped_bits: bits of the chain's input that differ.
+        max_error: by how much it differs at most.
+        spikes: outputs of neurons inside the branches that were compared, neurons times time steps.
+        flipped_spikes: those that differ: a spike came or went.
+        by_branch: flipped spikes of each branch where there are any, in the order of the rebuild, so that
+            the first is where it began.
+
+    Example:
+        >>> print(Rebuild(flipped_bits=0, max_error=0.0, spikes=1000, flipped_spikes=0))
+        0 of 1,000 spikes flipped; the rebuilt input is equal bit for bit
+    """
 
     flipped_bits: int
     max_error: float
+    spikes: int = 0
+    flipped_spikes: int = 0
+    by_branch: dict[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        text = f"{self.flipped_spikes:,} of {self.spikes:,} spikes flipped"
+        if self.by_branch:
+            text += f", first in {next(iter(self.by_branch))}"
+        if not self.flipped_bits:
+            return f"{text}; the rebuilt input is equal bit for bit"
+        return f"{text}; {self.flipped_bits:,} bits of the rebuilt input, off by up to {self.max_error:.3g}"
 
 
 class Undo:
-    """Subtracts a branch from a stream. What snap made is fresh, so the difference may take its place."""
+    """Subtracts a branch from ``stream``, if there is one; the difference is ``rebuilt``, shown to ``see``.
 
-    def __init__(self, stream: Tensor, strides: tuple[int, ...], in_place: bool) -> None:
-        self.rebuilt, self.strides, self.in_place = stream, strides, in_place
+    What snap made is fresh, so the difference may take its place.
+    """
+
+    def __init__(self, strides: tuple[int, ...], in_place: bool, see: Callable[[Tensor], None]) -> None:
+        self.strides, self.in_place, self.see = strides, in_place, see
+        self.stream: Tensor | None = None
+        self.rebuilt: Any = None
 
     def __call__(self, value: Tensor) -> None:
-        if self.in_place and value.stride() == self.strides and value.dtype is self.rebuilt.dtype:
-            self.rebuilt = torch.sub(self.rebuilt, value, out=value)
+        stream, self.stream = self.stream, None
+        if stream is None:
+            return
+        if self.in_place and value.stride() == self.strides and value.dtype is stream.dtype:
+            self.rebuilt = torch.sub(stream, value, out=value)
         else:
-            self.rebuilt = with_strides(self.rebuilt - value, self.strides)
+            self.rebuilt = with_strides(stream - value, self.strides)
+        self.see(self.rebuilt)
 
 
 def with_strides(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
@@ -41,13 +84,54 @@ def with_strides(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
     return out.copy_(tensor)
 
 
-def difference(rebuilt: tuple[Tensor, Tensor], original: tuple[Tensor, Tensor]) -> Rebuild:
-    """Count the bits in which two pairs of streams differ. Waits for the device."""
-    flipped, error = 0, 0.0
+@contextmanager
+def observed_spikes(module: nn.Module, on: bool) -> Iterator[Spikes]:
+    """The spikes of every neuron that runs inside, of both frameworks, in the order of the calls."""
+    found: Spikes = []
+
+    def hook(_neuron: nn.Module, _inputs: Any, output: Any) -> None:
+        spikes = output if isinstance(output, Tensor) else output[0]
+        with tape.paused(), torch.no_grad():
+            found.append((ops.pack_bits(spikes.detach().reshape(-1)), spikes.numel()))
+
+    neurons = [inner for inner in module.modules() if is_spiking(inner)] if on else []
+    hooks = [neuron.register_forward_hook(hook) for neuron in neurons]
+    try:
+        yield found
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def flipped(name: str, forward: Spikes, rebuild: Spikes) -> Flips:
+    """Count the spikes in which two runs of a branch differ, without waiting for the device."""
+    if [count for _, count in forward] != [count for _, count in rebuild]:
+        raise RuntimeError(
+            f"{name}: its neurons ran {len(forward)} times in the forward and {len(rebuild)} times in the "
+            "rebuild, or on other shapes. The branch is not deterministic."
+        )
+    total = torch.zeros((), dtype=torch.int64)
+    for (ours, _), (theirs, _) in zip(forward, rebuild, strict=True):
+        total = total.to(ours.device) + _ones(ours ^ theirs)
+    return total, sum(count for _, count in forward)
+
+
+def difference(
+    rebuilt: tuple[Tensor, Tensor], original: tuple[Tensor, Tensor], flips: dict[str, Flips]
+) -> Rebuild:
+    """What differs between two pairs of streams, and flipped on the way. Waits for the device."""
+    bits, error = 0, 0.0
     for ours, theirs in zip(rebuilt, original, strict=True):
         if theirs.numel() == 0:
             continue
-        bits = ours.contiguous().view(torch.uint8) ^ theirs.contiguous().view(torch.uint8)
-        flipped += sum(int((bits >> place & 1).sum()) for place in range(8))
+        bits += int(_ones(ours.contiguous().view(torch.uint8) ^ theirs.contiguous().view(torch.uint8)))
         error = max(error, float((ours - theirs).abs().max()))
-    return Rebuild(flipped, error)
+    counts = {name: int(count) for name, (count, _) in flips.items()}
+    spikes = sum(number for _, number in flips.values())
+    by_branch = {name: count for name, count in counts.items() if count}
+    return Rebuild(bits, error, spikes, sum(counts.values()), by_branch)
+
+
+def _ones(data: Tensor) -> Tensor:
+    """The number of bits that are set in bytes."""
+    return sum((data >> place & 1).sum() for place in range(8))  # type: ignore[return-value]

@@ -1,7 +1,7 @@
 """The published reversible spiking networks, written from their paper on exact reversible blocks.
 
 Source: Zhang and Zhang, "Memory-Efficient Reversible Spiking Neural Networks", AAAI 2024
-(arXiv 2312.07922). Needs SpikingJelly.
+(arXiv 2312.07922). The neurons are SpikingJelly's, or snnTorch's where one of those is named.
 """
 
 from snn_reversible_plugin.models.former import RevSFormer, rev_s_former

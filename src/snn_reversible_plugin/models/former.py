@@ -12,11 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from spikingjelly.activation_based import layer
 from torch import Tensor, nn
 
 from snn_reversible_plugin.blocks import RevSBlock, RevSSequence
-from snn_reversible_plugin.models.parts import Neuron, conv_norm, neuron_maker, over_time
+from snn_reversible_plugin.halves import fresh_states
+from snn_reversible_plugin.models.parts import (
+    BatchNorm1d,
+    Conv1d,
+    MaxPool2d,
+    Neuron,
+    conv_norm,
+    neuron_maker,
+    over_time,
+)
 
 SCALE = 0.125  # of the attention, as in Spikformer: counts of coincident spikes, brought to the threshold
 
@@ -56,12 +64,13 @@ class RevSFormer(nn.Module):
             states="reset",
         )
         self.fire = fire()
-        self.head = layer.Linear(2 * dim, num_classes, step_mode="m")
+        self.head = nn.Linear(2 * dim, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.embed(over_time(x, self.T, self.in_channels, "RevSFormer"))
-        streams = self.encoder(tokens.repeat(1, 1, 2, 1))
-        return self.head(self.fire(streams).mean(3)).mean(0)  # type: ignore[no-any-return]
+        x = over_time(x, self.T, self.in_channels, "RevSFormer")
+        with fresh_states(self):
+            streams = self.encoder(self.embed(x).repeat(1, 1, 2, 1))
+            return self.head(self.fire(streams).mean(3)).mean(0)  # type: ignore[no-any-return]
 
 
 class PatchSplitting(nn.Module):
@@ -78,7 +87,7 @@ class PatchSplitting(nn.Module):
         for index, outputs in enumerate((dim // 8, dim // 4, dim // 2, dim)):
             layers += [*conv_norm(inputs, outputs, 3), fire()]
             if index >= pooled:
-                layers.append(layer.MaxPool2d(3, stride=2, padding=1, step_mode="m"))
+                layers.append(MaxPool2d(3, stride=2, padding=1))
             inputs = outputs
         self.patches = nn.Sequential(*layers)
         self.position = nn.Sequential(*conv_norm(dim, dim, 3))
@@ -115,8 +124,8 @@ class SpikingAttention(nn.Module):
 def _linear_norm(inputs: int, outputs: int, bias: bool = True) -> list[nn.Module]:
     """A linear layer over the channels of [T, N, C, L], and batch norm."""
     return [
-        layer.Conv1d(inputs, outputs, 1, bias=bias, step_mode="m"),
-        layer.BatchNorm1d(outputs, step_mode="m"),
+        Conv1d(inputs, outputs, 1, bias=bias),
+        BatchNorm1d(outputs),
     ]
 
 

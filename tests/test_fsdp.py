@@ -1,0 +1,102 @@
+"""FSDP2 (``fully_shard``) with two gloo processes: chains train as the same blocks run plainly."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+import snn_reversible_plugin as srp
+from snn_reversible_plugin.blocks import RevSSequence
+from snn_reversible_plugin.models import rev_s_resnet24
+from test_blocks import branch
+
+WAYS = ["model", "chain", "blocks", "branches", "neurons' neighbours", "half precision"]
+
+
+def small():
+    """Two chains, one of them deep."""
+    torch.manual_seed(0)
+    chains = [
+        RevSSequence([srp.RevSBlock(branch(4), branch(4)) for _ in range(depth)], states="reset")
+        for depth in (3, 1)
+    ]
+    return nn.Sequential(nn.Linear(3, 3), *chains, nn.Linear(3, 3))
+
+
+def events():
+    torch.manual_seed(0)
+    return rev_s_resnet24(neuron="lif")
+
+
+MODELS = {"small": (small, (3, 2, 8, 3, 3)), "resnet24": (events, (2, 2, 2, 12, 12))}
+
+
+def shard(model, way):
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    for chain in [module for module in model.modules() if isinstance(module, RevSSequence)]:
+        for block in chain.blocks:
+            if way == "blocks":
+                fully_shard(block)
+            if way == "branches":
+                fully_shard(block.f)
+                fully_shard(block.g)
+            if way == "half precision":
+                for layer in [m for m in block.modules() if isinstance(m, nn.Conv2d)]:
+                    fully_shard(layer, mp_policy=policy)
+            if way == "neurons' neighbours":
+                fully_shard(block.f[1])
+                fully_shard(block.g)
+        if way == "chain":
+            fully_shard(chain)
+    fully_shard(model)
+
+
+def train(rank, file, ways, name, results):
+    """Three steps of each way and of the plain run of it; the second of two batches adds its gradient."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    make, shape = MODELS[name]
+    for way in ways:
+        parameters = []
+        for reversible in (True, False):
+            model = make()
+            for chain in [module for module in model.modules() if isinstance(module, RevSSequence)]:
+                chain.reversible = chain.check = reversible
+            shard(model, way)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+            torch.manual_seed(10 + rank)
+            for _ in range(3):
+                optimizer.zero_grad()
+                for _ in range(2):
+                    model(torch.rand(shape) * 3).square().mean().backward()
+                optimizer.step()
+            parameters.append([p.full_tensor() for p in model.parameters()])
+            sharded = all(type(p.data).__name__ == "DTensor" for p in model.parameters())
+        same = all(torch.equal(a, b) for a, b in zip(*parameters, strict=True))
+        moved = [not torch.equal(p, q) for p, q in zip(parameters[0], make().parameters(), strict=True)]
+        flips = [c.last_rebuild.flipped_spikes for c in model.modules() if getattr(c, "last_rebuild", None)]
+        results[rank, way] = (same, sharded, sum(moved) > 0.8 * len(moved), not any(flips))
+    dist.destroy_process_group()
+
+
+def shards_on_the_cpu():
+    """Whether this torch's FSDP2 gathers without a GPU; older ones ask a CPU stream for its events."""
+    try:
+        from torch.distributed.fsdp import fully_shard  # noqa: F401
+    except ImportError:
+        return False
+    return hasattr(torch.cpu.Stream, "record_event")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shards_on_the_cpu(), reason="this torch has no FSDP2 for the CPU")
+@pytest.mark.parametrize(("name", "ways"), [("small", WAYS), ("resnet24", ["branches"])])
+def test_two_processes_train_as_the_plain_blocks_do(tmp_path, name, ways):
+    with mp.get_context("spawn").Manager() as manager:
+        results = manager.dict()
+        mp.spawn(train, args=(tmp_path / "rendezvous", ways, name, results), nprocs=2)
+        expected = {(rank, way): (True, True, True, True) for rank in range(2) for way in ways}
+        assert dict(results) == expected
