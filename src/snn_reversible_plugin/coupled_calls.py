@@ -56,14 +56,15 @@ class _Sequence(torch.autograd.Function):
         ctx.call, ctx.dtype = call, x_seq.dtype
         recorded = undoable and tape.current() is not None
         with tape.paused():
-            y_seq, s_out, ctx.remainders = forward(
+            y_seq, s_out, remainders = forward(
                 x_seq, s, call.rule, call.firing, leak, undoable=undoable, coupled=not recorded
             )
         if recorded:
             tape.mark_spikes(y_seq)
             y_seq = couple(y_seq, x_seq, call.rule)
             tape.mark_opaque(s_out)
-        ctx.save_for_backward(y_seq, s_out, leak)
+        ctx.parts = [part for part, _ in remainders]
+        ctx.save_for_backward(y_seq, s_out, leak, *(stored for _, stored in remainders))
         return y_seq, s_out
 
     @staticmethod
@@ -71,11 +72,12 @@ class _Sequence(torch.autograd.Function):
     def backward(ctx: Any, g_y: Tensor | None, g_s: Tensor | None) -> Any:  # type: ignore[override]
         if g_y is None and g_s is None:
             return (None,) * 5
-        y_seq, s, leak = ctx.saved_tensors
+        y_seq, s, leak, *stored = ctx.saved_tensors
+        remainders = list(zip(ctx.parts, stored, strict=True))
         owned = tape.owns(y_seq)
         call: Call = ctx.call
         grads = backward(
-            y_seq, s, ctx.remainders, g_y, g_s, call.rule, call.firing, leak,
+            y_seq, s, remainders, g_y, g_s, call.rule, call.firing, leak,
             wants_leak=ctx.needs_input_grad[2], dtype=ctx.dtype, owned=owned,
         )  # fmt: skip
         _check_later(call, grads.reached)
@@ -271,5 +273,13 @@ def _check_all(reaches: list[tuple[Call, Tensor]]) -> None:
         groups.setdefault((call.rule.bits, reached.dtype, reached.device), []).append((call, reached))
     reaches.clear()
     for (bits, _, _), group in groups.items():
-        names = [f"an output or a state of {call.name}" for call, _ in group]
+        names = [f"an output or a state of {call.name}{_growth(call.rule)}" for call, _ in group]
         check_range(names, [reached for _, reached in group], bits)
+
+
+def _growth(rule: Rule) -> str:
+    if rule.leak is None or rule.beta <= rule.leak:
+        return ""
+    return (
+        f" (beta={rule.beta:g} is above 1 / tau={rule.leak:g}, so states of silent neurons grow with time)"
+    )

@@ -26,8 +26,8 @@ class CoupledLIF(snntorch.Leaky):
 
     Equations, guarantee, memory, settings and errors are those of
     :class:`snn_reversible_plugin.spikingjelly.coupled.CoupledLIF`, in the paper's notation: ``beta``
-    couples the halves, and the membrane's decay is ``1 - 1 / tau``. What is returned first is not binary, but
-    ``O + beta X``. It subclasses ``Leaky`` for ``snntorch.utils.reset``, ``reset_hidden`` and
+    couples the halves, and the membrane's decay is ``1 - 1 / tau``. What is returned first is not binary
+    but ``O + beta X``. It subclasses ``Leaky`` for ``snntorch.utils.reset``, ``reset_hidden`` and
     ``detach_hidden`` to find it, and shares no equation with it. It fires where the membrane is *above* the
     threshold, as snnTorch does.
 
@@ -60,7 +60,7 @@ class CoupledLIF(snntorch.Leaky):
         self,
         tau: float = 2.0,
         alpha: float = 0.0,
-        beta: float = 0.5,
+        beta: float = 0.25,
         threshold: float = 1.0,
         spike_grad: Any = None,
         detach_reset: bool = False,

@@ -53,7 +53,9 @@ class CoupledLIF(base.MemoryModule):
     Args:
         tau: membrane time constant in time steps, at least 1; with ``learn_tau`` above 1.
         alpha: what the membrane is reset to at a spike, rounded to a multiple of 2^-bits.
-        beta: coupling, a power of two in (0, 1]. With 1 there are no bits to store, and nothing forgets.
+        beta: coupling, a power of two in (0, 1]; with 1 there are no bits to store. A neuron that never fires
+            has bounded states for beta < 1 / tau; for more they grow with T, and leave the range sooner
+            or later.
         v_threshold: firing threshold.
         surrogate_function: any of SpikingJelly's that spike, or one of your own that is element-wise and
             gives the result of a comparison; ATan by default.
@@ -87,7 +89,7 @@ class CoupledLIF(base.MemoryModule):
         self,
         tau: float = 2.0,
         alpha: float = 0.0,
-        beta: float = 0.5,
+        beta: float = 0.25,
         v_threshold: float = 1.0,
         surrogate_function: Any = None,
         detach_reset: bool = False,
@@ -154,9 +156,9 @@ def firing_of(function: Any, dtype: torch.dtype, device: torch.device, shape: to
         name_and_alpha = fused_alpha(function)
         formula = None if name_and_alpha is None else _trusted(*name_and_alpha, dtype)
         return Firing(function, formula or by_autograd(function), False, is_uniform(function))
-    chunk = min(shape.numel(), chunk_size(device))
-    half = torch.Size((shape[0], shape[1] // 2, *shape[2:]))
-    known = proved(function, half, dtype, device, chunk) if half.numel() else None
+    chunk = min(shape.numel() or 1, chunk_size(device))
+    half = torch.Size((shape[0] or 1, shape[1] // 2, *shape[2:]))
+    known = proved(function, half, dtype, device, chunk)
     if known is None or known.fire is not None:
         raise ValueError(
             f"CoupledLIF can't undo a step with the surrogate {function!r}: it must be element-wise, "
