@@ -31,8 +31,9 @@ from snn_reversible_plugin.grid import check_bits, snap
 # 3. beta S, of a state that the node made itself, is rounded down to the grid and leaves a remainder of
 #    `shift` bits. It is stored: log2(1 / beta) bits a neuron and step. A step shrinks the volume of the
 #    states by exactly beta a neuron, so on a fixed grid fewer don't do; with beta = 1 there are none.
-# 4. Between spikes the step is linear, with eigenvalues of sum (1 - 1 / tau)(1 + beta) and product -beta^2:
-#    below 1 if and only if beta < 1 / tau. Positive states are reset sooner or later; negative ones are not.
+# 4. Between spikes the step is linear, with eigenvalues of sum (1 - 1 / tau)(1 + beta) and product
+#    -beta^2: all below 1 if and only if beta < 1 / tau. Positive states that grow are reset; negative ones
+#    are not.
 # 5. A value that left the range shows in the walk back (grid, note, 3): outputs, the last states, and
 #    each rebuilt state are looked at. Inputs and membranes need no look of their own.
 

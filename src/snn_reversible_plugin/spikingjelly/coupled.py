@@ -53,9 +53,9 @@ class CoupledLIF(base.MemoryModule):
     Args:
         tau: membrane time constant in time steps, at least 1; with ``learn_tau`` above 1.
         alpha: what the membrane is reset to at a spike, rounded to a multiple of 2^-bits.
-        beta: coupling, a power of two in (0, 1]; with 1 there are no bits to store. A neuron that never fires
-            has bounded states for beta < 1 / tau; for more they grow with T, and leave the range sooner
-            or later.
+        beta: coupling, a power of two in (0, 1]; with 1 there are no bits to store. A neuron that never
+            fires has bounded states for beta < 1 / tau; with more they grow with T, and leave the range
+            sooner or later.
         v_threshold: firing threshold.
         surrogate_function: any of SpikingJelly's that spike, or one of your own that is element-wise and
             gives the result of a comparison; ATan by default.
