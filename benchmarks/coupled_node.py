@@ -98,10 +98,9 @@ def main(
         "autograd": lambda x_seq: coupled.sequence(x_seq, None, rule, coupled.Firing(function, None, None)),
         "stock LIFNode": run_stock,
     }
-    console = Console()
-    console.print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, tau={tau:g}, beta={beta:g}"
-    )
+    console = Console(width=110)
+    threads = torch.get_num_threads()
+    console.print(f"torch {torch.__version__}, {threads} threads, tau={tau:g}, beta={beta:g}")
     for name, (steps, batch, *rest) in SHAPES.items():
         shape = (steps, max(1, round(batch * scale)), *rest)
         console.print(_times(name, nodes, torch.randn(shape, device=device), repeats))
@@ -117,11 +116,13 @@ def _times(name: str, nodes: dict[str, Node], x_seq: Tensor, repeats: int) -> Ta
     for round_ in range(repeats + 1):
         for node, run in nodes.items():
             x_seq.grad = None
-            losses: list[Tensor] = []
-            forward_time = time_step_of(
-                lambda run=run, losses=losses: losses.append((run(x_seq)[0] * weights).sum())
-            )
-            backward_time = time_step(lambda losses=losses: losses.pop())
+            start = time.perf_counter()
+            loss = (run(x_seq)[0] * weights).sum()
+            if loss.is_cuda:
+                torch.cuda.synchronize()
+            forward_time = time.perf_counter() - start
+            backward_time = time_step(lambda loss=loss: loss)
+            del loss
             assert x_seq.grad is not None
             gradients[node] = x_seq.grad
             if round_:
@@ -146,24 +147,14 @@ def _times(name: str, nodes: dict[str, Node], x_seq: Tensor, repeats: int) -> Ta
     return table
 
 
-def time_step_of(run: Callable[[], Any]) -> float:
-    """Wall seconds of a call."""
-
-    start = time.perf_counter()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def _less(ours: list[float], theirs: list[float]) -> str:
     ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
     return f"{100 * (ratio - 1):+.1f} %"
 
 
 def _held(nodes: dict[str, Node], device: str) -> Table:
-    """Bytes a neuron that live between forward and backward, beyond inputs and outputs."""
-    table = Table(title="held, bytes a neuron: beyond inputs and outputs (N=16, 64 wide)")
+    """What lives between forward and backward, beyond inputs, and outputs that the next layer saves too."""
+    table = Table(title="held beyond inputs and outputs, bytes a neuron (N=16, 64 wide)")
     table.add_column("node")
     lengths = (10, 100, 1000)
     for steps in lengths:
@@ -175,7 +166,8 @@ def _held(nodes: dict[str, Node], device: str) -> Table:
         row = []
         for steps in lengths:
             x_seq = torch.randn(steps, 16, 64, device=device, requires_grad=True)
-            held, _ = count_step(lambda run=run, x_seq=x_seq: run(x_seq)[0].sum())
+            weights = torch.randn_like(x_seq, requires_grad=True)
+            held, _ = count_step(lambda run=run, x=x_seq, w=weights: (run(x)[0] * w).sum())
             row.append((held - 4 * x_seq.numel()) / (16 * 64))
         more = (row[-1] - row[0]) / (lengths[-1] - lengths[0])
         table.add_row(node, *(f"{value:,.1f}" for value in row), f"{more:.3f}")
