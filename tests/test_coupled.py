@@ -410,7 +410,7 @@ def test_a_sequence_holds_outputs_and_bits_and_one_state():
     n = 16 * 64
     for beta, bits in ((1.0, 0), (0.5, 1), (0.125, 3)):
         node = spikingjelly.CoupledLIF(tau=1.0, beta=beta, step_mode="m")
-        for steps in (10, 100):
+        for steps in (10, 40):
             x_seq = torch.randn(steps, 16, 64, requires_grad=True)
             functional.reset_net(node)
             held, _ = count_step(lambda node=node, x=x_seq: node(x).sum())
@@ -431,7 +431,7 @@ def test_without_gradients_nothing_is_held():
 
 
 @pytest.mark.parametrize("run", [whole, looped])
-@pytest.mark.parametrize("value", [1e3, -1e3, math.inf, math.nan])
+@pytest.mark.parametrize("value", [1e4, -1e4, math.inf, math.nan])
 @pytest.mark.parametrize("framework", [spikingjelly, snntorch])
 def test_leaving_the_range_is_an_error_of_the_backward(framework, value, run):
     x_seq = torch.randn(5, 3, 4)
@@ -634,7 +634,7 @@ def test_resets_and_hidden_states_of_spikingjelly():
 
 def test_resets_and_hidden_states_of_snntorch():
     net = nn.Sequential(nn.Linear(4, 6), snntorch.CoupledLIF(init_hidden=True))
-    x_seq = torch.randn(5, 2, 4)
+    x_seq = 20 * torch.randn(5, 2, 4)
     utils.reset(net)
     first = torch.stack([net(x) for x in x_seq])
     again = torch.stack([net(x) for x in x_seq])
