@@ -1,6 +1,7 @@
 """The coupled node: undone bit for bit, with the gradient of its equations, bit for bit."""
 
 import copy
+import gc
 import math
 import pickle
 
@@ -17,7 +18,7 @@ import snn_reversible_plugin as srp
 from snn_reversible_plugin import coupled, coupled_sweeps, snntorch, spikingjelly
 from snn_reversible_plugin.coupled_calls import run_sequence
 from snn_reversible_plugin.grid import snap
-from snn_reversible_plugin.memory import count_step
+from snn_reversible_plugin.memory import AllocationCounter, count_step
 from snn_reversible_plugin.snntorch.coupled import firing_of as firing_of_snntorch
 from snn_reversible_plugin.spikingjelly.coupled import firing_of as firing_of_spikingjelly
 
@@ -606,6 +607,69 @@ def test_the_report_names_it():
     rows = {row.name: row for row in srp.memory_report(model, torch.rand(4, 2, 2, 8, 8)).modules}
     assert rows["2"].neuron == "reversed in time, grid arithmetic"
     assert rows["2"].bytes < rows["2"].stock_bytes
+
+
+@pytest.mark.parametrize("states", ["carry", "reset"])
+def test_inside_reversible_blocks(states):
+    def branch():
+        conv = layer.Conv2d(2, 2, 3, padding=1, step_mode="m")
+        return nn.Sequential(spikingjelly.CoupledLIF(step_mode="m"), conv)
+
+    blocks = [srp.RevSBlock(branch(), branch()) for _ in range(3)]
+    model = srp.RevSSequence(blocks, states=states, check=True)
+    twin = copy.deepcopy(model)
+    twin.reversible = False
+    x_seq = 2 * torch.randn(3, 2, 4, 5, 5)
+    found = []
+    for chain in (model, twin):
+        x = x_seq.clone().requires_grad_()
+        out = chain(x) + chain(x) if states == "carry" else chain(x)
+        out.pow(2).sum().backward()
+        found.append([out, x.grad, *(p.grad for p in chain.parameters())])
+    assert_same(*found)
+    assert model.last_rebuild.flipped_bits == 0
+
+
+def test_a_loop_in_a_converted_network():
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.lif1 = nn.Linear(8, 16), snntorch.CoupledLIF()
+            self.fc2, self.lif2 = nn.Linear(16, 8), snntorch.CoupledLIF(learn_tau=True)
+
+        def forward(self, x_seq):
+            mem1, mem2, outputs = self.lif1.reset_mem(), self.lif2.reset_mem(), []
+            for x in x_seq:
+                y, mem1 = self.lif1(self.fc1(x), mem1)
+                y, mem2 = self.lif2(self.fc2(y), mem2)
+                outputs.append(y)
+            return torch.stack(outputs)
+
+    model, x_seq = Loop(), 2 * torch.randn(20, 3, 8)
+    found = []
+    for convert in (lambda model: model, srp.convert_to_reversible):
+        converted = convert(model)
+        converted.zero_grad()
+        converted(x_seq).pow(2).sum().backward()
+        found.append([p.grad.clone() for p in converted.parameters()])
+    assert_same(*found)
+
+
+def test_a_long_loop_leaves_no_cycles_behind():
+    node, x = snntorch.CoupledLIF(), torch.randn(2, 4, requires_grad=True)
+    gc.collect()
+    gc.disable()
+    try:
+        with AllocationCounter() as counter:
+            mem = node.reset_mem()
+            for _ in range(3000):
+                spk, mem = node(x, mem)
+            spk.sum().backward()
+            del spk, mem
+            node.reset_mem()
+        assert counter.live < 1000
+    finally:
+        gc.enable()
 
 
 def test_a_users_subclass_is_left_as_it_is():
