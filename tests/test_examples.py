@@ -15,6 +15,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL = {
     "spikingjelly_training": "--epochs 2 --steps 5 --batch 8 --channels 4 --limit 16",
     "snntorch_training": "--epochs 2 --steps 5 --batch 8 --limit 16",
+    "coupled_network": "--epochs 2 --steps 5 --batch 8 --channels 4 --limit 16",
     "nmnist": "--epochs 2 --steps 5 --batch 8 --channels 2 --limit 16",
 }
 

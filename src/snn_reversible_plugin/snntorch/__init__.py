@@ -18,6 +18,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from snn_reversible_plugin.snntorch import choice as choice
+from snn_reversible_plugin.snntorch.coupled import CoupledLIF
 from snn_reversible_plugin.snntorch.neurons import (
     RevAlpha,
     RevLapicque,
@@ -28,6 +29,7 @@ from snn_reversible_plugin.snntorch.neurons import (
 )
 
 __all__ = [
+    "CoupledLIF",
     "RevAlpha",
     "RevLapicque",
     "RevLeaky",
@@ -48,5 +50,5 @@ def register() -> None:
         >>> snntorch.RevLeaky(beta=0.9).beta
         tensor(0.9000)
     """
-    for reversible in (RevLeaky, RevLapicque, RevSynaptic, RevAlpha, RevRLeaky, RevRSynaptic):
+    for reversible in (RevLeaky, RevLapicque, RevSynaptic, RevAlpha, RevRLeaky, RevRSynaptic, CoupledLIF):
         setattr(snntorch, reversible.__name__, reversible)

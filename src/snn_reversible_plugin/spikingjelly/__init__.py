@@ -22,6 +22,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from snn_reversible_plugin.registry import StaysStock, register_reversible, swapped_class
+from snn_reversible_plugin.spikingjelly.coupled import CoupledLIF
 from snn_reversible_plugin.spikingjelly.generic import Replayed, dynamics_of, origin_of
 from snn_reversible_plugin.spikingjelly.nodes import (
     Analytic,
@@ -31,7 +32,7 @@ from snn_reversible_plugin.spikingjelly.nodes import (
     RevParametricLIFNode,
 )
 
-__all__ = ["RevIFNode", "RevLIFNode", "RevParametricLIFNode", "register"]
+__all__ = ["CoupledLIF", "RevIFNode", "RevLIFNode", "RevParametricLIFNode", "register"]
 
 _ANALYTIC: dict[type, type[nn.Module]] = {
     neuron.IFNode: RevIFNode,
@@ -92,7 +93,8 @@ for _cls, _rev in _ANALYTIC.items():
 
 
 def register() -> None:
-    """Put ``RevIFNode``, ``RevLIFNode`` and ``RevParametricLIFNode`` into SpikingJelly's neuron module.
+    """Put ``RevIFNode``, ``RevLIFNode``, ``RevParametricLIFNode`` and ``CoupledLIF`` into SpikingJelly's
+    neuron module.
 
     Example:
         >>> from spikingjelly.activation_based import neuron
@@ -101,5 +103,5 @@ def register() -> None:
         >>> neuron.RevLIFNode is adapter.RevLIFNode
         True
     """
-    for cls in _ANALYTIC.values():
+    for cls in (*_ANALYTIC.values(), CoupledLIF):
         setattr(neuron, cls.__name__, cls)

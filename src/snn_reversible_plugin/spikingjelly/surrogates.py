@@ -22,6 +22,7 @@ from spikingjelly.activation_based import surrogate
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from snn_reversible_plugin import tracking
 from snn_reversible_plugin.dynamics import Surrogate
 from snn_reversible_plugin.spikingjelly.rerun import Autocast
 
@@ -171,7 +172,11 @@ def _library(function: Any) -> str | None:
 def _is_hooked(module: torch.nn.Module) -> bool:
     tables = ("_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks",
               "_backward_pre_hooks")  # fmt: skip
-    return any(module.__dict__.get(table) for table in tables) or "forward" in module.__dict__
+    values = [value for table in tables for value in (module.__dict__.get(table) or {}).values()]
+    # What a report or check mode hangs on every module changes nothing.
+    return "forward" in module.__dict__ or any(
+        getattr(value, "__module__", "") != tracking.__name__ for value in values
+    )
 
 
 # -- watching a surrogate that a user wrote ----------------------------------------------------------
