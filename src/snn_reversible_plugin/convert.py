@@ -25,25 +25,28 @@ from snn_reversible_plugin.registry import (
     stock_classes,
     swap,
     swapped_class,
+    type_on_grid,
     unswap,
 )
 from snn_reversible_plugin.tracking import tracked
 
 M = TypeVar("M", bound=nn.Module)
 
-ARITHMETICS = ("auto", "stock")
+ARITHMETICS = ("auto", "grid", "stock")
 
 
 @dataclass
 class Settings:
     """What ``convert_to_reversible`` decided; lives on the root module and travels with its copies.
 
-    ``stays_stock`` maps the names of neurons that stayed stock to the reason.
+    ``stays_stock`` maps the names of neurons that stayed stock to the reason, ``off_grid`` those that are
+    reversible but run stock arithmetic where ``arithmetic`` would have them on the grid.
     """
 
     mode: str = "memory"
     arithmetic: str = "auto"
     stays_stock: dict[str, str] = field(default_factory=dict)
+    off_grid: dict[str, str] = field(default_factory=dict)
 
 
 class Recorded(SwappedClass):
@@ -150,11 +153,26 @@ def convert_to_reversible(
     for module, target in swaps:
         if target is not type(module):
             swap(module, target)
+    if arithmetic != "stock":
+        names = {id(module): name for name, module in model.named_modules()}
+        for module, _ in swaps:
+            _put_on_grid(module, names[id(module)], settings)
     for module in skipped:
         swap(module, swapped_class(Skipped, type(module)))
     swap(model, swapped_class(Recorded, type(model)))
     model.__dict__["_srp_settings"] = settings
     return model
+
+
+def _put_on_grid(module: nn.Module, name: str, settings: Settings) -> None:
+    try:
+        target = type_on_grid(module)
+    except StaysStock as refusal:
+        settings.off_grid[name] = str(refusal)
+        return
+    if target is not None:
+        swap(module, target)
+        module.__dict__["_srp_name"] = name
 
 
 def restore(model: M) -> M:
@@ -170,6 +188,7 @@ def restore(model: M) -> M:
     for module in model.modules():
         unswap(module)
         module.__dict__.pop("_srp_settings", None)
+        module.__dict__.pop("_srp_name", None)
     return model
 
 

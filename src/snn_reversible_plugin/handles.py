@@ -99,6 +99,19 @@ class Kept(Handle):
         return self.tensor, False
 
 
+class Passing(Handle):
+    """Leads to a handle without keeping alive what that one needs.
+
+    For tensors that outlive their graph, as the state that a neuron starts its next step from.
+    """
+
+    __slots__ = ()
+
+    def held(self) -> Handle | None:
+        """The handle to store; None where what it needs is gone."""
+        raise NotImplementedError
+
+
 class Packed(Handle):
     """Zeros and ones, one bit an element.
 

@@ -33,7 +33,7 @@ from snn_reversible_plugin.entries import (
     storage_key,
     written,
 )
-from snn_reversible_plugin.handles import Handle, Kept, Packed, Replayed, checksum
+from snn_reversible_plugin.handles import Handle, Kept, Packed, Passing, Replayed, checksum
 from snn_reversible_plugin.operators import Kind, Plan, aten, plan_of
 
 # NOTE [What gets a recipe]
@@ -113,6 +113,8 @@ class Tape(TorchDispatchMode):
 
     def pack(self, tensor: torch.Tensor) -> Handle:
         handle = None if self.suspended else look_up(tensor)
+        if isinstance(handle, Passing):
+            handle = handle.held()
         if isinstance(handle, Packed):
             with OffStack(self):
                 handle.materialize(tensor)
@@ -150,6 +152,13 @@ class Tape(TorchDispatchMode):
         kept.where = self.where
         if is_plain(tensor):
             self._held.setdefault(storage_key(tensor), []).append(weakref.ref(kept))
+        return kept
+
+    def hold(self, tensor: torch.Tensor) -> Kept:
+        """Keep a tensor's value by reference, for somebody who is no node of the graph."""
+        kept = Kept(_alias(tensor))
+        kept.anchored = True
+        self._held.setdefault(storage_key(tensor), []).append(weakref.ref(kept))
         return kept
 
     # The recording mode.
@@ -304,6 +313,8 @@ class Tape(TorchDispatchMode):
     def _operand(self, arg: Any) -> Any:
         if isinstance(arg, torch.Tensor):
             handle = look_up(arg)
+            if isinstance(handle, Passing):
+                handle = handle.held()
             if isinstance(handle, Packed):
                 handle.materialize(arg)
             elif not isinstance(handle, Handle):

@@ -1,0 +1,285 @@
+"""One time step of a snnTorch neuron on the dyadic grid, which a later backward can undo.
+
+The one idea: as in :mod:`.step` a step is two autograd functions, charge and fire; but what they save is
+a place on the neuron's :class:`~snn_reversible_plugin.timeline.Timeline`, and no state. :func:`reference` is the
+same step written with ordinary operations on the grid: the specification of the values and the gradients.
+
+Source: design section 6; ``forward`` of ``snntorch/_neurons``, version 1.0.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from snn_reversible_plugin import gridding, ops, tape
+from snn_reversible_plugin.entries import enter, look_up
+from snn_reversible_plugin.grid import check_range, decay, snap
+from snn_reversible_plugin.handles import is_dense
+from snn_reversible_plugin.ops.decays import AFTER, BEFORE, NONE, SUBTRACT, Step, decay_of
+from snn_reversible_plugin.snntorch.surrogates import Derivative
+from snn_reversible_plugin.timeline import (
+    NewSpikes,
+    NewState,
+    Timeline,
+    continued,
+    flat,
+    rests_on_a_state,
+)
+
+BITS = 16
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """A neuron's constants, as long as its parameters are what they are.
+
+    ``theta``: the threshold on the grid, as a tensor of the parameter's shape; ``flat_theta``: a number, or
+    float32 [n].
+    """
+
+    step: Step
+    derivative: Derivative
+    theta: Tensor
+    flat_theta: Any
+    name: str
+    versions: tuple[Any, ...]
+    bits: int = BITS
+
+    def back(self, timeline: Timeline, t: int, state: Tensor, current: Tensor) -> Tensor:
+        """The flat state before step t, from the one after it."""
+        spikes = None if self.step.reset == NONE else timeline.spikes(t - 1)
+        record = timeline.records.record(2 * t - 1)
+        return ops.steps_on(state.device).undo(state, current, spikes, self.step, record)  # type: ignore
+
+
+_plans: weakref.WeakKeyDictionary[Any, dict[str, Plan]] = weakref.WeakKeyDictionary()
+
+
+def plan_of(
+    neuron: Any, state: str, beta: Tensor, reset: str, derivative: Derivative, like: Tensor
+) -> Plan:
+    """The plan of one of a neuron's states; made again when a parameter or a setting changed.
+
+    ``like``: a tensor of the states' shape and layout.
+
+    Raises:
+        ValueError: a decay that can't be undone.
+    """
+    threshold = neuron.threshold
+    each = bool(beta.numel() > 1 or threshold.numel() > 1)
+    versions = (
+        id(beta), beta._version, id(threshold), threshold._version, reset, derivative, like.device,
+        (like.shape, like.stride()) if each else None,
+    )  # fmt: skip
+    plans = _plans.get(neuron)
+    if plans is None:
+        plans = _plans[neuron] = {}
+    plan = plans.get(state)
+    if plan is not None and plan.versions == versions:
+        return plan
+    name = f"{gridding.name_of(neuron)}.{state}"
+    with torch.no_grad():
+        clamped = beta.float().clamp(0, 1)
+        factor: Any = float(clamped) if clamped.numel() == 1 else _each(clamped, like).double()
+        if isinstance(factor, float):
+            low = high = factor
+        else:
+            low, high = (float(end) for end in torch.aminmax(clamped))
+        theta = snap(threshold.float(), BITS)
+        flat_theta: Any = float(theta) if theta.numel() == 1 else _each(theta, like)
+        scale = 2.0**BITS
+        step = Step(decay_of(factor, low, high, name), flat_theta * scale, reset, scale)
+    plan = plans[state] = Plan(step, derivative, theta, flat_theta, name, versions)
+    return plan
+
+
+def _each(parameter: Tensor, like: Tensor) -> Tensor:
+    """A parameter with an element for each neuron, flat in the order of memory."""
+    return flat(parameter.expand(like.shape), like.stride())
+
+
+class Charging(torch.autograd.Function):
+    """``Charging.apply(plan, [reset, pieces], u, current, beta, threshold)`` -> the state after the charge.
+
+    ``reset``: the spikes of u, or None; ``pieces`` collects what has to be written down, None if nothing.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, plan: Plan, constants: list[Any], u: Tensor, current: Tensor, beta: Tensor, threshold: Tensor
+    ) -> Tensor:
+        reset, pieces = constants
+        stride = u.stride()
+        record = pieces is not None
+        state, found = ops.steps_on(u.device).charge(
+            flat(u, stride),
+            flat(current, stride),
+            None if reset is None else flat(reset, stride),
+            plan.step,
+            record,
+        )
+        if record:
+            pieces.extend(found)
+        _, _, _, _, of_beta, of_threshold = ctx.needs_input_grad
+        kind = plan.step.reset
+        uses_reset = kind in (BEFORE, AFTER) or (kind == SUBTRACT and of_threshold)
+        ctx.save_for_backward(beta, u if of_beta else None, reset if uses_reset else None)
+        ctx.plan = plan if current.dtype is torch.float32 else (plan, current.dtype)
+        return state.as_strided(u.shape, stride)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        beta, u, reset = ctx.saved_tensors
+        plan, dtype = (ctx.plan, torch.float32) if isinstance(ctx.plan, Plan) else ctx.plan
+        _, _, of_u, of_current, of_beta, of_threshold = ctx.needs_input_grad
+        kind = plan.step.reset
+        passed = 1 - reset if kind in (BEFORE, AFTER) else None
+        if kind == AFTER:
+            g = g * passed
+        by_threshold = by_beta = by_u = None
+        if of_threshold and kind == SUBTRACT:
+            by_threshold = (-g * reset).sum_to_size(plan.theta.shape)
+        if of_beta:
+            decayed = u if kind != BEFORE else passed * u
+            by_beta = (g * decayed).sum_to_size(beta.shape).to(beta.dtype)
+            by_beta = torch.where((beta >= 0).logical_and_(beta <= 1), by_beta, 0.0)
+        if of_u:
+            by_u = g * beta.clamp(0, 1)
+            if kind == BEFORE:
+                by_u = by_u * passed
+        return None, None, by_u, g.to(dtype) if of_current else None, by_beta, by_threshold
+
+
+class Firing(torch.autograd.Function):
+    """``Firing.apply(plan, pieces, mem, threshold)`` -> spikes."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, pieces: Any, mem: Tensor, threshold: Tensor) -> Tensor:  # type: ignore
+        ctx.save_for_backward(mem, threshold)
+        ctx.plan = plan
+        spikes, bits = ops.steps_on(mem.device).fire(flat(mem, mem.stride()), plan.flat_theta, False)
+        pieces.append(bits)
+        return spikes.as_strided(mem.shape, mem.stride())  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        mem, threshold = ctx.saved_tensors
+        _, _, to_mem, to_threshold = ctx.needs_input_grad
+        of_mem = ctx.plan.derivative(mem - ctx.plan.theta, g)
+        of_threshold = None
+        if to_threshold:
+            of_threshold = (-of_mem).sum_to_size(threshold.shape).to(threshold.dtype)
+        return None, None, of_mem if to_mem else None, of_threshold
+
+
+def step(
+    plan: Plan,
+    current: Tensor,
+    u: Tensor,
+    beta: Tensor,
+    threshold: Tensor,
+    *,
+    fires: bool = True,
+    trusted: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """One step on the grid, on a timeline where a tape records.
+
+    Args:
+        plan: the neuron's.
+        current, u: input and the state before the step, of one shape.
+        beta, threshold: the parameters of the plan.
+        fires: whether the state fires; without, no spikes come out.
+        trusted: the current rests on states of other timelines only, and may be replayed.
+
+    Returns:
+        The state after the step, its spikes, and the spikes of ``u``.
+
+    Raises:
+        OverflowError: the state left the range in which the grid is exact.
+    """
+    recorder = tape.current()
+    needs = any(x.requires_grad for x in (current, u, beta, threshold))
+    if recorder is not None and (recorder.suspended or not needs or not tape.may_record()):
+        recorder = None
+    timeline = None if recorder is None else continued(u, plan)
+    starts = timeline is None
+    if timeline is None:
+        u = snap(u, plan.bits)
+        if not is_dense(u):
+            u = u.contiguous()
+    form = ops.steps_on(u.device)
+    handle = None
+    if recorder is not None:
+        keeps = not trusted and rests_on_a_state(look_up(current))
+        handle = recorder.hold(current) if keeps else recorder.pack(current)
+    with tape.paused():
+        reset = None
+        if starts:
+            bits: list[Any] = []
+            if fires:
+                spikes, first = form.fire(flat(u, u.stride()), plan.flat_theta, False)
+                reset, bits = spikes.as_strided(u.shape, u.stride()), [first]
+            if recorder is not None:
+                timeline = Timeline(plan, u, plan.name)
+                timeline.records.append(bits)
+        elif fires:
+            assert timeline is not None
+            reset = timeline.newest_spikes()
+        if timeline is not None and reset is not None:
+            enter(reset, NewSpikes(timeline, timeline.length))
+        pieces: list[Any] | None = None if timeline is None else []
+        resets = None if plan.step.reset == NONE else reset
+        state = Charging.apply(plan, [resets, pieces], u, current, beta, threshold)
+        reach = form.reach(flat(state, state.stride()))
+        if reach.device.type == "cpu":
+            check_range([f"{plan.name}"], [reach], plan.bits)
+        if timeline is None:
+            tape.mark_opaque(state)
+        else:
+            assert recorder is not None and handle is not None
+            timeline.step(handle, recorder.hold(state), reach, pieces or [])
+            enter(state, NewState(timeline, timeline.length))
+        spikes = None
+        bits = []
+        if fires:
+            spikes = Firing.apply(plan, bits, state, threshold)
+        if timeline is not None:
+            timeline.fired(bits, spikes)
+            if spikes is not None:
+                enter(spikes, NewSpikes(timeline, timeline.length))
+        elif spikes is not None:
+            tape.mark_spikes(spikes)
+    return state, spikes, reset
+
+
+def reference(
+    current: Tensor,
+    u: Tensor,
+    beta: Tensor,
+    threshold: Tensor,
+    reset: str,
+    spike_grad: Any = None,
+    bits: int = BITS,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """:func:`step` written with operations that autograd differentiates; ``spike_grad`` None: no spikes."""
+    u = snap(u, bits)
+    fired = None
+    if spike_grad is not None:
+        fired = (u - snap(threshold, bits)).detach().gt(0).float()
+    v = decay((1 - fired) * u if reset == BEFORE else u, beta.clamp(0, 1), bits)
+    if reset == SUBTRACT:
+        assert fired is not None
+        v = v - fired * snap(threshold, bits)
+    state = v + snap(current, bits)
+    if reset == AFTER:
+        state = (1 - fired) * state  # type: ignore[operator]
+    spikes = None if spike_grad is None else spike_grad(state - snap(threshold, bits))
+    return state, spikes, fired
