@@ -57,6 +57,7 @@ from snn_reversible_plugin.operators import Kind, Plan, aten, plan_of
 
 MAX_DEPTH = 64
 WORK_LIMIT = {"memory": 2, "speed": 0}
+_NO_KWARGS: dict[str, Any] = {}
 SMALL_OUTPUT = 16  # an output this many times smaller than its largest input is kept
 
 _LIKE = {aten.zeros_like.default: 0, aten.ones_like.default: 1, aten.full_like.default: None}
@@ -76,6 +77,20 @@ def _alias(tensor: torch.Tensor) -> torch.Tensor:
         torch.no_grad(),
     ):
         return tensor.detach()
+
+
+def _view_key(tensor: torch.Tensor) -> Any:
+    if not is_plain(tensor):
+        return id(tensor)
+    bits = tensor.is_conj(), tensor.is_neg()
+    return storage_key(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, bits
+
+
+def _same(kept: torch.Tensor, tensor: torch.Tensor) -> bool:
+    """Whether what is kept is this leaf, or a view of it that was not copied away since."""
+    if tensor.is_leaf or not is_plain(tensor):
+        return kept is tensor
+    return kept.data_ptr() == tensor.data_ptr()
 
 
 def _tensors(args: Iterable[Any]) -> Iterator[torch.Tensor]:
@@ -106,7 +121,7 @@ class Tape(TorchDispatchMode):
         self.graph_task = torch._C._current_graph_task_id()
         self.suspended = 0
         self.paused = 0
-        self._outside: dict[int, Kept] = {}
+        self._outside: dict[Any, Kept] = {}
         self._held: dict[int, list[weakref.ref[Kept]]] = {}
 
     # The pack hook.
@@ -138,14 +153,16 @@ class Tape(TorchDispatchMode):
 
     def _keep(self, tensor: torch.Tensor, known: Any) -> Kept:
         if known is OUTSIDE:
-            kept = self._outside.get(id(tensor))
-            if kept is not None and kept.tensor is tensor and kept.version == tensor._version:
+            # A loop over time takes the same view of a weight at each step: one handle serves them all.
+            key = id(tensor) if tensor.is_leaf else _view_key(tensor)
+            kept = self._outside.get(key)
+            if kept is not None and kept.version == tensor._version and _same(kept.tensor, tensor):
                 return kept
             # A leaf can be held as it is; another tensor would tie its graph into a cycle.
             kept = Kept(tensor if tensor.is_leaf else _alias(tensor))
             kept.anchored = True
-            if tensor.is_leaf and kept.version >= 0:
-                self._outside[id(tensor)] = kept
+            if kept.version >= 0:
+                self._outside[key] = kept
         else:
             kept = Kept(_alias(tensor))
             enter(tensor, kept)
@@ -302,7 +319,7 @@ class Tape(TorchDispatchMode):
         return Replayed(
             func,
             tuple(self._operand(arg) for arg in args),
-            {name: self._operand(arg) for name, arg in kwargs.items()},
+            {name: self._operand(arg) for name, arg in kwargs.items()} if kwargs else _NO_KWARGS,
             None,
             work,
             depth + 1,

@@ -9,6 +9,7 @@ Source: design section 6; ``forward`` of ``snntorch/_neurons``, version 1.0.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from snn_reversible_plugin.entries import enter, look_up
 from snn_reversible_plugin.grid import check_range, decay, snap
 from snn_reversible_plugin.handles import is_dense
 from snn_reversible_plugin.ops.decays import AFTER, BEFORE, NONE, SUBTRACT, Step, decay_of
+from snn_reversible_plugin.snntorch.charges import through_clamp
 from snn_reversible_plugin.snntorch.surrogates import Derivative
 from snn_reversible_plugin.timeline import (
     NewSpikes,
@@ -35,7 +37,7 @@ from snn_reversible_plugin.timeline import (
 BITS = 16
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """A neuron's constants, as long as its parameters are what they are.
 
@@ -50,6 +52,16 @@ class Plan:
     name: str
     versions: tuple[Any, ...]
     bits: int = BITS
+
+    @functools.cached_property
+    def charging(self) -> type[Charging]:
+        """:class:`Charging` with this plan: an attribute of each node of the graph would cost bytes a step."""
+        return type("Charging", (Charging,), {"plan": self})
+
+    @functools.cached_property
+    def firing(self) -> type[Firing]:
+        """:class:`Firing` with this plan."""
+        return type("Firing", (Firing,), {"plan": self})
 
     def back(self, timeline: Timeline, t: int, state: Tensor, current: Tensor) -> Tensor:
         """The flat state before step t, from the one after it."""
@@ -105,15 +117,16 @@ def _each(parameter: Tensor, like: Tensor) -> Tensor:
 
 
 class Charging(torch.autograd.Function):
-    """``Charging.apply(plan, [reset, pieces], u, current, beta, threshold)`` -> the state after the charge.
+    """``plan.charging.apply([reset, pieces], u, current, beta, threshold)`` -> the state after the charge.
 
     ``reset``: the spikes of u, or None; ``pieces`` collects what has to be written down, None if nothing.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, plan: Plan, constants: list[Any], u: Tensor, current: Tensor, beta: Tensor, threshold: Tensor
+        ctx: Any, constants: list[Any], u: Tensor, current: Tensor, beta: Tensor, threshold: Tensor
     ) -> Tensor:
+        plan: Plan = ctx._forward_cls.plan
         reset, pieces = constants
         stride = u.stride()
         record = pieces is not None
@@ -126,19 +139,21 @@ class Charging(torch.autograd.Function):
         )
         if record:
             pieces.extend(found)
-        _, _, _, _, of_beta, of_threshold = ctx.needs_input_grad
+        _, _, _, of_beta, of_threshold = ctx.needs_input_grad
         kind = plan.step.reset
         uses_reset = kind in (BEFORE, AFTER) or (kind == SUBTRACT and of_threshold)
         ctx.save_for_backward(beta, u if of_beta else None, reset if uses_reset else None)
-        ctx.plan = plan if current.dtype is torch.float32 else (plan, current.dtype)
+        if current.dtype is not torch.float32:
+            ctx.dtype = current.dtype
         return state.as_strided(u.shape, stride)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         beta, u, reset = ctx.saved_tensors
-        plan, dtype = (ctx.plan, torch.float32) if isinstance(ctx.plan, Plan) else ctx.plan
-        _, _, of_u, of_current, of_beta, of_threshold = ctx.needs_input_grad
+        plan: Plan = ctx._forward_cls.plan
+        dtype = getattr(ctx, "dtype", torch.float32)
+        _, of_u, of_current, of_beta, of_threshold = ctx.needs_input_grad
         kind = plan.step.reset
         passed = 1 - reset if kind in (BEFORE, AFTER) else None
         if kind == AFTER:
@@ -148,22 +163,21 @@ class Charging(torch.autograd.Function):
             by_threshold = (-g * reset).sum_to_size(plan.theta.shape)
         if of_beta:
             decayed = u if kind != BEFORE else passed * u
-            by_beta = (g * decayed).sum_to_size(beta.shape).to(beta.dtype)
-            by_beta = torch.where((beta >= 0).logical_and_(beta <= 1), by_beta, 0.0)
+            by_beta = through_clamp(beta, (g * decayed).sum_to_size(beta.shape).to(beta.dtype))
         if of_u:
             by_u = g * beta.clamp(0, 1)
             if kind == BEFORE:
                 by_u = by_u * passed
-        return None, None, by_u, g.to(dtype) if of_current else None, by_beta, by_threshold
+        return None, by_u, g.to(dtype) if of_current else None, by_beta, by_threshold
 
 
 class Firing(torch.autograd.Function):
-    """``Firing.apply(plan, pieces, mem, threshold)`` -> spikes."""
+    """``plan.firing.apply(pieces, mem, threshold)`` -> spikes."""
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, pieces: Any, mem: Tensor, threshold: Tensor) -> Tensor:  # type: ignore
+    def forward(ctx: Any, pieces: Any, mem: Tensor, threshold: Tensor) -> Tensor:  # type: ignore[override]
+        plan: Plan = ctx._forward_cls.plan
         ctx.save_for_backward(mem, threshold)
-        ctx.plan = plan
         spikes, bits = ops.steps_on(mem.device).fire(flat(mem, mem.stride()), plan.flat_theta, False)
         pieces.append(bits)
         return spikes.as_strided(mem.shape, mem.stride())  # type: ignore[no-any-return]
@@ -172,12 +186,13 @@ class Firing(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         mem, threshold = ctx.saved_tensors
-        _, _, to_mem, to_threshold = ctx.needs_input_grad
-        of_mem = ctx.plan.derivative(mem - ctx.plan.theta, g)
+        plan: Plan = ctx._forward_cls.plan
+        _, to_mem, to_threshold = ctx.needs_input_grad
+        of_mem = plan.derivative(mem - plan.theta, g)
         of_threshold = None
         if to_threshold:
             of_threshold = (-of_mem).sum_to_size(threshold.shape).to(threshold.dtype)
-        return None, None, of_mem if to_mem else None, of_threshold
+        return None, of_mem if to_mem else None, of_threshold
 
 
 def step(
@@ -237,7 +252,7 @@ def step(
             enter(reset, NewSpikes(timeline, timeline.length))
         pieces: list[Any] | None = None if timeline is None else []
         resets = None if plan.step.reset == NONE else reset
-        state = Charging.apply(plan, [resets, pieces], u, current, beta, threshold)
+        state = plan.charging.apply([resets, pieces], u, current, beta, threshold)
         reach = form.reach(flat(state, state.stride()))
         if reach.device.type == "cpu":
             check_range([f"{plan.name}"], [reach], plan.bits)
@@ -250,7 +265,7 @@ def step(
         spikes = None
         bits = []
         if fires:
-            spikes = Firing.apply(plan, bits, state, threshold)
+            spikes = plan.firing.apply(bits, state, threshold)
         if timeline is not None:
             timeline.fired(bits, spikes)
             if spikes is not None:
