@@ -153,6 +153,11 @@ def flat(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
+def like(tensor: Tensor) -> Tensor:
+    """An empty tensor of this layout: float32, and no view, so that users may detach it in place."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=torch.float32, device=tensor.device)
+
+
 def fired(records: Remainders, index: int) -> Tensor:
     """Spikes out of a record that begins with their bits, flat."""
     record = records.record(index)

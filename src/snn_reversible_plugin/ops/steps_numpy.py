@@ -56,12 +56,11 @@ def blocks(n: int) -> list[slice]:
     return [slice(a, min(a + BLOCK, n)) for a in range(0, n, BLOCK)]
 
 
-def fire(h: torch.Tensor, threshold: Any, inclusive: bool) -> tuple[torch.Tensor, Piece]:
-    """Spikes of the potentials ``h`` as float32, and as bits."""
+def fire(h: torch.Tensor, threshold: Any, inclusive: bool, out: torch.Tensor) -> Piece:
+    """Write the spikes of the potentials ``h`` into ``out``, and return them as bits."""
     flags = (np.greater_equal if inclusive else np.greater)(h.numpy(), _array(threshold))
-    spikes = torch.empty_like(h)
-    np.copyto(spikes.numpy(), flags.view(np.uint8))
-    return spikes, np.packbits(flags, bitorder="little")
+    np.copyto(out.numpy(), flags.view(np.uint8))
+    return np.packbits(flags, bitorder="little")
 
 
 def fired(bits: Piece, out: torch.Tensor) -> None:
@@ -79,10 +78,14 @@ def reach(state: torch.Tensor) -> torch.Tensor:
 
 
 def charge(
-    u: torch.Tensor, current: torch.Tensor, spikes: torch.Tensor | None, step: Step, record: bool
-) -> tuple[torch.Tensor, list[Any]]:
-    """The state after ``decay(u) + current``, and what has to be written down of ``u``."""
-    out = torch.empty_like(u)
+    u: torch.Tensor,
+    current: torch.Tensor,
+    spikes: torch.Tensor | None,
+    step: Step,
+    record: bool,
+    out: torch.Tensor,
+) -> list[Any]:
+    """Write the state after ``decay(u) + current`` into ``out``; what has to be written down of ``u``."""
     pieces: list[Piece] = []
     un, xn, on = u.numpy(), current.numpy(), out.numpy()
     sn = None if spikes is None else spikes.numpy()
@@ -111,7 +114,7 @@ def charge(
         if step.reset == AFTER:
             w[fired] = 0
         np.multiply(w, np.float32(1 / step.scale), out=on[part])
-    return out, pieces
+    return pieces
 
 
 def undo(
@@ -277,15 +280,25 @@ def _read_overshoot(record: Piece, at: int, n: int) -> tuple[Piece, int]:
 
 
 def reset(
-    h: torch.Tensor, spikes: torch.Tensor, theta: Any, to: float | None, scale: float, record: bool
-) -> tuple[torch.Tensor, list[Any]]:
-    """The state after a reset at once: by subtraction (``to`` None) or to a value, and what that loses."""
-    hn, sn, theta = h.numpy(), spikes.numpy(), _array(theta)
+    h: torch.Tensor,
+    spikes: torch.Tensor,
+    theta: Any,
+    to: float | None,
+    scale: float,
+    record: bool,
+    out: torch.Tensor,
+) -> list[Any]:
+    """Write the state after a reset at once into ``out``: by subtraction (``to`` None), or to a value.
+
+    Returns what has to be written down of ``h``.
+    """
+    hn, sn, on, theta = h.numpy(), spikes.numpy(), out.numpy(), _array(theta)
     pieces: list[Piece] = []
     if to is None:
-        return torch.from_numpy(hn - sn * (np.asarray(theta, np.float32) / np.float32(scale))), pieces
-    out = h.clone()
-    on = out.numpy()
+        np.multiply(sn, np.asarray(theta, np.float32) / np.float32(scale), out=on)
+        np.subtract(hn, on, out=on)
+        return pieces
+    np.copyto(on, hn)
     for part in blocks(len(hn)):
         fired = np.flatnonzero(sn[part])
         if not len(fired):
@@ -294,7 +307,7 @@ def reset(
             units = hn[part].take(fired).astype(np.float64) * scale
             pieces += _overshoot(units - _of_indices(theta, part, fired))
         on[part][fired] = to
-    return out, pieces
+    return pieces
 
 
 def unreset(

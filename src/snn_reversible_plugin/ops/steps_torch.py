@@ -15,10 +15,11 @@ from snn_reversible_plugin.ops import bits_torch
 from snn_reversible_plugin.ops.decays import AFTER, BEFORE, SUBTRACT, Decay, Step, digits_a_byte
 
 
-def fire(h: Tensor, threshold: Any, inclusive: bool) -> tuple[Tensor, Tensor]:
+def fire(h: Tensor, threshold: Any, inclusive: bool, out: Tensor) -> Tensor:
     """See :func:`snn_reversible_plugin.ops.steps_numpy.fire`."""
     flags = h.ge(threshold) if inclusive else h.gt(threshold)
-    return flags.to(torch.float32), bits_torch.pack_bits(flags)
+    out.copy_(flags)
+    return bits_torch.pack_bits(flags)
 
 
 def fired(bits: Tensor, out: Tensor) -> None:
@@ -35,8 +36,8 @@ def reach(state: Tensor) -> Tensor:
 
 
 def charge(
-    u: Tensor, current: Tensor, spikes: Tensor | None, step: Step, record: bool
-) -> tuple[Tensor, list[Tensor]]:
+    u: Tensor, current: Tensor, spikes: Tensor | None, step: Step, record: bool, out: Tensor
+) -> list[Tensor]:
     """See :func:`snn_reversible_plugin.ops.steps_numpy.charge`."""
     pieces: list[Tensor] = []
     whole = step.reset in (BEFORE, AFTER)
@@ -55,7 +56,8 @@ def charge(
     w.add_(_current_units(current, step))
     if step.reset == AFTER:
         w = torch.where(spikes != 0, 0.0, w)  # type: ignore[operator]
-    return w.mul_(1 / step.scale), pieces
+    torch.mul(w, 1 / step.scale, out=out)
+    return pieces
 
 
 def undo(state: Tensor, current: Tensor, spikes: Tensor | None, step: Step, record: Tensor) -> Tensor:
@@ -75,12 +77,14 @@ def undo(state: Tensor, current: Tensor, spikes: Tensor | None, step: Step, reco
 
 
 def reset(
-    h: Tensor, spikes: Tensor, theta: Any, to: float | None, scale: float, record: bool
-) -> tuple[Tensor, list[Tensor]]:
+    h: Tensor, spikes: Tensor, theta: Any, to: float | None, scale: float, record: bool, out: Tensor
+) -> list[Tensor]:
     """See :func:`snn_reversible_plugin.ops.steps_numpy.reset`."""
     if to is None:
-        return h - spikes * (theta / scale), []
-    return torch.where(spikes != 0, to, h), [h.clone().view(torch.uint8)] if record else []
+        torch.sub(h, spikes * (theta / scale), out=out)
+        return []
+    out.copy_(torch.where(spikes != 0, to, h))
+    return [h.clone().view(torch.uint8)] if record else []
 
 
 def unreset(

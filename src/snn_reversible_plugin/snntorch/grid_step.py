@@ -31,6 +31,7 @@ from snn_reversible_plugin.timeline import (
     Timeline,
     continued,
     flat,
+    like,
     rests_on_a_state,
 )
 
@@ -74,11 +75,11 @@ _plans: weakref.WeakKeyDictionary[Any, dict[str, Plan]] = weakref.WeakKeyDiction
 
 
 def plan_of(
-    neuron: Any, state: str, beta: Tensor, reset: str, derivative: Derivative, like: Tensor
+    neuron: Any, state: str, beta: Tensor, reset: str, derivative: Derivative, example: Tensor
 ) -> Plan:
     """The plan of one of a neuron's states; made again when a parameter or a setting changed.
 
-    ``like``: a tensor of the states' shape and layout.
+    ``example``: a tensor of the states' shape and layout.
 
     Raises:
         ValueError: a decay that can't be undone.
@@ -86,8 +87,8 @@ def plan_of(
     threshold = neuron.threshold
     each = bool(beta.numel() > 1 or threshold.numel() > 1)
     versions = (
-        id(beta), beta._version, id(threshold), threshold._version, reset, derivative, like.device,
-        (like.shape, like.stride()) if each else None,
+        id(beta), beta._version, id(threshold), threshold._version, reset, derivative, example.device,
+        (example.shape, example.stride()) if each else None,
     )  # fmt: skip
     plans = _plans.get(neuron)
     if plans is None:
@@ -98,22 +99,22 @@ def plan_of(
     name = f"{gridding.name_of(neuron)}.{state}"
     with torch.no_grad():
         clamped = beta.float().clamp(0, 1)
-        factor: Any = float(clamped) if clamped.numel() == 1 else _each(clamped, like).double()
+        factor: Any = float(clamped) if clamped.numel() == 1 else _each(clamped, example).double()
         if isinstance(factor, float):
             low = high = factor
         else:
             low, high = (float(end) for end in torch.aminmax(clamped))
         theta = snap(threshold.float(), BITS)
-        flat_theta: Any = float(theta) if theta.numel() == 1 else _each(theta, like)
+        flat_theta: Any = float(theta) if theta.numel() == 1 else _each(theta, example)
         scale = 2.0**BITS
         step = Step(decay_of(factor, low, high, name), flat_theta * scale, reset, scale)
     plan = plans[state] = Plan(step, derivative, theta, flat_theta, name, versions)
     return plan
 
 
-def _each(parameter: Tensor, like: Tensor) -> Tensor:
+def _each(parameter: Tensor, example: Tensor) -> Tensor:
     """A parameter with an element for each neuron, flat in the order of memory."""
-    return flat(parameter.expand(like.shape), like.stride())
+    return flat(parameter.expand(example.shape), example.stride())
 
 
 class Charging(torch.autograd.Function):
@@ -130,12 +131,14 @@ class Charging(torch.autograd.Function):
         reset, pieces = constants
         stride = u.stride()
         record = pieces is not None
-        state, found = ops.steps_on(u.device).charge(
+        state = like(u)
+        found = ops.steps_on(u.device).charge(
             flat(u, stride),
             flat(current, stride),
             None if reset is None else flat(reset, stride),
             plan.step,
             record,
+            flat(state, stride),
         )
         if record:
             pieces.extend(found)
@@ -145,7 +148,7 @@ class Charging(torch.autograd.Function):
         ctx.save_for_backward(beta, u if of_beta else None, reset if uses_reset else None)
         if current.dtype is not torch.float32:
             ctx.dtype = current.dtype
-        return state.as_strided(u.shape, stride)
+        return state
 
     @staticmethod
     @once_differentiable
@@ -178,9 +181,10 @@ class Firing(torch.autograd.Function):
     def forward(ctx: Any, pieces: Any, mem: Tensor, threshold: Tensor) -> Tensor:  # type: ignore[override]
         plan: Plan = ctx._forward_cls.plan
         ctx.save_for_backward(mem, threshold)
-        spikes, bits = ops.steps_on(mem.device).fire(flat(mem, mem.stride()), plan.flat_theta, False)
-        pieces.append(bits)
-        return spikes.as_strided(mem.shape, mem.stride())  # type: ignore[no-any-return]
+        spikes, stride = like(mem), mem.stride()
+        form = ops.steps_on(mem.device)
+        pieces.append(form.fire(flat(mem, stride), plan.flat_theta, False, flat(spikes, stride)))
+        return spikes
 
     @staticmethod
     @once_differentiable
@@ -240,8 +244,8 @@ def step(
         if starts:
             bits: list[Any] = []
             if fires:
-                spikes, first = form.fire(flat(u, u.stride()), plan.flat_theta, False)
-                reset, bits = spikes.as_strided(u.shape, u.stride()), [first]
+                reset, stride = like(u), u.stride()
+                bits = [form.fire(flat(u, stride), plan.flat_theta, False, flat(reset, stride))]
             if recorder is not None:
                 timeline = Timeline(plan, u, plan.name)
                 timeline.records.append(bits)

@@ -30,6 +30,7 @@ from snn_reversible_plugin.timeline import (
     Timeline,
     continued,
     flat,
+    like,
     rests_on_a_state,
 )
 
@@ -111,20 +112,22 @@ class Stepping(torch.autograd.Function):
         charged, lost, fired = sinks
         stride, form, rule = v.stride(), ops.steps_on(v.device), plan.rule
         record = lost is not None
-        h, digits = form.charge(flat(v, stride), flat(x, stride), None, plan.step, record)
-        s, bits = form.fire(h, rule.v_threshold, True)
-        after, resets = form.reset(h, s, plan.step.theta, rule.v_reset, plan.step.scale, record)
+        h, s, after = like(v), like(v), like(v)
+        flat_h, flat_s = flat(h, stride), flat(s, stride)
+        digits = form.charge(flat(v, stride), flat(x, stride), None, plan.step, record, flat_h)
+        bits = form.fire(flat_h, rule.v_threshold, True, flat_s)
+        theta, scale = plan.step.theta, plan.step.scale
+        resets = form.reset(flat_h, flat_s, theta, rule.v_reset, scale, record, flat(after, stride))
         if record:
             lost += digits
             fired += [bits, *resets]
-        h = h.as_strided(v.shape, stride)
         if charged is not None:
             enter(h, charged)
         _, _, _, of_beta = ctx.needs_input_grad
         ctx.save_for_backward(h, beta, v if of_beta else None)
         if x.dtype is not torch.float32:
             ctx.dtype = x.dtype
-        return s.as_strided(v.shape, stride), after.as_strided(v.shape, stride)
+        return s, after
 
     @staticmethod
     @differentiable_once
