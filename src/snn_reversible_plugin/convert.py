@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from snn_reversible_plugin import tape
+from snn_reversible_plugin import gridding, tape
 from snn_reversible_plugin.adapters import is_spiking, load_adapters
 from snn_reversible_plugin.registry import (
     StaysStock,
@@ -58,7 +58,7 @@ class Recorded(SwappedClass):
 
         @functools.wraps(stock_forward)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_compiling() or gridding.by_autograd():
                 return stock_forward(self, *args, **kwargs)
             with tape.recording(settings_of(self).mode):
                 return stock_forward(self, *args, **kwargs)
@@ -67,7 +67,8 @@ class Recorded(SwappedClass):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Compiled after the conversion: the compiler sees the stock network.
-        if torch.compiler.is_compiling() or getattr(self, "_compiled_call_impl", None) is not None:
+        compiled = torch.compiler.is_compiling() or getattr(self, "_compiled_call_impl", None) is not None
+        if compiled or gridding.by_autograd():
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         with tape.recording(settings_of(self).mode):  # type: ignore[arg-type]
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
@@ -94,7 +95,8 @@ def convert_to_reversible(
 
     In place: returns the same object, with the same parameters and the same ``state_dict``. Training
     scripts, optimizers made before, hooks, references to submodules, ``copy.deepcopy``, pickling and
-    ``torch.save`` keep working. Outputs and gradients are bit-identical to the stock network's.
+    ``torch.save`` keep working. In stock arithmetic outputs and gradients are bit-identical to the stock
+    network's; :func:`verify` says which arithmetic each neuron runs, and how far the grid is from stock.
     Calling it again changes the settings. See :func:`restore`, :func:`memory_report`, :func:`verify`.
 
     Args:
@@ -102,14 +104,17 @@ def convert_to_reversible(
             :func:`register_reversible` was told of.
         mode: ``"memory"`` rebuilds in the backward everything that can be rebuilt, ``"speed"`` only what
             needs no convolution or matrix product.
-        arithmetic: ``"stock"``, or ``"auto"``, which chooses stock arithmetic for every neuron.
+        arithmetic: ``"stock"``: outputs and gradients are stock's bit for bit. ``"grid"``: neurons stepped one
+            time step at a time compute on multiples of 2^-16, which makes them reversible in time: they
+            hold a spike bit and a fraction of a bit a step, and the gradient is the exact one of that
+            forward. ``"auto"`` is the same, for the neurons whose equations are written for the grid.
         skip: names (as in ``named_modules``) or types of modules to leave as they are: their neurons stay
             stock and nothing that runs inside them is replayed.
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``, or is compiled or scripted.
-        ValueError: an unknown ``mode`` or ``arithmetic``, a ``skip`` name that is not in the model, or a
-            model in which no spiking neuron is found.
+        ValueError: an unknown ``mode`` or ``arithmetic``, a ``skip`` name that is not in the model, a model
+            in which no spiking neuron is found, or ``"grid"`` where none can run on the grid.
 
     Example:
         >>> import snn_reversible_plugin as srp
@@ -157,6 +162,10 @@ def convert_to_reversible(
         names = {id(module): name for name, module in model.named_modules()}
         for module, _ in swaps:
             _put_on_grid(module, names[id(module)], settings)
+        if arithmetic == "grid" and len(settings.off_grid) == len(swaps):
+            restore(model)
+            reasons = "; ".join(f"{name or 'the model'}: {why}" for name, why in settings.off_grid.items())
+            raise ValueError(f'arithmetic="grid": no neuron of the model can run on the grid. {reasons}')
     for module in skipped:
         swap(module, swapped_class(Skipped, type(module)))
     swap(model, swapped_class(Recorded, type(model)))
@@ -170,9 +179,11 @@ def _put_on_grid(module: nn.Module, name: str, settings: Settings) -> None:
     except StaysStock as refusal:
         settings.off_grid[name] = str(refusal)
         return
-    if target is not None:
-        swap(module, target)
-        module.__dict__["_srp_name"] = name
+    if target is None:
+        settings.off_grid[name] = "its equations are not written for the grid"
+        return
+    swap(module, target)
+    module.__dict__["_srp_name"] = name
 
 
 def restore(model: M) -> M:
@@ -240,6 +251,22 @@ def stock(model: nn.Module) -> Iterator[None]:
     """
     with stock_classes(model.modules()):
         yield
+
+
+@contextmanager
+def differentiated(model: nn.Module) -> Iterator[None]:
+    """Context manager: run a converted model in its own arithmetic, stock where that is stock, by autograd.
+
+    What neurons on the grid compute there is the specification of what they compute on the tape.
+    """
+    others = [module for module in model.modules() if not (module is model or is_on_grid(module))]
+    with stock_classes(others), gridding.autograd():
+        yield
+
+
+def is_on_grid(module: nn.Module) -> bool:
+    """Whether a neuron, as it is set now, runs on the grid."""
+    return getattr(module, "arithmetic", None) == "grid"
 
 
 def settings_of(model: nn.Module) -> Settings:

@@ -38,6 +38,7 @@ class Handle:
 
     __slots__ = ("__weakref__", "checksum", "where")
 
+    treatment: str
     where: str | None
     checksum: torch.Tensor | None
 
@@ -74,6 +75,7 @@ class Handle:
 class Kept(Handle):
     """The tensor itself, by reference, with the version that it had."""
 
+    treatment = "kept"
     __slots__ = ("anchored", "tensor", "version")
 
     def __init__(self, tensor: torch.Tensor) -> None:
@@ -119,6 +121,7 @@ class Packed(Handle):
     nothing; whoever relies on it has the tensor at hand.
     """
 
+    treatment = "packed"
     __slots__ = ("bits", "dtype", "size", "stride")
 
     def __init__(self) -> None:
@@ -148,6 +151,7 @@ class Replayed(Handle):
     chain of operations down to something stored. ``cheap`` says that a rebuild is hardly more than a copy.
     """
 
+    treatment = "replayed"
     __slots__ = (
         "args", "cache", "cheap", "claiming", "depth", "func", "index", "inplace", "kwargs", "needs",
         "siblings", "work",

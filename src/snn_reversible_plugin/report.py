@@ -17,7 +17,9 @@ from torch.utils._pytree import tree_leaves
 from snn_reversible_plugin import convert, tape
 from snn_reversible_plugin.handles import Handle, Kept, Packed, Replayed
 from snn_reversible_plugin.memory import StepCost
+from snn_reversible_plugin.remainders import Remainders
 from snn_reversible_plugin.states import unchanged
+from snn_reversible_plugin.timeline import Spikes, State
 from snn_reversible_plugin.tracking import tracked
 from snn_reversible_plugin.trial import Loss, as_converted, costs, loss_of, megabytes
 
@@ -156,7 +158,9 @@ def memory_report(model: nn.Module, *inputs: Any, loss: Loss | None = None) -> M
         with unchanged(model), tape.recording(settings.mode, observer=by_tape) as recorder:
             assert recorder is not None
             with tracked(model, recorder):
-                loss_of(model(*inputs), loss)
+                held = loss_of(model(*inputs), loss)
+                by_tape.finish()
+                del held
         rows = []
         for name, module in model.named_modules():
             name = name or "model"
@@ -180,7 +184,8 @@ def _about_neuron(name: str, module: nn.Module, settings: convert.Settings) -> s
     treatment = getattr(module, "treatment", None)
     if treatment is None:
         return ""
-    return f"{treatment}, {getattr(module, 'arithmetic', 'stock')} arithmetic"
+    about = f"{treatment}, {getattr(module, 'arithmetic', 'stock')} arithmetic"
+    return f"{about}: {settings.off_grid[name]}" if name in settings.off_grid else about
 
 
 def _storages(model: nn.Module, inputs: tuple[Any, ...]) -> set[int]:
@@ -213,11 +218,13 @@ class _SavedByTape:
         self.treatments: dict[str, Counter[str]] = {}
         self._free = _storages(model, inputs)
         self._seen: dict[int, Handle] = {}
+        self._timelines: dict[int, tuple[str, Timeline]] = {}
+        self._records: dict[int, tuple[str, Remainders]] = {}
 
     def packed(self, where: str | None, tensor: torch.Tensor, handle: Handle) -> None:
         where = where or "model"
         kinds = self.treatments.setdefault(where, Counter())
-        kinds[type(handle).__name__.lower()] += 1
+        kinds[handle.treatment] += 1
         self._count(where, handle)
 
     def _count(self, where: str, handle: Handle) -> None:
@@ -227,6 +234,10 @@ class _SavedByTape:
         if isinstance(handle, Replayed):
             for operand in handle.operands():
                 self._count(where, operand)
+        elif isinstance(handle, Spikes):
+            self._count_records(where, handle.records)
+        elif isinstance(handle, State):
+            self._timelines.setdefault(id(handle.timeline), (where, handle.timeline))
         elif isinstance(handle, Packed) and handle.bits is not None:
             self.bytes[where] += handle.bits.untyped_storage().nbytes()
         elif isinstance(handle, Kept):
@@ -234,3 +245,17 @@ class _SavedByTape:
             if storage._cdata not in self._free:
                 self._free.add(storage._cdata)
                 self.bytes[where] += storage.nbytes()
+
+    def _count_records(self, where: str, records: Remainders) -> None:
+        self._records.setdefault(id(records), (where, records))
+
+    def finish(self) -> None:
+        """Count what grew until the end of the forward."""
+        for where, timeline in self._timelines.values():
+            self._count_records(where, timeline.records)
+            if timeline.newest is not None:
+                self._count(where, timeline.newest)
+            for current in timeline.currents:
+                self._count(where, current)
+        for where, records in self._records.values():
+            self.bytes[where] += records.nbytes

@@ -169,6 +169,7 @@ def fired(records: Remainders, index: int) -> Tensor:
 class State(Handle):
     """The state after step ``t`` of a timeline."""
 
+    treatment = "reversed"
     __slots__ = ("t", "timeline")
 
     def __init__(self, timeline: Timeline, t: int) -> None:
@@ -183,6 +184,7 @@ class State(Handle):
 class Spikes(Handle):
     """The spikes of a step, out of the records."""
 
+    treatment = "packed"
     __slots__ = ("index", "records")
 
     def __init__(self, records: Remainders, index: int) -> None:

@@ -21,12 +21,13 @@ from snn_reversible_plugin import ops, tape
 from snn_reversible_plugin.dynamics import Rule, Surrogate, fire_reset_vjp
 from snn_reversible_plugin.entries import enter, look_up
 from snn_reversible_plugin.grid import check_range, decay, snap
-from snn_reversible_plugin.handles import Handle, Passing, is_dense
+from snn_reversible_plugin.handles import Passing, is_dense
 from snn_reversible_plugin.ops.decays import Step
 from snn_reversible_plugin.spikingjelly.rerun import differentiable_once
 from snn_reversible_plugin.timeline import (
     NewSpikes,
     NewState,
+    State,
     Timeline,
     continued,
     flat,
@@ -70,14 +71,10 @@ class Plan:
         return ops.steps_on(state.device).undo(h, current, None, self.step, record)  # type: ignore[no-any-return]
 
 
-class Charged(Handle):
+class Charged(State):
     """The charged membrane of step ``t`` of a timeline."""
 
-    __slots__ = ("t", "timeline")
-
-    def __init__(self, timeline: Timeline, t: int) -> None:
-        super().__init__()
-        self.timeline, self.t = timeline, t
+    __slots__ = ()
 
     def get(self, last: bool) -> tuple[Tensor, bool]:
         timeline, records = self.timeline, self.timeline.records
@@ -94,7 +91,7 @@ class NewCharged(Passing):
         super().__init__()
         self.timeline, self.t = timeline, t
 
-    def held(self) -> Handle:
+    def held(self) -> State:
         return Charged(self.timeline, self.t)
 
 
