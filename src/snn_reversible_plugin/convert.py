@@ -104,10 +104,10 @@ def convert_to_reversible(
             :func:`register_reversible` was told of.
         mode: ``"memory"`` rebuilds in the backward everything that can be rebuilt, ``"speed"`` only what
             needs no convolution or matrix product.
-        arithmetic: ``"stock"``: outputs and gradients are stock's bit for bit. ``"grid"``: neurons stepped one
-            time step at a time compute on multiples of 2^-16, which makes them reversible in time: they
-            hold a spike bit and a fraction of a bit a step, and the gradient is the exact one of that
-            forward. ``"auto"`` is the same, for the neurons whose equations are written for the grid.
+        arithmetic: ``"stock"``: outputs and gradients are stock's bit for bit. ``"grid"``: neurons stepped
+            one time step at a time compute on multiples of 2^-16, which makes them reversible in time:
+            they hold a spike bit and a fraction of a bit a step, and the gradient is the exact one of
+            that forward. ``"auto"`` is the same, for the neurons whose equations are written for the grid.
         skip: names (as in ``named_modules``) or types of modules to leave as they are: their neurons stay
             stock and nothing that runs inside them is replayed.
 

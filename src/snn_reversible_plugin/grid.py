@@ -29,6 +29,7 @@ from snn_reversible_plugin.ops.decays import MARGIN
 # 4. A sum that cancels is +0, so a stream may not hold -0: `snap` makes none. NaN and infinity are out
 #    of range.
 
+_REMEDY = "Use fewer bits (each one less doubles the range), or normalize the branches."
 _PRECISION = {torch.float32: 24, torch.float64: 53}
 
 
@@ -158,13 +159,14 @@ def reach(stream: Tensor) -> Tensor:
     return torch.maximum(low.neg_(), high)
 
 
-def check_range(names: Sequence[str], reaches: Sequence[Tensor], bits: int) -> None:
+def check_range(names: Sequence[str], reaches: Sequence[Tensor], bits: int, remedy: str = _REMEDY) -> None:
     """Raise if a stream left the range in which the grid is exact. Waits for the device, once.
 
     Args:
         names: what each stream is, for the error.
         reaches: what :func:`reach` returned for each.
         bits: the grid's.
+        remedy: the error's last sentence.
 
     Raises:
         OverflowError: naming the first stream that left, its magnitude, and what to do.
@@ -183,6 +185,5 @@ def check_range(names: Sequence[str], reaches: Sequence[Tensor], bits: int) -> N
         if not value < bound:
             raise OverflowError(
                 f"{name} reaches {value:g}, and with bits={bits} a grid is exact below {bound:g} only: "
-                "what came before it can't be rebuilt. Use fewer bits (each one less doubles the range), "
-                "or normalize the branches."
+                f"what came before it can't be rebuilt. {remedy}"
             )

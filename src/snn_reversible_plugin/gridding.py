@@ -1,7 +1,7 @@
 """Switches of neurons on the grid: where steps on it may run, and by which of their two forms.
 
-The one idea: every neuron on the grid has its step twice, reversible and as ordinary operations that autograd
-differentiates. The second is the specification: ``verify`` holds the first to it.
+The one idea: every neuron on the grid has its step twice, reversible and as ordinary operations that
+autograd differentiates. The second is the specification: ``verify`` holds the first to it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from snn_reversible_plugin.grid import check_bits
+
+BITS = 16
 
 _local = threading.local()
 
@@ -35,6 +39,17 @@ def by_autograd() -> bool:
 def available() -> bool:
     """Whether steps on the grid can run here: not while compiling, not in a ``torch.func`` transform."""
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
+
+
+def bits_of(module: Any) -> int:
+    """Binary digits behind the point of a neuron's grid: its ``grid_bits``, 16 by default.
+
+    Raises:
+        ValueError: it is no integer from 0 to 23.
+    """
+    bits = getattr(module, "grid_bits", BITS)
+    check_bits(bits)
+    return bits
 
 
 def name_of(module: Any) -> str:

@@ -19,7 +19,7 @@ from snn_reversible_plugin.handles import Handle, Kept, Packed, Replayed
 from snn_reversible_plugin.memory import StepCost
 from snn_reversible_plugin.remainders import Remainders
 from snn_reversible_plugin.states import unchanged
-from snn_reversible_plugin.timeline import Spikes, State
+from snn_reversible_plugin.timeline import Spikes, State, Timeline
 from snn_reversible_plugin.tracking import tracked
 from snn_reversible_plugin.trial import Loss, as_converted, costs, loss_of, megabytes
 

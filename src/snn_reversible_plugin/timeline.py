@@ -35,16 +35,22 @@ from snn_reversible_plugin.remainders import Remainders
 #    there; where there is none, a cursor starts from the newest state. So backward passes may be partial
 #    or repeated, and a loss that asks for all states first costs a second walk, not T walks.
 # 2. A few cursors stay, so that requests at two or three places by turns (a synaptic delay) walk in step.
-# 3. A step back needs the current of that step. A current computed from a membrane is kept and not replayed:
+# 3. A step back needs the current of that step. A current computed from a membrane is kept, not replayed:
 #    rebuilding it could ask for the very state that is being rebuilt.
 # 4. No state is changed in place: somebody may hold what a cursor handed out.
 CURSORS = 4
+REMEDY = (
+    "Lower the weights or the gain of the input, set grid_bits of the neuron to fewer (each one less "
+    'doubles the range), or convert with arithmetic="stock".'
+)
 
 
 class Dynamics(Protocol):
     """How a timeline steps back. Equal for all steps of one."""
 
-    bits: int
+    @property
+    def bits(self) -> int:
+        """The grid's."""
 
     def back(self, timeline: Timeline, t: int, state: Tensor, current: Tensor) -> Tensor:
         """The flat state before step t, from the one after it."""
@@ -62,7 +68,8 @@ class Timeline:
     """
 
     __slots__ = (
-        "__weakref__", "currents", "cursors", "dynamics", "name", "newest", "output", "reach", "records", "ref",
+        "__weakref__", "currents", "cursors", "dynamics", "name", "newest", "output", "reach", "records",
+        "ref",
     )  # fmt: skip
 
     def __init__(self, dynamics: Dynamics, like: Tensor, name: str) -> None:
@@ -81,7 +88,7 @@ class Timeline:
         return len(self.currents)
 
     def step(self, current: Handle, newest: Kept, reach: Tensor, lost: Sequence[Any]) -> None:
-        """Take a step: its current, the state after it, and what has to be written down of the one before."""
+        """Take a step: its current, the state after it, and what to write down of the one before."""
         self.records.append(lost)
         self.currents.append(current)
         self.newest = newest
@@ -91,7 +98,7 @@ class Timeline:
     def state(self, t: int) -> Tensor:
         """The state after step t, flat."""
         if self.reach is not None:
-            check_range([self.name], [self.reach], self.dynamics.bits)
+            check_range([self.name], [self.reach], self.dynamics.bits, REMEDY)
             self.reach = None
         behind = [cursor for cursor in self.cursors if cursor.t >= t]
         if behind:

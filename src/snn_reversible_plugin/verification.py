@@ -28,8 +28,8 @@ class Verification:
     Differences are the largest absolute ones over all outputs and over all gradients (parameters and
     inputs); ``flipped_spikes`` counts, over all neurons and steps, outputs that differ. ``replay_error``
     is the message of the check mode, if a rebuilt tensor was not the forward's. ``guarantees`` says of each
-    spiking neuron in which arithmetic it runs; ``as_autograd``, where one runs on the grid, whether outputs,
-    gradients and spikes are those of autograd through the same forward, bit for bit, and is None elsewhere.
+    spiking neuron in which arithmetic it runs; ``as_autograd``, where one runs on the grid, whether
+    outputs, gradients and spikes are those of autograd through the same forward, bit for bit; else None.
     """
 
     outputs_equal: bool

@@ -82,10 +82,7 @@ def decay_of(beta: float | Tensor, smallest: float, largest: float, whose: str) 
             f'least {LOWEST:g}, or convert with arithmetic="stock".'
         )
     radix = math.ceil(1 / smallest)
-    if isinstance(beta, float):
-        inverse = 1 / beta
-    else:
-        inverse = beta.reciprocal()
+    inverse: Any = 1 / beta
     always = radix == 2 and largest == 0.5
     return Decay(beta, inverse, -0.5 * inverse - MARGIN, inverse - 1, radix, always)
 
@@ -96,4 +93,3 @@ def digits_a_byte(radix: int) -> int:
     while radix ** (each + 1) <= 256:
         each += 1
     return each
-

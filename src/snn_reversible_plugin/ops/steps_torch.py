@@ -43,19 +43,18 @@ def charge(
     whole = step.reset in (BEFORE, AFTER)
     if whole and record:
         pieces.append(u.clone().view(torch.uint8))
-    passed = None if spikes is None else 1 - spikes
     a = u.double().mul_(step.scale)
-    if whole:
-        a.mul_(passed)
+    if spikes is not None and whole:
+        a.mul_(1 - spikes)
     v = a.mul_(step.decay.beta).add_(0.5).floor()
     if record and not whole:
         pieces += _digits(step.decay, a.sub_(v))
     w = v.float()
-    if step.reset == SUBTRACT:
+    if spikes is not None and step.reset == SUBTRACT:
         w.sub_(spikes * step.theta)
     w.add_(_current_units(current, step))
-    if step.reset == AFTER:
-        w = torch.where(spikes != 0, 0.0, w)  # type: ignore[operator]
+    if spikes is not None and step.reset == AFTER:
+        w = w.masked_fill_(spikes != 0, 0.0)
     torch.mul(w, 1 / step.scale, out=out)
     return pieces
 

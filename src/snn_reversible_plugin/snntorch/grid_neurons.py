@@ -24,7 +24,6 @@ from snn_reversible_plugin.snntorch.analytic import (
     derivative_for,
     is_one,
     mechanism_of,
-    states_before,
 )
 from snn_reversible_plugin.snntorch.grid_step import plan_of, reference, step
 
@@ -56,7 +55,10 @@ def why_not(neuron: Any, spec: Spec) -> str | None:
 
 
 class OnGrid(SwappedClass):
-    """In front of a neuron of the leaky family: its steps are reversible in time."""
+    """In front of a neuron of the leaky family: its steps are reversible in time.
+
+    An attribute ``grid_bits`` of the neuron sets the grid's binary digits behind the point, 16 by default.
+    """
 
     @property
     def arithmetic(self) -> str:
@@ -86,8 +88,8 @@ def _forward(neuron: Any, spec: Spec, input_: Tensor, *given: Any, **named: Any)
         raise TypeError(f"{type(neuron).__name__} takes input_ and {', '.join(spec.states)}")
     if neuron.init_hidden and any(state is not None for state in given):
         raise TypeError("states should not be passed as arguments while `init_hidden=True`")
-    *_, syn, mem = states = [None, *_starting(neuron, spec, input_, given)]
-    current = input_ + neuron.recurrent(states[1]) if spec.recurrent else input_
+    states = dict(zip(spec.states, _starting(neuron, spec, input_, given), strict=True))
+    current = input_ + neuron.recurrent(states["spk"]) if spec.recurrent else input_
     beta = None if spec is neurons.LAPICQUE else neuron.beta
     if beta is None:
         beta, gain = _lapicque(neuron)
@@ -97,9 +99,9 @@ def _forward(neuron: Any, spec: Spec, input_: Tensor, *given: Any, **named: Any)
     found = []
     synaptic = "syn" in spec.states
     if synaptic:
-        current, _, _ = _integrate(neuron, "syn", NONE, current, syn, neuron.alpha)
+        current, _, _ = _integrate(neuron, "syn", NONE, current, states["syn"], neuron.alpha)
         found.append(current)
-    mem, spikes, fired = _integrate(neuron, "mem", reset, current, mem, beta, trusted=synaptic)
+    mem, spikes, fired = _integrate(neuron, "mem", reset, current, states["mem"], beta, trusted=synaptic)
     neuron.reset = fired
     found.append(mem)
     for name, state in zip(spec.states[-len(found) :], found, strict=True):
@@ -131,7 +133,8 @@ def _integrate(
     """One step of one of a neuron's states; the membrane fires."""
     threshold, fires = neuron.threshold, name == "mem"
     if gridding.by_autograd():
-        return reference(current, u, beta, threshold, reset, neuron.spike_grad if fires else None)
+        spike_grad = neuron.spike_grad if fires else None
+        return reference(current, u, beta, threshold, reset, spike_grad, gridding.bits_of(neuron))
     derivative = derivative_for(neuron)
     assert derivative is not None
     plan = plan_of(neuron, name, beta, reset, derivative, u)

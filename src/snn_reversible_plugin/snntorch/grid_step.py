@@ -1,8 +1,8 @@
 """One time step of a snnTorch neuron on the dyadic grid, which a later backward can undo.
 
 The one idea: as in :mod:`.step` a step is two autograd functions, charge and fire; but what they save is
-a place on the neuron's :class:`~snn_reversible_plugin.timeline.Timeline`, and no state. :func:`reference` is the
-same step written with ordinary operations on the grid: the specification of the values and the gradients.
+a place on the neuron's :class:`~snn_reversible_plugin.timeline.Timeline`, and no state. :func:`reference`
+is the same step written with ordinary operations on the grid: the specification of values and gradients.
 
 Source: design section 6; ``forward`` of ``snntorch/_neurons``, version 1.0.
 """
@@ -35,8 +35,6 @@ from snn_reversible_plugin.timeline import (
     rests_on_a_state,
 )
 
-BITS = 16
-
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -52,11 +50,11 @@ class Plan:
     flat_theta: Any
     name: str
     versions: tuple[Any, ...]
-    bits: int = BITS
+    bits: int
 
     @functools.cached_property
     def charging(self) -> type[Charging]:
-        """:class:`Charging` with this plan: an attribute of each node of the graph would cost bytes a step."""
+        """:class:`Charging` with this plan: an attribute of each node would cost bytes a step."""
         return type("Charging", (Charging,), {"plan": self})
 
     @functools.cached_property
@@ -84,10 +82,10 @@ def plan_of(
     Raises:
         ValueError: a decay that can't be undone.
     """
-    threshold = neuron.threshold
+    threshold, bits = neuron.threshold, gridding.bits_of(neuron)
     each = bool(beta.numel() > 1 or threshold.numel() > 1)
     versions = (
-        id(beta), beta._version, id(threshold), threshold._version, reset, derivative, example.device,
+        id(beta), beta._version, id(threshold), threshold._version, reset, derivative, bits, example.device,
         (example.shape, example.stride()) if each else None,
     )  # fmt: skip
     plans = _plans.get(neuron)
@@ -104,11 +102,11 @@ def plan_of(
             low = high = factor
         else:
             low, high = (float(end) for end in torch.aminmax(clamped))
-        theta = snap(threshold.float(), BITS)
+        theta = snap(threshold.float(), bits)
         flat_theta: Any = float(theta) if theta.numel() == 1 else _each(theta, example)
-        scale = 2.0**BITS
+        scale = 2.0**bits
         step = Step(decay_of(factor, low, high, name), flat_theta * scale, reset, scale)
-    plan = plans[state] = Plan(step, derivative, theta, flat_theta, name, versions)
+    plan = plans[state] = Plan(step, derivative, theta, flat_theta, name, versions, bits)
     return plan
 
 
@@ -158,7 +156,7 @@ class Charging(torch.autograd.Function):
         dtype = getattr(ctx, "dtype", torch.float32)
         _, of_u, of_current, of_beta, of_threshold = ctx.needs_input_grad
         kind = plan.step.reset
-        passed = 1 - reset if kind in (BEFORE, AFTER) else None
+        passed: Any = 1 - reset if kind in (BEFORE, AFTER) else None
         if kind == AFTER:
             g = g * passed
         by_threshold = by_beta = by_u = None
@@ -286,19 +284,18 @@ def reference(
     threshold: Tensor,
     reset: str,
     spike_grad: Any = None,
-    bits: int = BITS,
+    bits: int = 16,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """:func:`step` written with operations that autograd differentiates; ``spike_grad`` None: no spikes."""
     u = snap(u, bits)
-    fired = None
+    fired: Any = None
     if spike_grad is not None:
         fired = (u - snap(threshold, bits)).detach().gt(0).float()
     v = decay((1 - fired) * u if reset == BEFORE else u, beta.clamp(0, 1), bits)
     if reset == SUBTRACT:
-        assert fired is not None
         v = v - fired * snap(threshold, bits)
     state = v + snap(current, bits)
     if reset == AFTER:
-        state = (1 - fired) * state  # type: ignore[operator]
+        state = (1 - fired) * state
     spikes = None if spike_grad is None else spike_grad(state - snap(threshold, bits))
     return state, spikes, fired

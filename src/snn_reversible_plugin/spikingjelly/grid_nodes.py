@@ -20,7 +20,7 @@ from snn_reversible_plugin.dynamics import Rule, Surrogate
 from snn_reversible_plugin.ops.decays import NONE, Step, decay_of
 from snn_reversible_plugin.registry import SwappedClass
 from snn_reversible_plugin.spikingjelly.generic import dynamics_of
-from snn_reversible_plugin.spikingjelly.grid_step import BITS, Plan, reference, step
+from snn_reversible_plugin.spikingjelly.grid_step import Plan, reference, step
 from snn_reversible_plugin.spikingjelly.surrogates import by_autograd, is_heaviside
 
 
@@ -45,7 +45,10 @@ def why_not(module: Any, kind: Any) -> str | None:
 
 
 class OnGrid(SwappedClass):
-    """In front of an analytic neuron: its single steps are reversible in time."""
+    """In front of an analytic neuron: its single steps are reversible in time.
+
+    An attribute ``grid_bits`` of the neuron sets the grid's binary digits behind the point, 16 by default.
+    """
 
     @property
     def arithmetic(self: Any) -> str:
@@ -81,8 +84,8 @@ def _kind(module: Any) -> Any:
 def _forward(module: Any, x: Tensor) -> Tensor:
     if not x.is_floating_point() or x.dtype is torch.float64:
         raise TypeError(
-            f"{gridding.name_of(module)}: a step on the grid takes float32 or half precision, not {x.dtype}; "
-            'convert with arithmetic="stock" for others'
+            f"{gridding.name_of(module)}: a step on the grid takes float32 or half precision, not "
+            f'{x.dtype}; convert with arithmetic="stock" for others'
         )
     v = module._memories["v"]
     if not isinstance(v, Tensor) or v.shape != x.shape:
@@ -102,7 +105,8 @@ def _forward(module: Any, x: Tensor) -> Tensor:
     plan = _plan(module, kind, beta)
     if gridding.by_autograd():
         fire = module.surrogate_function or _SIGMOID
-        s, v = reference(x, v, plan.beta if beta is None else beta, plan.rule, fire, plan.step.gain)
+        decayed = plan.beta if beta is None else beta
+        s, v = reference(x, v, decayed, plan.rule, fire, plan.step.gain, plan.bits)
     else:
         s, v = step(plan, x, v, beta)
     module._memories["v"] = v
@@ -118,10 +122,11 @@ def _plan(module: Any, kind: Any, beta: Tensor | None) -> Plan:
     w = module.w if kind is neuron.ParametricLIFNode else None
     tau = module.tau if kind is neuron.LIFNode else None
     function = module.surrogate_function or _SIGMOID
+    bits = gridding.bits_of(module)
     settings = (
         module.v_threshold, module.v_reset, bool(module.detach_reset), tau,
         tau is not None and bool(module.decay_input), function, getattr(function, "alpha", None),
-        None if w is None else (id(w), w._version),
+        None if w is None else (id(w), w._version), bits,
     )  # fmt: skip
     known = _plans.get(module)
     if known is not None and known[0] == settings:
@@ -133,10 +138,10 @@ def _plan(module: Any, kind: Any, beta: Tensor | None) -> Plan:
     elif tau is not None:
         factor = _single(1 - 1 / tau)
         gain = _single(1 / tau) if module.decay_input else None
-    theta = _on_grid(module.v_threshold)
-    to = None if module.v_reset is None else _on_grid(module.v_reset)
+    theta = _on_grid(module.v_threshold, bits)
+    to = None if module.v_reset is None else _on_grid(module.v_reset, bits)
     rule = Rule(None, False, theta, to, bool(module.detach_reset))
-    scale = 2.0**BITS
+    scale = 2.0**bits
     decay = decay_of(factor, factor, factor, name)
     plan = Plan(
         Step(decay, theta * scale, NONE, scale, gain),
@@ -144,6 +149,7 @@ def _plan(module: Any, kind: Any, beta: Tensor | None) -> Plan:
         Surrogate(None, by_autograd(function)),
         factor,
         name,
+        bits,
     )
     _plans[module] = settings, plan
     return plan
@@ -153,5 +159,5 @@ def _single(value: float) -> float:
     return float(torch.tensor(value, dtype=torch.float32))
 
 
-def _on_grid(value: float) -> float:
-    return round(value * 2**BITS) / 2**BITS
+def _on_grid(value: float, bits: int) -> float:
+    return round(value * 2**bits) / 2**bits

@@ -1,8 +1,8 @@
 """One time step of SpikingJelly's LIF family on the dyadic grid, which a later backward can undo.
 
 The one idea: charge, fire and reset are one autograd function, which saves the charged membrane as a place
-on the neuron's :class:`~snn_reversible_plugin.timeline.Timeline`, and no tensor. On the grid every charge reads
-``h = decay(v, beta) + snap(gain * x)``: IF with beta = 1, LIF and ParametricLIF with beta = 1 - 1/tau.
+on the neuron's :class:`~snn_reversible_plugin.timeline.Timeline`, and no tensor. On the grid every charge
+reads ``h = decay(v, beta) + snap(gain * x)``: IF with beta = 1, LIF and ParametricLIF with beta = 1 - 1/tau.
 :func:`reference` is the same step written with ordinary operations: the specification.
 
 Source: design section 6; ``spikingjelly.activation_based.neuron`` 2.0.
@@ -25,6 +25,7 @@ from snn_reversible_plugin.handles import Passing, is_dense
 from snn_reversible_plugin.ops.decays import Step
 from snn_reversible_plugin.spikingjelly.rerun import differentiable_once
 from snn_reversible_plugin.timeline import (
+    REMEDY,
     NewSpikes,
     NewState,
     State,
@@ -34,8 +35,6 @@ from snn_reversible_plugin.timeline import (
     like,
     rests_on_a_state,
 )
-
-BITS = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,11 +46,11 @@ class Plan:
     surrogate: Surrogate
     beta: float
     name: str
-    bits: int = BITS
+    bits: int
 
     @functools.cached_property
     def stepping(self) -> type[Stepping]:
-        """:class:`Stepping` with this plan: an attribute of each node of the graph would cost bytes a step."""
+        """:class:`Stepping` with this plan: an attribute of each node would cost bytes a step."""
         return type("Stepping", (Stepping,), {"plan": self})
 
     def charged(self, timeline: Timeline, t: int, state: Tensor) -> Tensor:
@@ -96,10 +95,10 @@ class NewCharged(Passing):
 
 
 class Stepping(torch.autograd.Function):
-    """``plan.stepping.apply([charged, lost, fired], v, x, beta)`` -> spikes and the membrane after the step.
+    """``plan.stepping.apply([charged, lost, fired], v, x, beta)`` -> spikes and the membrane after.
 
-    ``charged``: what stands for the charged membrane on the tape; ``lost`` and ``fired`` collect what has to
-    be written down. All three are None where nothing is recorded. ``beta``: None where it is a constant.
+    ``charged``: what stands for the charged membrane on the tape; ``lost`` and ``fired`` collect what has
+    to be written down. All three are None where nothing is recorded. ``beta``: None where it is a constant.
     """
 
     @staticmethod
@@ -175,7 +174,7 @@ def step(plan: Plan, x: Tensor, v: Tensor, beta: Tensor | None) -> tuple[Tensor,
         s, after = plan.stepping.apply(sinks, v, x, beta)
         reach = ops.steps_on(v.device).reach(flat(after, after.stride()))
         if reach.device.type == "cpu":
-            check_range([plan.name], [reach], plan.bits)
+            check_range([plan.name], [reach], plan.bits, REMEDY)
         if timeline is None:
             tape.mark_opaque(after)
             tape.mark_spikes(s)
@@ -195,12 +194,15 @@ def reference(
     rule: Rule,
     fire: Any,
     gain: float | None = None,
-    bits: int = BITS,
+    bits: int = 16,
 ) -> tuple[Tensor, Tensor]:
     """:func:`step` written with operations that autograd differentiates; ``rule`` as in a plan."""
     h = decay(snap(v, bits), beta, bits) + snap(x if gain is None else x.float() * gain, bits)
     s = fire(h - rule.v_threshold)
     reset = s.detach() if rule.detach_reset else s
     if rule.v_reset is None:
-        return s, h - reset * rule.v_threshold
-    return s, reset * rule.v_reset + (1.0 - reset) * h
+        v = h - reset * rule.v_threshold
+    else:
+        v = reset * rule.v_reset + (1.0 - reset) * h
+    # As of stock's operators, what comes through the reset is no part of the gradient of the spikes.
+    return s.view_as(s), v
