@@ -1,11 +1,16 @@
 """The grid: exact to undo, idempotent, transparent to gradients."""
 
+import math
+from fractions import Fraction
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snn_reversible_plugin import grid
+from snn_reversible_plugin.ops import decays, steps_numpy, steps_torch
+from snn_reversible_plugin.remainders import Remainders
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 FINITE = st.floats(-1e4, 1e4, width=32, allow_nan=False)
@@ -100,3 +105,103 @@ def test_snap_leaves_its_argument_alone_and_keeps_the_layout():
     before = z.clone()
     assert grid.snap(z).stride() == z.stride()
     assert torch.equal(z, before)
+
+
+# Decay.
+
+BETAS = st.one_of(
+    st.floats(2.0**-16, 1.0, width=32, exclude_min=True),
+    st.sampled_from([1.0, 0.5, 0.25, 0.75, 0.9, 0.99, 1 / 3, 1 - 2.0**-24, 0.5 + 2.0**-24]),
+)
+
+
+def units_around(beta: float, seed: int) -> torch.Tensor:
+    """Integers below 2^24: small ones, large ones, and such whose product with beta is close to a half."""
+    generator = torch.Generator().manual_seed(seed)
+    bound = 2**24 - 1
+    anywhere = torch.randint(-bound, bound + 1, (300,), generator=generator)
+    halves = ((torch.randint(-1000, 1000, (100,), generator=generator) + 0.5) / beta).round().long()
+    near = [*halves.unbind(), *(halves + 1).unbind(), *(halves - 1).unbind()]
+    ends = torch.tensor([bound, -bound, bound - 1, 0, 1, -1])
+    return torch.cat([anywhere, torch.stack(near), torch.arange(-50, 50), ends]).clamp(-bound, bound)
+
+
+@settings(deadline=None, max_examples=300)
+@given(beta=BETAS, seed=st.integers(0, 2**31), bits=st.integers(0, 23))
+def test_decay_is_rounding_and_undecay_undoes_it_bit_for_bit(beta, seed, bits):
+    units = units_around(beta, seed)
+    u = units.double().mul(2.0**-bits).float()
+    v = grid.decay(u, beta, bits)
+    exact = [(Fraction(beta) * int(unit) + Fraction(1, 2)).__floor__() for unit in units[::7]]
+    assert [int(one) for one in v.double()[::7] * 2.0**bits] == exact
+    digits = grid.remainder(u, beta, bits)
+    assert digits.min() >= 0 and digits.max() < math.ceil(1 / beta)
+    assert same_bits(grid.undecay(v, digits, beta, bits), u + 0.0)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    beta=BETAS,
+    seed=st.integers(0, 2**31),
+    reset=st.sampled_from([decays.NONE, decays.SUBTRACT, decays.BEFORE, decays.AFTER]),
+    theta=st.floats(0.0, 4.0, width=32),
+    gain=st.sampled_from([None, 0.3]),
+)
+def test_steps_of_both_forms_agree_and_are_undone(beta, seed, reset, theta, gain):
+    generator = torch.Generator().manual_seed(seed)
+    scale = 2.0**16
+    theta = round(theta * scale) / scale
+    u = torch.randn(401, generator=generator).mul_(scale).round_().div_(scale)
+    current = torch.randn(401, generator=generator)
+    decay = decays.decay_of(beta, beta, beta, "lif")
+    step = decays.Step(decay, theta * scale, reset, scale, gain)
+    spikes, found = torch.empty_like(u), []
+    steps_torch.fire(u, theta, False, spikes)
+    for form in (steps_torch, steps_numpy):
+        out = torch.empty_like(u)
+        pieces = form.charge(u, current, spikes, step, True, out)
+        assert sum(map(len, form.charge(u, current, spikes, step, False, torch.empty_like(u)))) == 0
+        store = Remainders(u)
+        store.append([torch.as_tensor(piece) for piece in pieces])
+        record = store.record(0) if form is steps_numpy else torch.as_tensor(store.record(0))
+        assert same_bits(form.undo(out, current, spikes, step, record), u)
+        found.append((out, len(record)))
+    assert same_bits(found[0][0], found[1][0])
+    if reset in (decays.NONE, decays.SUBTRACT):
+        assert found[1][1] <= found[0][1]
+
+
+@pytest.mark.parametrize(("beta", "bits"), [(0.5, 1.0), (0.6, 0.81), (0.9, 0.21), (0.99, 0.03), (1.0, 0.0)])
+def test_how_many_bits_a_step_loses(beta, bits):
+    n = 1 << 17
+    u = torch.randn(n).mul_(2.0**16).round_().div_(2.0**16)
+    beta = float(torch.tensor(beta))
+    step = decays.Step(decays.decay_of(beta, beta, beta, "lif"), 1.0, decays.NONE, 2.0**16)
+    pieces = steps_numpy.charge(u, torch.zeros(n), None, step, True, torch.empty(n))
+    assert 8 * sum(map(len, pieces)) / n <= bits
+    rest = steps_numpy.charge(torch.zeros(n), torch.zeros(n), None, step, True, torch.empty(n))
+    assert beta <= 0.5 or sum(map(len, rest)) == 0
+
+
+@settings(deadline=None, max_examples=50)
+@given(sizes=st.lists(st.lists(st.integers(0, 40), max_size=3), max_size=60), seed=st.integers(0, 100))
+def test_remainders_are_read_in_any_order(sizes, seed):
+    store, expected = Remainders(torch.empty(1)), []
+    generator = torch.Generator().manual_seed(seed)
+    for record in sizes:
+        pieces = [torch.randint(256, (n,), generator=generator).to(torch.uint8) for n in record]
+        store.append([piece.numpy() for piece in pieces])
+        expected.append([int(byte) for piece in pieces for byte in piece])
+    order = torch.randperm(len(sizes), generator=generator).tolist()
+    for index in [*order, *order]:
+        assert store.record(index).tolist() == expected[index]
+    assert len(store) == len(sizes)
+
+
+def test_decay_has_the_gradient_of_a_product():
+    u = torch.randn(5, 3).requires_grad_()
+    beta = torch.rand(3).requires_grad_()
+    g = torch.randn(5, 3)
+    grid.decay(u, beta).backward(g)
+    assert torch.equal(u.grad, g * beta.detach())
+    assert torch.equal(beta.grad, (g * u.detach()).sum(0))

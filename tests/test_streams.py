@@ -257,7 +257,7 @@ class Reads(nn.Module):
 
 def test_a_branch_that_leads_back_to_the_stream_keeps_it(device):
     from snn_reversible_plugin.registry import swap, swapped_class
-    from snn_reversible_plugin.residual_grid import NAME, OnGrid
+    from snn_reversible_plugin.residual_grid import OnGrid
 
     def make():
         torch.manual_seed(0)
@@ -268,7 +268,7 @@ def test_a_branch_that_leads_back_to_the_stream_keeps_it(device):
     def on_grid(model):
         for block in (model[1], model[2]):
             swap(block, swapped_class(OnGrid, Reads))
-            block.__dict__[NAME] = "a block"
+            block.__dict__["_srp_name"] = "a block"
         return model
 
     expected = gradients(on_grid(make()), batch(device))

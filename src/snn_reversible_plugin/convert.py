@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from snn_reversible_plugin import tape
+from snn_reversible_plugin import gridding, tape
 from snn_reversible_plugin.adapters import is_spiking, load_adapters
 from snn_reversible_plugin.checks import check_model, skipped_modules
 from snn_reversible_plugin.registry import (
@@ -27,9 +27,10 @@ from snn_reversible_plugin.registry import (
     stock_classes,
     swap,
     swapped_class,
+    type_on_grid,
     unswap,
 )
-from snn_reversible_plugin.residual_grid import NAME, OnGrid, carries_a_membrane
+from snn_reversible_plugin.residual_grid import OnGrid, carries_a_membrane
 from snn_reversible_plugin.surgery import wrap
 from snn_reversible_plugin.tracking import tracked
 from snn_reversible_plugin.wrapped import run_plainly, wrapped_chains
@@ -43,12 +44,14 @@ ARITHMETICS = ("auto", "grid", "stock")
 class Settings:
     """What ``convert_to_reversible`` decided; lives on the root module and travels with its copies.
 
-    ``stays_stock`` maps the names of neurons that stayed stock to the reason.
+    ``stays_stock`` maps the names of neurons that stayed stock to the reason, ``off_grid`` those that are
+    reversible but run stock arithmetic where ``arithmetic`` would have them on the grid.
     """
 
     mode: str = "memory"
     arithmetic: str = "auto"
     stays_stock: dict[str, str] = field(default_factory=dict)
+    off_grid: dict[str, str] = field(default_factory=dict)
 
 
 class Recorded(SwappedClass):
@@ -60,7 +63,7 @@ class Recorded(SwappedClass):
 
         @functools.wraps(stock_forward)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_compiling() or gridding.by_autograd():
                 return stock_forward(self, *args, **kwargs)
             with tape.recording(settings_of(self).mode):
                 return stock_forward(self, *args, **kwargs)
@@ -69,7 +72,8 @@ class Recorded(SwappedClass):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Compiled after the conversion: the compiler sees the stock network.
-        if torch.compiler.is_compiling() or getattr(self, "_compiled_call_impl", None) is not None:
+        compiled = torch.compiler.is_compiling() or getattr(self, "_compiled_call_impl", None) is not None
+        if compiled or gridding.by_autograd():
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         with tape.recording(settings_of(self).mode):  # type: ignore[arg-type]
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
@@ -97,7 +101,8 @@ def convert_to_reversible(
 
     In place: returns the same object, with the same parameters and the same ``state_dict``. Training
     scripts, optimizers made before, hooks, references to submodules, ``copy.deepcopy``, pickling and
-    ``torch.save`` keep working. Outputs and gradients are bit-identical to the stock network's.
+    ``torch.save`` keep working. In stock arithmetic outputs and gradients are bit-identical to the stock
+    network's; :func:`verify` says which arithmetic each neuron runs, and how far the grid is from stock.
     Calling it again changes the settings. See :func:`restore`, :func:`memory_report`, :func:`verify`.
 
     Args:
@@ -105,8 +110,11 @@ def convert_to_reversible(
             :func:`register_reversible` was told of.
         mode: ``"memory"`` rebuilds in the backward everything that can be rebuilt, ``"speed"`` only what
             needs no convolution or matrix product.
-        arithmetic: ``"stock"``; ``"grid"``, which puts the residual streams of MS-ResNet and its kind on
-            the dyadic grid, where they can be undone; or ``"auto"``, stock arithmetic for every module.
+        arithmetic: ``"stock"``: outputs and gradients are stock's bit for bit. ``"auto"``: neurons stepped
+            one time step at a time compute on multiples of 2^-16, which makes them reversible in time: they
+            hold a spike bit and a fraction of a bit a step, and the gradient is the exact one of that
+            forward; all else is stock's. ``"grid"``: so do the residual streams of MS-ResNet and its kind,
+            which are then undone from block to block.
         skip: names (as in ``named_modules``) or types of modules to leave as they are: their neurons stay
             stock and nothing that runs inside them is replayed.
         blocks: also turn chains of residual blocks into reversible ones, as :func:`wrap_residual_blocks`
@@ -114,8 +122,9 @@ def convert_to_reversible(
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``, or is compiled or scripted.
-        ValueError: an unknown ``mode`` or ``arithmetic``, a ``skip`` name that is not in the model, or a
-            model in which no spiking neuron is found; with ``blocks``, one without residual blocks.
+        ValueError: an unknown ``mode`` or ``arithmetic``, a ``skip`` name that is not in the model, a model
+            in which no spiking neuron is found, ``"grid"`` where nothing can run on the grid, or
+            ``blocks`` without residual blocks.
 
     Example:
         >>> import snn_reversible_plugin as srp
@@ -162,8 +171,16 @@ def convert_to_reversible(
     for module, target in swaps:
         if target is not type(module):
             swap(module, target)
+    if arithmetic != "stock":
+        names = {id(module): name for name, module in model.named_modules()}
+        for module, _ in swaps:
+            _put_on_grid(module, names[id(module)], settings)
     if arithmetic == "grid":
-        _put_streams_on_grid(model, within_skipped)
+        streams = _put_streams_on_grid(model, within_skipped)
+        if not streams and len(settings.off_grid) == len(swaps):
+            restore(model)
+            reasons = "; ".join(f"{name or 'the model'}: {why}" for name, why in settings.off_grid.items())
+            raise ValueError(f'arithmetic="grid": no neuron of the model can run on the grid. {reasons}')
     for module in skipped:
         swap(module, swapped_class(Skipped, type(module)))
     swap(model, swapped_class(Recorded, type(model)))
@@ -171,12 +188,30 @@ def convert_to_reversible(
     return model
 
 
-def _put_streams_on_grid(model: nn.Module, skipped: set[int]) -> None:
+def _put_streams_on_grid(model: nn.Module, skipped: set[int]) -> int:
     wrapped = {id(block) for chain in wrapped_chains(model) for block in chain.blocks}
-    for name, module in list(model.named_modules()):
-        if id(module) not in skipped | wrapped and carries_a_membrane(module):
-            swap(module, swapped_class(OnGrid, type(module)))
-            module.__dict__[NAME] = name
+    blocks = {
+        name: module
+        for name, module in model.named_modules()
+        if id(module) not in skipped | wrapped and carries_a_membrane(module)
+    }
+    for name, module in blocks.items():
+        swap(module, swapped_class(OnGrid, type(module)))
+        module.__dict__["_srp_name"] = name
+    return len(blocks)
+
+
+def _put_on_grid(module: nn.Module, name: str, settings: Settings) -> None:
+    try:
+        target = type_on_grid(module)
+    except StaysStock as refusal:
+        settings.off_grid[name] = str(refusal)
+        return
+    if target is None:
+        settings.off_grid[name] = "its equations are not written for the grid"
+        return
+    swap(module, target)
+    module.__dict__["_srp_name"] = name
 
 
 def restore(model: M) -> M:
@@ -192,7 +227,7 @@ def restore(model: M) -> M:
     for module in model.modules():
         unswap(module)
         module.__dict__.pop("_srp_settings", None)
-        module.__dict__.pop(NAME, None)
+        module.__dict__.pop("_srp_name", None)
     for chain in wrapped_chains(model):
         if chain.by_conversion:
             chain.remove()
@@ -247,6 +282,22 @@ def stock(model: nn.Module) -> Iterator[None]:
     """
     with stock_classes(model.modules()), run_plainly(model):
         yield
+
+
+@contextmanager
+def differentiated(model: nn.Module) -> Iterator[None]:
+    """Context manager: run a converted model in its own arithmetic, stock where that is stock, by autograd.
+
+    What neurons on the grid compute there is the specification of what they compute on the tape.
+    """
+    others = [module for module in model.modules() if not (module is model or is_on_grid(module))]
+    with stock_classes(others), gridding.autograd():
+        yield
+
+
+def is_on_grid(module: nn.Module) -> bool:
+    """Whether a neuron, as it is set now, runs on the grid."""
+    return getattr(module, "arithmetic", None) == "grid"
 
 
 def settings_of(model: nn.Module) -> Settings:

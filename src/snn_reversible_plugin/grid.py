@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from snn_reversible_plugin.ops.decays import MARGIN
+
 # NOTE [When x + s - s is x]
 #
 # 1. Let x and y be multiples of u = 2^-bits of magnitude below 2^24 u, and s any multiple of u. If
@@ -27,6 +29,7 @@ from torch import Tensor
 # 4. A sum that cancels is +0, so a stream may not hold -0: `snap` makes none. NaN and infinity are out
 #    of range.
 
+_REMEDY = "Use fewer bits (each one less doubles the range), or normalize the branches."
 _PRECISION = {torch.float32: 24, torch.float64: 53}
 
 
@@ -65,6 +68,64 @@ def snap(z: Tensor, bits: int = 16) -> Tensor:
     return _Snap.apply(z, bits)  # type: ignore[no-any-return, no-untyped-call]
 
 
+class _Decay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, beta: Tensor, bits: int) -> Tensor:
+        ctx.save_for_backward(u if ctx.needs_input_grad[1] else None, beta)
+        units = u.double() * 2.0**bits
+        return units.mul_(beta.double()).add_(0.5).floor_().mul_(2.0**-bits).to(u.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        u, beta = ctx.saved_tensors
+        of_u = g * beta if ctx.needs_input_grad[0] else None
+        of_beta = None if u is None else (g * u).sum_to_size(beta.shape).to(beta.dtype)
+        return of_u, of_beta, None
+
+
+def decay(u: Tensor, beta: Tensor | float, bits: int = 16) -> Tensor:
+    """``beta * u`` rounded to the grid, halves up; the gradient is that of ``beta * u``.
+
+    Args:
+        u: float32 multiples of 2^-bits of magnitude below ``limit(bits)``.
+        beta: factors in (0, 1], float32, a number or of a shape that broadcasts to ``u``'s.
+        bits: binary digits behind the point.
+
+    Example:
+        >>> import torch
+        >>> decay(torch.tensor([0.75, -0.5]), 0.5, bits=2)
+        tensor([ 0.5000, -0.2500])
+    """
+    return _Decay.apply(u, torch.as_tensor(beta, dtype=torch.float32, device=u.device), bits)  # type: ignore
+
+
+def remainder(u: Tensor, beta: Tensor | float, bits: int = 16) -> Tensor:
+    """Which of the values that decay to ``decay(u, beta, bits)`` u is, counted from the lowest: int64.
+
+    Example:
+        >>> import torch
+        >>> remainder(torch.tensor([0.5, 0.75, 0.0]), 0.5, bits=2)
+        tensor([1, 0, 1])
+    """
+    beta = torch.as_tensor(beta, dtype=torch.float32).double()
+    y = u.double().mul_(2.0**bits).mul_(beta).add_(0.5)
+    return (y - y.floor()).div_(beta).floor_().long()
+
+
+def undecay(v: Tensor, remainder: Tensor, beta: Tensor | float, bits: int = 16) -> Tensor:
+    """The inverse of :func:`decay`, exact: needs what :func:`remainder` told.
+
+    Example:
+        >>> import torch
+        >>> u = torch.tensor([0.5, 0.75, 0.0])
+        >>> undecay(decay(u, 0.5, bits=2), remainder(u, 0.5, bits=2), 0.5, bits=2)
+        tensor([0.5000, 0.7500, 0.0000])
+    """
+    beta = torch.as_tensor(beta, dtype=torch.float32).double()
+    q = (v.double() * 2.0**bits - 0.5).div_(beta)
+    return q.sub_(MARGIN).ceil_().add_(remainder).add_(0.0).mul_(2.0**-bits).to(v.dtype)
+
+
 def stream_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type of a stream that values of ``dtype`` are added to."""
     if not dtype.is_floating_point:
@@ -98,13 +159,14 @@ def reach(stream: Tensor) -> Tensor:
     return torch.maximum(low.neg_(), high)
 
 
-def check_range(names: Sequence[str], reaches: Sequence[Tensor], bits: int) -> None:
+def check_range(names: Sequence[str], reaches: Sequence[Tensor], bits: int, remedy: str = _REMEDY) -> None:
     """Raise if a stream left the range in which the grid is exact. Waits for the device, once.
 
     Args:
         names: what each stream is, for the error.
         reaches: what :func:`reach` returned for each.
         bits: the grid's.
+        remedy: the error's last sentence.
 
     Raises:
         OverflowError: naming the first stream that left, its magnitude, and what to do.
@@ -123,6 +185,5 @@ def check_range(names: Sequence[str], reaches: Sequence[Tensor], bits: int) -> N
         if not value < bound:
             raise OverflowError(
                 f"{name} reaches {value:g}, and with bits={bits} a grid is exact below {bound:g} only: "
-                "what came before it can't be rebuilt. Use fewer bits (each one less doubles the range), "
-                "or normalize the branches."
+                f"what came before it can't be rebuilt. {remedy}"
             )

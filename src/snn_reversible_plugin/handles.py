@@ -38,6 +38,7 @@ class Handle:
 
     __slots__ = ("__weakref__", "checksum", "where")
 
+    treatment: str
     where: str | None
     checksum: torch.Tensor | None
 
@@ -78,6 +79,7 @@ class Handle:
 class Kept(Handle):
     """The tensor itself, by reference, with the version that it had."""
 
+    treatment = "kept"
     __slots__ = ("anchored", "tensor", "version")
 
     def __init__(self, tensor: torch.Tensor) -> None:
@@ -103,6 +105,19 @@ class Kept(Handle):
         return self.tensor, False
 
 
+class Passing(Handle):
+    """Leads to a handle without keeping alive what that one needs.
+
+    For tensors that outlive their graph, as the state that a neuron starts its next step from.
+    """
+
+    __slots__ = ()
+
+    def held(self) -> Handle | None:
+        """The handle to store; None where what it needs is gone."""
+        raise NotImplementedError
+
+
 class Packed(Handle):
     """Zeros and ones, one bit an element.
 
@@ -110,6 +125,7 @@ class Packed(Handle):
     nothing; whoever relies on it has the tensor at hand.
     """
 
+    treatment = "packed"
     __slots__ = ("bits", "dtype", "size", "stride")
 
     def __init__(self) -> None:
@@ -139,6 +155,7 @@ class Replayed(Handle):
     chain of operations down to something stored. ``cheap`` says that a rebuild is hardly more than a copy.
     """
 
+    treatment = "replayed"
     __slots__ = (
         "args", "awaited", "cache", "cheap", "claiming", "depth", "func", "index", "inplace", "kwargs",
         "needs", "siblings", "work",

@@ -33,7 +33,7 @@ from snn_reversible_plugin.entries import (
     storage_key,
     written,
 )
-from snn_reversible_plugin.handles import Handle, Kept, Packed, Replayed, checksum
+from snn_reversible_plugin.handles import Handle, Kept, Packed, Passing, Replayed, checksum
 from snn_reversible_plugin.operators import Kind, Plan, aten, plan_of
 from snn_reversible_plugin.streams import (
     SUMS,
@@ -65,6 +65,7 @@ from snn_reversible_plugin.streams import (
 
 MAX_DEPTH = 64
 WORK_LIMIT = {"memory": 2, "speed": 0}
+_NO_KWARGS: dict[str, Any] = {}
 SMALL_OUTPUT = 16  # an output this many times smaller than the largest activation it is made of is kept
 
 SNAP = Plan(Kind.PURE, inplace=True)
@@ -89,6 +90,20 @@ def _alias(tensor: torch.Tensor) -> torch.Tensor:
 
 def _is_stream(arg: Any) -> bool:
     return isinstance(arg, torch.Tensor) and isinstance(look_up(arg), Stream)
+
+
+def _view_key(tensor: torch.Tensor) -> Any:
+    if not is_plain(tensor):
+        return id(tensor)
+    bits = tensor.is_conj(), tensor.is_neg()
+    return storage_key(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, bits
+
+
+def _same(kept: torch.Tensor, tensor: torch.Tensor) -> bool:
+    """Whether what is kept is this leaf, or a view of it that was not copied away since."""
+    if tensor.is_leaf or not is_plain(tensor):
+        return kept is tensor
+    return kept.data_ptr() == tensor.data_ptr()
 
 
 def _tensors(args: Iterable[Any]) -> Iterator[torch.Tensor]:
@@ -120,13 +135,15 @@ class Tape(TorchDispatchMode):
         self.residual: str | None = None  # the residual block that runs, if its sums are on the grid
         self.suspended = 0
         self.paused = 0
-        self._outside: dict[int, Kept] = {}
+        self._outside: dict[Any, Kept] = {}
         self._held: dict[int, list[weakref.ref[Kept]]] = {}
 
     # The pack hook.
 
     def pack(self, tensor: torch.Tensor) -> Handle:
         handle = None if self.suspended else look_up(tensor)
+        if isinstance(handle, Passing):
+            handle = handle.held()
         if isinstance(handle, Packed):
             with OffStack(self):
                 handle.materialize(tensor)
@@ -150,20 +167,29 @@ class Tape(TorchDispatchMode):
 
     def _keep(self, tensor: torch.Tensor, known: Any) -> Kept:
         if known is OUTSIDE:
-            kept = self._outside.get(id(tensor))
-            if kept is not None and kept.tensor is tensor and kept.version == tensor._version:
+            # A loop over time takes the same view of a weight at each step: one handle serves them all.
+            key = id(tensor) if tensor.is_leaf else _view_key(tensor)
+            kept = self._outside.get(key)
+            if kept is not None and kept.version == tensor._version and _same(kept.tensor, tensor):
                 return kept
             # A leaf can be held as it is; another tensor would tie its graph into a cycle.
             kept = Kept(tensor if tensor.is_leaf else _alias(tensor))
             kept.anchored = True
-            if tensor.is_leaf and kept.version >= 0:
-                self._outside[id(tensor)] = kept
+            if kept.version >= 0:
+                self._outside[key] = kept
         else:
             kept = Kept(_alias(tensor))
             enter(tensor, kept)
         kept.where = self.where
         if is_plain(tensor):
             self._held.setdefault(storage_key(tensor), []).append(weakref.ref(kept))
+        return kept
+
+    def hold(self, tensor: torch.Tensor) -> Kept:
+        """Keep a tensor's value by reference, for somebody who is no node of the graph."""
+        kept = Kept(_alias(tensor))
+        kept.anchored = True
+        self._held.setdefault(storage_key(tensor), []).append(weakref.ref(kept))
         return kept
 
     # The recording mode.
@@ -344,7 +370,7 @@ class Tape(TorchDispatchMode):
         return Replayed(
             func,
             tuple(self._operand(arg) for arg in args),
-            {name: self._operand(arg) for name, arg in kwargs.items()},
+            {name: self._operand(arg) for name, arg in kwargs.items()} if kwargs else _NO_KWARGS,
             None,
             work,
             depth + 1,
@@ -352,9 +378,11 @@ class Tape(TorchDispatchMode):
             cheap,
         )
 
-    def hold(self, tensor: torch.Tensor) -> Handle:
+    def handle_of(self, tensor: torch.Tensor) -> Handle:
         """The handle of a tensor that something is going to rely on."""
         handle = look_up(tensor)
+        if isinstance(handle, Passing):
+            handle = handle.held()
         if isinstance(handle, Packed):
             handle.materialize(tensor)
         elif not isinstance(handle, Handle):
@@ -365,7 +393,7 @@ class Tape(TorchDispatchMode):
 
     def _operand(self, arg: Any) -> Any:
         if isinstance(arg, torch.Tensor):
-            return self.hold(arg)
+            return self.handle_of(arg)
         if isinstance(arg, (list, tuple)) and any(isinstance(item, torch.Tensor) for item in arg):
             return [self._operand(item) for item in arg]
         return arg

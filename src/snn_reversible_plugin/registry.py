@@ -78,6 +78,35 @@ def register_reversible(stock_type: type[nn.Module], *, subclasses: bool = False
     return register
 
 
+_on_grid: dict[type[nn.Module], Chooser] = {}
+
+
+def register_on_grid(stock_type: type[nn.Module]) -> Callable[[Chooser], Chooser]:
+    """Register a function from a neuron stepped one time step at a time to its class on the grid.
+
+    It is asked after the swap to the reversible type, about subclasses too, and refuses with
+    :class:`StaysStock`.
+    """
+
+    def register(chooser: Chooser) -> Chooser:
+        _on_grid[stock_type] = chooser
+        return chooser
+
+    return register
+
+
+def type_on_grid(module: nn.Module) -> type[nn.Module] | None:
+    """The class that runs this instance on the grid; None where nobody registered one.
+
+    Raises:
+        StaysStock: it can't run there as it is set.
+    """
+    for base in type(module).__mro__:
+        if base in _on_grid:
+            return _on_grid[base](module)
+    return None
+
+
 def reversible_type(module: nn.Module) -> type[nn.Module] | None:
     """The reversible class for this instance, or None where nobody registered its type.
 

@@ -19,6 +19,7 @@ from snn_reversible_plugin.handles import Handle, Kept, Packed, Replayed
 from snn_reversible_plugin.memory import StepCost
 from snn_reversible_plugin.states import unchanged
 from snn_reversible_plugin.streams import Stream
+from snn_reversible_plugin.timeline import Spikes, State
 from snn_reversible_plugin.tracking import tracked
 from snn_reversible_plugin.trial import Loss, as_converted, costs, loss_of, megabytes
 
@@ -157,8 +158,9 @@ def memory_report(model: nn.Module, *inputs: Any, loss: Loss | None = None) -> M
         with unchanged(model), tape.recording(settings.mode, observer=by_tape) as recorder:
             assert recorder is not None
             with tracked(model, recorder):
-                loss_of(model(*inputs), loss)
-        held, treatments = by_tape.count()
+                step = loss_of(model(*inputs), loss)
+                held, treatments = by_tape.count()
+                del step
         rows = []
         for name, module in model.named_modules():
             name = name or "model"
@@ -182,7 +184,8 @@ def _about_neuron(name: str, module: nn.Module, settings: convert.Settings) -> s
     treatment = getattr(module, "treatment", None)
     if treatment is None:
         return ""
-    return f"{treatment}, {getattr(module, 'arithmetic', 'stock')} arithmetic"
+    about = f"{treatment}, {getattr(module, 'arithmetic', 'stock')} arithmetic"
+    return f"{about}: {settings.off_grid[name]}" if name in settings.off_grid else about
 
 
 def _storages(model: nn.Module, inputs: tuple[Any, ...]) -> set[int]:
@@ -220,35 +223,45 @@ class _SavedByTape:
 
     def count(self) -> tuple[Counter[str], dict[str, Counter[str]]]:
         """Bytes, and the number of each treatment, by module."""
-        held: Counter[str] = Counter()
         treatments: dict[str, Counter[str]] = {}
-        seen: dict[int, Handle] = {}
         for where, handle in self._packed:
-            treatments.setdefault(where, Counter())[_treatment(handle)] += 1
-            self._count(where, handle, held, seen)
+            treatments.setdefault(where, Counter())[handle.treatment] += 1
+        held: Counter[str] = Counter()
+        seen: dict[int, Any] = {}
+        for where, handle in self._packed:
+            waiting: list[Handle] = [handle]
+            while waiting:
+                handle = waiting.pop()
+                if id(handle) not in seen:
+                    seen[id(handle)] = handle
+                    held[where] += self._bytes(handle, seen)
+                    waiting += _needs(handle)
         return held, treatments
 
-    def _count(self, where: str, handle: Handle, held: Counter[str], seen: dict[int, Handle]) -> None:
-        waiting = [handle]
-        while waiting:
-            handle = waiting.pop()
-            if id(handle) in seen:
-                continue
-            seen[id(handle)] = handle
-            if isinstance(handle, Replayed):
-                waiting += handle.operands()
-                if isinstance(handle, Stream) and handle.anchor is not None:
-                    waiting.append(handle.anchor)
-            elif isinstance(handle, Packed) and handle.bits is not None:
-                held[where] += handle.bits.untyped_storage().nbytes()
-            elif isinstance(handle, Kept):
-                storage = handle.tensor.untyped_storage()
-                if storage._cdata not in self._free:
-                    self._free.add(storage._cdata)
-                    held[where] += storage.nbytes()
+    def _bytes(self, handle: Handle, seen: dict[int, Any]) -> int:
+        if isinstance(handle, Spikes | State):
+            records = handle.records if isinstance(handle, Spikes) else handle.timeline.records
+            if id(records) in seen:
+                return 0
+            seen[id(records)] = records
+            return records.nbytes
+        if isinstance(handle, Packed) and handle.bits is not None:
+            return handle.bits.untyped_storage().nbytes()
+        if isinstance(handle, Kept):
+            storage = handle.tensor.untyped_storage()
+            if storage._cdata not in self._free:
+                self._free.add(storage._cdata)
+                return storage.nbytes()
+        return 0
 
 
-def _treatment(handle: Handle) -> str:
-    if isinstance(handle, Stream):
-        return "reversed" if handle.anchor is None else _treatment(handle.anchor)
-    return type(handle).__name__.lower()
+def _needs(handle: Handle) -> list[Handle]:
+    """What a handle relies on in turn."""
+    if isinstance(handle, Stream) and handle.anchor is not None:
+        return [handle.anchor]
+    if isinstance(handle, Replayed):
+        return list(handle.operands())
+    if isinstance(handle, State):
+        newest = handle.timeline.newest
+        return [*handle.timeline.currents, *([] if newest is None else [newest])]
+    return []

@@ -23,8 +23,6 @@ from snn_reversible_plugin.registry import StaysStock, SwappedClass
 from snn_reversible_plugin.residual import find_branches
 from snn_reversible_plugin.streams import BITS, SUMS, Stream, snapped, stream_sum
 
-NAME = "_srp_name"  # of the block in its model, for errors
-
 
 def carries_a_membrane(block: nn.Module) -> bool:
     """Whether a block is known to add branches that are no spikes to its input.
@@ -55,7 +53,7 @@ class OnGrid(SwappedClass):
             or torch._C._functorch.peek_interpreter_stack() is not None
         ):
             return super().__call__(x, *args, **kwargs)  # type: ignore[misc]
-        with _on_grid(self.__dict__.get(NAME, type(self).__name__), x) as stream:
+        with _on_grid(self.__dict__.get("_srp_name", type(self).__name__), x) as stream:
             return super().__call__(stream, *args, **kwargs)  # type: ignore[misc]
 
 

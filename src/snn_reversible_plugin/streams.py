@@ -54,6 +54,10 @@ class Stream(Replayed):
         self._total: Callable[[], Stream | None] = _nothing
         self._before: Callable[[], Stream | None] = _nothing
 
+    @property
+    def treatment(self) -> str:  # type: ignore[override]
+        return "reversed" if self.anchor is None else self.anchor.treatment
+
     def need(self) -> None:
         super().need()
         if self.anchor is not None:

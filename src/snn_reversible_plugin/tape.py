@@ -20,7 +20,7 @@ from snn_reversible_plugin.recorder import WORK_LIMIT, Observer, OffStack, Tape
 __all__ = [
     "MODES",
     "current",
-    "hold",
+    "handle_of",
     "mark_opaque",
     "mark_spikes",
     "may_promise",
@@ -123,12 +123,12 @@ def paused() -> OffStack:
     return OffStack(current())
 
 
-def hold(tensor: torch.Tensor) -> Handle:
+def handle_of(tensor: torch.Tensor) -> Handle:
     """A handle of a tensor, under a tape: for one who may have to compute something again."""
     recorder = current()
     assert recorder is not None
     with OffStack(recorder):
-        return recorder.hold(tensor)
+        return recorder.handle_of(tensor)
 
 
 def mark_spikes(spikes: torch.Tensor) -> None:

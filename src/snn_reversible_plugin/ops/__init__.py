@@ -9,14 +9,18 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from types import ModuleType
+from typing import Any
 
 import torch
 
-from snn_reversible_plugin.ops import bits_torch
+from snn_reversible_plugin.ops import bits_torch, steps_torch
 
 _on_cpu: ModuleType = bits_torch
-if importlib.util.find_spec("numpy") is not None:  # torch works without it
+_steps_on_cpu: ModuleType = steps_torch
+_HAS_NUMPY = importlib.util.find_spec("numpy") is not None  # torch works without it
+if _HAS_NUMPY:
     _on_cpu = importlib.import_module("snn_reversible_plugin.ops.bits_numpy")
+    _steps_on_cpu = importlib.import_module("snn_reversible_plugin.ops.steps_numpy")
 
 
 def pack_bits(flat: torch.Tensor) -> torch.Tensor:
@@ -30,3 +34,13 @@ def unpack_bits(bits: torch.Tensor, out: torch.Tensor) -> None:
     """Write the bits into the 1-D tensor ``out`` as zeros and ones of its dtype."""
     form = _on_cpu if bits.device.type == "cpu" else bits_torch
     form.unpack_bits(bits, out)
+
+
+def steps_on(device: torch.device) -> Any:
+    """The module that computes steps on the grid: see :mod:`.steps_torch`."""
+    return _steps_on_cpu if device.type == "cpu" else steps_torch
+
+
+def as_pieces(chunk: torch.Tensor) -> Any:
+    """Bytes as :func:`steps_on` reads and writes them, sharing memory."""
+    return chunk.numpy() if _HAS_NUMPY and chunk.device.type == "cpu" else chunk

@@ -66,14 +66,14 @@ class Spec(NamedTuple):
 def analytic(neuron: Any, spec: Spec, current: Tensor, given: tuple[Tensor | None, ...]) -> Any:
     """Run one analytic step and return what stock's ``forward`` would; None where stock has to run."""
     mechanism = mechanism_of(neuron, spec) if tape.may_record() else None
-    states = None if mechanism is None else _states(neuron, spec, current, given)
+    states = None if mechanism is None else states_before(neuron, spec, current, given)
     if mechanism is None or states is None:
         return None
     mem, threshold = states[-1], neuron.threshold
     parameters = [getattr(neuron, name) for name in spec.parameters]
     if not all(_fits(parameter, mem) for parameter in (threshold, *parameters)):
         return None
-    derivative = _derivative(neuron)
+    derivative = derivative_for(neuron)
     delayed = not spec.undelayed or neuron.reset_delay
     reset = None
     if derivative is None:
@@ -114,7 +114,7 @@ def analytic(neuron: Any, spec: Spec, current: Tensor, given: tuple[Tensor | Non
         if derivative is not None and not neuron.inhibition:
             spikes = Firing.apply(derivative, charged[-1], threshold)
             tape.mark_spikes(spikes)
-        ungraded = _is_one(neuron.graded_spikes_factor)
+        ungraded = is_one(neuron.graded_spikes_factor)
     neuron.reset = reset
     _set_states(neuron, spec.states[-len(charged) :], charged)
     if neuron.inhibition:
@@ -164,7 +164,7 @@ def _compare(cls: type, stock_type: type, *names: str) -> bool:
 _inherits: Callable[..., bool] = functools.cache(_compare)
 
 
-def _states(
+def states_before(
     neuron: Any, spec: Spec, current: Tensor, given: tuple[Tensor | None, ...]
 ) -> list[Tensor] | None:
     """The states that stock would start from; None where they would change their dtype."""
@@ -216,7 +216,7 @@ def _fits_recurrent(layer: Any, state: Tensor) -> bool:
     return isinstance(layer, nn.Linear) or (one_to_one and _fits(layer.V, state))
 
 
-def _derivative(neuron: nn.Module) -> Derivative | None:
+def derivative_for(neuron: nn.Module) -> Derivative | None:
     """The surrogate's derivative; None where firing has to be left to the neuron's own methods."""
     overridden = "fire" in neuron.__dict__ or "mem_reset" in neuron.__dict__
     if overridden or not _inherits(type(neuron), snntorch.SpikingNeuron, "fire", "mem_reset"):
@@ -224,7 +224,7 @@ def _derivative(neuron: nn.Module) -> Derivative | None:
     return derivative_of(neuron.spike_grad)
 
 
-def _is_one(factor: Tensor) -> bool:
+def is_one(factor: Tensor) -> bool:
     """Whether a factor is known to be the constant 1, without waiting for another device."""
     if factor.device.type != "cpu" or factor.requires_grad or factor.dim():
         return False

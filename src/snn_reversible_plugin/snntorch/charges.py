@@ -13,6 +13,7 @@ Source: ``_base_state_function`` of the classes in ``snntorch/_neurons``, versio
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -61,8 +62,25 @@ def clamped(factor: Tensor) -> Tensor:
 
 def factor_gradient(factor: Tensor, state: Tensor, grad: Tensor) -> Tensor:
     """The gradient of ``factor`` in ``clamp(factor, 0, 1) * state``."""
-    through = (grad * state).sum_to_size(factor.shape).to(factor.dtype)
-    return torch.where((factor >= 0).logical_and_(factor <= 1), through, 0.0)
+    return through_clamp(factor, (grad * state).sum_to_size(factor.shape).to(factor.dtype))
+
+
+def through_clamp(factor: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of ``factor`` from that of ``clamped(factor)``."""
+    if _passes_at_bounds():
+        inside = (factor >= 0).logical_and_(factor <= 1)
+    else:
+        inside = (factor > 0).logical_and_(factor < 1)
+    return torch.where(inside, grad, 0.0)
+
+
+@functools.cache
+def _passes_at_bounds() -> bool:
+    """Whether a clamp's gradient passes where the bound is met: versions of torch differ."""
+    with torch.inference_mode(False), torch.enable_grad():
+        bound = torch.ones((), device="cpu", requires_grad=True)
+        (grad,) = torch.autograd.grad(clamped(bound), bound)
+    return bool(grad)
 
 
 class LeakyCharge(Charge):

@@ -16,10 +16,11 @@ from torch import nn
 from snn_reversible_plugin.registry import (
     StaysStock,
     SwappedClass,
+    register_on_grid,
     register_reversible,
     swapped_class,
 )
-from snn_reversible_plugin.snntorch import neurons
+from snn_reversible_plugin.snntorch import grid_neurons, neurons
 from snn_reversible_plugin.snntorch.analytic import Spec, anchored, mechanism_of
 
 
@@ -68,6 +69,16 @@ def _choose(module: nn.Module) -> type[nn.Module]:
     return swapped_class(Anchored, type(module))
 
 
+def _on_grid(module: nn.Module) -> type[nn.Module]:
+    spec = grid_neurons.spec_of(module)
+    reason = "its equations are not written for the grid"
+    if spec is not None:
+        reason = grid_neurons.why_not(module, spec) or ""
+    if reason:
+        raise StaysStock(reason)
+    return swapped_class(grid_neurons.OnGrid, type(module))
+
+
 def _refuse(module: nn.Module) -> type[nn.Module]:
     raise StaysStock(STAYS_STOCK[type(module).__name__])
 
@@ -75,6 +86,7 @@ def _refuse(module: nn.Module) -> type[nn.Module]:
 for _stock, (_, _reversible) in _REVERSIBLE.items():
     register_reversible(_stock)(_choose)
     register_reversible(_reversible)(_reversible)
+    register_on_grid(_stock)(_on_grid)
 for _name in STAYS_STOCK:
     if hasattr(snntorch, _name):
         register_reversible(getattr(snntorch, _name))(_refuse)

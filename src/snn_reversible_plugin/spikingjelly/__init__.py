@@ -21,7 +21,13 @@ except ModuleNotFoundError as error:
         "pip install snn-reversible-plugin[spikingjelly]"
     ) from error
 
-from snn_reversible_plugin.registry import StaysStock, register_reversible, swapped_class
+from snn_reversible_plugin.registry import (
+    StaysStock,
+    register_on_grid,
+    register_reversible,
+    swapped_class,
+)
+from snn_reversible_plugin.spikingjelly import grid_nodes
 from snn_reversible_plugin.spikingjelly.coupled import CoupledLIF
 from snn_reversible_plugin.spikingjelly.generic import Replayed, dynamics_of, origin_of
 from snn_reversible_plugin.spikingjelly.nodes import (
@@ -90,6 +96,17 @@ for _cls in _STOCK:
     register_reversible(_cls, subclasses=True)(_refuse)
 for _cls, _rev in _ANALYTIC.items():
     register_reversible(_cls)(_rev)
+
+
+def _on_grid(module: nn.Module) -> type[nn.Module]:
+    reason = grid_nodes.why_not(module, dynamics_of(type(module)))
+    if reason is not None:
+        raise StaysStock(reason)
+    return swapped_class(grid_nodes.OnGrid, type(module))
+
+
+for _cls in _ANALYTIC:
+    register_on_grid(_cls)(_on_grid)
 
 
 def register() -> None:

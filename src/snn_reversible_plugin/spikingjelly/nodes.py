@@ -233,7 +233,7 @@ def _forward(module: Any, x: Any) -> Any:
     else:
         ws = () if w is None else (w,) * (1 if call.fused else x.shape[0])
         if tape.may_promise() and not isinstance(v, Tensor) and not call.store_v_seq:
-            final = FinalMembrane(partial(_final_membrane, call, v), *map(tape.hold, (x, *ws[:1])))
+            final = FinalMembrane(partial(_final_membrane, call, v), *map(tape.handle_of, (x, *ws[:1])))
         s, *states = _MultiStep.apply(x, v, again, call, final, *ws)
         v_seq = states[-1] if call.store_v_seq else None
         v = states[0]

@@ -1,0 +1,63 @@
+"""Switches of neurons on the grid: where steps on it may run, and by which of their two forms.
+
+The one idea: every neuron on the grid has its step twice, reversible and as ordinary operations that
+autograd differentiates. The second is the specification: ``verify`` holds the first to it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from snn_reversible_plugin.grid import check_bits
+
+BITS = 16
+
+_local = threading.local()
+
+
+@contextmanager
+def autograd() -> Iterator[None]:
+    """Inside, steps on the grid run as operations that autograd differentiates."""
+    before = by_autograd()
+    _local.by_autograd = True
+    try:
+        yield
+    finally:
+        _local.by_autograd = before
+
+
+def by_autograd() -> bool:
+    """Whether autograd differentiates steps on the grid here."""
+    return getattr(_local, "by_autograd", False)
+
+
+def available() -> bool:
+    """Whether steps on the grid can run here: not while compiling, not in a ``torch.func`` transform."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
+
+
+def bits_of(module: Any) -> int:
+    """Binary digits behind the point of a neuron's grid: its ``grid_bits``, 16 by default.
+
+    Raises:
+        ValueError: it is no integer from 0 to 23.
+    """
+    bits = getattr(module, "grid_bits", BITS)
+    check_bits(bits)
+    return bits
+
+
+def name_of(module: Any) -> str:
+    """What errors call a module: its name in the converted model, else its type."""
+    name = module.__dict__.get("_srp_name")
+    return f"{name} ({_stock_name(module)})" if name else _stock_name(module)
+
+
+def _stock_name(module: Any) -> str:
+    halves = type(module).__dict__.get("_srp_halves")
+    return (halves[1] if halves else type(module)).__name__

@@ -1,0 +1,135 @@
+"""One neuron's step on the grid and back in plain torch, on any device: the specification.
+
+Records have a size that is known beforehand, so that nothing waits for the device: a digit for every
+neuron where it may have one, and the whole state where a reset to a value could have lost it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from snn_reversible_plugin.ops import bits_torch
+from snn_reversible_plugin.ops.decays import AFTER, BEFORE, SUBTRACT, Decay, Step, digits_a_byte
+
+
+def fire(h: Tensor, threshold: Any, inclusive: bool, out: Tensor) -> Tensor:
+    """See :func:`snn_reversible_plugin.ops.steps_numpy.fire`."""
+    flags = h.ge(threshold) if inclusive else h.gt(threshold)
+    out.copy_(flags)
+    return bits_torch.pack_bits(flags)
+
+
+def fired(bits: Tensor, out: Tensor) -> None:
+    """See :func:`snn_reversible_plugin.ops.steps_numpy.fired`."""
+    bits_torch.unpack_bits(bits, out)
+
+
+def reach(state: Tensor) -> Tensor:
+    """See :func:`snn_reversible_plugin.ops.steps_numpy.reach`."""
+    if not len(state):
+        return state.new_zeros(())
+    low, high = state.aminmax()
+    return torch.maximum(low.neg_(), high)
+
+
+def charge(
+    u: Tensor, current: Tensor, spikes: Tensor | None, step: Step, record: bool, out: Tensor
+) -> list[Tensor]:
+    """See :func:`snn_reversible_plugin.ops.steps_numpy.charge`."""
+    pieces: list[Tensor] = []
+    whole = step.reset in (BEFORE, AFTER)
+    if whole and record:
+        pieces.append(u.clone().view(torch.uint8))
+    a = u.double().mul_(step.scale)
+    if spikes is not None and whole:
+        a.mul_(1 - spikes)
+    v = a.mul_(step.decay.beta).add_(0.5).floor()
+    if record and not whole:
+        pieces += _digits(step.decay, a.sub_(v))
+    w = v.float()
+    if spikes is not None and step.reset == SUBTRACT:
+        w.sub_(spikes * step.theta)
+    w.add_(_current_units(current, step))
+    if spikes is not None and step.reset == AFTER:
+        w = w.masked_fill_(spikes != 0, 0.0)
+    torch.mul(w, 1 / step.scale, out=out)
+    return pieces
+
+
+def undo(state: Tensor, current: Tensor, spikes: Tensor | None, step: Step, record: Tensor) -> Tensor:
+    """See :func:`snn_reversible_plugin.ops.steps_numpy.undo`."""
+    if step.reset in (BEFORE, AFTER):
+        return record.clone().view(torch.float32)
+    w = (state * step.scale).sub_(_current_units(current, step))
+    if step.reset == SUBTRACT:
+        assert spikes is not None
+        w.add_(spikes * step.theta)
+    decay = step.decay
+    if decay.radix == 1:
+        return w.mul_(1 / step.scale)
+    lowest = w.double().mul_(decay.inverse).add_(decay.offset).ceil_()
+    lowest.add_(_read_digits(decay, record, len(w)))
+    return lowest.add_(0.0).mul_(1 / step.scale).float()
+
+
+def reset(
+    h: Tensor, spikes: Tensor, theta: Any, to: float | None, scale: float, record: bool, out: Tensor
+) -> list[Tensor]:
+    """See :func:`snn_reversible_plugin.ops.steps_numpy.reset`."""
+    if to is None:
+        torch.sub(h, spikes * (theta / scale), out=out)
+        return []
+    out.copy_(torch.where(spikes != 0, to, h))
+    return [h.clone().view(torch.uint8)] if record else []
+
+
+def unreset(
+    v: Tensor, spikes: Tensor, theta: Any, to: float | None, scale: float, record: Tensor
+) -> tuple[Tensor, int]:
+    """See :func:`snn_reversible_plugin.ops.steps_numpy.unreset`."""
+    if to is None:
+        return v + spikes * (theta / scale), 0
+    end = 4 * len(v)
+    return record[:end].clone().view(torch.float32), end
+
+
+def _current_units(current: Tensor, step: Step) -> Tensor:
+    if step.gain is None:
+        return (current * step.scale).round_()
+    return (current * step.gain).mul_(step.scale).round_()
+
+
+def _digits(decay: Decay, fraction: Tensor) -> list[Tensor]:
+    if decay.radix == 1:
+        return []
+    digits = fraction.div_(decay.beta).floor_()
+    if decay.radix == 2:
+        return [bits_torch.pack_bits(digits)]
+    if decay.radix > 256:
+        low = digits.remainder(256)
+        return [torch.stack((low, (digits - low) / 256), 1).to(torch.uint8).view(-1)]
+    each = digits_a_byte(decay.radix)
+    rows = torch.nn.functional.pad(digits, (0, -len(digits) % each)).view(-1, each)
+    total = rows[:, each - 1].clone()
+    for place in reversed(range(each - 1)):
+        total.mul_(decay.radix).add_(rows[:, place])
+    return [total.to(torch.uint8)]
+
+
+def _read_digits(decay: Decay, record: Tensor, n: int) -> Tensor:
+    digits = torch.empty(n, dtype=torch.float64, device=record.device)
+    if decay.radix == 2:
+        bits_torch.unpack_bits(record, digits)
+        return digits
+    if decay.radix > 256:
+        pairs = record.view(n, 2).double()
+        return pairs[:, 0] + 256 * pairs[:, 1]
+    rest = record.double()
+    places = []
+    for _ in range(digits_a_byte(decay.radix)):
+        places.append(rest.remainder(decay.radix))
+        rest = rest.div(decay.radix).floor()
+    return torch.stack(places, 1).view(-1)[:n]

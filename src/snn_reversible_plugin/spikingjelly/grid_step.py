@@ -1,0 +1,209 @@
+"""One time step of SpikingJelly's LIF family on the dyadic grid, which a later backward can undo.
+
+The one idea: charge, fire and reset are one autograd function, which saves the charged membrane as a place
+on the neuron's :class:`~snn_reversible_plugin.timeline.Timeline`, and no tensor. On the grid every charge
+reads ``h = decay(v, beta) + snap(gain * x)``: IF with beta = 1, LIF and ParametricLIF with
+beta = 1 - 1/tau.
+:func:`reference` is the same step written with ordinary operations: the specification.
+
+Source: design section 6; ``spikingjelly.activation_based.neuron`` 2.0.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from snn_reversible_plugin import ops, tape
+from snn_reversible_plugin.dynamics import Rule, Surrogate, fire_reset_vjp
+from snn_reversible_plugin.entries import enter, look_up
+from snn_reversible_plugin.grid import check_range, decay, snap
+from snn_reversible_plugin.handles import Passing, is_dense
+from snn_reversible_plugin.ops.decays import Step
+from snn_reversible_plugin.spikingjelly.rerun import differentiable_once
+from snn_reversible_plugin.timeline import (
+    REMEDY,
+    NewSpikes,
+    NewState,
+    State,
+    Timeline,
+    continued,
+    flat,
+    like,
+    rests_on_a_state,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A neuron's constants. ``rule`` has its threshold and its reset on the grid."""
+
+    step: Step
+    rule: Rule
+    surrogate: Surrogate
+    beta: float
+    name: str
+    bits: int
+
+    @functools.cached_property
+    def stepping(self) -> type[Stepping]:
+        """:class:`Stepping` with this plan: an attribute of each node would cost bytes a step."""
+        return type("Stepping", (Stepping,), {"plan": self})
+
+    def charged(self, timeline: Timeline, t: int, state: Tensor) -> Tensor:
+        """The charged membrane of step t, flat, from the membrane after it."""
+        n = state.numel()
+        record = timeline.records.record(2 * t)[(n + 7) // 8 :]
+        form, rule = ops.steps_on(state.device), self.rule
+        h, _ = form.unreset(
+            state, timeline.spikes(t), self.step.theta, rule.v_reset, self.step.scale, record
+        )
+        return h  # type: ignore[no-any-return]
+
+    def back(self, timeline: Timeline, t: int, state: Tensor, current: Tensor) -> Tensor:
+        """The flat membrane before step t, from the one after it."""
+        h = self.charged(timeline, t, state)
+        record = timeline.records.record(2 * t - 1)
+        return ops.steps_on(state.device).undo(h, current, None, self.step, record)  # type: ignore[no-any-return]
+
+
+class Charged(State):
+    """The charged membrane of step ``t`` of a timeline."""
+
+    __slots__ = ()
+
+    def get(self, last: bool) -> tuple[Tensor, bool]:
+        timeline, records = self.timeline, self.timeline.records
+        h = timeline.dynamics.charged(timeline, self.t, timeline.state(self.t))  # type: ignore[attr-defined]
+        return self.verified(h.as_strided(records.size, records.stride), "rebuilding its membrane"), True
+
+
+class NewCharged(Passing):
+    """Leads to a :class:`Charged` of a timeline that is about to take step ``t``."""
+
+    __slots__ = ("t", "timeline")
+
+    def __init__(self, timeline: Timeline, t: int) -> None:
+        super().__init__()
+        self.timeline, self.t = timeline, t
+
+    def held(self) -> State:
+        return Charged(self.timeline, self.t)
+
+
+class Stepping(torch.autograd.Function):
+    """``plan.stepping.apply([charged, lost, fired], v, x, beta)`` -> spikes and the membrane after.
+
+    ``charged``: what stands for the charged membrane on the tape; ``lost`` and ``fired`` collect what has
+    to be written down. All three are None where nothing is recorded. ``beta``: None where it is a constant.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, sinks: list[Any], v: Tensor, x: Tensor, beta: Tensor | None) -> Any:  # type: ignore[override]
+        plan: Plan = ctx._forward_cls.plan
+        ctx.set_materialize_grads(False)
+        charged, lost, fired = sinks
+        stride, form, rule = v.stride(), ops.steps_on(v.device), plan.rule
+        record = lost is not None
+        h, s, after = like(v), like(v), like(v)
+        flat_h, flat_s = flat(h, stride), flat(s, stride)
+        digits = form.charge(flat(v, stride), flat(x, stride), None, plan.step, record, flat_h)
+        bits = form.fire(flat_h, rule.v_threshold, True, flat_s)
+        theta, scale = plan.step.theta, plan.step.scale
+        resets = form.reset(flat_h, flat_s, theta, rule.v_reset, scale, record, flat(after, stride))
+        if record:
+            lost += digits
+            fired += [bits, *resets]
+        if charged is not None:
+            enter(h, charged)
+        _, _, _, of_beta = ctx.needs_input_grad
+        ctx.save_for_backward(h, beta, v if of_beta else None)
+        if x.dtype is not torch.float32:
+            ctx.dtype = x.dtype
+        return s, after
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, g_s: Tensor | None, g_v: Tensor | None) -> Any:
+        plan: Plan = ctx._forward_cls.plan
+        h, beta, v = ctx.saved_tensors
+        if g_s is None and g_v is None:
+            return None, None, None, None
+        _, of_v, of_x, of_beta = ctx.needs_input_grad
+        g = fire_reset_vjp(h, g_s, g_v, plan.rule, plan.surrogate)
+        by_v = by_x = by_beta = None
+        if of_v:
+            by_v = g * (plan.beta if beta is None else beta)
+        if of_x:
+            by_x = g.to(getattr(ctx, "dtype", torch.float32))
+            if plan.step.gain is not None:
+                by_x = by_x * plan.step.gain
+        if of_beta:
+            by_beta = (g * v).sum_to_size(beta.shape).to(beta.dtype)
+        return None, by_v, by_x, by_beta
+
+
+def step(plan: Plan, x: Tensor, v: Tensor, beta: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Spikes and the membrane after one step on the grid, on a timeline where a tape records.
+
+    Raises:
+        OverflowError: the membrane left the range in which the grid is exact.
+    """
+    recorder = tape.current()
+    needs = x.requires_grad or v.requires_grad or (beta is not None and beta.requires_grad)
+    if recorder is not None and (recorder.suspended or not needs or not tape.may_record()):
+        recorder = None
+    timeline = None if recorder is None else continued(v, plan)
+    if timeline is None:
+        v = snap(v, plan.bits)
+        if not is_dense(v):
+            v = v.contiguous()
+    handle = None
+    if recorder is not None:
+        handle = recorder.hold(x) if rests_on_a_state(look_up(x)) else recorder.pack(x)
+    with tape.paused():
+        if recorder is not None and timeline is None:
+            timeline = Timeline(plan, v, plan.name)
+            timeline.records.append([])
+        sinks: list[Any] = [None, None, None]
+        if timeline is not None:
+            sinks = [NewCharged(timeline, timeline.length + 1), [], []]
+        s, after = plan.stepping.apply(sinks, v, x, beta)
+        reach = ops.steps_on(v.device).reach(flat(after, after.stride()))
+        if reach.device.type == "cpu":
+            check_range([plan.name], [reach], plan.bits, REMEDY)
+        if timeline is None:
+            tape.mark_opaque(after)
+            tape.mark_spikes(s)
+        else:
+            assert recorder is not None and handle is not None
+            timeline.step(handle, recorder.hold(after), reach, sinks[1])
+            timeline.fired(sinks[2], s)
+            enter(after, NewState(timeline, timeline.length))
+            enter(s, NewSpikes(timeline, timeline.length))
+    return s, after
+
+
+def reference(
+    x: Tensor,
+    v: Tensor,
+    beta: Tensor | float,
+    rule: Rule,
+    fire: Any,
+    gain: float | None = None,
+    bits: int = 16,
+) -> tuple[Tensor, Tensor]:
+    """:func:`step` written with operations that autograd differentiates; ``rule`` as in a plan."""
+    h = decay(snap(v, bits), beta, bits) + snap(x if gain is None else x.float() * gain, bits)
+    s = fire(h - rule.v_threshold)
+    reset = s.detach() if rule.detach_reset else s
+    if rule.v_reset is None:
+        v = h - reset * rule.v_threshold
+    else:
+        v = reset * rule.v_reset + (1.0 - reset) * h
+    # As of stock's operators, what comes through the reset is no part of the gradient of the spikes.
+    return s.view_as(s), v

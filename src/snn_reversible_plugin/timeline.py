@@ -1,0 +1,241 @@
+"""A neuron's states over time, of which only the newest is stored.
+
+The one idea: a state on the grid is rebuilt from the one after it, the input current (replayed) and the
+remainders of the step. A :class:`Timeline` is one layer's sequence; what autograd saves of its states is
+a :class:`State`, a place on it. Source: design section 6.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from snn_reversible_plugin import ops
+from snn_reversible_plugin.entries import look_up
+from snn_reversible_plugin.grid import check_range
+from snn_reversible_plugin.handles import Handle, Kept, Packed, Passing, Replayed
+from snn_reversible_plugin.remainders import Remainders
+
+# NOTE [Who keeps a timeline alive]
+#
+# 1. The graph does: each State that autograd saved. When a backward has freed them, or nobody wanted the
+#    gradient, the timeline and all its records go. Tensors lead to it by a Passing handle, which
+#    doesn't count, because a neuron's newest state lives on until the next sequence.
+# 2. A state that is no timeline's newest (it was used twice, changed, detached, its timeline is gone)
+#    starts a timeline of its own. It is not stored: what comes before it is not ours to rebuild.
+# 3. Spikes need their bits only, not the timeline: they refer to the records.
+#
+# NOTE [Walking back]
+#
+# 1. A cursor is a state at some step. A request is served by the nearest cursor at or after it, which moves
+#    there; where there is none, a cursor starts from the newest state. So backward passes may be partial
+#    or repeated, and a loss that asks for all states first costs a second walk, not T walks.
+# 2. A few cursors stay, so that requests at two or three places by turns (a synaptic delay) walk in step.
+# 3. A step back needs the current of that step. A current computed from a membrane is kept, not replayed:
+#    rebuilding it could ask for the very state that is being rebuilt.
+# 4. No state is changed in place: somebody may hold what a cursor handed out.
+CURSORS = 4
+REMEDY = (
+    "Lower the weights or the gain of the input, set grid_bits of the neuron to fewer (each one less "
+    'doubles the range), or convert with arithmetic="stock".'
+)
+
+
+class Dynamics(Protocol):
+    """How a timeline steps back. Equal for all steps of one."""
+
+    @property
+    def bits(self) -> int:
+        """The grid's."""
+
+    def back(self, timeline: Timeline, t: int, state: Tensor, current: Tensor) -> Tensor:
+        """The flat state before step t, from the one after it."""
+
+
+class _Cursor(NamedTuple):
+    t: int
+    state: Tensor
+
+
+class Timeline:
+    """The sequence of one layer's states, numbered from 0, where it starts.
+
+    ``records`` holds record 0 of the start, then 2 t - 1 of the charge and 2 t of the spikes of step t.
+    """
+
+    __slots__ = (
+        "__weakref__", "currents", "cursors", "dynamics", "name", "newest", "output", "reach", "records",
+        "ref",
+    )  # fmt: skip
+
+    def __init__(self, dynamics: Dynamics, like: Tensor, name: str) -> None:
+        self.dynamics, self.name = dynamics, name
+        self.records = Remainders(like)
+        self.currents: list[Handle] = []
+        self.newest: Kept | None = None
+        self.reach: Tensor | None = None
+        self.cursors: list[_Cursor] = []
+        self.ref = weakref.ref(self)
+        self.output: tuple[weakref.ref[Tensor], int] | None = None
+
+    @property
+    def length(self) -> int:
+        """How many steps have been taken."""
+        return len(self.currents)
+
+    def step(self, current: Handle, newest: Kept, reach: Tensor, lost: Sequence[Any]) -> None:
+        """Take a step: its current, the state after it, and what to write down of the one before."""
+        self.records.append(lost)
+        self.currents.append(current)
+        self.newest = newest
+        self.output = None
+        self.reach = reach if self.reach is None else torch.maximum(self.reach, reach)
+
+    def state(self, t: int) -> Tensor:
+        """The state after step t, flat."""
+        if self.reach is not None:
+            check_range([self.name], [self.reach], self.dynamics.bits, REMEDY)
+            self.reach = None
+        behind = [cursor for cursor in self.cursors if cursor.t >= t]
+        if behind:
+            cursor = min(behind, key=lambda one: one.t)
+            self.cursors.remove(cursor)
+        else:
+            assert self.newest is not None
+            newest, _ = self.newest.get(False)
+            cursor = _Cursor(self.length, newest.as_strided((newest.numel(),), (1,)))
+        at, state = cursor
+        while at > t:
+            state = self.dynamics.back(self, at, state, self.current(at))
+            at -= 1
+        self.cursors.append(_Cursor(at, state))
+        del self.cursors[:-CURSORS]
+        return state
+
+    def current(self, t: int) -> Tensor:
+        """The input current of step t, flat."""
+        return flat(self.currents[t - 1].unpack(), self.records.stride)
+
+    def fired(self, bits: Sequence[Any], spikes: Tensor | None) -> None:
+        """Write down the spikes of the newest state."""
+        self.records.append(bits)
+        if spikes is not None:
+            self.output = weakref.ref(spikes), spikes._version
+
+    def newest_spikes(self) -> Tensor:
+        """The spikes of the newest state; those that were handed out, if they are still as they were."""
+        if self.output is not None:
+            ref, version = self.output
+            spikes = ref()
+            if spikes is not None and spikes._version == version:
+                return spikes.detach()
+        return self.spikes(self.length).as_strided(self.records.size, self.records.stride)
+
+    def spikes(self, t: int) -> Tensor:
+        """The spikes of step t, flat."""
+        return fired(self.records, 2 * t)
+
+
+def continued(u: Tensor, dynamics: Dynamics) -> Timeline | None:
+    """The timeline whose newest state ``u`` is, if the next step goes on with it."""
+    known = look_up(u)
+    if not isinstance(known, NewState) or not u.requires_grad:
+        return None
+    timeline = known.ref()
+    if timeline is None or timeline.dynamics is not dynamics or known.t != timeline.length:
+        return None
+    return timeline
+
+
+def flat(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """A tensor as float32 [n], in the order of memory of a layout."""
+    tensor = tensor.detach()
+    if tensor.stride() != stride or tensor.dtype is not torch.float32:
+        laid_out = torch.empty_strided(tensor.size(), stride, dtype=torch.float32, device=tensor.device)
+        tensor = laid_out.copy_(tensor)
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def like(tensor: Tensor) -> Tensor:
+    """An empty tensor of this layout: float32, and no view, so that users may detach it in place."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=torch.float32, device=tensor.device)
+
+
+def fired(records: Remainders, index: int) -> Tensor:
+    """Spikes out of a record that begins with their bits, flat."""
+    record = records.record(index)
+    spikes = torch.empty(records.size.numel(), device=records.device)
+    ops.steps_on(spikes.device).fired(record[: (len(spikes) + 7) // 8], spikes)
+    return spikes
+
+
+class State(Handle):
+    """The state after step ``t`` of a timeline."""
+
+    treatment = "reversed"
+    __slots__ = ("t", "timeline")
+
+    def __init__(self, timeline: Timeline, t: int) -> None:
+        super().__init__()
+        self.timeline, self.t = timeline, t
+
+    def get(self, last: bool) -> tuple[Tensor, bool]:
+        flat, records = self.timeline.state(self.t), self.timeline.records
+        return self.verified(flat.as_strided(records.size, records.stride), "rebuilding its state"), False
+
+
+class Spikes(Handle):
+    """The spikes of a step, out of the records."""
+
+    treatment = "packed"
+    __slots__ = ("index", "records")
+
+    def __init__(self, records: Remainders, index: int) -> None:
+        super().__init__()
+        self.records, self.index = records, index
+
+    def get(self, last: bool) -> tuple[Tensor, bool]:
+        spikes = fired(self.records, self.index).as_strided(self.records.size, self.records.stride)
+        return self.verified(spikes, "unpacking its spikes"), True
+
+
+class _Newly(Passing):
+    """What a tensor that a neuron just made is: a state or spikes of a timeline."""
+
+    __slots__ = ("ref", "t")
+
+    def __init__(self, timeline: Timeline, t: int) -> None:
+        super().__init__()
+        self.ref: Callable[[], Timeline | None] = timeline.ref
+        self.t = t
+
+
+class NewState(_Newly):
+    """Leads to a :class:`State`."""
+
+    __slots__ = ()
+
+    def held(self) -> Handle | None:
+        timeline = self.ref()
+        return None if timeline is None else State(timeline, self.t)
+
+
+class NewSpikes(_Newly):
+    """Leads to :class:`Spikes`."""
+
+    __slots__ = ()
+
+    def held(self) -> Handle | None:
+        timeline = self.ref()
+        return Packed() if timeline is None else Spikes(timeline.records, 2 * self.t)
+
+
+def rests_on_a_state(handle: Any) -> bool:
+    """Whether rebuilding a handle's value may ask for a state of some timeline."""
+    if isinstance(handle, Replayed):
+        return any(rests_on_a_state(operand) for operand in handle.operands())
+    return isinstance(handle, (State, NewState))
