@@ -20,6 +20,9 @@ from snn_reversible_plugin.adapters import is_spiking
 _OF_TORCH = frozenset(nn.Module().__dict__)
 _CONTAINERS = (list, tuple, dict)
 
+# What a module holds: for each place and name the value, and a stamp that changes with its content.
+_Held = dict[tuple[int, str], tuple[Any, Any]]
+
 _EITHER_WAY = (
     "Take the start of the states out of forward, or write forward(x, *states) -> (output, *states) and "
     "give the first states with states="
@@ -113,7 +116,13 @@ def _cut_inside(container: Any, key: Any) -> None:
 
 def holds_states(module: nn.Module) -> bool:
     """Whether a module is a neuron, or another of SpikingJelly's modules with a memory."""
-    return is_spiking(module) or isinstance(module.__dict__.get("_memories"), dict)
+    return _is_neuron(module) or isinstance(module.__dict__.get("_memories"), dict)
+
+
+def _is_neuron(module: nn.Module) -> bool:
+    """Also those of SpikingJelly's that are not derived from one of its base neurons."""
+    home = "spikingjelly.activation_based.neuron."
+    return is_spiking(module) or any(cls.__module__.startswith(home) for cls in type(module).__mro__)
 
 
 def refuse_time_mixing(model: nn.Module, states_given: bool) -> None:
@@ -140,7 +149,7 @@ class Watch:
     def __init__(self, model: nn.Module, states_given: bool) -> None:
         self._neurons = {m: name or "the model" for name, m in model.named_modules() if holds_states(m)}
         self._states_given = states_given
-        self._left: dict[nn.Module, dict[tuple[int, str], tuple[Tensor, int]]] = {}
+        self._left: dict[nn.Module, _Held] = {}
         self._storages: set[int] = set()
         self._calls: dict[nn.Module, int] = {}
 
@@ -160,7 +169,7 @@ class Watch:
         for module, name in self._neurons.items():
             if not self._calls[module] or self._states_given:
                 continue
-            if is_spiking(module) and not self._changed(module):
+            if _is_neuron(module) and not self._changed(module):
                 raise ValueError(
                     f"{name}: a {type(module).__name__}"
                     f"{_in_step_mode(module)} carries no state from one call to the next, so "
@@ -179,16 +188,17 @@ class Watch:
         }
 
     @staticmethod
-    def _held(module: nn.Module) -> dict[tuple[int, str], tuple[Tensor, int]]:
-        tables = (*_tables(module), module.__dict__.get("_memories") or {})
-        return {
-            (place, key): (value, 0 if value.is_inference() else value._version)
-            for place, table in enumerate(tables)
-            for key, value in table.items()
-            if isinstance(value, Tensor)
-        }
+    def _held(module: nn.Module) -> _Held:
+        held: _Held = {}
+        for place, table in enumerate((*_tables(module), module.__dict__.get("_memories") or {})):
+            for key, value in table.items():
+                if isinstance(value, Tensor):
+                    held[place, key] = value, 0 if value.is_inference() else value._version
+                elif place == 2:  # a list of tensors, a number of steps
+                    held[place, key] = value, [*map(id, value)] if isinstance(value, list) else None
+        return held
 
-    def _changed(self, module: nn.Module) -> dict[tuple[int, str], tuple[Tensor, int]]:
+    def _changed(self, module: nn.Module) -> _Held:
         """What the step has put into a module."""
         before = self._entered[module]
         return {key: held for key, held in self._held(module).items() if not _same(held, before.get(key))}
@@ -228,7 +238,7 @@ class Watch:
             )
 
 
-def _same(a: tuple[Tensor, int] | None, b: tuple[Tensor, int] | None) -> bool:
+def _same(a: tuple[Any, Any] | None, b: tuple[Any, Any] | None) -> bool:
     return a is not None and b is not None and a[0] is b[0] and a[1] == b[1]
 
 
