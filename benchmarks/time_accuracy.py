@@ -1,4 +1,4 @@
-"""``python -m benchmarks.time_accuracy``: accuracy on the N-MNIST subset, by each way to train through time.
+"""``python -m benchmarks.time_accuracy``: accuracy on the N-MNIST subset, by way of training.
 
 One SpikingJelly network, stepped by a loop, trained from the same seeds: stock, in grid arithmetic, with
 coupled neurons, by SLTT and by SLTT-K. Every fifth recording of the training part is kept for the test,

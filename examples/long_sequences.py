@@ -50,10 +50,17 @@ def recurrent(inputs: int, hidden: int) -> nn.Sequential:
     return nn.Sequential(into, neurons, nn.Linear(hidden, 10))
 
 
+class Events(nn.Flatten):
+    """Counts of events, a byte each, as the numbers that a linear layer takes."""
+
+    def forward(self, counts: torch.Tensor) -> torch.Tensor:
+        return super().forward(counts.float())
+
+
 def feed_forward(inputs: int, hidden: int) -> nn.Sequential:
     """For one frame [N, 2, H, W]: two layers of leaky neurons."""
     return nn.Sequential(
-        nn.Flatten(),
+        Events(),
         nn.Linear(inputs, hidden),
         snn.Leaky(beta=0.95, init_hidden=True),
         nn.Linear(hidden, hidden),
@@ -89,7 +96,7 @@ def batches(task: str, steps: int, batch: int, limit: int | None, folder: Path) 
 def sequence(task: str, frames: torch.Tensor, steps: int) -> torch.Tensor:
     """Frames as the network sees them, ``[T, N, ...]``."""
     if task != "pixels":
-        return frames.float()
+        return frames
     pixel = torch.arange(steps) * 64 // steps
     wires = torch.cat([F.one_hot(pixel // 8, 8), F.one_hot(pixel % 8, 8)], dim=1)
     return frames.T[pixel].unsqueeze(2) * wires.unsqueeze(1)
