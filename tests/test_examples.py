@@ -1,6 +1,9 @@
 """Each example is run as it stands, and with the line taken out that it says is the one change."""
 
 import math
+import os
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -17,6 +20,7 @@ SMALL = {
     "snntorch_training": "--epochs 2 --steps 5 --batch 8 --limit 16",
     "coupled_network": "--epochs 2 --steps 5 --batch 8 --channels 4 --limit 16",
     "nmnist": "--epochs 2 --steps 5 --batch 8 --channels 2 --limit 16",
+    "sltt_training": "--epochs 2 --steps 5 --batch 8 --channels 4 --limit 16",
 }
 
 
@@ -82,6 +86,30 @@ def test_an_example_trains_as_it_would_without_its_one_change(name, nmnist_folde
     assert [line for line in stock_output.splitlines() if line.startswith("test accuracy")] == accuracies
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+@pytest.mark.parametrize(("method", "trains"), [("stock", False), ("reversible", True), ("sltt", True)])
+def test_long_sequences_train_where_stock_runs_out_of_memory(method, trains):
+    script = [sys.executable, EXAMPLES / "long_sequences.py", "--method", method, "--limit-mb", "66"]
+    size = ["--steps", "512", "--epochs", "1", "--batch", "32", "--limit", "32"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    environment["OMP_NUM_THREADS"] = "1"
+    run = subprocess.run([*script, *size], env=environment, capture_output=True, text=True, check=False)
+    assert (run.returncode == 0) == trains, run.stderr
+    assert ("test accuracy" if trains else "can't allocate memory") in run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("task", ["pixels", "saccades", "nmnist"])
+def test_long_sequences_of_every_kind(task, nmnist_folder):
+    arguments = f"--task {task} --steps 64 --epochs 1 --batch 8 --limit 16 --hidden 8"
+    for method in ("stock", "reversible", "sltt"):
+        losses, output, _ = train(
+            "long_sequences", f"{arguments} --method {method} --folder {nmnist_folder}"
+        )
+        assert len(losses) == 2 and all(math.isfinite(loss) and loss > 0 for loss in losses)
+        assert "test accuracy" in output
+
+
 def test_every_example_is_tested():
-    elsewhere = {"reversible_networks"}  # test_resuming
+    elsewhere = {"long_sequences", "reversible_networks"}  # the latter in test_resuming
     assert {path.stem for path in EXAMPLES.glob("*.py")} == set(SMALL) | elsewhere

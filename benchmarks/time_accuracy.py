@@ -1,0 +1,223 @@
+"""``python -m benchmarks.time_accuracy``: accuracy on the N-MNIST subset, by way of training.
+
+One SpikingJelly network, stepped by a loop, trained from the same seeds: stock, in grid arithmetic, with
+coupled neurons, by SLTT and by SLTT-K. Every fifth recording of the training part is kept for the test,
+beside the test part. Results are stored after each run, and runs that are stored are not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from spikingjelly.activation_based import functional, layer, neuron, surrogate
+from torch import nn
+
+import snn_reversible_plugin as srp
+from snn_reversible_plugin.data import NMNISTFolder, event_frames
+from snn_reversible_plugin.training import sltt_backward
+
+from .__main__ import ALLOCATOR
+
+RESULTS = Path(__file__).parent / "results" / "time-accuracy.json"
+STEPS, BATCH, RATE = 20, 20, 3e-3
+K = 5
+
+Batches = list[tuple[torch.Tensor, torch.Tensor]]
+Neuron = Callable[[int], nn.Module]
+
+
+class NotBuilt(Exception):
+    """This version of the package has no such method."""
+
+
+def lif(_channels: int) -> nn.Module:
+    return neuron.LIFNode(v_reset=None, detach_reset=True, surrogate_function=surrogate.ATan())
+
+
+def coupled(channels: int) -> nn.Module:
+    from snn_reversible_plugin import spikingjelly as adapter
+
+    if not hasattr(adapter, "CoupledLIF"):
+        raise NotBuilt("snn_reversible_plugin.spikingjelly has no CoupledLIF")
+    return adapter.CoupledLIF()
+
+
+def network(make: Neuron) -> nn.Sequential:
+    """For one frame [N, 2, 34, 34]: scores [N, 10]."""
+    return nn.Sequential(
+        layer.Conv2d(2, 12, 5, stride=2, padding=2, bias=False),  # 17
+        layer.BatchNorm2d(12),
+        make(12),
+        layer.Conv2d(12, 24, 3, stride=2, padding=1, bias=False),  # 9
+        layer.BatchNorm2d(24),
+        make(24),
+        layer.Flatten(),
+        layer.Linear(24 * 9 * 9, 64),
+        make(64),
+        layer.Linear(64, 10),
+    )
+
+
+def _grid(model: nn.Module) -> nn.Module:
+    try:
+        return srp.convert_to_reversible(model, arithmetic="grid")
+    except ValueError as error:
+        raise NotBuilt(str(error)) from error
+
+
+def scores_of(model: nn.Module, x_seq: torch.Tensor) -> torch.Tensor:
+    functional.reset_net(model)
+    total: torch.Tensor | float = 0.0
+    for x in x_seq:
+        total = total + model(x)
+    return total / len(x_seq)
+
+
+def through_time(model: nn.Module, x_seq: torch.Tensor, label: torch.Tensor, _drawn: Any) -> None:
+    nn.functional.cross_entropy(scores_of(model, x_seq), label).backward()
+
+
+def sltt(k: int | None) -> Callable[..., None]:
+    def backward(model: nn.Module, x_seq: torch.Tensor, label: torch.Tensor, drawn: Any) -> None:
+        functional.reset_net(model)
+        loss_fn = lambda scores: nn.functional.cross_entropy(scores, label)  # noqa: E731
+        sltt_backward(model, x_seq, loss_fn, k, generator=drawn)
+
+    return backward
+
+
+# Of each method: its neurons, what becomes of the model, and the backward.
+METHODS: dict[str, tuple[Neuron, Callable[[nn.Module], nn.Module], Callable[..., None]]] = {
+    "stock": (lif, lambda model: model, through_time),
+    "grid": (lif, _grid, through_time),
+    "coupled": (coupled, srp.convert_to_reversible, through_time),
+    "SLTT": (lif, srp.convert_to_reversible, sltt(None)),
+    f"SLTT-{K}": (lif, srp.convert_to_reversible, sltt(K)),
+}
+
+
+def main(
+    method: Annotated[list[str] | None, typer.Option(help="methods to run; all by default")] = None,
+    seeds: Annotated[int, typer.Option(help="runs of each method")] = 3,
+    epochs: int = 10,
+    folder: Annotated[Path, typer.Option(help="N-MNIST's")] = Path("../shared/data/nmnist"),
+    again: Annotated[bool, typer.Option(help="run what is stored already too")] = False,
+) -> None:
+    """Train by every method from every seed, and print the accuracies as a markdown table."""
+    torch.set_num_threads(1)
+    if unknown := set(method or ()) - set(METHODS):
+        raise typer.BadParameter(f"unknown: {sorted(unknown)}; there are {[*METHODS]}")
+    console = Console(stderr=True)
+    stored: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    training, test = _data(folder)
+    missing = {}
+    for seed in range(seeds):
+        for name in method or METHODS:
+            key = f"{name} | seed {seed} | {epochs} epochs"
+            if key in stored and not again:
+                continue
+            try:
+                with console.status(key):
+                    stored[key] = _run(name, seed, epochs, training, test)
+            except NotBuilt as reason:
+                missing[name] = str(reason)
+                continue
+            RESULTS.parent.mkdir(exist_ok=True)
+            RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
+    print(table(stored, epochs))
+    for name, reason in missing.items():
+        console.print(f"{name} not run: {reason}", markup=False)
+
+
+def _data(folder: Path) -> tuple[Batches, Batches]:
+    def frames(train: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        loaded = list(event_frames(NMNISTFolder(folder, train=train), steps=STEPS, batch_size=100))
+        return torch.cat([x for x, _ in loaded], dim=1), torch.cat([y for _, y in loaded])
+
+    (x, y), (x_test, y_test) = frames(True), frames(False)
+    fifth = torch.arange(len(y)) % 5 == 0
+    test = (torch.cat([x[:, fifth], x_test], dim=1), torch.cat([y[fifth], y_test]))
+    return [(x[:, ~fifth], y[~fifth])], list(
+        zip(test[0].split(BATCH, 1), test[1].split(BATCH), strict=True)
+    )
+
+
+def _run(name: str, seed: int, epochs: int, training: Batches, test: Batches) -> dict[str, Any]:
+    make, prepare, backward = METHODS[name]
+    torch.manual_seed(seed)
+    model = prepare(network(make))
+    drawn = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
+    ((x, y),) = training
+    updates = epochs * (len(y) // BATCH)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
+    started = time.perf_counter()
+    for _ in range(epochs):
+        for chosen in torch.randperm(len(y), generator=drawn)[: len(y) // BATCH * BATCH].view(-1, BATCH):
+            optimizer.zero_grad()
+            backward(model, x[:, chosen], y[chosen], drawn)
+            optimizer.step()
+            schedule.step()
+    seconds = time.perf_counter() - started
+    model.eval()
+    seen = list(zip(x.split(BATCH, 1), y.split(BATCH), strict=True))
+    return {
+        "training_accuracy": _accuracy(model, seen),
+        "test_accuracy": _accuracy(model, test),
+        "seconds": seconds,
+        "updates": updates,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {package: version(package) for package in ("torch", "spikingjelly")},
+    }
+
+
+def _accuracy(model: nn.Module, batches: Batches) -> float:
+    with torch.no_grad():
+        right = sum((scores_of(model, x).argmax(1) == y).sum().item() for x, y in batches)
+    return right / sum(len(y) for _, y in batches)
+
+
+def table(stored: dict[str, Any], epochs: int) -> str:
+    lines = [
+        "| trained by | seeds | training accuracy | test accuracy | time of a run |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name in METHODS:
+        runs = [
+            run
+            for key, run in stored.items()
+            if key.startswith(f"{name} |") and key.endswith(f"| {epochs} epochs")
+        ]
+        if not runs:
+            lines.append(f"| {name} | 0 | | | |")
+            continue
+        seconds = statistics.median(run["seconds"] for run in runs)
+        lines.append(
+            f"| {name} | {len(runs)} | {_spread(runs, 'training_accuracy')} | "
+            f"{_spread(runs, 'test_accuracy')} | {seconds:.0f} s |"
+        )
+    return "\n".join(lines)
+
+
+def _spread(runs: list[dict[str, Any]], of: str) -> str:
+    values = [100 * run[of] for run in runs]
+    mean = f"{statistics.mean(values):.1f} %"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.1f} to {max(values):.1f})"
+
+
+if __name__ == "__main__":
+    if sys.platform == "linux" and not all(name in os.environ for name in ALLOCATOR):
+        os.execve(sys.executable, sys.orig_argv, os.environ | ALLOCATOR)
+    typer.run(main)

@@ -1,0 +1,208 @@
+"""Thousands of time steps under a limit on memory, where ordinary training fails.
+
+    python examples/long_sequences.py --limit-mb 150                      # reversible
+    python examples/long_sequences.py --limit-mb 150 --method stock       # runs out of memory
+    python examples/long_sequences.py --limit-mb 150 --method sltt
+    python examples/long_sequences.py --task saccades                     # event frames of 1 ms
+    python examples/long_sequences.py --task nmnist --folder ../shared/data/nmnist
+
+``pixels`` shows a recurrent network the digits of scikit-learn one pixel after the other, each for T / 64
+steps, on a wire for its row and one for its column; ``saccades`` and ``nmnist`` show a feed-forward one
+an event camera's recordings of about 300 ms, a frame a millisecond. The networks are snnTorch's; the limit
+is the process's own (Linux).
+"""
+
+import resource
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import snntorch as snn
+import torch
+import torch.nn.functional as F
+import typer
+from sklearn.datasets import load_digits
+from snntorch import surrogate, utils
+from torch import nn
+from tqdm import tqdm
+
+import snn_reversible_plugin as srp
+from snn_reversible_plugin.data import DigitSaccades, NMNISTFolder, event_frames
+from snn_reversible_plugin.training import sltt_backward
+
+STEPS = {"pixels": 1024, "saccades": 315, "nmnist": 300}
+
+
+def recurrent(inputs: int, hidden: int) -> nn.Sequential:
+    """For one step [N, inputs]: neurons that forget at different speeds, connected to each other."""
+    # A narrow surrogate and weak connections at the start: over a thousand steps gradients explode easily.
+    neurons = snn.RLeaky(
+        beta=1 - torch.logspace(-0.3, -2, hidden),
+        linear_features=hidden,
+        spike_grad=surrogate.fast_sigmoid(slope=25),
+        init_hidden=True,
+    )
+    nn.init.normal_(neurons.recurrent.weight, std=0.02 / hidden**0.5)
+    nn.init.zeros_(neurons.recurrent.bias)
+    into = nn.Linear(inputs, hidden, bias=False)
+    nn.init.uniform_(into.weight, -0.5, 0.5)
+    return nn.Sequential(into, neurons, nn.Linear(hidden, 10))
+
+
+class Events(nn.Flatten):
+    """Counts of events, a byte each, as the numbers that a linear layer takes."""
+
+    def forward(self, counts: torch.Tensor) -> torch.Tensor:
+        return super().forward(counts.float())
+
+
+def feed_forward(inputs: int, hidden: int) -> nn.Sequential:
+    """For one frame [N, 2, H, W]: two layers of leaky neurons."""
+    return nn.Sequential(
+        Events(),
+        nn.Linear(inputs, hidden),
+        snn.Leaky(beta=0.95, init_hidden=True),
+        nn.Linear(hidden, hidden),
+        snn.Leaky(beta=0.95, init_hidden=True),
+        nn.Linear(hidden, 10),
+    )
+
+
+Batches = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def batches(task: str, steps: int, batch: int, limit: int | None, folder: Path) -> tuple[Batches, Batches]:
+    """Training and test batches: frames ``[T, N, ...]`` as they are stored, and digits ``[N]``."""
+    if task == "pixels":
+        images, digits = load_digits(return_X_y=True)
+        x = torch.from_numpy(images).float().div(16)  # [1797, 64]
+        y = torch.from_numpy(digits)
+        parts = (slice(0, 1437), slice(1437, None))
+        return tuple(
+            list(zip(x[p][:limit].split(batch), y[p][:limit].split(batch), strict=True)) for p in parts
+        )
+    if task == "nmnist":
+        parts = NMNISTFolder(folder, limit=limit), NMNISTFolder(folder, train=False, limit=limit)
+    else:
+        parts = DigitSaccades(size=16, limit=limit), DigitSaccades(train=False, size=16, limit=limit)
+    # Few events in a millisecond: a byte holds their number.
+    return tuple(
+        [(x.to(torch.uint8), y) for x, y in event_frames(part, steps=steps, batch_size=batch)]
+        for part in parts
+    )
+
+
+def sequence(task: str, frames: torch.Tensor, steps: int) -> torch.Tensor:
+    """Frames as the network sees them, ``[T, N, ...]``."""
+    if task != "pixels":
+        return frames
+    pixel = torch.arange(steps) * 64 // steps
+    wires = torch.cat([F.one_hot(pixel // 8, 8), F.one_hot(pixel % 8, 8)], dim=1)
+    return frames.T[pixel].unsqueeze(2) * wires.unsqueeze(1)
+
+
+def limit_memory(megabytes: int) -> None:
+    """From here on the process may hold so many megabytes more than it does now."""
+    status = Path("/proc/self/status").read_text()
+    held = int(status.split("VmData:")[1].split()[0]) * 1024
+    resource.setrlimit(resource.RLIMIT_DATA, (held + megabytes * 2**20,) * 2)
+
+
+def scores_of(model: nn.Module, x_seq: torch.Tensor) -> torch.Tensor:
+    """The mean output ``[N, 10]`` of an ordinary loop over time."""
+    utils.reset(model)
+    total: torch.Tensor | float = 0.0
+    for x in x_seq:
+        total = total + model(x)
+    return total / len(x_seq)
+
+
+def train_step(model: nn.Module, x_seq: torch.Tensor, digit: torch.Tensor, method: str) -> float:
+    """Gradients of one batch, and its loss."""
+    if method == "sltt":
+        utils.reset(model)
+        loss_fn = lambda scores: F.cross_entropy(scores, digit)  # noqa: E731
+        return sltt_backward(model, x_seq, loss_fn, loss_on="mean").loss.item()
+    loss = F.cross_entropy(scores_of(model, x_seq), digit)
+    loss.backward()
+    return loss.item()
+
+
+def accuracy(model: nn.Module, seen: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """The part of the sequences that the network tells right."""
+    right = count = 0
+    with torch.no_grad():
+        for x_seq, digit in seen:
+            right += (scores_of(model, x_seq).argmax(1) == digit).sum().item()
+            count += len(digit)
+    return right / count
+
+
+def train(
+    task: str,
+    method: str,
+    steps: int | None,
+    limit_mb: int | None,
+    epochs: int = 5,
+    batch: int = 64,
+    hidden: int = 128,
+    lr: float = 5e-3,
+    limit: int | None = None,
+    folder: Path = Path("../shared/data/nmnist"),
+    device: str = "cpu",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Train; the losses, the test accuracy and the seconds of a training step."""
+    torch.manual_seed(seed)
+    steps = steps or STEPS[task]
+    training, test = batches(task, steps, batch, limit, folder)
+    inputs = sequence(task, training[0][0], steps)[0, 0].numel()
+    make = recurrent if task == "pixels" else feed_forward
+    model = make(inputs, hidden).to(device)
+    if method == "reversible":
+        model = srp.convert_to_reversible(model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    if limit_mb is not None:
+        limit_memory(limit_mb)
+
+    losses: list[float] = []
+    started = time.perf_counter()
+    for epoch in range(epochs):
+        bar = tqdm(training, desc=f"epoch {epoch + 1} of {epochs}")
+        for frames, digit in bar:
+            optimizer.zero_grad()
+            x_seq = sequence(task, frames, steps).to(device)
+            losses.append(train_step(model, x_seq, digit.to(device), method))
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            bar.set_postfix(loss=f"{losses[-1]:.4f}")
+    seconds = (time.perf_counter() - started) / max(len(losses), 1)
+    shown = ((sequence(task, frames, steps).to(device), digit.to(device)) for frames, digit in test)
+    return {"losses": losses, "accuracy": accuracy(model, shown), "seconds": seconds}
+
+
+def main(
+    task: str = "pixels",
+    method: str = "reversible",
+    steps: int | None = None,
+    limit_mb: int | None = None,
+    epochs: int = 5,
+    batch: int = 64,
+    hidden: int = 128,
+    lr: float = 5e-3,
+    limit: int | None = None,
+    folder: Path = Path("../shared/data/nmnist"),
+    device: str = "cpu",
+    seed: int = 0,
+) -> list[float]:
+    """Train by METHOD (stock, reversible or sltt) under a limit on memory."""
+    if task not in STEPS or method not in ("stock", "reversible", "sltt"):
+        raise typer.BadParameter(f"--task is one of {[*STEPS]}, --method one of stock, reversible, sltt")
+    run = train(task, method, steps, limit_mb, epochs, batch, hidden, lr, limit, folder, device, seed)
+    print(f"test accuracy {run['accuracy']:.1%}, {run['seconds']:.1f} s a step")
+    return run["losses"]
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,10 @@
+"""Training procedures in place of ``loss.backward()``, for any training loop.
+
+The one idea: a procedure is one function that the user's own loop calls on a batch; optimizers, schedules
+and logging stay the loop's. :func:`sltt_backward` drops the gradient through time, so that memory does not
+grow with the number of steps.
+"""
+
+from snn_reversible_plugin.training.sltt import SLTTResult, sltt_backward
+
+__all__ = ["SLTTResult", "sltt_backward"]
