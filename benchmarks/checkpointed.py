@@ -1,8 +1,9 @@
 """``torch.utils.checkpoint`` applied by hand, as a careful user would.
 
 A checkpointed part runs again in the backward. Its neurons must start that run from the states they had
-before the first, its batch norms must not count the batch twice, and afterwards every state must be what the
-forward left. States go in and come out as tensors of the graph, so that gradients pass from part to part.
+before the first, its batch norms must not count the batch twice, and afterwards every state must be what
+the forward left. States go in and come out as tensors of the graph, so that gradients pass
+from part to part.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """``python -m benchmarks.drift``: what is rebuilt at depth, in floating point and on the grid.
 
-The same chain of reversible blocks trains one step three ways: the published procedure, this package's chain
-with streams in plain floating point, and on the grid. Counted are the spikes of the rebuild that are not the
-forward's, and the bits and the size of the error of the rebuilt input.
+The same chain of reversible blocks trains one step three ways: the published procedure, this package's
+chain with streams in plain floating point, and on the grid. Counted are the spikes of the rebuild that are
+not the forward's; measured is the largest error of the rebuilt input.
 """
 
 from __future__ import annotations

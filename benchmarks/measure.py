@@ -223,8 +223,8 @@ def seconds(run: Callable[[], None], cuda: bool) -> float:
 def watch_spikes(training: Training, x: torch.Tensor, result: Result) -> list[torch.Tensor]:
     """Run a step and return what each neuron gave in the forward, in order, as booleans.
 
-    Where neurons run again in the backward, as reversible branches do, and once for each run of the forward,
-    their outputs are compared with the forward's.
+    Where reversible branches run again in the backward, their neurons' outputs are compared with the
+    forward's.
     """
     calls: list[tuple[nn.Module, torch.Tensor]] = []
     names = {id(module): name for name, module in training.model.named_modules() if is_spiking(module)}

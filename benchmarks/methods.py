@@ -28,8 +28,8 @@ class CannotRun(Exception):
 class Training:
     """A model made ready by a method, and how a step of it runs.
 
-    ``loss_of`` runs the forward. Where forward and backward can't be told apart it is None and ``step`` runs
-    both. ``plain`` is given where the forward is not stock's: the same forward under autograd alone.
+    ``loss_of`` runs the forward. Where forward and backward can't be told apart it is None and ``step``
+    runs both. ``plain`` is given where the forward is not stock's: the same forward under autograd alone.
     """
 
     model: nn.Module
@@ -216,7 +216,8 @@ ABOUT = {
     "speed": 'this package, `mode="speed"`',
     "memory": 'this package, `mode="memory"`',
     "grid": 'this package, `arithmetic="grid"`',
-    "blocks": "this package, reversible blocks alone; stock residual networks wrapped, which changes the function",
+    "blocks": "this package, reversible blocks alone; stock residual networks are wrapped, "
+    "which changes the function",
     "blocks + tape": "this package, reversible blocks in a converted network",
 }
 

@@ -64,7 +64,7 @@ def find_largest(
     results: Iterable[Result],
     tick: Callable[[str], None],
 ) -> None:
-    """Fill in ``largest`` for every method that ran: what fits into the peak of stock's step at ``shape``."""
+    """Fill in ``largest`` for every method that ran: what fits into stock's peak at ``shape``."""
     measured = {result.method: result for result in results if result.peak is not None}
     if workload.grows is None or "stock" not in measured:
         return

@@ -1,4 +1,4 @@
-"""Results on disk: one JSON file a device and profile, each entry with the circumstances it was measured in.
+"""Results on disk: one JSON file a device and profile, each entry with its circumstances.
 
 A workload is measured again when what decides its figures has changed: code, versions, device, threads,
 shape. That is how an interrupted run goes on.

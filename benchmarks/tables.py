@@ -182,15 +182,15 @@ def methods_table(_entries: Entries) -> str:
 
 
 def circumstances(entries: Entries) -> str:
-    """Versions, threads, repeats: one sentence, or one a run where the entries differ."""
-    found = dict.fromkeys(_sentence(entry["context"]) for entry in entries.values())
-    return " ".join(found)
-
-
-def _sentence(context: Entry) -> str:
-    versions = ", ".join(f"{name} {number}" for name, number in context["versions"].items())
-    device = f"{context['device']}; " if context["device"] else ""
-    return f"{device}{versions}; {context['threads']} threads; medians of {context['repeats']} steps."
+    """Device, versions, threads and repeats: a sentence for each that the entries were measured in."""
+    repeats: dict[str, int] = {}
+    for entry in entries.values():
+        context = entry["context"]
+        versions = ", ".join(f"{name} {number}" for name, number in context["versions"].items())
+        device = f"{context['device']}; " if context["device"] else ""
+        where = f"{device}{versions}; {context['threads']} threads"
+        repeats[where] = min(repeats.get(where, context["repeats"]), context["repeats"])
+    return " ".join(f"{where}; medians of at least {least} steps." for where, least in repeats.items())
 
 
 def _by_workload(entries: Entries) -> Iterable[tuple[str, list[Entry]]]:

@@ -94,7 +94,10 @@ TARGETS = (
         _less_than("spikformer", "rev-s-former-4-384", "blocks + tape"),
     ),
     Target("MS-ResNet34, converted", "MB an image", 12, False, _mb_an_image("ms-resnet34", "memory")),
-    Target("RevSResNet37, step time to plain", "ratio", 1.4, False, _ratio("rev-s-resnet37", "time_ratio", "blocks")),
+    Target(
+        "RevSResNet37, step time to plain", "ratio", 1.4, False,
+        _ratio("rev-s-resnet37", "time_ratio", "blocks"),
+    ),
     Target(
         "RevSResNet37, step time to the published procedure", "ratio", 1.0, False,
         _ratio("rev-s-resnet37", "time_ratio", "blocks + tape", "published"),

@@ -50,7 +50,7 @@ class Workload:
         loss_of: resets the states, runs the forward and returns the loss.
         blocks: the module types that a user of memopt or of checkpoints would name.
         checkpointed: the same loss for a user's own loop, checkpointed by hand.
-        batch_dim: of the shape; the batch is what grows in the search for the largest that fits.
+        batch_dim: which dimension of the shape is the batch.
         grows: the dimension that grows in that search; None for no search.
         neurons: in one example, where bytes a neuron and step are of interest.
         counterpart: the workload that this one is built to replace.
@@ -150,9 +150,15 @@ NETWORKS = (
         "sew-resnet18", lambda: sew_resnet.sew_resnet18(cnf="ADD", **LIF),
         (8, 16, 3, 96, 96), (4, 2, 3, 32, 32),
     ),
-    _zoo("sew-resnet34", lambda: sew_resnet.sew_resnet34(cnf="ADD", **LIF), (8, 8, 3, 64, 64), None, grows=1),
+    _zoo(
+        "sew-resnet34", lambda: sew_resnet.sew_resnet34(cnf="ADD", **LIF),
+        (8, 8, 3, 64, 64), None, grows=1,
+    ),
     _zoo("sew-resnet50", lambda: sew_resnet.sew_resnet50(cnf="ADD", **LIF), (8, 8, 3, 64, 64), None),
-    _zoo("spiking-resnet34", lambda: spiking_resnet.spiking_resnet34(**LIF), (8, 16, 3, 96, 96), None, grows=1),
+    _zoo(
+        "spiking-resnet34", lambda: spiking_resnet.spiking_resnet34(**LIF),
+        (8, 16, 3, 96, 96), None, grows=1,
+    ),
     Workload(
         "spikformer", spikformer.spikformer_cifar10, (4, 8, 3, 32, 32), (2, 1, 3, 32, 32),
         _logits_loss, SPIKFORMER_PARTS,
@@ -209,8 +215,8 @@ GROWTH = (
     ),
     *(
         _vgg(
-            f"vgg-n{batch}", (8, batch, 2, 32, 32), (4, batch, 2, 32, 32) if batch in QUICK_BATCHES else None,
-            series="batch of vgg", at=batch,
+            f"vgg-n{batch}", (8, batch, 2, 32, 32),
+            (4, batch, 2, 32, 32) if batch in QUICK_BATCHES else None, series="batch of vgg", at=batch,
         )
         for batch in BATCHES
     ),
