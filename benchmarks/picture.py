@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -32,9 +34,16 @@ def draw_all(entries: dict[str, Entry], device: str, folder: Path = IMAGES) -> l
     """Draw what is stored; returns the paths of the PNGs."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = [draw_points(entries, folder / f"memory-against-time-{device}.png")]
-    if any(_series(entry) for entry in entries.values()):
+    if any(map(_series, entries.values())):
         drawn.append(draw_growth(entries, folder / f"growth-{device}.png"))
     return drawn
+
+
+def digest(entries: dict[str, Entry]) -> str:
+    """A name for the figures that a picture shows; written into it, so that a stale one is found out."""
+    keys = ("held", "peak", "time_ratio")
+    figures = {name: [entry[key] for key in keys] for name, entry in entries.items()}
+    return hashlib.sha256(json.dumps(figures, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def draw_points(entries: dict[str, Entry], path: Path) -> Path:
@@ -62,7 +71,7 @@ def draw_points(entries: dict[str, Entry], path: Path) -> Path:
         axes.tick_params(labelsize=8, which="both")
         axes.margins(0.25)
     _legend(figure)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, metadata={"Results": digest(entries)})
     return path
 
 
@@ -87,7 +96,7 @@ def draw_growth(entries: dict[str, Entry], path: Path) -> Path:
             axes.set_ylabel(f"{key}, MiB", fontsize=8)
             axes.tick_params(labelsize=8, which="both")
     _legend(figure)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, metadata={"Results": digest(entries)})
     return path
 
 

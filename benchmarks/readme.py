@@ -48,7 +48,6 @@ for _name, _series in (
 # Numbers with units that nobody measured, by the page's words, and why.
 NOT_MEASURED = {
     "1 bit": "the size of a packed spike, by construction",
-    "one bit": "the same",
     "4 bytes": "the size of a float32",
 }
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from rich.table import Table
 
 from .measure import MIB
-from .methods import ABOUT
+from .methods import ABOUT, OURS
 from .store import Entry
 from .workloads import WORKLOADS
 
@@ -159,22 +159,26 @@ def growth_table(series: str, figure: str) -> Callable[[Entries], str]:
 
 
 def ours_against_peers(entries: Entries) -> str:
-    """Where a method of this package is behind a peer that trains the same function, and by how much."""
-    from .methods import OURS
-
-    lines: list[str] = []
+    """Where no mode of this package is both as small at the peak and as fast as a peer, stock included."""
+    head = [
+        "| workload | peer | its peak, MiB | its time | ours: peak, MiB, and time |",
+        "|---|---|---:|---:|---|",
+    ]
+    rows: list[str] = []
+    compared: dict[str, int] = {}
     for workload, group in _by_workload(entries):
-        peers = [e for e in group if e["method"] not in (*OURS, "stock", "SLTT") and measured(e)]
         own = [e for e in group if e["method"] in OURS and measured(e)]
-        for peer in peers:
+        for peer in group:
+            if peer["method"] in OURS or not measured(peer):
+                continue
+            compared[peer["method"]] = compared.get(peer["method"], 0) + 1
             if any(e["peak"] <= peer["peak"] and e["time_ratio"] <= peer["time_ratio"] for e in own):
                 continue
-            lines.append(
-                f"- {workload}: no mode is both smaller and faster than {peer['method']} "
-                f"(peak {mib(peer['peak'])} MiB, {times(peer)}); "
-                + ", ".join(f"{e['method']} {mib(e['peak'])} MiB, {times(e)}" for e in own)
-            )
-    return "\n".join(lines) or "On every workload some mode is at least as small and as fast as each peer."
+            ours = "; ".join(f"{e['method']} {mib(e['peak'])}, {times(e)}" for e in own)
+            rows.append(_row(workload, peer["method"], mib(peer["peak"]), times(peer), ours))
+    counts = ", ".join(f"{method} on {count}" for method, count in compared.items())
+    compared_with = f"Compared with {counts} workloads."
+    return "\n".join([*head, *rows, "", compared_with] if rows else [f"Nowhere. {compared_with}"])
 
 
 def methods_table(_entries: Entries) -> str:

@@ -31,14 +31,18 @@ STREAMS = (("block 1", REVERSE), ("block 2", REVERSE), ("block 3", REVERSE), ("o
 
 
 def _box(axes: Axes, x: float, y: float, text: str, color: str) -> None:
-    shape = FancyBboxPatch((x, y), 0.8, 0.56, boxstyle="round,pad=0.03", facecolor=color, alpha=0.22, linewidth=0)
+    shape = FancyBboxPatch(
+        (x, y), 0.8, 0.56, boxstyle="round,pad=0.03", facecolor=color, alpha=0.22, linewidth=0
+    )
     axes.add_patch(shape)
     edge = FancyBboxPatch((x, y), 0.8, 0.56, boxstyle="round,pad=0.03", facecolor="none", edgecolor=color)
     axes.add_patch(edge)
     axes.text(x + 0.4, y + 0.28, text, ha="center", va="center", fontsize=9)
 
 
-def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], color: str, bend: float = 0) -> None:
+def _arrow(
+    axes: Axes, start: tuple[float, float], end: tuple[float, float], color: str, bend: float = 0
+) -> None:
     axes.add_patch(
         FancyArrowPatch(
             start, end, arrowstyle="-|>", mutation_scale=9, color=color, connectionstyle=f"arc3,rad={bend}",
@@ -67,7 +71,9 @@ def draw(path: Path = IMAGES / "treatments.png") -> Path:
     axes.text(0, 1.85, "reversible blocks, and membranes in time", fontsize=9, color="0.3")
     for index, (color, name, text) in enumerate(TREATMENTS):
         x, y = 4.2 * (index % 2), 0.45 - 0.62 * (index // 2)
-        axes.add_patch(FancyBboxPatch((x, y - 0.12), 0.2, 0.2, boxstyle="round,pad=0.03", facecolor=color, alpha=0.5))
+        axes.add_patch(
+            FancyBboxPatch((x, y - 0.12), 0.2, 0.2, boxstyle="round,pad=0.03", facecolor=color, alpha=0.5)
+        )
         axes.text(x + 0.36, y, name, fontsize=10, va="center", weight="bold")
         axes.text(x + 1.15, y, text, fontsize=8, va="center", color="0.25")
     axes.set(xlim=(-0.15, 8.05), ylim=(-0.5, 4.0))
