@@ -43,8 +43,9 @@ def main(
         bool, typer.Option(help="measure again what is stored for the same code and versions")
     ] = False,
     fits: Annotated[
-        bool, typer.Option(help="search for the largest batch or number of steps that fits")
-    ] = True,
+        bool | None,
+        typer.Option(help="search for the largest batch or number of steps that fits; full profile: on"),
+    ] = None,
     save: Annotated[
         bool, typer.Option(help="write the JSON, the pictures and the tables in README and docs")
     ] = True,
@@ -86,7 +87,7 @@ def main(
                 progress.update(steps, description=what, advance=1)
 
             results = measure(WORKLOADS[name], shape, device, methods, repeats, tick)
-            if fits:
+            if fits or (fits is None and profile is Profile.full):
                 find_largest(WORKLOADS[name], shape, device, results, tick)
             if save:
                 store.save(path, results, shape, context)

@@ -54,7 +54,13 @@ def _training(workload: Workload, model: nn.Module, plain: Training | None = Non
 
 
 def _chains(model: nn.Module) -> list[srp.RevSSequence]:
-    return [module for module in model.modules() if isinstance(module, srp.RevSSequence)]
+    """The model's reversible chains, those that surgery keeps beside the modules included."""
+    chains = [module for module in model.modules() if isinstance(module, srp.RevSSequence)]
+    try:
+        wrapped = importlib.import_module("snn_reversible_plugin.wrapped")
+    except ImportError:
+        return chains
+    return chains + [wrapped_chain.chain for wrapped_chain in wrapped.wrapped_chains(model)]
 
 
 def _plainly(model: nn.Module) -> nn.Module:
@@ -125,12 +131,12 @@ def _published(workload: Workload, make: Callable[[], nn.Module], _x: torch.Tens
     return _training(workload, publish(model), plain=_training(workload, plain))
 
 
-def _sltt(_workload: Workload, make: Callable[[], nn.Module], _x: torch.Tensor) -> Training:
+def _sltt(workload: Workload, make: Callable[[], nn.Module], _x: torch.Tensor) -> Training:
     try:
         training = importlib.import_module("snn_reversible_plugin.training")
     except ImportError:
         raise CannotRun("not available in this version") from None
-    if _workload.checkpointed is not None:
+    if workload.checkpointed is not None:
         raise CannotRun("steps the network itself; this loop is the user's own")
     model = make()
     if _chains(model):
@@ -138,9 +144,14 @@ def _sltt(_workload: Workload, make: Callable[[], nn.Module], _x: torch.Tensor) 
 
     def step(x: torch.Tensor) -> None:
         functional.reset_net(model)
-        training.sltt_backward(model, x, lambda out: out.square().sum() / len(x) ** 2)
+        training.sltt_backward(model, x, _loss_of_step)
 
     return Training(model, None, step)
+
+
+def _loss_of_step(out: torch.Tensor) -> torch.Tensor:
+    """The workload's loss, of the output of one step, with or without a dimension of time."""
+    return out.reshape(-1, *out.shape[-2:]).mean(0).square().sum()
 
 
 def _tape(mode: str) -> Method:
@@ -184,9 +195,10 @@ def _wrapped(workload: Workload, make: Callable[[], nn.Module]) -> nn.Module:
     if wrap is None:
         raise CannotRun("not available in this version")
     model = make()
-    wrap(model)
-    if not _chains(model):
-        raise CannotRun("has no chain of residual blocks that keep their shape")
+    try:
+        wrap(model)
+    except ValueError as error:
+        raise CannotRun(str(error).splitlines()[0]) from None
     return model
 
 
@@ -248,6 +260,5 @@ def rebuild_error(model: nn.Module) -> float | None:
 
 
 def check_rebuilds(model: nn.Module, on: bool) -> None:
-    for module in model.modules():
-        if isinstance(module, (srp.RevSSequence, PublishedChain)):
-            module.check = on
+    for chain in (*_chains(model), *(m for m in model.modules() if isinstance(m, PublishedChain))):
+        chain.check = on

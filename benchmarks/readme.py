@@ -102,7 +102,8 @@ def value(path: str, form: str, unit: str, results: Results) -> str:
     for denominator in denominators:
         numerator /= denominator
     space = "" if unit in ("", "x") else " "
-    return f"{numerator / _SCALE.get(unit, 1):{form}}{space}{unit}"
+    number = numerator / _SCALE.get(unit, 1)
+    return f"{round(number) if form.endswith('d') else number:{form}}{space}{unit}"
 
 
 def _at(path: str, results: Results) -> float:

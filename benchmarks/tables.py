@@ -39,6 +39,8 @@ def gradients(entry: Entry) -> str:
         return ""
     if entry["gradient_difference"] == 0:
         return "bit-identical"
+    if entry["method"] == "SLTT":
+        return "approximate"
     error, scale = entry.get("gradient_error"), entry.get("gradient_scale")
     if error is not None:
         own = "exact" if error == 0 else f"{error:.0e} off"

@@ -148,7 +148,7 @@ NETWORKS = (
     _vgg("vgg-t32", (32, 16, 2, 32, 32), None),
     _zoo(
         "sew-resnet18", lambda: sew_resnet.sew_resnet18(cnf="ADD", **LIF),
-        (8, 16, 3, 96, 96), (4, 2, 3, 32, 32),
+        (8, 16, 3, 96, 96), (2, 1, 3, 32, 32),
     ),
     _zoo(
         "sew-resnet34", lambda: sew_resnet.sew_resnet34(cnf="ADD", **LIF),
@@ -168,12 +168,12 @@ NETWORKS = (
         _logits_loss, counterpart="spikformer",
     ),
     Workload(
-        "ms-resnet34", ms_resnet34, (4, 8, 3, 32, 32), (2, 1, 3, 32, 32), _logits_loss,
+        "ms-resnet34", ms_resnet34, (4, 8, 3, 32, 32), (2, 1, 3, 16, 16), _logits_loss,
         (ms_resnet._MSBlock,), grows=1,
     ),
     Workload(
         "rev-s-resnet37", lambda: models.rev_s_resnet37(num_classes=100), (4, 8, 3, 32, 32),
-        (2, 1, 3, 32, 32), _logits_loss, counterpart="ms-resnet34", grows=1,
+        (2, 1, 3, 16, 16), _logits_loss, counterpart="ms-resnet34", grows=1,
     ),
     Workload(
         "leaky-loop", LeakyLoop, (100, 128, 512), (16, 16, 512), _leaky_loss,
@@ -197,7 +197,7 @@ GROWTH = (
     *(
         Workload(
             f"chain-{depth}", reversible_chain(depth), (4, 2, 2, 16, 16),
-            (4, 2, 2, 16, 16) if depth in QUICK_DEPTHS else None, _rate_loss, series="blocks", at=depth,
+            (2, 1, 2, 8, 8) if depth in QUICK_DEPTHS else None, _rate_loss, series="blocks", at=depth,
         )
         for depth in DEPTHS
     ),

@@ -1,5 +1,6 @@
 """The benchmarks measure what they say: peers compute stock's gradients, and the search finds the edge."""
 
+import doctest
 import json
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as command
-from benchmarks import store, tables
+from benchmarks import readme, search, store, tables
 from benchmarks.checkpointed import checkpoint_blocks
 from benchmarks.drift import drift
 from benchmarks.measure import Ledger, OverBudget, Result, measure, peak_within
@@ -31,6 +32,12 @@ def tiny(make=CHAIN, shape=(2, 1, 2, 6, 6), **more):
 def by_method(workload, methods, repeats=1):
     found = measure(workload, workload.full, "cpu", methods, repeats, lambda _: None)
     return {result.method: result for result in found}
+
+
+@pytest.mark.parametrize("module", [readme, search])
+def test_examples_in_docstrings_run(module):
+    found = doctest.testmod(module)
+    assert found.attempted and not found.failed
 
 
 def test_the_ledger_leaves_out_what_it_is_told_to():
@@ -207,7 +214,7 @@ def test_the_command_measures_stores_and_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "measure", lambda *args: (runs.append(args[0].name), measure(*args))[1])
     app = command.typer.Typer()
     app.command()(command.main)
-    arguments = ["--profile", "quick", "--method", "memory", "--repeats", "1"]
+    arguments = ["--profile", "quick", "--fits", "--method", "memory", "--repeats", "1"]
     for _ in range(2):
         outcome = CliRunner().invoke(app, arguments)
         assert outcome.exit_code == 0, outcome.output
