@@ -7,13 +7,14 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed-$(shell cksum < pyproject.toml | tr ' ' '-')
 PYTEST_ARGS ?= -n auto
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 
 # Memory that is freed stays with the process. On a virtual machine the page faults of large tensors, mapped
 # and unmapped again and again, can take longer than the arithmetic.
 export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 1099511627776
 
-.PHONY: help venv demo test lint format types unit bench clean
+.PHONY: help venv demo test lint format types docs unit bench quick clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -30,7 +31,7 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)  ## train one network twice, stock and converted, and compare (three minutes)
 	$(PY) -m snn_reversible_plugin demo $(DEMO_ARGS)
 
-test: lint types unit  ## lint, types and all tests
+test: lint types docs unit  ## lint, types, docs and all tests
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(PY) -m ruff check .
@@ -46,9 +47,15 @@ types: $(STAMP)  ## mypy
 unit: $(STAMP)  ## pytest alone; choose with PYTEST_ARGS="-k data"
 	$(PY) -m pytest $(PYTEST_ARGS)
 
-bench: $(STAMP)  ## the benchmarks, stock and peers in the same run
-	$(PY) -m benchmarks
+docs: $(STAMP)  ## the site in out/site; a warning fails
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+
+bench: $(STAMP)  ## the benchmarks, stock and peers in the same run; goes on where it was interrupted
+	$(PY) -m benchmarks $(BENCH_ARGS)
+
+quick: $(STAMP)  ## the same at small shapes, in two minutes; writes to out/ only
+	$(PY) -m benchmarks --profile quick $(BENCH_ARGS)
 
 clean:  ## remove caches and outputs, keep the environment
-	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis dist demo.png
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis dist demo.png out/site
 	find src tests examples -name __pycache__ -type d -exec rm -rf {} +

@@ -1,127 +1,120 @@
-"""``python -m benchmarks``: every workload under every method, as a table, JSON and a picture."""
+"""``python -m benchmarks``: every workload under every method, as tables, JSON and pictures."""
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 import sys
-from datetime import UTC, datetime
-from importlib.metadata import version
-from pathlib import Path
+from enum import StrEnum
+from fnmatch import fnmatch
 from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-from .measure import MIB, Result, measure
+from . import picture, readme, store, tables
+from .measure import measure
 from .methods import METHODS
-from .picture import draw
-from .readme import update
+from .search import find_largest
 from .workloads import WORKLOADS
 
-RESULTS = Path(__file__).parent / "results"
-# Memory that is freed stays with the process. Otherwise each large tensor is mapped, faulted in page by
-# page and unmapped again, and on a virtual machine that, not arithmetic, is what the clock sees.
-ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+
+class Profile(StrEnum):
+    """quick: small shapes, two minutes on two cores, nothing written that is committed."""
+
+    quick = "quick"
+    full = "full"
 
 
 def main(
-    only: Annotated[list[str] | None, typer.Option(help="workloads to run; all by default")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="workloads by name or pattern, e.g. 'chain-*'")
+    ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="methods by name or pattern; stock is added")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    repeats: Annotated[int, typer.Option(help="timed steps of each method, after one warm-up")] = 5,
-    save: Annotated[bool, typer.Option(help="write benchmarks/results and the picture")] = True,
+    profile: Annotated[Profile, typer.Option(help="shapes and repeats")] = Profile.full,
+    repeats: Annotated[
+        int | None, typer.Option(help="timed steps of each, after one warm-up: 5, quick 2")
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option(help="measure again what is stored for the same code and versions")
+    ] = False,
+    fits: Annotated[
+        bool | None,
+        typer.Option(help="search for the largest batch or number of steps that fits; full profile: on"),
+    ] = None,
+    save: Annotated[
+        bool, typer.Option(help="write the JSON, the pictures and the tables in README and docs")
+    ] = True,
 ) -> None:
-    """Measure memory and time of a training step, stock beside SpikingJelly's memopt and this package."""
-    names = only or list(WORKLOADS)
-    unknown = set(names) - set(WORKLOADS)
-    if unknown:
-        raise typer.BadParameter(f"unknown: {sorted(unknown)}; there are {sorted(WORKLOADS)}")
+    """Measure memory and time of a training step: stock, its peers, and this package, in one run."""
     console = Console()
-    results: list[Result] = []
-    columns = (TextColumn("{task.description:40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=len(names) * len(METHODS) * (repeats + 2))
-
-        def tick(what: str) -> None:
-            progress.update(task, description=what, advance=1)
-
-        for name in names:
-            results += measure(WORKLOADS[name], device, repeats, tick)
-            if save:
-                _save(results, device, repeats)
-    console.print(_table(results))
-    if save:
-        written = [_save(results, device, repeats), draw(_load(device), device)]
-        if device == "cpu":
-            written.append(update(_load(device)))
-        console.print("written:", *written)
-
-
-def _table(results: list[Result]) -> Table:
-    table = Table(title="Training step: memory beyond parameters and inputs (MiB), time against stock")
-    for heading in ("workload", "method", "held", "peak", "time", "B a neuron and step", "gradients"):
-        table.add_column(heading, justify="left" if heading in ("workload", "method") else "right")
-    for result in results:
-        if result.method == "stock":
-            table.add_section()
-        if result.held is None or result.peak is None or result.time_ratio is None:
-            table.add_row(result.workload, result.method, result.why_not)
-            continue
-        each = result.bytes_a_neuron_step
-        table.add_row(
-            result.workload,
-            result.method,
-            f"{result.held / MIB:,.1f}",
-            f"{result.peak / MIB:,.1f}",
-            f"{result.time_ratio:.2f}x",
-            "" if each is None else f"{each:.2f}",
-            "equal" if result.gradient_difference == 0 else f"{result.gradient_difference:.1e} off",
+    shapes = {
+        workload.name: shape
+        for workload in WORKLOADS.values()
+        if (shape := workload.shape(profile.value)) and _wanted(workload.name, only)
+    }
+    methods = [name for name in METHODS if name == "stock" or _wanted(name, method)]
+    if not shapes:
+        raise typer.BadParameter(
+            f"no workload of {sorted(WORKLOADS)} in the profile {profile.value} matches {only}"
         )
-    return table
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("torch finds no CUDA device here")
+    repeats = repeats or (5 if profile is Profile.full else 2)
+    context, path = store.context(device, repeats), store.path_of(device, profile.value)
+    stored = {} if fresh or not save else store.load(path)
+    todo = {
+        name: shape for name, shape in shapes.items()
+        if not store.is_done(stored, name, methods, shape, context)
+    }  # fmt: skip
+    if len(todo) < len(shapes):
+        console.print(
+            f"{len(shapes) - len(todo)} of {len(shapes)} workloads are stored; --fresh measures them again"
+        )
+    found = {key: entry for key, entry in stored.items() if entry["workload"] in shapes}
+    columns = (TextColumn("{task.description:48}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        workloads = progress.add_task("workloads", total=len(todo))
+        steps = progress.add_task("")
+        for name, shape in todo.items():
+            progress.reset(steps, total=len(methods) * (repeats + 2), description=name)
+
+            def tick(what: str) -> None:
+                progress.update(steps, description=what, advance=1)
+
+            results = measure(WORKLOADS[name], shape, device, methods, repeats, tick)
+            if fits or (fits is None and profile is Profile.full):
+                find_largest(WORKLOADS[name], shape, device, results, tick)
+            if save:
+                store.save(path, results, shape, context)
+            for result in results:
+                found[f"{name} | {result.method}"] = result.to_dict() | {
+                    "shape": list(shape),
+                    "context": context,
+                }
+            progress.advance(workloads)
+    console.print(tables.console(found))
+    if not save:
+        return
+    written = [path]
+    if profile is Profile.full:
+        written += [*picture.draw_all(store.load(path), device), *readme.fill()]
+    else:
+        written += picture.draw_all(store.load(path), device, store.DRAFTS)
+    console.print("written:", *(str(file.relative_to(store.ROOT)) for file in written))
 
 
-def _path(device: str) -> Path:
-    return RESULTS / f"{device}.json"
-
-
-def _load(device: str) -> dict[str, dict[str, object]]:
-    path = _path(device)
-    return json.loads(path.read_text())["results"] if path.exists() else {}
-
-
-def _save(results: list[Result], device: str, repeats: int) -> Path:
-    """Merge into the stored results, so that workloads can be run one by one."""
-    RESULTS.mkdir(exist_ok=True)
-    stored = _load(device)
-    context = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor(),
-        "threads": torch.get_num_threads(),
-        "allocator": {name: os.environ.get(name) for name in ALLOCATOR},
-        "repeats": repeats,
-        "versions": {name: version(name) for name in ("torch", "spikingjelly", "snntorch")},
-    }
-    for result in results:
-        shape = list(WORKLOADS[result.workload].shape)
-        stored[f"{result.workload} | {result.method}"] = result.to_dict() | {
-            "shape": shape,
-            "context": context,
-        }
-    path = _path(device)
-    ordered = {
-        key: stored[key]
-        for key in (f"{name} | {method}" for name in WORKLOADS for method in METHODS)
-        if key in stored
-    }
-    path.write_text(json.dumps({"results": ordered}, indent=1) + "\n")
-    return path
+def _wanted(name: str, patterns: list[str] | None) -> bool:
+    return patterns is None or any(fnmatch(name, pattern) for pattern in patterns)
 
 
 if __name__ == "__main__":
-    if sys.platform == "linux" and not all(name in os.environ for name in ALLOCATOR):
-        os.execve(sys.executable, sys.orig_argv, os.environ | ALLOCATOR)
+    # Memory that is freed stays with the process. Otherwise each large tensor is mapped, faulted in page by
+    # page and unmapped again, and on a virtual machine that, not arithmetic, is what the clock sees.
+    if sys.platform == "linux" and not all(name in os.environ for name in store.ALLOCATOR):
+        os.execve(sys.executable, sys.orig_argv, os.environ | store.ALLOCATOR)
     typer.run(main)

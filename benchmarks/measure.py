@@ -2,88 +2,282 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import statistics
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
-from snn_reversible_plugin.memory import count_step, time_step
+from snn_reversible_plugin import tape
+from snn_reversible_plugin.adapters import is_spiking
+from snn_reversible_plugin.memory import AllocationCounter
 
-from .methods import METHODS, CannotRun, prepare
+from .methods import CannotRun, Training, check_rebuilds, prepare, rebuild_error
 from .workloads import Workload
 
 MIB = 2**20
 
 
+class OverBudget(Exception):
+    """The step allocated more than it was allowed to."""
+
+
+class Ledger(AllocationCounter):
+    """An allocation counter that remembers each birth and death, and may set a limit."""
+
+    def __init__(self, limit: float = math.inf) -> None:
+        super().__init__()
+        self.limit = limit
+        self._events: list[tuple[int, int]] = []
+        self._births: dict[int, int] = {}
+        self._deaths: list[weakref.ref[torch.UntypedStorage]] = []
+
+    def _born(self, storage: torch.UntypedStorage) -> None:
+        super()._born(storage)
+        events, birth, size = self._events, len(self._deaths), storage.nbytes()
+        self._births[storage._cdata] = birth
+        events.append((birth, size))
+        self._deaths.append(weakref.ref(storage, lambda _: events.append((birth, -size))))
+        if self.live > self.limit:
+            raise OverBudget
+
+    def peak_beyond(self, tensors: Iterable[torch.Tensor]) -> int:
+        """The most bytes alive at any time, without the storages of ``tensors``, alive now."""
+        left_out = {self._births.get(tensor.untyped_storage()._cdata) for tensor in tensors}
+        live = peak = 0
+        for birth, change in self._events:
+            if birth not in left_out:
+                live += change
+                peak = max(peak, live)
+        return peak
+
+
 @dataclass
 class Result:
-    """One cell of the table. Memory in bytes, beyond parameters and inputs; ``time_ratio`` to stock."""
+    """One cell of the table. Memory in bytes, beyond parameters and inputs; times in seconds.
+
+    Args:
+        held: alive between forward and backward.
+        peak: the most at any time, gradients of the parameters included.
+        peak_beyond_gradients: the same without those gradients.
+        counted_by: "allocations", or "cuda" for CUDA's caching allocator.
+        time_ratio: the median of the ratios to stock's step of the same round; ``time_spread`` the
+            quartiles.
+        gradient_difference: the largest absolute difference to stock's gradients; ``gradient_scale`` the
+            largest stock gradient.
+        gradient_error: for another forward than stock's, the difference to autograd on that forward.
+        flipped_spikes: outputs of neurons in the forward that differ from stock's; ``spikes`` of how many.
+        rebuilt_flips: outputs of neurons that differ when a reversible branch runs again.
+        rebuild_error: the largest error of a rebuilt chain input.
+        largest: the largest size of the growing dimension that fits into stock's peak.
+        why_not: why there are no numbers.
+    """
 
     workload: str
     method: str
     held: int | None = None
     peak: int | None = None
-    seconds: list[float] | None = None
+    peak_beyond_gradients: int | None = None
+    counted_by: str = "allocations"
+    seconds: list[float] = field(default_factory=list)
     time_ratio: float | None = None
+    time_spread: tuple[float, float] | None = None
     gradient_difference: float | None = None
+    gradient_scale: float | None = None
+    gradient_error: float | None = None
+    flipped_spikes: int | None = None
+    spikes: int | None = None
+    fired: int | None = None
+    rebuilt_flips: int | None = None
+    rebuild_error: float | None = None
     bytes_a_neuron_step: float | None = None
+    largest: int | None = None
     why_not: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def measure(workload: Workload, device: str, repeats: int, tick: Callable[[str], None]) -> list[Result]:
-    """Run the workload under every method; ``tick`` is told of each run."""
+def measure(
+    workload: Workload,
+    shape: tuple[int, ...],
+    device: str,
+    methods: Iterable[str],
+    repeats: int,
+    tick: Callable[[str], None],
+) -> list[Result]:
+    """Run the workload under every method, "stock" first; ``tick`` is told of each run."""
     torch.manual_seed(0)
     stock = workload.make().to(device)
-    x = torch.rand(workload.shape, device=device)
+    x = torch.rand(shape, device=device)
     results: dict[str, Result] = {}
-    models: dict[str, nn.Module] = {}
-    gradients: list[torch.Tensor | None] = []
-    for name in METHODS:
+    trainings: dict[str, Training] = {}
+    expected: list[torch.Tensor | None] = []
+    expected_spikes: list[torch.Tensor] = []
+    for name in methods:
         result = results[name] = Result(workload.name, name)
         tick(f"{workload.name}: {name}, memory")
         try:
-            model = prepare(name, workload, stock, x)
-            model.zero_grad()
-            torch.manual_seed(1)
-            result.held, result.peak = count_step(lambda model=model: workload.loss_of(model, x))
+            training = prepare(name, workload, stock, x)
+            training.run(x)  # what is made at the first step and kept is not a step's
+            count(training, x, result)
+            gradients = [p.grad for p in training.model.parameters()]
+            spikes = watch_spikes(training, x, result)
         except CannotRun as reason:
             result.why_not = str(reason)
             continue
-        found = [p.grad for p in model.parameters()]
+        except Exception as error:  # a peer that fails is a result
+            if name == "stock":
+                raise
+            result.why_not = f"{type(error).__name__}: {error}".splitlines()[0]
+            result.held = result.peak = result.peak_beyond_gradients = None
+            continue
         if name == "stock":
-            gradients = found
-        result.gradient_difference = _difference(gradients, found)
-        if workload.neuron_steps:
-            result.bytes_a_neuron_step = result.held / workload.neuron_steps
-        models[name] = model
-    seconds: dict[str, list[float]] = {name: [] for name in models}
+            expected, expected_spikes = gradients, spikes
+        result.gradient_difference = _difference(expected, gradients)
+        result.gradient_scale = max((float(g.abs().max()) for g in gradients if g is not None), default=0.0)
+        result.flipped_spikes = _flips(expected_spikes, spikes)
+        if training.plain is not None:
+            tick(f"{workload.name}: {name}, its forward under autograd")
+            training.plain.model.zero_grad()
+            training.plain.run(x)
+            result.gradient_error = _difference(
+                [p.grad for p in training.plain.model.parameters()], gradients
+            )
+            training.plain = None
+        if workload.neurons and result.held is not None:
+            steps = math.prod(shape) // shape[-1]
+            result.bytes_a_neuron_step = result.held / (workload.neurons * steps)
+        training.model.zero_grad()
+        trainings[name] = training
     for round_ in range(repeats + 1):
-        for name, model in models.items():
+        for name, training in trainings.items():
             tick(f"{workload.name}: {name}, time")
-            model.zero_grad()
-            taken = time_step(lambda model=model: workload.loss_of(model, x))
+            training.model.zero_grad()
+            taken = seconds(lambda training=training: training.run(x), x.is_cuda)
             if round_:  # the first warms up
-                seconds[name].append(taken)
-    for name, times in seconds.items():
-        ratios = [a / b for a, b in zip(times, seconds["stock"], strict=True)]
-        results[name].seconds = times
+                results[name].seconds.append(taken)
+    for name in trainings:
+        ratios = [a / b for a, b in zip(results[name].seconds, results["stock"].seconds, strict=True)]
         results[name].time_ratio = statistics.median(ratios)
+        low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        results[name].time_spread = (low, high)
     return list(results.values())
 
 
-def _difference(expected: list[torch.Tensor | None], found: list[torch.Tensor | None]) -> float:
+def count(training: Training, x: torch.Tensor, result: Result) -> None:
+    """Fill in the memory of one step."""
+    training.model.zero_grad()
+    gc.collect()
+    if x.is_cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result.counted_by = "cuda"
+    with Ledger() as ledger:
+        if training.loss_of is None:
+            training.run(x)
+        else:
+            loss = training.loss_of(x)
+            result.held = torch.cuda.memory_allocated() - before if x.is_cuda else ledger.live
+            loss.backward()
+    gradients = [p.grad for p in training.model.parameters() if p.grad is not None]
+    result.peak_beyond_gradients = ledger.peak_beyond(gradients)
+    result.peak = torch.cuda.max_memory_allocated() - before if x.is_cuda else ledger.peak
+
+
+def peak_within(training: Training, x: torch.Tensor, limit: float) -> int | None:
+    """The peak of one step in bytes, None if it passes the limit: the step is given up there."""
+    training.model.zero_grad()
+    gc.collect()
+    try:
+        with Ledger(limit) as ledger:
+            training.run(x)
+    except OverBudget:
+        return None
+    return ledger.peak
+
+
+def seconds(run: Callable[[], None], cuda: bool) -> float:
+    """Wall seconds on the CPU, between two events on CUDA."""
+    if not cuda:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    first.record()
+    run()
+    last.record()
+    torch.cuda.synchronize()
+    return first.elapsed_time(last) / 1e3
+
+
+def watch_spikes(training: Training, x: torch.Tensor, result: Result) -> list[torch.Tensor]:
+    """Run a step and return what each neuron gave in the forward, in order, as booleans.
+
+    Where reversible branches run again in the backward, their neurons' outputs are compared with the
+    forward's.
+    """
+    calls: list[tuple[nn.Module, torch.Tensor]] = []
+    names = {id(module): name for name, module in training.model.named_modules() if is_spiking(module)}
+
+    def hook(module: nn.Module, _inputs: Any, output: Any) -> None:
+        with tape.paused(), torch.no_grad():
+            calls.append((module, tree_leaves(output)[0].ne(0)))
+
+    handles = [m.register_forward_hook(hook) for m in training.model.modules() if id(m) in names]
+    check_rebuilds(training.model, True)
+    training.model.zero_grad()
+    try:
+        if training.loss_of is None:
+            training.run(x)
+            forward = len(calls)
+        else:
+            loss = training.loss_of(x)
+            forward = len(calls)
+            loss.backward()
+    finally:
+        check_rebuilds(training.model, False)
+        for handle in handles:
+            handle.remove()
+    result.rebuild_error = rebuild_error(training.model)
+    if result.rebuild_error is not None:
+        first = {id(module): spikes for module, spikes in calls[:forward]}
+        again = calls[forward:]
+        result.rebuilt_flips = sum(
+            int((first[id(m)] != spikes).sum()) for m, spikes in again if id(m) in first
+        )
+    spikes = [spikes for _, spikes in calls[:forward]]
+    result.spikes = sum(s.numel() for s in spikes)
+    result.fired = sum(int(s.sum()) for s in spikes)
+    return spikes
+
+
+def _flips(expected: list[torch.Tensor], found: list[torch.Tensor]) -> int | None:
+    if [s.shape for s in expected] != [s.shape for s in found]:
+        return None
+    return sum(int((a != b).sum()) for a, b in zip(expected, found, strict=True))
+
+
+def _difference(expected: list[torch.Tensor | None], found: list[torch.Tensor | None]) -> float | None:
+    """The largest absolute difference; None between networks of different parameters."""
+    if len(expected) != len(found):
+        return None
     largest = 0.0
     for a, b in zip(expected, found, strict=True):
         if a is None and b is None:
             continue
         if a is None or b is None:
             return math.inf
+        if a.shape != b.shape:
+            return None
         largest = max(largest, float((a - b).abs().max()))
     return largest

@@ -1,60 +1,264 @@
 """How a workload is trained: stock, as its users train it today, and with this package.
 
-A method turns a stock model into the one to measure, or raises :class:`CannotRun` with the reason.
+A method turns a stock model into a :class:`Training`, or raises :class:`CannotRun` with the reason.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from spikingjelly.activation_based import memopt
+from spikingjelly.activation_based import base, functional, layer, memopt, neuron
 from torch import nn
 
 import snn_reversible_plugin as srp
 
+from .checkpointed import checkpoint_blocks
+from .published import PublishedChain, publish
 from .workloads import Workload
-
-Method = Callable[[Workload, nn.Module, torch.Tensor], nn.Module]
 
 
 class CannotRun(Exception):
     """The method does not apply to the workload; the text says why."""
 
 
-def _stock(_workload: Workload, model: nn.Module, _x: torch.Tensor) -> nn.Module:
+@dataclass
+class Training:
+    """A model made ready by a method, and how a step of it runs.
+
+    ``loss_of`` runs the forward. Where forward and backward can't be told apart it is None and ``step``
+    runs both. ``plain`` is given where the forward is not stock's: the same forward under autograd alone.
+    """
+
+    model: nn.Module
+    loss_of: Callable[[torch.Tensor], torch.Tensor] | None
+    step: Callable[[torch.Tensor], object] | None = None
+    plain: Training | None = None
+
+    def run(self, x: torch.Tensor) -> None:
+        """Forward and backward."""
+        if self.loss_of is None:
+            assert self.step is not None
+            self.step(x)
+        else:
+            self.loss_of(x).backward()
+
+
+Method = Callable[[Workload, Callable[[], nn.Module], torch.Tensor], Training]
+
+
+def _training(workload: Workload, model: nn.Module, plain: Training | None = None) -> Training:
+    return Training(model, lambda x: workload.loss_of(model, x), plain=plain)
+
+
+def _chains(model: nn.Module) -> list[srp.RevSSequence]:
+    """The model's reversible chains, those that surgery keeps beside the modules included."""
+    chains = [module for module in model.modules() if isinstance(module, srp.RevSSequence)]
+    try:
+        wrapped = importlib.import_module("snn_reversible_plugin.wrapped")
+    except ImportError:
+        return chains
+    return chains + [wrapped_chain.chain for wrapped_chain in wrapped.wrapped_chains(model)]
+
+
+def _plainly(model: nn.Module) -> nn.Module:
+    for chain in _chains(model):
+        chain.reversible = False
     return model
 
 
-def _memopt_1(workload: Workload, model: nn.Module, x: torch.Tensor) -> nn.Module:
-    if not workload.blocks:
-        raise CannotRun("needs multi-step modules; this loop is the user's own")
-    memopt.optimize_memory(
-        model, workload.blocks, example_forward=lambda net: workload.loss_of(net, x), level=1
-    )
-    return model
+class Branch(nn.Sequential):
+    """A branch of a reversible block, of a type of its own to be named as a target."""
 
 
-def _ours(mode: str) -> Method:
-    def method(_workload: Workload, model: nn.Module, _x: torch.Tensor) -> nn.Module:
-        return srp.convert_to_reversible(model, mode=mode)
+def _targets(workload: Workload, model: nn.Module) -> tuple[type[nn.Module], ...]:
+    """What its user would checkpoint: the workload's blocks, or the branches of reversible ones."""
+    for chain in _chains(model):
+        for block in chain.blocks:
+            block.f, block.g = Branch(block.f), Branch(block.g)
+    return workload.blocks or (Branch,)
+
+
+def _stock(workload: Workload, make: Callable[[], nn.Module], _x: torch.Tensor) -> Training:
+    return _training(workload, _plainly(make()))
+
+
+def _checkpoint(workload: Workload, make: Callable[[], nn.Module], _x: torch.Tensor) -> Training:
+    model = _plainly(make())
+    if workload.checkpointed is not None:
+        loss_of = workload.checkpointed
+        return Training(model, lambda x: loss_of(model, x))
+    return _training(workload, checkpoint_blocks(model, _targets(workload, model)))
+
+
+def _memopt(level: int) -> Method:
+    def method(workload: Workload, make: Callable[[], nn.Module], x: torch.Tensor) -> Training:
+        if workload.checkpointed is not None:
+            raise CannotRun("needs multi-step modules; this loop is the user's own")
+        if level > 1 and not x.is_cuda:
+            raise CannotRun("levels 2 to 4 search by CUDA's peak memory")
+        model = _plainly(make())
+        memopt.optimize_memory(
+            model,
+            _targets(workload, model),
+            example_forward=lambda net: workload.loss_of(net, x),
+            level=level,
+            split_fn=_parts,
+            can_chunk=lambda module: isinstance(module, (nn.Conv1d, nn.Conv2d, neuron.BaseNode)),
+        )
+        return _training(workload, model)
 
     return method
 
 
+def _parts(module: nn.Module) -> tuple[nn.Module, ...]:
+    """What memopt may split: any container of neurons or of SpikingJelly's stepped layers."""
+    leaf = isinstance(module, (base.StepModule, nn.modules.conv._ConvNd)) and not isinstance(
+        module, (nn.Sequential, layer.SeqToANNContainer)
+    )
+    return () if leaf else tuple(module.children())
+
+
+def _published(workload: Workload, make: Callable[[], nn.Module], _x: torch.Tensor) -> Training:
+    if not _chains(model := make()):
+        raise CannotRun("needs a network built of reversible blocks")
+    plain = _plainly(make())
+    for chain in _chains(plain):
+        for block in chain.blocks:
+            block.bits = None
+    return _training(workload, publish(model), plain=_training(workload, plain))
+
+
+def _sltt(workload: Workload, make: Callable[[], nn.Module], _x: torch.Tensor) -> Training:
+    try:
+        training = importlib.import_module("snn_reversible_plugin.training")
+    except ImportError:
+        raise CannotRun("not available in this version") from None
+    if workload.checkpointed is not None:
+        raise CannotRun("steps the network itself; this loop is the user's own")
+    model = make()
+    if _chains(model):
+        raise CannotRun("a chain with fresh states in each call can't be stepped")
+
+    def step(x: torch.Tensor) -> None:
+        functional.reset_net(model)
+        training.sltt_backward(model, x, _loss_of_step)
+
+    return Training(model, None, step)
+
+
+def _loss_of_step(out: torch.Tensor) -> torch.Tensor:
+    """The workload's loss, of the output of one step, with or without a dimension of time."""
+    return out.reshape(-1, *out.shape[-2:]).mean(0).square().sum()
+
+
+def _tape(mode: str) -> Method:
+    def method(workload: Workload, make: Callable[[], nn.Module], _x: torch.Tensor) -> Training:
+        model = srp.convert_to_reversible(_plainly(make()), mode=mode, arithmetic="stock")
+        return _training(workload, model)
+
+    return method
+
+
+def _grid(workload: Workload, make: Callable[[], nn.Module], _x: torch.Tensor) -> Training:
+    if workload.checkpointed is None:
+        raise CannotRun("for neurons that are stepped one time step at a time")
+    try:
+        model = srp.convert_to_reversible(make(), arithmetic="grid")
+    except ValueError as error:
+        if "arithmetic" in str(error):
+            raise CannotRun("not available in this version") from None
+        raise
+    return _training(workload, model)
+
+
+def _blocks(tape: bool) -> Method:
+    def method(workload: Workload, make: Callable[[], nn.Module], _x: torch.Tensor) -> Training:
+        model, plain = make(), None
+        if not _chains(model):
+            model, plain = _wrapped(workload, make), _training(workload, _plainly(_wrapped(workload, make)))
+        if tape:
+            for chain in _chains(model):
+                chain.mode = "memory"
+            srp.convert_to_reversible(model, arithmetic="stock")
+        return _training(workload, model, plain)
+
+    return method
+
+
+def _wrapped(workload: Workload, make: Callable[[], nn.Module]) -> nn.Module:
+    wrap = getattr(srp, "wrap_residual_blocks", None)
+    if workload.checkpointed is not None:
+        raise CannotRun("has no residual blocks")
+    if wrap is None:
+        raise CannotRun("not available in this version")
+    model = make()
+    try:
+        wrap(model)
+    except ValueError as error:
+        raise CannotRun(str(error).splitlines()[0]) from None
+    return model
+
+
 METHODS: dict[str, Method] = {
     "stock": _stock,
-    "memopt 1": _memopt_1,
-    "speed": _ours("speed"),
-    "memory": _ours("memory"),
+    "checkpoint": _checkpoint,
+    "memopt 1": _memopt(1),
+    "memopt 2": _memopt(2),
+    "memopt 3": _memopt(3),
+    "memopt 4": _memopt(4),
+    "published": _published,
+    "SLTT": _sltt,
+    "speed": _tape("speed"),
+    "memory": _tape("memory"),
+    "grid": _grid,
+    "blocks": _blocks(tape=False),
+    "blocks + tape": _blocks(tape=True),
+}
+OURS = ("speed", "memory", "grid", "blocks", "blocks + tape")
+ABOUT = {
+    "stock": "the framework as it is; reversible blocks run plainly",
+    "checkpoint": "`torch.utils.checkpoint` by hand, over blocks or over stretches of about √T steps, with "
+    "neuron states handed through and running statistics counted once",
+    "memopt 1": "SpikingJelly's memory optimizer, level 1; levels 2 to 4 need CUDA",
+    "published": "the published reversible procedure: streams in floating point, two runs of each branch",
+    "SLTT": "no gradient through time: an approximation",
+    "speed": 'this package, `mode="speed"`',
+    "memory": 'this package, `mode="memory"`',
+    "grid": 'this package, `arithmetic="grid"`',
+    "blocks": "this package, reversible blocks alone; stock residual networks are wrapped, "
+    "which changes the function",
+    "blocks + tape": "this package, reversible blocks in a converted network",
 }
 
 
-def prepare(name: str, workload: Workload, stock: nn.Module, x: torch.Tensor) -> nn.Module:
-    """A model with the stock model's weights, made ready by the method.
+def prepare(name: str, workload: Workload, stock: nn.Module, x: torch.Tensor) -> Training:
+    """The workload under a method, with the stock model's weights.
 
-    Made anew rather than copied: snnTorch resets the neurons that were constructed, not copies.
+    Models are made anew rather than copied: snnTorch resets the neurons that were constructed, not copies.
     """
-    model = workload.make().to(x.device)
-    model.load_state_dict(stock.state_dict())
-    return METHODS[name](workload, model, x)
+
+    def make() -> nn.Module:
+        model = workload.make().to(x.device)
+        model.load_state_dict(stock.state_dict())
+        return model
+
+    return METHODS[name](workload, make, x)
+
+
+def rebuild_error(model: nn.Module) -> float | None:
+    """The largest error of a rebuilt chain input, where chains were told to check."""
+    errors = [chain.last_rebuild.max_error for chain in _chains(model) if chain.last_rebuild is not None]
+    errors += [
+        module.rebuild_error
+        for module in model.modules()
+        if isinstance(module, PublishedChain) and module.rebuild_error is not None
+    ]
+    return max(errors, default=None)
+
+
+def check_rebuilds(model: nn.Module, on: bool) -> None:
+    for chain in (*_chains(model), *(m for m in model.modules() if isinstance(m, PublishedChain))):
+        chain.check = on

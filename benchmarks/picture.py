@@ -1,48 +1,115 @@
-"""The README's picture: memory held and peak against step time, one point a method."""
+"""The pictures: memory against step time, one point a method, and the curves of growth."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 
 from .measure import MIB
+from .store import ROOT, Entry
+from .workloads import WORKLOADS
 
-PICTURE = Path(__file__).parent.parent / "docs" / "images"
+IMAGES = ROOT / "docs" / "images"
 STYLE = {
     "stock": ("0.45", "o", "stock"),
+    "checkpoint": ("tab:brown", "v", "checkpoint by hand"),
     "memopt 1": ("tab:orange", "s", "memopt 1"),
+    "memopt 2": ("tab:orange", "p", "memopt 2"),
+    "memopt 3": ("tab:orange", "h", "memopt 3"),
+    "memopt 4": ("tab:orange", "H", "memopt 4"),
+    "published": ("tab:pink", "P", "published reversible"),
+    "SLTT": ("tab:red", "X", "SLTT (approximate)"),
     "speed": ("tab:green", "^", "this package: speed"),
     "memory": ("tab:blue", "D", "this package: memory"),
+    "grid": ("tab:cyan", "d", "this package: grid"),
+    "blocks": ("tab:olive", "<", "this package: blocks"),
+    "blocks + tape": ("tab:purple", ">", "this package: blocks + tape"),
 }
 
 
-def draw(results: dict[str, dict[str, Any]], device: str) -> Path:
-    """Draw all stored results of a device; returns the path of the PNG."""
-    workloads = list(dict.fromkeys(entry["workload"] for entry in results.values()))
-    columns = min(4, len(workloads))
-    rows = -(-len(workloads) // columns)
-    figure = Figure(figsize=(3.1 * columns, 2.9 * rows), layout="constrained")
-    for index, workload in enumerate(workloads):
+def draw_all(entries: dict[str, Entry], device: str, folder: Path = IMAGES) -> list[Path]:
+    """Draw what is stored; returns the paths of the PNGs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = [draw_points(entries, folder / f"memory-against-time-{device}.png")]
+    if any(map(_series, entries.values())):
+        drawn.append(draw_growth(entries, folder / f"growth-{device}.png"))
+    return drawn
+
+
+def digest(entries: dict[str, Entry]) -> str:
+    """A name for the figures that a picture shows; written into it, so that a stale one is found out."""
+    keys = ("held", "peak", "time_ratio")
+    figures = {name: [entry[key] for key in keys] for name, entry in entries.items()}
+    return hashlib.sha256(json.dumps(figures, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def draw_points(entries: dict[str, Entry], path: Path) -> Path:
+    """A panel a workload: bytes held (filled) and peak (open) against step time."""
+    names = list(dict.fromkeys(e["workload"] for e in entries.values() if not _series(e)))
+    names = names or list(dict.fromkeys(e["workload"] for e in entries.values()))
+    columns = min(4, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(3.1 * columns, 2.9 * rows + 0.5), layout="constrained")
+    for index, workload in enumerate(names):
         axes = figure.add_subplot(rows, columns, index + 1)
         for method, (color, marker, label) in STYLE.items():
-            entry = results.get(f"{workload} | {method}")
-            if entry is None or entry["held"] is None:
+            entry = entries.get(f"{workload} | {method}")
+            if entry is None or entry["peak"] is None or entry["time_ratio"] is None:
                 continue
-            x, held, peak = entry["time_ratio"], entry["held"] / MIB, entry["peak"] / MIB
-            axes.plot([x, x], [held, peak], color=color, linewidth=1)
-            axes.plot(x, peak, marker, color=color, markerfacecolor="white")
-            axes.plot(x, held, marker, color=color, label=label)
+            x, peak = entry["time_ratio"], entry["peak"] / MIB
+            if entry["held"]:
+                axes.plot([x, x], [entry["held"] / MIB, peak], color=color, linewidth=1)
+                axes.plot(x, entry["held"] / MIB, marker, color=color)
+            axes.plot(x, peak, marker, color=color, markerfacecolor="white", label=label)
         axes.set_yscale("log")
         axes.set_title(workload, fontsize=10)
         axes.set_xlabel("step time, stock = 1", fontsize=8)
         axes.set_ylabel("MiB: held (filled), peak (open)", fontsize=8)
         axes.tick_params(labelsize=8, which="both")
         axes.margins(0.25)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=9)
-    PICTURE.mkdir(parents=True, exist_ok=True)
-    path = PICTURE / f"memory-against-time-{device}.png"
-    figure.savefig(path, dpi=120)
+    _legend(figure)
+    figure.savefig(path, dpi=120, metadata={"Results": digest(entries)})
     return path
+
+
+def draw_growth(entries: dict[str, Entry], path: Path) -> Path:
+    """A panel a series: bytes held (above) and peak (below) as depth, time or batch grow."""
+    series = list(dict.fromkeys(filter(None, map(_series, entries.values()))))
+    figure = Figure(figsize=(3.4 * len(series), 6), layout="constrained")
+    for row, key in enumerate(("held", "peak")):
+        for column, name in enumerate(series):
+            axes = figure.add_subplot(2, len(series), row * len(series) + column + 1)
+            for method, (color, marker, label) in STYLE.items():
+                points = sorted(
+                    (WORKLOADS[e["workload"]].at or 0, e[key] / MIB)
+                    for e in entries.values()
+                    if _series(e) == name and e["method"] == method and e[key]
+                )
+                if points:
+                    axes.plot(*zip(*points, strict=True), marker=marker, color=color, label=label)
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.set_xlabel(name, fontsize=8)
+            axes.set_ylabel(f"{key}, MiB", fontsize=8)
+            axes.tick_params(labelsize=8, which="both")
+    _legend(figure)
+    figure.savefig(path, dpi=120, metadata={"Results": digest(entries)})
+    return path
+
+
+def _legend(figure: Figure) -> None:
+    found = {}
+    for axes in figure.axes:
+        handles, labels = axes.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
+    figure.legend(
+        found.values(), found.keys(), loc="outside upper center", ncols=min(5, len(found)), fontsize=8
+    )
+
+
+def _series(entry: Entry) -> str | None:
+    workload = WORKLOADS.get(entry["workload"])
+    return workload and workload.series

@@ -1,24 +1,37 @@
 """What is trained: each workload builds a stock model and its batch, and runs one forward to a loss.
 
-Shapes are those of the project's targets (docs/benchmarks.md). Each model comes from its framework's own
-zoo or tutorials, except for the yardstick VGG, which is spelled out here.
+Each model comes from its framework's own zoo or tutorials, except for those spelled out in ``networks.py``.
+A workload with reversible blocks counts as stock when they run plainly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
 
-import snntorch
 import torch
-from snntorch import surrogate as snn_surrogate
 from snntorch import utils as snn_utils
-from spikingjelly.activation_based import functional, layer, neuron, surrogate
+from spikingjelly.activation_based import functional, neuron, surrogate
 from spikingjelly.activation_based.layer.attention import SpikingSelfAttention
-from spikingjelly.activation_based.model import sew_resnet, spikformer, spiking_resnet
+from spikingjelly.activation_based.model import ms_resnet, sew_resnet, spikformer, spiking_resnet
 from torch import nn
 
+from snn_reversible_plugin import models
+
+from .checkpointed import checkpoint_with_states, segments
+from .networks import (
+    LeakyLoop,
+    LIFLoop,
+    VGGBlock,
+    ms_resnet34,
+    multi_step,
+    reversible_chain,
+    tutorial_6_net,
+    yardstick_vgg,
+)
+
+Loss = Callable[[nn.Module, torch.Tensor], torch.Tensor]
 LIF = {
     "spiking_neuron": neuron.LIFNode,
     "surrogate_function": surrogate.ATan(),
@@ -30,84 +43,36 @@ LIF = {
 class Workload:
     """One training step to measure.
 
-    ``loss_of(model, x)`` resets the states, runs the forward and returns the loss. ``blocks`` are the
-    module types that a user of SpikingJelly's memopt would name as its targets. ``neuron_steps`` is the
-    number of neurons times time steps, where bytes for each are of interest.
+    Args:
+        name: what to ask for on the command line; results are stored under it.
+        make: builds the stock model.
+        shape: of the batch, in the full profile and in the quick one; None leaves it out of the quick one.
+        loss_of: resets the states, runs the forward and returns the loss.
+        blocks: the module types that a user of memopt or of checkpoints would name.
+        checkpointed: the same loss for a user's own loop, checkpointed by hand.
+        batch_dim: which dimension of the shape is the batch.
+        grows: the dimension that grows in that search; None for no search.
+        neurons: in one example, where bytes a neuron and step are of interest.
+        counterpart: the workload that this one is built to replace.
+        series, at: the curve of growth that this is a point of, and where.
     """
 
     name: str
     make: Callable[[], nn.Module]
-    shape: tuple[int, ...]
-    loss_of: Callable[[nn.Module, torch.Tensor], torch.Tensor]
+    full: tuple[int, ...]
+    quick: tuple[int, ...] | None
+    loss_of: Loss
     blocks: tuple[type[nn.Module], ...] = ()
-    neuron_steps: int | None = None
-    tags: frozenset[str] = field(default_factory=frozenset)
+    checkpointed: Loss | None = None
+    batch_dim: int = 1
+    grows: int | None = None
+    neurons: int | None = None
+    counterpart: str | None = None
+    series: str | None = None
+    at: int | None = None
 
-
-class VGGBlock(nn.Sequential):
-    """A layer of the yardstick, of a type of its own for memopt to find."""
-
-
-def yardstick_vgg() -> nn.Module:
-    """Eight (3x3 conv 64, bn, LIF) layers, average pooling after the third and sixth."""
-    layers: list[nn.Module] = []
-    channels = 2
-    for index in range(8):
-        layers.append(
-            VGGBlock(
-                layer.Conv2d(channels, 64, 3, padding=1, bias=False),
-                layer.BatchNorm2d(64),
-                neuron.LIFNode(tau=2.0, detach_reset=True, surrogate_function=surrogate.ATan()),
-            )
-        )
-        channels = 64
-        if index in (2, 5):
-            layers.append(layer.AvgPool2d(2))
-    return _multi_step(nn.Sequential(*layers, layer.Flatten(), layer.Linear(64 * 8 * 8, 10)))
-
-
-class LeakyLoop(nn.Module):
-    """Linear-Leaky-Linear-Leaky-Linear, stepped by a loop in forward, as snnTorch's tutorial 5 does."""
-
-    def __init__(self, width: int = 512) -> None:
-        super().__init__()
-        self.fc1, self.lif1 = nn.Linear(width, width), snntorch.Leaky(beta=0.9)
-        self.fc2, self.lif2 = nn.Linear(width, width), snntorch.Leaky(beta=0.9)
-        self.fc3 = nn.Linear(width, 10)
-
-    def forward(self, x_seq: torch.Tensor) -> torch.Tensor:
-        mem1, mem2 = self.lif1.init_leaky(), self.lif2.init_leaky()
-        total = torch.zeros((), device=x_seq.device)
-        for x in x_seq:
-            spk1, mem1 = self.lif1(self.fc1(x), mem1)
-            spk2, mem2 = self.lif2(self.fc2(spk1), mem2)
-            total = total + self.fc3(spk2)
-        return total / len(x_seq)
-
-
-def tutorial_6_net() -> nn.Module:
-    """The convolutional network of snnTorch's tutorial 6."""
-
-    def leaky(**options: Any) -> nn.Module:
-        fast_sigmoid = snn_surrogate.fast_sigmoid(slope=25)
-        return snntorch.Leaky(beta=0.5, spike_grad=fast_sigmoid, init_hidden=True, **options)
-
-    return nn.Sequential(
-        nn.Conv2d(1, 12, 5),
-        nn.MaxPool2d(2),
-        leaky(),
-        nn.Conv2d(12, 64, 5),
-        nn.MaxPool2d(2),
-        leaky(),
-        nn.Flatten(),
-        nn.Linear(64 * 4 * 4, 10),
-        leaky(output=True),
-    )
-
-
-def _multi_step(model: nn.Module) -> nn.Module:
-    functional.set_step_mode(model, "m")
-    return model
+    def shape(self, profile: str) -> tuple[int, ...] | None:
+        return self.full if profile == "full" else self.quick
 
 
 def _rate_loss(model: nn.Module, x_seq: torch.Tensor) -> torch.Tensor:
@@ -115,52 +80,146 @@ def _rate_loss(model: nn.Module, x_seq: torch.Tensor) -> torch.Tensor:
     return model(x_seq).mean(0).square().sum()
 
 
-def _loop_loss(model: nn.Module, x_seq: torch.Tensor) -> torch.Tensor:
+def _logits_loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """For models that average over time themselves."""
+    functional.reset_net(model)
+    return model(x).square().sum()
+
+
+def _leaky_loss(model: nn.Module, x_seq: torch.Tensor) -> torch.Tensor:
     return model(x_seq).square().sum()
+
+
+def _leaky_checkpointed(model: nn.Module, x_seq: torch.Tensor) -> torch.Tensor:
+    total, mems = torch.zeros((), device=x_seq.device), (model.lif1.init_leaky(), model.lif2.init_leaky())
+    for part in segments(x_seq):
+        of_part, mems = checkpoint_with_states(model, model.steps, part, *mems)
+        total = total + of_part
+    return (total / len(x_seq)).square().sum()
+
+
+def _lif_loop_checkpointed(model: nn.Module, x_seq: torch.Tensor) -> torch.Tensor:
+    functional.reset_net(model)
+    parts = [checkpoint_with_states(model, model.steps, part) for part in segments(x_seq)]
+    return (torch.stack(parts).sum(0) / len(x_seq)).square().sum()
+
+
+TUTORIAL_6_STEPS = 50
+
+
+def _tutorial_6_spikes(model: nn.Module, image: torch.Tensor, steps: int) -> torch.Tensor:
+    return torch.stack([model(image)[0] for _ in range(steps)])
 
 
 def _tutorial_6_loss(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
     snn_utils.reset(model)
-    spikes = []
-    for _ in range(50):
-        spk, _mem = model(image)
-        spikes.append(spk)
-    return torch.stack(spikes).mean(0).square().sum()
+    return _tutorial_6_error(_tutorial_6_spikes(model, image, TUTORIAL_6_STEPS))
 
 
-WORKLOADS = {
-    workload.name: workload
-    for workload in (
-        Workload("vgg", yardstick_vgg, (8, 16, 2, 32, 32), _rate_loss, (VGGBlock,)),
-        Workload("vgg-t32", yardstick_vgg, (32, 16, 2, 32, 32), _rate_loss, (VGGBlock,)),
+def _tutorial_6_error(spikes: torch.Tensor) -> torch.Tensor:
+    """To a target that silent outputs miss: they must have a gradient too."""
+    return (spikes.mean(0) - 1).square().sum()
+
+
+def _tutorial_6_checkpointed(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
+    snn_utils.reset(model)
+    spikes = [
+        checkpoint_with_states(model, partial(_tutorial_6_spikes, model), image, len(part))
+        for part in segments(torch.arange(TUTORIAL_6_STEPS))
+    ]
+    return _tutorial_6_error(torch.cat(spikes))
+
+
+def _vgg(name: str, full: tuple[int, ...], quick: tuple[int, ...] | None, **growth: object) -> Workload:
+    return Workload(name, yardstick_vgg, full, quick, _rate_loss, (VGGBlock,), **growth)  # type: ignore[arg-type]
+
+
+def _zoo(
+    name: str, make: Callable[[], nn.Module], *shapes: tuple[int, ...] | None, **more: object
+) -> Workload:
+    blocks = (sew_resnet.BasicBlock, sew_resnet.Bottleneck, spiking_resnet.BasicBlock)
+    return Workload(name, lambda: multi_step(make()), *shapes, _rate_loss, blocks, **more)  # type: ignore[arg-type]
+
+
+SPIKFORMER_PARTS = (spikformer.SpikformerConv2dBNLIF, SpikingSelfAttention, spikformer.SpikformerMLP)
+
+NETWORKS = (
+    _vgg("vgg", (8, 16, 2, 32, 32), (4, 4, 2, 32, 32), grows=1),
+    _vgg("vgg-t32", (32, 16, 2, 32, 32), None),
+    _zoo(
+        "sew-resnet18", lambda: sew_resnet.sew_resnet18(cnf="ADD", **LIF),
+        (8, 16, 3, 96, 96), (2, 1, 3, 32, 32),
+    ),
+    _zoo(
+        "sew-resnet34", lambda: sew_resnet.sew_resnet34(cnf="ADD", **LIF),
+        (8, 8, 3, 64, 64), None, grows=1,
+    ),
+    _zoo("sew-resnet50", lambda: sew_resnet.sew_resnet50(cnf="ADD", **LIF), (8, 8, 3, 64, 64), None),
+    _zoo(
+        "spiking-resnet34", lambda: spiking_resnet.spiking_resnet34(**LIF),
+        (8, 16, 3, 96, 96), None, grows=1,
+    ),
+    Workload(
+        "spikformer", spikformer.spikformer_cifar10, (4, 8, 3, 32, 32), (2, 1, 3, 32, 32),
+        _logits_loss, SPIKFORMER_PARTS,
+    ),
+    Workload(
+        "rev-s-former-4-384", lambda: models.rev_s_former(4, 384), (4, 8, 3, 32, 32), (2, 1, 3, 32, 32),
+        _logits_loss, counterpart="spikformer",
+    ),
+    Workload(
+        "ms-resnet34", ms_resnet34, (4, 8, 3, 32, 32), (2, 1, 3, 16, 16), _logits_loss,
+        (ms_resnet._MSBlock,), grows=1,
+    ),
+    Workload(
+        "rev-s-resnet37", lambda: models.rev_s_resnet37(num_classes=100), (4, 8, 3, 32, 32),
+        (2, 1, 3, 16, 16), _logits_loss, counterpart="ms-resnet34", grows=1,
+    ),
+    Workload(
+        "leaky-loop", LeakyLoop, (100, 128, 512), (16, 16, 512), _leaky_loss,
+        checkpointed=_leaky_checkpointed, grows=0, neurons=2 * 512,
+    ),
+    Workload(
+        "lif-loop", LIFLoop, (100, 128, 512), (16, 16, 512), _logits_loss,
+        checkpointed=_lif_loop_checkpointed, grows=0, neurons=2 * 512,
+    ),
+    Workload(
+        "tutorial-6", tutorial_6_net, (128, 1, 28, 28), (8, 1, 28, 28), _tutorial_6_loss,
+        checkpointed=_tutorial_6_checkpointed, batch_dim=0, grows=0,
+    ),
+)  # fmt: skip
+
+DEPTHS, QUICK_DEPTHS = (8, 27, 54, 100, 200), (8, 27)
+LENGTHS, QUICK_LENGTHS = (8, 64, 256, 1024), (8, 64)
+BATCHES, QUICK_BATCHES = (1, 2, 4, 8, 32), (1,)
+
+GROWTH = (
+    *(
         Workload(
-            "sew-resnet18",
-            lambda: _multi_step(sew_resnet.sew_resnet18(cnf="ADD", **LIF)),
-            (8, 16, 3, 96, 96),
-            _rate_loss,
-            (sew_resnet.BasicBlock,),
-        ),
+            f"chain-{depth}", reversible_chain(depth), (4, 2, 2, 16, 16),
+            (2, 1, 2, 8, 8) if depth in QUICK_DEPTHS else None, _rate_loss, series="blocks", at=depth,
+        )
+        for depth in DEPTHS
+    ),
+    *(
         Workload(
-            "spiking-resnet34",
-            lambda: _multi_step(spiking_resnet.spiking_resnet34(**LIF)),
-            (8, 16, 3, 96, 96),
-            _rate_loss,
-            (spiking_resnet.BasicBlock,),
-        ),
-        Workload(
-            "spikformer",
-            spikformer.spikformer_cifar10,
-            (4, 4, 3, 32, 32),
-            _rate_loss,
-            (spikformer.SpikformerConv2dBNLIF, SpikingSelfAttention, spikformer.SpikformerMLP),
-        ),
-        Workload(
-            "leaky-loop",
-            LeakyLoop,
-            (100, 128, 512),
-            _loop_loss,
-            neuron_steps=2 * 512 * 128 * 100,
-        ),
-        Workload("tutorial-6", tutorial_6_net, (128, 1, 28, 28), _tutorial_6_loss),
-    )
-}
+            f"{name}-t{steps}", partial(make, 256), (steps, 32, 256),
+            (steps, 4, 256) if steps in QUICK_LENGTHS else None, loss_of, checkpointed=checkpointed,
+            neurons=2 * 256, series=f"time steps of {name}", at=steps,
+        )
+        for name, make, loss_of, checkpointed in (
+            ("leaky-loop", LeakyLoop, _leaky_loss, _leaky_checkpointed),
+            ("lif-loop", LIFLoop, _logits_loss, _lif_loop_checkpointed),
+        )
+        for steps in LENGTHS
+    ),
+    *(
+        _vgg(
+            f"vgg-n{batch}", (8, batch, 2, 32, 32),
+            (4, batch, 2, 32, 32) if batch in QUICK_BATCHES else None, series="batch of vgg", at=batch,
+        )
+        for batch in BATCHES
+    ),
+)  # fmt: skip
+
+WORKLOADS = {workload.name: workload for workload in (*NETWORKS, *GROWTH)}

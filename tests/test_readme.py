@@ -1,24 +1,93 @@
-"""The README says what was measured: its table is the one that the stored results give."""
+"""README and docs say what was measured: every number with a unit comes from a stored result."""
 
-import json
+import re
 from pathlib import Path
 
-from benchmarks import readme
+import pytest
+from PIL import Image
+
+from benchmarks import picture, readme, store
 
 ROOT = Path(__file__).parent.parent
+PAGES = readme.pages()
+RESULTS = {
+    "cpu": {
+        "net | stock": {"held": 6 * 2**20, "time_ratio": 1.0},
+        "net | memory": {"held": 2**20, "time_ratio": 1.25},
+    },
+    "more": {"runs": [{"accuracy": 0.875}]},
+}
 
 
-def test_the_table_is_the_stored_results():
-    stored = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())["results"]
-    text = (ROOT / "README.md").read_text()
-    written = text.split(readme.BEGIN)[1].split(readme.END)[0].strip()
-    assert written == readme.table(stored)
-    assert all(entry["gradient_difference"] in (0, None) for entry in stored.values())
+def names(path):
+    return path.relative_to(ROOT).as_posix()
 
 
-def test_linked_files_exist():
-    import re
+@pytest.mark.parametrize("page", PAGES, ids=names)
+def test_numbers_are_those_of_the_results(page):
+    assert not readme.problems(page.read_text(), readme.load_all())
 
-    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
-        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-            assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=names)
+def test_linked_files_exist(page):
+    for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert link.startswith("http") or (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("path", sorted(store.RESULTS.glob("c*.json")), ids=lambda path: path.stem)
+def test_pictures_show_the_results(path):
+    entries = store.load(path)
+    drawn = [picture.IMAGES / f"{kind}-{path.stem}.png" for kind in ("memory-against-time", "growth")]
+    assert drawn[0].exists()
+    for image in drawn:
+        if image.exists():
+            assert Image.open(image).text["Results"] == picture.digest(entries), image.name
+
+
+def test_the_tape_gives_stock_gradients():
+    entries = store.load(store.path_of("cpu", "full")).values()
+    ours = [e for e in entries if e["method"] in ("speed", "memory") and e["held"] is not None]
+    assert ours
+    assert all(e["gradient_difference"] == 0 for e in ours)
+
+
+@pytest.mark.parametrize(
+    ("asked", "written"),
+    [
+        ("cpu/net | stock/held over cpu/net | memory/held as .2f x", "6.00x"),
+        ("cpu/net | memory/held as .1f MiB", "1.0 MiB"),
+        ("cpu/net | memory/held as ,d bytes", "1,048,576 bytes"),
+        ("more/runs/0/accuracy as .1%", "87.5%"),
+    ],
+)
+def test_values_are_filled_and_held_to_the_results(asked, written):
+    text = f"It is <!-- value: {asked} --><!-- end --> here."
+    filled = readme.rendered(text, RESULTS)
+    assert filled == f"It is <!-- value: {asked} -->{written}<!-- end --> here."
+    assert not readme.problems(filled, RESULTS)
+    assert readme.problems(filled.replace(written, "7.77x"), RESULTS)  # stale
+
+
+def test_a_value_from_nowhere_is_an_error():
+    with pytest.raises(KeyError, match=r"ends at \'net \| grid\'"):
+        readme.rendered("<!-- value: cpu/net | grid/held as .1f x --><!-- end -->", RESULTS)
+
+
+@pytest.mark.parametrize(
+    ("text", "loose"),
+    [
+        ("Holds 27x less in 1.08x the time.", ["27x", "1.08x"]),
+        ("A peak of 116.9 MiB, 8 MB an image, and 12,319 flips.", ["116.9 MiB", "8 MB", "12,319 flips"]),
+        ("| vgg | 19.4 MiB | 3 % |", ["19.4 MiB", "3 %"]),
+        ("A 3x3 convolution on 8x16x2x32x32, `4x`, [two](a-2x.md), version 2.0, T = 100.", []),
+        ("<!-- a 2x note -->\n```\n5 MiB\n```\n", []),
+        ("A spike is 1 bit.", []),
+    ],
+)
+def test_numbers_in_prose_need_a_source(text, loose):
+    assert readme.loose_numbers(text) == loose
+
+
+def test_what_counts_as_not_measured_is_still_said():
+    said = "".join(page.read_text() for page in PAGES)
+    assert all(phrase in said for phrase in readme.NOT_MEASURED)
