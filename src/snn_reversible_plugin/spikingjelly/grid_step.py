@@ -2,7 +2,7 @@
 
 The one idea: charge, fire and reset are one autograd function, which saves the charged membrane as a place
 on the neuron's :class:`~snn_reversible_plugin.timeline.Timeline`, and no tensor. On the grid every charge
-reads ``h = decay(v, beta) + snap(gain * x)``: IF with beta = 1, LIF and ParametricLIF with beta = 1 - 1/tau.
+is ``h = decay(v, beta) + snap(gain * x)``: IF with beta = 1, LIF and ParametricLIF with beta = 1 - 1/tau.
 :func:`reference` is the same step written with ordinary operations: the specification.
 
 Source: design section 6; ``spikingjelly.activation_based.neuron`` 2.0.
