@@ -132,28 +132,26 @@ def rebuilt(console: Console, lengths: list[int]) -> None:
                 lif = snntorch.Leaky(beta, reset_mechanism="subtract" if soft else "zero")
                 root = nn.ModuleList([net, lif])
                 srp.convert_to_reversible(root)
-                x, memories = torch.randn(4, 8) * (2 - 1.8 * beta), []
+                x, seen = torch.randn(4, 8) * (2 - 1.8 * beta), []
                 with srp.reversible(root):
                     mem = lif.reset_mem()
                     for _ in range(steps):
-                        _, mem = lif(net(x), mem)
-                        memories.append(mem)
+                        spk, mem = lif(net(x), mem)
+                        seen.append((mem, spk))
                 (line,) = (one for one in gc.get_objects() if type(one) is timeline.Timeline)
                 differ = sum(
-                    int((line.state(t).view_as(memories[t - 1]) != memories[t - 1]).sum())
-                    for t in range(steps, 0, -1)
+                    int((line.state(t).view_as(mem) != mem).sum())
+                    for t, (mem, _) in reversed(list(enumerate(seen, 1)))
                 )
                 error = _float_inversion(net(x).detach(), steps, beta, soft)
                 row = ("soft" if soft else "hard", f"{beta}", f"{steps}", f"{differ}", f"{error:.3g}")
                 table.add_row(*row)
-                del line, memories, mem
+                del line, seen, spk, mem
     console.print(table)
 
 
 @torch.no_grad()
-def _float_inversion(
-    current: Tensor, grid: list[Tensor], spikes: list[Tensor], beta: float, soft: bool
-) -> float:
+def _float_inversion(current: Tensor, steps: int, beta: float, soft: bool) -> float:
     """How far plain float32 inversion drifts from the membranes of its own forward, worst over time."""
     mem, seen = torch.zeros_like(current), []
     for _ in range(steps):
