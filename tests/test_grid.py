@@ -112,7 +112,7 @@ def test_snap_leaves_its_argument_alone_and_keeps_the_layout():
 BETAS = st.one_of(
     st.floats(2.0**-16, 1.0, width=32, exclude_min=True),
     st.sampled_from([1.0, 0.5, 0.25, 0.75, 0.9, 0.99, 1 / 3, 1 - 2.0**-24, 0.5 + 2.0**-24]),
-)
+).map(lambda beta: float(torch.tensor(beta)))
 
 
 def units_around(beta: float, seed: int) -> torch.Tensor:

@@ -71,7 +71,7 @@ def test_every_type_converted_equals_stock(name: str) -> None:
             return torch.stack([self.last(out[0] if isinstance(out, tuple) else out) for out in outs])
 
     net = Net()
-    other = srp.convert_to_reversible(copy.deepcopy(net))
+    other = srp.convert_to_reversible(copy.deepcopy(net), arithmetic="stock")
     xs = torch.randn(3, 2, 2, 5, 5) if name == "SConv2dLSTM" else torch.randn(3, 2, 4)
     found = []
     for one in (net, other):
@@ -139,7 +139,7 @@ class Tutorial5(nn.Module):
 
 def test_tutorial_5() -> None:
     net = Tutorial5()
-    other = srp.convert_to_reversible(copy.deepcopy(net))
+    other = srp.convert_to_reversible(copy.deepcopy(net), arithmetic="stock")
     data, targets = torch.rand(16, 784), torch.randint(10, (16,))
     found = []
     for one in (net, other):
@@ -181,7 +181,7 @@ def forward_pass(net: nn.Module, num_steps: int, data: Tensor) -> tuple[Tensor, 
 
 def test_tutorial_6() -> None:
     net = tutorial_6()
-    other = srp.convert_to_reversible(copy.deepcopy(net))
+    other = srp.convert_to_reversible(copy.deepcopy(net), arithmetic="stock")
     data, targets = torch.rand(4, 1, 28, 28) * 3, torch.randint(10, (4,))
     loss_fn = functional.ce_rate_loss()
     found, held = [], []

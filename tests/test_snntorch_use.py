@@ -268,7 +268,7 @@ def test_truncated_backpropagation(kind: str) -> None:
     """Losses of two steps at a time, states detached in place between them; then a fresh sequence."""
     torch.manual_seed(10)
     net = nn.Sequential(nn.Linear(4, 4), make(kind, True, init_hidden=True), nn.Linear(4, 2))
-    other = srp.convert_to_reversible(copy.deepcopy(net))
+    other = srp.convert_to_reversible(copy.deepcopy(net), arithmetic="stock")
     xs = inputs(6, 5, 4)
     found = []
     for one in (net, other):
@@ -307,7 +307,7 @@ def test_resets_of_states() -> None:
 
 def test_instances_keep_their_identity() -> None:
     neuron = make("Leaky", True)
-    net = srp.convert_to_reversible(nn.Sequential(nn.Linear(4, 4), neuron))
+    net = srp.convert_to_reversible(nn.Sequential(nn.Linear(4, 4), neuron), arithmetic="stock")
     assert net[1] is neuron
     assert any(one is neuron for one in snntorch.SpikingNeuron.instances)
     assert type(neuron) is RevLeaky
