@@ -1,11 +1,13 @@
 """Training two copies of a network side by side, one stock and one converted, and comparing bits."""
 
 import copy
+from contextlib import nullcontext
 
 import torch
 from torch import nn
 
 import snn_reversible_plugin as srp
+from snn_reversible_plugin.convert import differentiated
 
 
 def reset(model):
@@ -49,20 +51,34 @@ def assert_trains_like_stock(make, inputs, *, steps=2, autocast=None, **settings
     torch.manual_seed(0)
     stock = make()
     converted = srp.convert_to_reversible(copy.deepcopy(stock), **settings)
-    models = (stock, converted)
+    _assert_train_alike(stock, nullcontext, converted, inputs, steps, autocast)
+    return converted
+
+
+def assert_trains_like_autograd(make, inputs, *, steps=2, **settings):
+    """The same against autograd through the converted model's own forward: what the grid promises."""
+    torch.manual_seed(0)
+    reference = srp.convert_to_reversible(make(), **settings)
+    converted = copy.deepcopy(reference)
+    _assert_train_alike(reference, lambda: differentiated(reference), converted, inputs, steps, None)
+    return converted
+
+
+def _assert_train_alike(reference, around, converted, inputs, steps, autocast):
+    models, arounds = (reference, converted), (around, nullcontext)
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9) for model in models]
     for number in range(steps):
         results = []
-        for model, optimizer in zip(models, optimizers, strict=True):
+        for model, optimizer, around in zip(models, optimizers, arounds, strict=True):
             reset(model)
             torch.manual_seed(number)
-            results.append(step(model, inputs, optimizer, autocast))
+            with around():
+                results.append(step(model, inputs, optimizer, autocast))
         assert_equal_steps(*results)
     states = [model.state_dict() for model in models]
     assert list(states[0]) == list(states[1])
     for name, value in states[0].items():
         assert torch.equal(value, states[1][name]), name
-    return converted
 
 
 def make_fire(model: nn.Module) -> nn.Module:

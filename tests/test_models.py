@@ -1,6 +1,7 @@
 """The published models: their parameter counts, and training as their blocks run plainly."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import snntorch
@@ -9,6 +10,7 @@ import torch
 import snn_reversible_plugin as srp
 from snn_reversible_plugin import models
 from snn_reversible_plugin.blocks import RevSSequence
+from snn_reversible_plugin.convert import differentiated
 from snn_reversible_plugin.memory import count_step
 
 
@@ -51,8 +53,8 @@ def synaptic():
 
 @pytest.mark.parametrize("neuron", ["if", "lif", "plif", "leaky", "Lapicque", synaptic])
 @pytest.mark.parametrize("name", list(SMALL))
-@pytest.mark.parametrize("converted", [False, True])
-def test_training_equals_the_plain_run(name, neuron, converted):
+@pytest.mark.parametrize("arithmetic", [None, "stock", "auto"])
+def test_training_equals_the_plain_run(name, neuron, arithmetic):
     make, shape = SMALL[name]
     model = make(num_classes=5, neuron=neuron)
     plain = copy.deepcopy(model)
@@ -62,11 +64,15 @@ def test_training_equals_the_plain_run(name, neuron, converted):
     for module in model.modules():
         if isinstance(module, RevSSequence):
             module.check = True
-    if converted:
-        srp.convert_to_reversible(model)
+    if arithmetic is not None:
+        srp.convert_to_reversible(model, arithmetic=arithmetic)
+    if arithmetic == "auto":
+        srp.convert_to_reversible(plain)
     x = torch.randn(shape)
     for _ in range(2):
-        ours, theirs = step(model, x), step(plain, x)
+        ours = step(model, x)
+        with differentiated(plain) if arithmetic == "auto" else nullcontext():
+            theirs = step(plain, x)
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
         assert ours[0].shape == (2, 5)
     chains = [module for module in model.modules() if isinstance(module, RevSSequence)]

@@ -118,7 +118,7 @@ def make(name, dtype=torch.float32, convert=False):
         elif isinstance(module, nn.Linear):
             module.weight.data.mul_(3)  # so that every neuron fires now and then
     if convert:
-        srp.convert_to_reversible(model)
+        srp.convert_to_reversible(model, arithmetic="stock")
     return model
 
 
@@ -444,7 +444,7 @@ def test_packing_and_replay_save_within_a_step():
         )
         model.classifier = nn.Linear(512 * 49, 10)
         if convert:
-            srp.convert_to_reversible(model)
+            srp.convert_to_reversible(model, arithmetic="stock")
         with AllocationCounter() as counter:
             sltt_backward(model, torch.rand(2, 4, 3, 32, 32), lambda y: y.square().mean(), 1)
         gradients = sum(p.numel() * 4 for p in model.parameters())

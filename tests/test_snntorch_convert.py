@@ -47,7 +47,8 @@ def namespace() -> list[str]:
         for name, value in vars(snntorch).items()
         if isinstance(value, type)
         and issubclass(value, nn.Module)
-        and not name.startswith(("Rev", "BatchNorm", "Graded"))
+        and value.__module__.startswith("snntorch")
+        and not name.startswith(("BatchNorm", "Graded"))
         and name not in ABSTRACT
     )
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from against_stock import assert_trains_like_stock, make_fire
+from against_stock import assert_trains_like_autograd, assert_trains_like_stock, make_fire
 
 sj_model = pytest.importorskip("spikingjelly.activation_based.model")
 from spikingjelly.activation_based import functional, layer, neuron, rnn, surrogate  # noqa: E402
@@ -113,10 +113,14 @@ def test_spikingjelly_models(name, mode):
     assert_trains_like_stock(multi_step(make), (x,), steps=2 if mode == "memory" else 1, mode=mode)
 
 
+ASSERT_ALIKE = {"stock": assert_trains_like_stock, "auto": assert_trains_like_autograd}
+
+
 @pytest.mark.parametrize(
     "container", ["linear recurrence", "element-wise recurrence", "time last", "step by step"]
 )
-def test_spikingjelly_containers(container):
+@pytest.mark.parametrize("arithmetic", ASSERT_ALIKE)
+def test_spikingjelly_containers(container, arithmetic):
     from torch import nn
 
     def make():
@@ -134,7 +138,7 @@ def test_spikingjelly_containers(container):
         return nn.Sequential(layer.Linear(12, 24, step_mode="m"), node, layer.Linear(24, 3, step_mode="m"))
 
     shape = (8, 12, 5) if container == "time last" else (5, 8, 12)
-    assert_trains_like_stock(make, (torch.rand(shape) * 3,))
+    ASSERT_ALIKE[arithmetic](make, (torch.rand(shape) * 3,), arithmetic=arithmetic)
 
 
 @pytest.mark.parametrize("kind", [rnn.SpikingLSTM, rnn.SpikingGRU, rnn.SpikingVanillaRNN])
@@ -154,7 +158,8 @@ def test_spikingjelly_recurrent_cells(kind):
     assert converted._srp_settings.stays_stock
 
 
-def test_single_step_resnet_in_a_users_loop():
+@pytest.mark.parametrize("arithmetic", ASSERT_ALIKE)
+def test_single_step_resnet_in_a_users_loop(arithmetic):
     from torch import nn
 
     class Loop(nn.Module):
@@ -165,7 +170,7 @@ def test_single_step_resnet_in_a_users_loop():
         def forward(self, x_seq):
             return sum(self.net(x) for x in x_seq) / len(x_seq)
 
-    assert_trains_like_stock(Loop, (torch.rand(3, 2, 3, 32, 32) * 2,))
+    ASSERT_ALIKE[arithmetic](Loop, (torch.rand(3, 2, 3, 32, 32) * 2,), arithmetic=arithmetic)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -3,6 +3,7 @@
 from snn_reversible_plugin.adapters import register
 from snn_reversible_plugin.blocks import RevSBlock, RevSSequence
 from snn_reversible_plugin.convert import convert_to_reversible, restore, reversible, stock
+from snn_reversible_plugin.flips import counting_flips
 from snn_reversible_plugin.registry import register_reversible
 from snn_reversible_plugin.report import MemoryReport, memory_report
 from snn_reversible_plugin.surgery import SurgeryReport, unwrap_residual_blocks, wrap_residual_blocks
@@ -15,6 +16,7 @@ __all__ = [
     "SurgeryReport",
     "Verification",
     "convert_to_reversible",
+    "counting_flips",
     "memory_report",
     "register",
     "register_reversible",

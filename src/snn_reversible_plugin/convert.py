@@ -174,18 +174,32 @@ def convert_to_reversible(
     if arithmetic != "stock":
         names = {id(module): name for name, module in model.named_modules()}
         for module, _ in swaps:
-            _put_on_grid(module, names[id(module)], settings)
+            if not is_on_grid(module):
+                _put_on_grid(module, names[id(module)], settings)
     if arithmetic == "grid":
         streams = _put_streams_on_grid(model, within_skipped)
         if not streams and len(settings.off_grid) == len(swaps):
             restore(model)
-            reasons = "; ".join(f"{name or 'the model'}: {why}" for name, why in settings.off_grid.items())
-            raise ValueError(f'arithmetic="grid": no neuron of the model can run on the grid. {reasons}')
+            raise ValueError(
+                'arithmetic="grid": no neuron of the model can run on the grid, no residual stream needs '
+                f"it. {_reasons(settings.off_grid)}"
+            )
     for module in skipped:
         swap(module, swapped_class(Skipped, type(module)))
     swap(model, swapped_class(Recorded, type(model)))
     model.__dict__["_srp_settings"] = settings
     return model
+
+
+def _reasons(off_grid: dict[str, str]) -> str:
+    """Each reason once, with the first of the modules that it holds for."""
+    names: dict[str, list[str]] = {}
+    for name, why in off_grid.items():
+        names.setdefault(why, []).append(name or "the model")
+    return "; ".join(
+        f"{first}{f' and {len(others)} more' if others else ''}: {why}"
+        for why, (first, *others) in names.items()
+    )
 
 
 def _put_streams_on_grid(model: nn.Module, skipped: set[int]) -> int:

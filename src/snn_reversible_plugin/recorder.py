@@ -135,7 +135,7 @@ class Tape(TorchDispatchMode):
         self.residual: str | None = None  # the residual block that runs, if its sums are on the grid
         self.suspended = 0
         self.paused = 0
-        self._outside: dict[Any, Kept] = {}
+        self._outside: dict[Any, weakref.ref[Kept]] = {}
         self._held: dict[int, list[weakref.ref[Kept]]] = {}
 
     # The pack hook.
@@ -169,14 +169,15 @@ class Tape(TorchDispatchMode):
         if known is OUTSIDE:
             # A loop over time takes the same view of a weight at each step: one handle serves them all.
             key = id(tensor) if tensor.is_leaf else _view_key(tensor)
-            kept = self._outside.get(key)
+            earlier = self._outside.get(key)
+            kept = earlier() if earlier is not None else None
             if kept is not None and kept.version == tensor._version and _same(kept.tensor, tensor):
                 return kept
             # A leaf can be held as it is; another tensor would tie its graph into a cycle.
             kept = Kept(tensor if tensor.is_leaf else _alias(tensor))
             kept.anchored = True
             if kept.version >= 0:
-                self._outside[key] = kept
+                self._outside[key] = weakref.ref(kept)
         else:
             kept = Kept(_alias(tensor))
             enter(tensor, kept)
