@@ -14,6 +14,7 @@ from spikingjelly.activation_based import base, functional, layer, memopt, neuro
 from torch import nn
 
 import snn_reversible_plugin as srp
+from snn_reversible_plugin.convert import differentiated
 
 from .checkpointed import checkpoint_blocks
 from .published import PublishedChain, publish
@@ -163,15 +164,20 @@ def _tape(mode: str) -> Method:
 
 
 def _grid(workload: Workload, make: Callable[[], nn.Module], _x: torch.Tensor) -> Training:
-    if workload.checkpointed is None:
-        raise CannotRun("for neurons that are stepped one time step at a time")
+    model, plain = _plainly(make()), _plainly(make())
     try:
-        model = srp.convert_to_reversible(make(), arithmetic="grid")
+        srp.convert_to_reversible(model, arithmetic="grid")
     except ValueError as error:
-        if "arithmetic" in str(error):
-            raise CannotRun("not available in this version") from None
-        raise
-    return _training(workload, model)
+        if "grid" not in str(error):
+            raise
+        raise CannotRun("nothing in it computes on the grid") from None
+    srp.convert_to_reversible(plain, arithmetic="grid")
+    return _training(workload, model, Training(plain, lambda x: _by_autograd(workload, plain, x)))
+
+
+def _by_autograd(workload: Workload, model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with differentiated(model):
+        return workload.loss_of(model, x)
 
 
 def _blocks(tape: bool) -> Method:
