@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from enum import StrEnum
 from fnmatch import fnmatch
 from typing import Annotated
@@ -113,8 +111,5 @@ def _wanted(name: str, patterns: list[str] | None) -> bool:
 
 
 if __name__ == "__main__":
-    # Memory that is freed stays with the process. Otherwise each large tensor is mapped, faulted in page by
-    # page and unmapped again, and on a virtual machine that, not arithmetic, is what the clock sees.
-    if sys.platform == "linux" and not all(name in os.environ for name in store.ALLOCATOR):
-        os.execve(sys.executable, sys.orig_argv, os.environ | store.ALLOCATOR)
+    store.settle()
     typer.run(main)

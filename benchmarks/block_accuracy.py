@@ -28,7 +28,7 @@ import snn_reversible_plugin as srp
 from snn_reversible_plugin.data import DigitSaccades, NMNISTFolder, event_frames
 from snn_reversible_plugin.models import rev_s_resnet24
 
-RESULTS = Path(__file__).parent / "results" / "block_accuracy.json"
+RESULTS = Path(__file__).parent / "results" / "block-accuracy.json"
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "block-accuracy.png"
 STEPS, BATCH, UPDATES, FINE_TUNING, RATE = 4, 16, 300, 1, 5e-3
 SENSOR = (34, 34, 2)
@@ -91,9 +91,18 @@ ARMS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], nn.Module] 
     "RevSResNet24, run plainly": (run_plainly, None),
     "RevSResNet24, plainly in floats": (in_floats, None),
     "MS-ResNet20": (ms_resnet20, None),
+    "MS-ResNet20, converted": (lambda: srp.convert_to_reversible(ms_resnet20()), None),
+    "MS-ResNet20, converted to the grid": (
+        lambda: srp.convert_to_reversible(ms_resnet20(), arithmetic="grid"),
+        None,
+    ),
     "MS-ResNet20, trained on": (ms_resnet20, lambda model: model),
     "MS-ResNet20, wrapped and trained on": (ms_resnet20, wrapped),
 }
+
+
+# Runs whose losses have to be equal.
+EQUALS = {"RevSResNet24": "RevSResNet24, run plainly", "MS-ResNet20, converted": "MS-ResNet20"}
 
 
 def parts(data: str, folder: Path) -> tuple[Any, Any]:
@@ -183,15 +192,16 @@ def table(stored: dict[str, dict[str, Any]]) -> str:
         entries = [entry for data in DATA for entry in _of(stored, data, arm)]
         if entries:
             lines.append(f"| {arm} | {entries[0]['parameters']:,} | {' | '.join(cells)} |")
-    pairs = [
-        (entry["losses"], stored[other]["losses"])
-        for key, entry in stored.items()
-        if " | RevSResNet24 | " in key
-        and (other := key.replace(" | RevSResNet24 | ", " | RevSResNet24, run plainly | ")) in stored
-    ]
-    if pairs:
-        equal = sum(ours == theirs for ours, theirs in pairs)
-        lines += ["", f"Losses equal to the plain run's, bit for bit: {equal} of {len(pairs)} runs."]
+    for arm, plain in EQUALS.items():
+        pairs = [
+            (entry["losses"], stored[other]["losses"])
+            for key, entry in stored.items()
+            if f" | {arm} | " in key and (other := key.replace(f"| {arm} |", f"| {plain} |")) in stored
+        ]
+        if pairs:
+            equal = sum(ours == theirs for ours, theirs in pairs)
+            runs = f"{equal} of {len(pairs)} runs"
+            lines += ["", f"{arm}: losses equal to those of {plain}, bit for bit, in {runs}."]
     return "\n".join(lines)
 
 
@@ -211,6 +221,29 @@ def draw(stored: dict[str, dict[str, Any]]) -> Path:
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(PICTURE, dpi=120)
     return PICTURE
+
+
+def draw_losses(stored: dict[str, dict[str, Any]]) -> Path:
+    """The mean loss over the seeds, smoothed over ten updates, of runs from the start."""
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    for index, (data, title) in enumerate(DATA.items()):
+        axes = figure.add_subplot(1, len(DATA), index + 1)
+        for arm, (_, before_fine_tuning) in ARMS.items():
+            losses = [torch.tensor(entry["losses"]) for entry in _of(stored, data, arm)]
+            if before_fine_tuning is None and losses:
+                mean = torch.stack(losses).mean(0)
+                curve = mean.unfold(0, min(10, len(mean)), 1).mean(1)
+                dashed = arm in EQUALS  # lies on the curve that it equals
+                axes.plot(curve, "--" if dashed else "-", label=arm, linewidth=1.6 if dashed else 1.0)
+        axes.set_xlabel("update", fontsize=8)
+        axes.set_ylabel("loss" if index == 0 else "", fontsize=8)
+        axes.set_title(title, fontsize=9)
+        axes.tick_params(labelsize=8)
+        if axes.lines and index == 0:
+            axes.legend(fontsize=6, frameon=False)
+    path = PICTURE.with_name("block-losses.png")
+    figure.savefig(path, dpi=120)
+    return path
 
 
 def _of(stored: dict[str, dict[str, Any]], data: str, arm: str) -> list[dict[str, Any]]:
@@ -249,7 +282,7 @@ def main(
                     RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
     Console(width=120).print(table(stored), markup=False, highlight=False)
     if save:
-        typer.echo(f"written: {RESULTS} {draw(stored)}", err=True)
+        typer.echo(f"written: {RESULTS} {draw(stored)} {draw_losses(stored)}", err=True)
 
 
 if __name__ == "__main__":

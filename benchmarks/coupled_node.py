@@ -8,9 +8,7 @@ SpikingJelly's stock LIFNode.
 
 from __future__ import annotations
 
-import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -18,7 +16,6 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import Tensor
 
@@ -28,7 +25,7 @@ from snn_reversible_plugin.coupled_sweeps import _Work, forward
 from snn_reversible_plugin.memory import count_step, time_step
 from snn_reversible_plugin.spikingjelly.coupled import firing_of
 
-from .__main__ import ALLOCATOR
+from . import store, time_tables
 
 SHAPES = {
     "linear, T=100, N=128, 512 wide": (100, 128, 512),
@@ -78,6 +75,7 @@ def main(
     beta: float = 0.25,
     scale: Annotated[float, typer.Option(help="of the batch: 1 is N as named")] = 1.0,
     device: str = "cpu",
+    save: Annotated[bool, typer.Option(help="write benchmarks/results/coupled-node.json")] = True,
 ) -> None:
     """Time both backward procedures, and count what is held as T grows."""
     function = surrogate.ATan()
@@ -98,16 +96,19 @@ def main(
         "autograd": lambda x_seq: coupled.sequence(x_seq, None, rule, coupled.Firing(function, None, None)),
         "stock LIFNode": run_stock,
     }
-    console = Console(width=110)
-    threads = torch.get_num_threads()
-    console.print(f"torch {torch.__version__}, {threads} threads, tau={tau:g}, beta={beta:g}")
+    console = Console(width=120)
+    found: dict[str, list[dict[str, Any]]] = {"times": [], "held": _held(nodes, device)}
     for name, (steps, batch, *rest) in SHAPES.items():
         shape = (steps, max(1, round(batch * scale)), *rest)
-        console.print(_times(name, nodes, torch.randn(shape, device=device), repeats))
-    console.print(_held(nodes, device))
+        found["times"] += _times(name, nodes, torch.randn(shape, device=device), repeats)
+    console.print(time_tables.coupled_times(found["times"]).rich(f"tau={tau:g}, beta={beta:g}"))
+    title = "held beyond inputs and outputs, bytes a neuron (N=16, 64 wide)"
+    console.print(time_tables.coupled_held(found["held"]).rich(title))
+    if save:
+        store.write("coupled-node", found, tau=tau, beta=beta, scale=scale, **store.machine(device))
 
 
-def _times(name: str, nodes: dict[str, Node], x_seq: Tensor, repeats: int) -> Table:
+def _times(name: str, nodes: dict[str, Node], x_seq: Tensor, repeats: int) -> list[dict[str, Any]]:
     x_seq.mul_(2).requires_grad_()
     weights = torch.randn_like(x_seq)
     forwards: dict[str, list[float]] = {node: [] for node in nodes}
@@ -128,53 +129,44 @@ def _times(name: str, nodes: dict[str, Node], x_seq: Tensor, repeats: int) -> Ta
             if round_:
                 forwards[node].append(forward_time)
                 backwards[node].append(backward_time)
-    table = Table(title=f"{name}: {tuple(x_seq.shape)}")
-    for heading in ("node", "forward", "backward", "against plain", "step", "against plain", "gradient"):
-        table.add_column(heading, justify="left" if heading == "node" else "right")
     base = "plain procedure"
     steps = {node: [a + b for a, b in zip(forwards[node], backwards[node], strict=True)] for node in nodes}
+    found = []
     for node in nodes:
-        ours = torch.equal(gradients[node], gradients[base])
-        table.add_row(
-            node,
-            f"{1e3 * statistics.median(forwards[node]):.0f} ms",
-            f"{1e3 * statistics.median(backwards[node]):.0f} ms",
-            _less(backwards[node], backwards[base]),
-            f"{1e3 * statistics.median(steps[node]):.0f} ms",
-            _less(steps[node], steps[base]),
-            "" if node.startswith("stock") else "equal" if ours else "differs",
-        )
-    return table
+        equal = torch.equal(gradients[node], gradients[base])
+        found.append(
+            {
+                "layer": name, "node": node, "forward": statistics.median(forwards[node]),
+                "backward": statistics.median(backwards[node]), "step": statistics.median(steps[node]),
+                "backward_ratio": _ratio(backwards[node], backwards[base]),
+                "step_ratio": _ratio(steps[node], steps[base]),
+                "gradient": "" if node.startswith("stock") else "equal" if equal else "differs",
+            }
+        )  # fmt: skip
+    return found
 
 
-def _less(ours: list[float], theirs: list[float]) -> str:
-    ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
-    return f"{100 * (ratio - 1):+.1f} %"
+def _ratio(ours: list[float], theirs: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
-def _held(nodes: dict[str, Node], device: str) -> Table:
+def _held(nodes: dict[str, Node], device: str) -> list[dict[str, Any]]:
     """What lives between forward and backward, beyond inputs, and outputs that the next layer saves too."""
-    table = Table(title="held beyond inputs and outputs, bytes a neuron (N=16, 64 wide)")
-    table.add_column("node")
-    lengths = (10, 100, 1000)
-    for steps in lengths:
-        table.add_column(f"T={steps}", justify="right")
-    table.add_column("a step more", justify="right")
+    lengths, found = (10, 100, 1000), []
     for node, run in nodes.items():
         if node == "plain procedure":
             continue
-        row = []
+        row: list[float] = []
         for steps in lengths:
             x_seq = torch.randn(steps, 16, 64, device=device, requires_grad=True)
             weights = torch.randn_like(x_seq, requires_grad=True)
             held, _ = count_step(lambda run=run, x=x_seq, w=weights: (run(x)[0] * w).sum())
             row.append((held - 4 * x_seq.numel()) / (16 * 64))
         more = (row[-1] - row[0]) / (lengths[-1] - lengths[0])
-        table.add_row(node, *(f"{value:,.1f}" for value in row), f"{more:.3f}")
-    return table
+        found.append({"node": node, "held": dict(zip(map(str, lengths), row, strict=True)), "more": more})
+    return found
 
 
 if __name__ == "__main__":
-    if sys.platform == "linux" and not all(name in os.environ for name in ALLOCATOR):
-        os.execve(sys.executable, sys.orig_argv, os.environ | ALLOCATOR)
+    store.settle()
     typer.run(main)

@@ -7,7 +7,6 @@ not the forward's; measured is the largest error of the rebuilt input.
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import torch
@@ -24,7 +23,6 @@ from .published import publish
 from .workloads import _rate_loss
 
 WAYS = ("published", "float", "grid")
-PATH = store.RESULTS / "drift.json"
 
 
 def drift(
@@ -65,8 +63,7 @@ def main(
     for depth, way in track(todo, "drift"):
         found.setdefault(str(depth), {})[way] = drift(depth, way, shape, device)
         if save:
-            context = store.context(device, 1) | {"shape": list(shape)}
-            PATH.write_text(json.dumps({"results": found, "context": context}, indent=1) + "\n")
+            store.write("drift", found, shape=list(shape), **store.machine(device))
     from .drift_tables import table
 
     print(table(found))

@@ -21,7 +21,8 @@ from typing import Annotated, Any, NamedTuple
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
+
+from . import time_tables
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "long-sequences.json"
@@ -76,7 +77,7 @@ def main(
                 key: stored[key] for key in (f"{c} | {m}" for c in CASES for m in METHODS) if key in stored
             }
             RESULTS.write_text(json.dumps(ordered, indent=1) + "\n")
-    console.print(_table(stored))
+    console.print(time_tables.long_sequences(stored).rich("Training under a limit on the process's memory"))
 
 
 def _run(case: Case, method: str, epochs: int | None, folder: Path, seed: int) -> dict[str, Any]:
@@ -119,34 +120,6 @@ def _child(pipe: Any, arguments: dict[str, Any]) -> None:
         pipe.send({"error": f"{type(error).__name__}: {re.sub(chr(10) + '.*', '', str(error))}"})
         return
     pipe.send(result)
-
-
-def _table(stored: dict[str, Any]) -> Table:
-    table = Table(title="Training under a limit on the process's memory")
-    for heading in (
-        "sequences",
-        "T",
-        "network",
-        "limit",
-        "method",
-        "step",
-        "loss, first to last",
-        "accuracy",
-    ):
-        table.add_column(heading)
-    for key, run in stored.items():
-        name, method = key.split(" | ")
-        head = (name.partition("-")[0], str(run["steps"]), run["network"], f"{run['limit_mb']} MB", method)
-        if "error" in run:
-            table.add_row(*head, "", run["error"], "")
-            continue
-        table.add_row(
-            *head,
-            f"{run['seconds']:.1f} s",
-            f"{run['losses'][0]:.3f} to {run['losses'][-1]:.3f}",
-            f"{run['accuracy']:.1%}",
-        )
-    return table
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import drift_tables, tables, targets
+from . import block_accuracy, drift_tables, surgery, tables, targets, time_accuracy, time_tables
+from .rows import Rows
 from .store import RESULTS, ROOT
 
 Results = dict[str, Any]
@@ -30,6 +31,13 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "methods": lambda results: tables.methods_table(results["cpu"]),
     "targets": lambda results: targets.table(results),
     "drift": lambda results: drift_tables.table(results.get("drift", {})),
+    "surgery": lambda results: surgery.rows(results["surgery"]).markdown(),
+    "coupled-times": lambda results: time_tables.coupled_times(results["coupled-node"]["times"]).markdown(),
+    "coupled-held": lambda results: time_tables.coupled_held(results["coupled-node"]["held"]).markdown(),
+    "sltt": lambda results: time_tables.sltt(results["sltt"]).markdown(),
+    "long-sequences": lambda results: time_tables.long_sequences(results["long-sequences"]).markdown(),
+    "time-accuracy": lambda results: time_accuracy.table(results["time-accuracy"]),
+    "block-accuracy": lambda results: block_accuracy.table(results["block-accuracy"]),
     "all-cuda": lambda results: tables.full_table(results["cuda"]) if "cuda" in results else "None yet.",
 }
 for _name, _series in (
@@ -44,6 +52,13 @@ for _name, _series in (
             return render(results["cpu"])
 
         TABLES[f"{_name}-{_figure}"] = partial(_growth, render=tables.growth_table(_series, _figure))
+
+for _name, _rows in time_tables.REVERSAL.items():
+
+    def _reversal(results: Results, name: str, rows: Callable[..., Rows]) -> str:
+        return rows(results["reversal-in-time"][name]).markdown()
+
+    TABLES[f"reversal-{_name}"] = partial(_reversal, name=_name, rows=_rows)
 
 # Numbers with units that nobody measured, by the page's words, and why.
 NOT_MEASURED = {
@@ -81,7 +96,13 @@ def rendered(text: str, results: Results) -> str:
     """A page with every table and value as the results have them now."""
 
     def of_table(match: re.Match[str]) -> str:
-        return f"{match[1]}{TABLES[match[2]](results)}\n{match[3]}"
+        try:
+            table = TABLES[match[2]](results)
+        except KeyError as missing:
+            if missing.args[0] in results:
+                raise
+            table = "Not measured yet."
+        return f"{match[1]}{table}\n{match[3]}"
 
     def of_value(match: re.Match[str]) -> str:
         return f"{match[1]}{value(match[2], match[3], match[4], results)}{match[6]}"

@@ -18,13 +18,17 @@ import snntorch
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import Tensor, nn
 
 import snn_reversible_plugin as srp
 from snn_reversible_plugin import timeline
 from snn_reversible_plugin.memory import count_step, time_step
+
+from . import readme, store, time_tables
+
+NAME = "reversal-in-time"
+Row = dict[str, Any]
 
 
 class SnnTorchLoop(nn.Module):
@@ -120,10 +124,9 @@ def held(net: nn.Module, x_seq: Tensor) -> tuple[float, float]:
     return tensors, objects
 
 
-def rebuilt(console: Console, lengths: list[int]) -> None:
-    table = Table(title="Membranes rebuilt from the last one")
-    for heading in ("reset", "beta", "steps", "grid: bits that differ", "float inversion: largest error"):
-        table.add_column(heading, justify="right")
+def rebuilt(lengths: list[int]) -> list[Row]:
+    """Bits that differ in membranes rebuilt from the last one, and how far plain float inversion gets."""
+    found: list[Row] = []
     for soft in (True, False):
         for beta in (0.3, 0.5, 0.9, 0.99):
             for steps in lengths:
@@ -144,10 +147,11 @@ def rebuilt(console: Console, lengths: list[int]) -> None:
                     for t, (mem, _) in reversed(list(enumerate(seen, 1)))
                 )
                 error = _float_inversion(net(x).detach(), steps, beta, soft)
-                row = ("soft" if soft else "hard", f"{beta}", f"{steps}", f"{differ}", f"{error:.3g}")
-                table.add_row(*row)
+                found.append(
+                    {"soft": soft, "beta": beta, "steps": steps, "differ": differ, "float_error": error}
+                )
                 del line, seen, spk, mem
-    console.print(table)
+    return found
 
 
 @torch.no_grad()
@@ -169,21 +173,9 @@ def _float_inversion(current: Tensor, steps: int, beta: float, soft: bool) -> fl
     return worst
 
 
-def bytes_held(console: Console, steps: int, batch: int, width: int) -> None:
-    table = Table(title=f"Bytes held for each neuron and step (T={steps}, batch {batch}, width {width})")
-    for heading in (
-        "",
-        "reset",
-        "beta",
-        "firing",
-        "stock",
-        "grid",
-        "spikes",
-        "rest of records",
-        "objects",
-        "less",
-    ):
-        table.add_column(heading, justify="right")
+def bytes_held(steps: int, batch: int, width: int) -> list[Row]:
+    """Bytes for each neuron and step, by cause."""
+    found: list[Row] = []
     for name, make in LOOPS.items():
         for soft, beta in ((True, 0.5), (True, 0.9), (False, 0.5), (False, 0.9)):
             torch.manual_seed(0)
@@ -191,43 +183,56 @@ def bytes_held(console: Console, steps: int, batch: int, width: int) -> None:
             net, rate = tuned(make(beta, soft, width), x_seq[:40], 0.1)
             twin = srp.convert_to_reversible(copy.deepcopy(net))
             n = 2 * steps * batch * width
-            stock_tensors, stock_objects = held(net, x_seq)
+            stock = sum(held(net, x_seq))
             tensors, objects = held(twin, x_seq)
             out, lines = timelines_of(lambda twin=twin, x_seq=x_seq: twin(x_seq))
             records = sum(line.records.nbytes for line in lines)
             spikes = 2 * (steps + 1) * -(-batch * width // 8)
-            total, stock = tensors + objects, stock_tensors + stock_objects
-            table.add_row(
-                name, "soft" if soft else "hard", f"{beta}", f"{rate:.1%}", f"{stock / n:.2f}",
-                f"{total / n:.4f}", f"{spikes / n:.4f}", f"{(records - spikes) / n:.4f}",
-                f"{objects / n:.4f}", f"{stock / total:.1f}x",
-            )  # fmt: skip
             del out, lines
-    console.print(table)
+            found.append(
+                {
+                    "loop": name, "soft": soft, "beta": beta, "firing": rate, "stock": stock / n,
+                    "grid": (tensors + objects) / n, "spikes": spikes / n,
+                    "remainders": (records - spikes) / n, "objects": objects / n,
+                    "less": stock / (tensors + objects),
+                }
+            )  # fmt: skip
+    return found
 
 
-def step_time(console: Console, steps: int, batch: int, width: int, repeats: int) -> None:
-    table = Table(title=f"Time of a training step (T={steps}, batch {batch}, width {width}), median")
-    for heading in ("", "reset", "beta", "stock", "grid", "ratio"):
-        table.add_column(heading, justify="right")
+def step_time(steps: int, batch: int, width: int, repeats: int) -> list[Row]:
+    """A training step on the grid against stock's, alternating."""
+    found: list[Row] = []
     for name, make in LOOPS.items():
-        for soft, beta in ((True, 0.9), (False, 0.9)):
+        for soft in (True, False):
             torch.manual_seed(0)
             x_seq = torch.rand(steps, batch, width)
-            net, _ = tuned(make(beta, soft, width), x_seq, 0.1)
-            twin = srp.convert_to_reversible(copy.deepcopy(net))
-            times: list[list[float]] = [[], []]
+            net, _ = tuned(make(0.9, soft, width), x_seq, 0.1)
+            models = {
+                "stock": net,
+                "tape": srp.convert_to_reversible(copy.deepcopy(net), arithmetic="stock"),
+                "grid": srp.convert_to_reversible(copy.deepcopy(net)),
+            }
+            times: dict[str, list[float]] = {name: [] for name in models}
             for repeat in range(repeats + 1):
-                for one, found in zip((net, twin), times, strict=True):
-                    seconds = time_step(lambda one=one, x_seq=x_seq: one(x_seq).square().mean())
+                for one, model in models.items():
+                    seconds = time_step(lambda model=model, x_seq=x_seq: model(x_seq).square().mean())
                     if repeat:
-                        found.append(seconds)
-            stock, grid = (statistics.median(found) for found in times)
-            table.add_row(
-                name, "soft" if soft else "hard", f"{beta}", f"{stock:.3f} s", f"{grid:.3f} s",
-                f"{grid / stock:.2f}x",
+                        times[one].append(seconds)
+            ratios = {
+                one: statistics.median(a / b for a, b in zip(times[one], times["stock"], strict=True))
+                for one in ("tape", "grid")
+            }
+            found.append(
+                {
+                    "loop": name,
+                    "soft": soft,
+                    "beta": 0.9,
+                    "seconds": statistics.median(times["stock"]),
+                    **ratios,
+                }
             )  # fmt: skip
-    console.print(table)
+    return found
 
 
 def main(
@@ -236,17 +241,29 @@ def main(
     batch: int = 128,
     width: int = 512,
     timed_steps: int = 50,
-    repeats: int = 5,
+    repeats: int = 7,
+    save: Annotated[bool, typer.Option(help="write benchmarks/results/reversal-in-time.json")] = True,
 ) -> None:
-    """Print the tables."""
+    """Measure, store and print the tables."""
     console = Console(width=120)
-    if only in (None, "rebuilt"):
-        rebuilt(console, [1000, 5000])
-    if only in (None, "bytes"):
-        bytes_held(console, steps, batch, width)
-    if only in (None, "time"):
-        step_time(console, timed_steps, batch, width, repeats)
+    parts: dict[str, Callable[[], list[Row]]] = {
+        "rebuilt": lambda: rebuilt([1000, 5000]),
+        "bytes": lambda: bytes_held(steps, batch, width),
+        "time": lambda: step_time(timed_steps, batch, width, repeats),
+    }
+    if only is not None and only not in parts:
+        raise typer.BadParameter(f"unknown: {only}; there are {[*parts]}")
+    found = readme.load_all().get(NAME, {})
+    for name in [only] if only else parts:
+        with console.status(name):
+            found[name] = parts[name]()
+        console.print(time_tables.REVERSAL[name](found[name]).rich(name))
+    if save:
+        store.write(
+            NAME, found, shape=[steps, batch, width], timed_steps=timed_steps, **store.machine("cpu")
+        )
 
 
 if __name__ == "__main__":
+    store.settle()
     typer.run(main)

@@ -7,18 +7,12 @@ itself, in the loop that its users write.
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 
@@ -26,10 +20,8 @@ import snn_reversible_plugin as srp
 from snn_reversible_plugin.memory import AllocationCounter, time_step
 from snn_reversible_plugin.training import sltt_backward
 
-from .__main__ import ALLOCATOR
-from .measure import MIB
+from . import store, time_tables
 
-RESULTS = Path(__file__).parent / "results" / "sltt.json"
 BATCH, LABEL = 16, torch.arange(16) % 10
 
 
@@ -104,10 +96,8 @@ def main(
             reference = gradient if reference is None else reference
             cosine = nn.functional.cosine_similarity(reference, gradient, dim=0).item()
             found[f"{name} | {length}"] = run | {"cosine": cosine}
-    RESULTS.parent.mkdir(exist_ok=True)
-    context = {"threads": torch.get_num_threads(), "torch": version("torch")}
-    RESULTS.write_text(json.dumps({"context": context, "results": found}, indent=1) + "\n")
-    console.print(_table(found))
+    store.write("sltt", found, **store.machine("cpu"))
+    console.print(time_tables.sltt(found).rich(f"A training step, {BATCH} x 2 x 16 x 16 a time step"))
 
 
 def _measure(name: str, length: int, repeats: int) -> tuple[dict[str, Any], torch.Tensor]:
@@ -129,27 +119,6 @@ def _measure(name: str, length: int, repeats: int) -> tuple[dict[str, Any], torc
     return {"peak": counter.peak, "seconds": min(seconds)}, gradient
 
 
-def _table(found: dict[str, Any]) -> Table:
-    table = Table(title=f"A training step, {BATCH} x 2 x 16 x 16 a time step")
-    for heading in ("T", "gradient", "peak, MiB", "time", "cosine with through time"):
-        table.add_column(heading, justify="left" if heading == "gradient" else "right")
-    previous = ""
-    for key, run in found.items():
-        name, length = key.split(" | ")
-        if length != previous:
-            table.add_section()
-        previous = length
-        table.add_row(
-            f"{int(length):,}",
-            name,
-            f"{run['peak'] / MIB:,.2f}",
-            f"{run['seconds']:.2f} s",
-            f"{run['cosine']:.4f}",
-        )
-    return table
-
-
 if __name__ == "__main__":
-    if sys.platform == "linux" and not all(name in os.environ for name in ALLOCATOR):
-        os.execve(sys.executable, sys.orig_argv, os.environ | ALLOCATOR)
+    store.settle()
     typer.run(main)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from functools import cache
@@ -65,16 +66,43 @@ def save(path: Path, results: Iterable[Result], shape: tuple[int, ...], context:
     half.replace(path)  # an interruption leaves the old file or the new one
 
 
+def write(name: str, found: Entry, **circumstances: Any) -> Path:
+    """Store the results of a benchmark that is run as a whole."""
+    path = RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"context": circumstances, "results": found}, indent=1) + "\n")
+    return path
+
+
+def read(name: str) -> Entry:
+    """What :func:`write` stored; empty where nothing is."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text())["results"] if path.exists() else {}  # type: ignore[no-any-return]
+
+
 def context(device: str, repeats: int) -> Entry:
+    return machine(device) | {"repeats": repeats, "code": code()}
+
+
+def machine(device: str) -> Entry:
+    """Where and with what something is measured."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
         "allocator": {name: os.environ.get(name) for name in ALLOCATOR},
-        "repeats": repeats,
         "versions": {name: version(name) for name in ("torch", "spikingjelly", "snntorch")},
-        "code": code(),
     }
+
+
+def settle() -> None:
+    """Start the process again with the allocator's settings, where it was started without.
+
+    Memory that is freed then stays with the process. Otherwise each large tensor is mapped, faulted in page
+    by page and unmapped again, and on a virtual machine that, not arithmetic, is what the clock sees.
+    """
+    if sys.platform == "linux" and not all(name in os.environ for name in ALLOCATOR):
+        os.execve(sys.executable, sys.orig_argv, os.environ | ALLOCATOR)
 
 
 def is_done(

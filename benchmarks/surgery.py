@@ -6,12 +6,11 @@ import copy
 import statistics
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 from spikingjelly.activation_based import functional, neuron
 from spikingjelly.activation_based.model import ms_resnet, sew_resnet, spikformer
 from torch import nn
@@ -19,7 +18,9 @@ from torch import nn
 import snn_reversible_plugin as srp
 from snn_reversible_plugin.memory import count_step, time_step
 
+from . import store
 from .measure import MIB
+from .rows import Rows
 
 NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "Spikformer": lambda depth: spikformer.Spikformer(
@@ -51,11 +52,10 @@ def main(
     depths: Annotated[str, typer.Option(help="blocks in the long stage, or in the encoder")] = "4,8,16,32",
     shape: Annotated[str, typer.Option(help="of the input")] = "4,4,3,32,32",
     repeats: Annotated[int, typer.Option(help="timed steps of each method, after one warm-up")] = 3,
+    save: Annotated[bool, typer.Option(help="write benchmarks/results/surgery.json")] = True,
 ) -> None:
     """Print what a training step holds, its peak, and its time over stock's; 10 classes, T first."""
-    table = Table(title=f"input {shape}, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    for heading in ("network", "blocks", "method", "held, MiB", "peak, MiB", "time"):
-        table.add_column(heading, justify="left" if heading in ("network", "method") else "right")
+    found: list[dict[str, Any]] = []
     for name, make in NETWORKS.items():
         for depth in map(int, depths.split(",")):
             torch.manual_seed(0)
@@ -74,9 +74,29 @@ def main(
                 ratio = statistics.median(
                     a / b for a, b in zip(seconds[method], seconds["stock"], strict=True)
                 )
-                cells = f"{held / MIB:.1f}", f"{peak / MIB:.1f}", f"{ratio:.2f}x"
-                table.add_row(name, str(depth), method, *cells)
-    Console().print(table)
+                found.append(
+                    {
+                        "network": name, "blocks": depth, "method": method, "held": held, "peak": peak,
+                        "time_ratio": ratio,
+                    }
+                )  # fmt: skip
+    Console().print(rows(found).rich(f"input {shape}"))
+    if save:
+        store.write("surgery", found, shape=shape, **store.machine("cpu"))
+
+
+def rows(found: list[dict[str, Any]]) -> Rows:
+    """What a training step holds, its peak, and its time over stock's."""
+    return Rows(
+        ("network", "blocks", "method", "held, MiB", "peak, MiB", "time"),
+        [
+            (
+                one["network"], str(one["blocks"]), one["method"], f"{one['held'] / MIB:.1f}",
+                f"{one['peak'] / MIB:.1f}", f"{one['time_ratio']:.2f}x",
+            )
+            for one in found
+        ],
+    )  # fmt: skip
 
 
 def step(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -87,4 +107,5 @@ def step(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 if __name__ == "__main__":
+    store.settle()
     typer.run(main)

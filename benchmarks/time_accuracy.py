@@ -8,9 +8,7 @@ beside the test part. Results are stored after each run, and runs that are store
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -26,32 +24,25 @@ from torch import nn
 
 import snn_reversible_plugin as srp
 from snn_reversible_plugin.data import NMNISTFolder, event_frames
+from snn_reversible_plugin.spikingjelly import CoupledLIF
 from snn_reversible_plugin.training import sltt_backward
 
-from .__main__ import ALLOCATOR
+from . import store
 
 RESULTS = Path(__file__).parent / "results" / "time-accuracy.json"
-STEPS, BATCH, RATE = 20, 20, 3e-3
+STEPS, BATCH, EPOCHS, RATE = 20, 20, 10, 3e-3
 K = 5
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 Neuron = Callable[[int], nn.Module]
 
 
-class NotBuilt(Exception):
-    """This version of the package has no such method."""
-
-
 def lif(_channels: int) -> nn.Module:
     return neuron.LIFNode(v_reset=None, detach_reset=True, surrogate_function=surrogate.ATan())
 
 
-def coupled(channels: int) -> nn.Module:
-    from snn_reversible_plugin import spikingjelly as adapter
-
-    if not hasattr(adapter, "CoupledLIF"):
-        raise NotBuilt("snn_reversible_plugin.spikingjelly has no CoupledLIF")
-    return adapter.CoupledLIF()
+def coupled(_channels: int) -> nn.Module:
+    return CoupledLIF()
 
 
 def network(make: Neuron) -> nn.Sequential:
@@ -71,10 +62,7 @@ def network(make: Neuron) -> nn.Sequential:
 
 
 def _grid(model: nn.Module) -> nn.Module:
-    try:
-        return srp.convert_to_reversible(model, arithmetic="grid")
-    except ValueError as error:
-        raise NotBuilt(str(error)) from error
+    return srp.convert_to_reversible(model, arithmetic="grid")
 
 
 def scores_of(model: nn.Module, x_seq: torch.Tensor) -> torch.Tensor:
@@ -111,7 +99,7 @@ METHODS: dict[str, tuple[Neuron, Callable[[nn.Module], nn.Module], Callable[...,
 def main(
     method: Annotated[list[str] | None, typer.Option(help="methods to run; all by default")] = None,
     seeds: Annotated[int, typer.Option(help="runs of each method")] = 3,
-    epochs: int = 10,
+    epochs: int = EPOCHS,
     folder: Annotated[Path, typer.Option(help="N-MNIST's")] = Path("../shared/data/nmnist"),
     again: Annotated[bool, typer.Option(help="run what is stored already too")] = False,
 ) -> None:
@@ -122,23 +110,16 @@ def main(
     console = Console(stderr=True)
     stored: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     training, test = _data(folder)
-    missing = {}
     for seed in range(seeds):
         for name in method or METHODS:
             key = f"{name} | seed {seed} | {epochs} epochs"
             if key in stored and not again:
                 continue
-            try:
-                with console.status(key):
-                    stored[key] = _run(name, seed, epochs, training, test)
-            except NotBuilt as reason:
-                missing[name] = str(reason)
-                continue
+            with console.status(key):
+                stored[key] = _run(name, seed, epochs, training, test)
             RESULTS.parent.mkdir(exist_ok=True)
             RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
     print(table(stored, epochs))
-    for name, reason in missing.items():
-        console.print(f"{name} not run: {reason}", markup=False)
 
 
 def _data(folder: Path) -> tuple[Batches, Batches]:
@@ -189,7 +170,7 @@ def _accuracy(model: nn.Module, batches: Batches) -> float:
     return right / sum(len(y) for _, y in batches)
 
 
-def table(stored: dict[str, Any], epochs: int) -> str:
+def table(stored: dict[str, Any], epochs: int = EPOCHS) -> str:
     lines = [
         "| trained by | seeds | training accuracy | test accuracy | time of a run |",
         "|---|---:|---:|---:|---:|",
@@ -218,6 +199,5 @@ def _spread(runs: list[dict[str, Any]], of: str) -> str:
 
 
 if __name__ == "__main__":
-    if sys.platform == "linux" and not all(name in os.environ for name in ALLOCATOR):
-        os.execve(sys.executable, sys.orig_argv, os.environ | ALLOCATOR)
+    store.settle()
     typer.run(main)
