@@ -143,6 +143,24 @@ def test_switching_to_evaluation_before_the_backward_changes_nothing():
     assert not any(m.training for m in model.modules())
 
 
+class Scale(nn.Module):
+    """Writes into the output of the convolution before it, which a rebuild has at hand."""
+
+    def forward(self, x):
+        return x.mul_(2).relu_()
+
+
+@pytest.mark.parametrize("mode", ["memory", "speed"])
+@pytest.mark.parametrize("states", ["carry", "reset"])
+@pytest.mark.parametrize("end", [[], [Scale()], [layer.BatchNorm2d(2, step_mode="m"), Scale()]])
+def test_modes_and_what_is_written_in_place_at_the_end_of_a_branch(end, states, mode):
+    model = chain(depth=2, states=states)
+    for block in model.blocks:
+        block.f, block.g = (nn.Sequential(half, *copy.deepcopy(end)) for half in (block.f, block.g))
+    model.mode = mode
+    against_plain(srp.convert_to_reversible(model, mode=mode), torch.randn(3, 2, 4, 5, 5))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype):
     model = chain(check=True)

@@ -105,7 +105,7 @@ def test_a_call_is_a_whole_simulation(neuron):
 
 
 def test_resnet37_peaks_below_eight_megabytes_an_image():
-    model, batch = srp.convert_to_reversible(models.rev_s_resnet37(num_classes=100), mode="memory"), 2
+    model, batch = srp.convert_to_reversible(models.rev_s_resnet37(num_classes=100), mode="memory"), 4
     for chain in [m for m in model.modules() if isinstance(m, RevSSequence)]:
         chain.mode = "memory"
     x = torch.rand(batch, 3, 32, 32)

@@ -85,7 +85,7 @@ class RevSBlock(nn.Module):
         if half is not None:  # a chain undoes a block half by half
             return getattr(self, half)(x)  # type: ignore[no-any-return]
         split = isinstance(x, Tensor)
-        x1, x2 = _enter(x, self.dim, self.bits, "RevSBlock")
+        x1, x2 = _entered(*_split(x, self.dim, "RevSBlock"), self.bits)
         halves = [(_where(0, self, name), getattr(self, name)) for name in HALVES]
         y1, y2 = _plain(halves, x1, x2, self.bits)
         return torch.cat((y1, y2), self.dim) if split else (y1, y2)
@@ -164,7 +164,8 @@ class RevSSequence(nn.Module):
     def forward(self, x: Tensor | Streams) -> Tensor | Streams:
         blocks: list[RevSBlock] = list(self.blocks)  # type: ignore[arg-type]
         split, dim = isinstance(x, Tensor), blocks[0].dim
-        x1, x2 = _enter(x, dim, blocks[0].bits, "RevSSequence")
+        x1, x2 = _split(x, dim, "RevSSequence")
+        del x
         with fresh_states(self) if self.states == "reset" else nullcontext():
             if self.reversible and tape.may_record():
                 outs = self._reversibly(blocks, x1, x2, dim if split else None)
@@ -175,7 +176,7 @@ class RevSSequence(nn.Module):
                 for index, block in enumerate(blocks)
                 for name in HALVES
             ]
-            y1, y2 = _plain(halves, x1, x2, blocks[0].bits)
+            y1, y2 = _plain(halves, *_entered(x1, x2, blocks[0].bits), blocks[0].bits)
             return torch.cat((y1, y2), dim) if split else (y1, y2)
 
     def _reversibly(
@@ -216,8 +217,9 @@ class _Run:
         self.exits: list[tuple[dict[str, Any], str]] = []
         self.original: Streams | None = None
 
-    def forward(self, a: Tensor, b: Tensor) -> tuple[Streams, list[list[Tensor]]]:
+    def forward(self, x1: Tensor, x2: Tensor) -> tuple[Streams, list[list[Tensor]]]:
         """Run every half: a and b are the streams, and take turns."""
+        a, b = _entered(x1, x2, self.bits)
         if self.check:
             self.original = (a.detach().clone(), b.detach().clone())
         kept = []
@@ -262,7 +264,7 @@ class _Chain(torch.autograd.Function):
         with tape.paused():
             streams, kept = run.forward(x1, x2)
             outs = streams if run.dim is None else (torch.cat(streams, run.dim),)
-        ctx.run, ctx.counts = run, [len(tensors) for tensors in kept]
+        ctx.run, ctx.counts, ctx.dtype = run, [len(tensors) for tensors in kept], x1.dtype
         ctx.save_for_backward(*outs, *(tensor for tensors in kept for tensor in tensors))
         given = {id(tensor) for tensor in (*outs, x1, x2, *_)}
         states = []
@@ -298,19 +300,20 @@ class _Chain(torch.autograd.Function):
         a = with_strides(a, run.strides[-1])
         reaches = [reach(a), reach(b)]
         flips: dict[str, Flips] = {}
-        finish = partial(_onto_grid, bits=run.bits)
         for index in range(len(run.halves) - 1, -1, -1):
             half = run.halves[index]
             # Forward: b = before + snap(half(a)), where `before` and `a` were the streams.
             own = {id(p) for p in half.module.parameters()}
             parameters = [p for p in wanted if id(p) in own]
-            undo = Undo(run.strides[index], run.bits is not None, partial(_see, run, index, reaches))
+            # The first two undone are the outputs themselves, if those were a pair.
+            owned = run.dim is not None or index < len(run.halves) - 2
+            undo = Undo(run.strides[index], run.bits, owned, partial(_see, run, index, reaches))
             if index or run.check:  # nobody reads the chain's first input stream
                 undo.stream = b
             streams = [g_b, g_a]
             del b, g_a
             g_total, g_parameters, spikes = half.again(
-                a, kept.pop(), parameters, finish, undo, streams, g_states, run.chain.mode,
+                a, kept.pop(), parameters, undo, streams, g_states, run.chain.mode,
                 inspect=run.check or not run.chain._inspected, observe=run.check,
             )  # fmt: skip
             for parameter, g_p in zip(parameters, g_parameters, strict=True):
@@ -325,8 +328,9 @@ class _Chain(torch.autograd.Function):
         _check_reaches(run, reaches)
         if run.original is not None:
             run.chain.last_rebuild = difference((a, b), run.original, flips)
+        g_streams = (None if g is None else g.to(ctx.dtype) for g in (g_a, g_b))
         g_inputs = [totals.get(id(p)) for p in run.parameters]
-        return (None, g_a, g_b, *g_inputs, *(g_states.get(key) for key in run.state_keys))
+        return (None, *g_streams, *g_inputs, *(g_states.get(key) for key in run.state_keys))
 
 
 def check_states(states: str) -> None:
@@ -347,21 +351,23 @@ def _where(index: int, block: RevSBlock, name: str) -> str:
     return f"block {index}: {name} ({getattr(block, name)._get_name()})"
 
 
-def _onto_grid(out: Tensor, bits: int | None) -> Tensor:
-    return out if bits is None else snap(out, bits)
-
-
 def _couple(name: str, stream: Tensor, out: Tensor, bits: int | None) -> Tensor:
     if out.shape != stream.shape:
         raise ValueError(
             f"{name} returned a tensor of shape {tuple(out.shape)} for a stream of shape "
             f"{tuple(stream.shape)}: a branch must keep the shape. What changes it goes between two chains."
         )
-    return stream + _onto_grid(out, bits)
+    if bits is None:
+        return stream + out
+    branch = snap(out, bits)
+    del out
+    if torch.is_grad_enabled() or branch.stride() != stream.stride() or branch.dtype != stream.dtype:
+        return stream + branch
+    return branch.add_(stream)  # as large as the streams are, one less of them at the peak
 
 
-def _enter(x: Tensor | Streams, dim: int, bits: int | None, name: str) -> Streams:
-    """The two streams, each a tensor of its own, on the grid."""
+def _split(x: Tensor | Streams, dim: int, name: str) -> Streams:
+    """The two streams of an input."""
     if isinstance(x, Tensor):
         if not -x.dim() <= dim < x.dim():
             raise ValueError(f"{name}: dim={dim}, and the input has shape {tuple(x.shape)}")
@@ -371,13 +377,18 @@ def _enter(x: Tensor | Streams, dim: int, bits: int | None, name: str) -> Stream
                 "two streams: give an even number, or a pair of streams."
             )
         x1, x2 = x.chunk(2, dim)
-    else:
-        x1, x2 = x
-        if x1.shape != x2.shape or x1.dtype != x2.dtype:
-            raise ValueError(
-                f"{name}: the streams must have one shape and type, not {tuple(x1.shape)} ({x1.dtype}) and "
-                f"{tuple(x2.shape)} ({x2.dtype})"
-            )
+        return x1, x2
+    x1, x2 = x
+    if x1.shape != x2.shape or x1.dtype != x2.dtype:
+        raise ValueError(
+            f"{name}: the streams must have one shape and type, not {tuple(x1.shape)} ({x1.dtype}) and "
+            f"{tuple(x2.shape)} ({x2.dtype})"
+        )
+    return x1, x2
+
+
+def _entered(x1: Tensor, x2: Tensor, bits: int | None) -> Streams:
+    """The streams as the first block gets them: each a tensor of its own, on the grid."""
     return (x1.clone(), x2.clone()) if bits is None else (snap(x1, bits), snap(x2, bits))
 
 

@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from snn_reversible_plugin.grid import check_bits
 
 BITS = 16
@@ -34,11 +32,6 @@ def autograd() -> Iterator[None]:
 def by_autograd() -> bool:
     """Whether autograd differentiates steps on the grid here."""
     return getattr(_local, "by_autograd", False)
-
-
-def available() -> bool:
-    """Whether steps on the grid can run here: not while compiling, not in a ``torch.func`` transform."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def bits_of(module: Any) -> int:

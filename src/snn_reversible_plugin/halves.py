@@ -93,7 +93,6 @@ class Half:
         x: Tensor,
         states: Sequence[Tensor],
         parameters: Sequence[nn.Parameter],
-        finish: Callable[[Tensor], Tensor],
         undo: Callable[[Tensor], None],
         streams: list[Tensor | None],
         g_states: dict[Key, Tensor],
@@ -107,10 +106,9 @@ class Half:
             x: the input, equal to the first run's.
             states: what :meth:`tensors` gave.
             parameters: those that get a gradient.
-            finish: applied to the branch's output (the grid).
-            undo: is given the value to subtract, before the backward, when least else is alive.
-            streams: the gradients of ``finish``'s output, and what the input has already from the stream;
-                emptied, so that they can go once they are used.
+            undo: is given the output to subtract, before the backward, when least else is alive.
+            streams: the gradients of the output, and what the input has already from the stream; emptied,
+                so that they can go once they are used.
             g_states: gradients of the states; in: at exit, out: at entry.
             mode: of the tape that records the run.
             inspect: look for tensors that get a gradient and are no parameters.
@@ -129,7 +127,7 @@ class Half:
             with torch.enable_grad(), _autocast(self._autocast), tape.recording(mode):
                 leaf.requires_grad_()
                 with observed_spikes(self.module, observe) as spikes:
-                    value = finish(self.block(leaf, half=self.half))
+                    value = self.block(leaf, half=self.half)
                 identity = leaf.view_as(leaf)
             for table, key in self.exits():
                 grad = g_states.pop((id(table), key), None)
@@ -140,7 +138,7 @@ class Half:
         for output, grad in ((value, streams[0]), (identity, streams[1])):
             if grad is not None and output.requires_grad:
                 outputs.append(output)
-                g_outputs.append(grad)
+                g_outputs.append(grad.to(output.dtype))
         streams.clear()
         if not outputs:
             return None, [None] * len(parameters), spikes

@@ -1,6 +1,6 @@
 """What a reversible chain gets back: a stream with a branch subtracted, and how well that went.
 
-The one idea: the difference takes the place of the branch's value, so that undoing a block allocates
+The one idea: the difference takes the place of the stream, so that undoing a block allocates next to
 nothing; and what went wrong, if anything, is counted in the field's own unit, spikes that flipped.
 Source: design section 5.
 """
@@ -17,9 +17,12 @@ from torch import Tensor, nn
 
 from snn_reversible_plugin import ops, tape
 from snn_reversible_plugin.adapters import is_spiking
+from snn_reversible_plugin.grid import snap
+from snn_reversible_plugin.handles import is_dense
 
 Spikes = list[tuple[Tensor, int]]  # of each call of a neuron: its spikes as bits, and how many there are
 Flips = tuple[Tensor, int]  # how many spikes flipped, on their device, of how many
+PIECES = 16
 
 
 @dataclass(frozen=True)
@@ -57,23 +60,41 @@ class Rebuild:
 class Undo:
     """Subtracts a branch from ``stream``, if there is one; the difference is ``rebuilt``, shown to ``see``.
 
-    What snap made is fresh, so the difference may take its place.
+    Args:
+        strides: the layout that the rebuilt stream has to have.
+        bits: of the grid that the branch is rounded to, None for floating point.
+        owned: nobody else reads ``stream``, so the difference may take its place.
+        see: is called with the rebuilt stream.
     """
 
-    def __init__(self, strides: tuple[int, ...], in_place: bool, see: Callable[[Tensor], None]) -> None:
-        self.strides, self.in_place, self.see = strides, in_place, see
+    def __init__(
+        self, strides: tuple[int, ...], bits: int | None, owned: bool, see: Callable[[Tensor], None]
+    ) -> None:
+        self.strides, self.bits, self.owned, self.see = strides, bits, owned, see
         self.stream: Tensor | None = None
         self.rebuilt: Any = None
 
-    def __call__(self, value: Tensor) -> None:
+    def __call__(self, branch: Tensor) -> None:
         stream, self.stream = self.stream, None
         if stream is None:
             return
-        if self.in_place and value.stride() == self.strides and value.dtype is stream.dtype:
-            self.rebuilt = torch.sub(stream, value, out=value)
+        if self.bits is None:
+            stream = stream - branch
         else:
-            self.rebuilt = with_strides(stream - value, self.strides)
+            stream = stream if self.owned else stream.clone()
+            for part, of_branch in _pieces(stream, branch):
+                part.sub_(snap(of_branch, self.bits))
+        self.rebuilt = with_strides(stream, self.strides)
         self.see(self.rebuilt)
+
+
+def _pieces(stream: Tensor, branch: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Parts of both that belong together: what is computed of one part is small beside the whole."""
+    if stream.stride() != branch.stride() or not is_dense(stream):
+        return zip((stream,), (branch,), strict=True)
+    size, stride = (stream.numel(),), (1,)
+    flat = (tensor.as_strided(size, stride).chunk(PIECES) for tensor in (stream, branch))
+    return zip(*flat, strict=True)
 
 
 def with_strides(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:

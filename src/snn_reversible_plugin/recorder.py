@@ -62,6 +62,8 @@ from snn_reversible_plugin.streams import (
 #    Somebody else holds it anyway, so it costs nothing.
 # 8. Batch norm replays on batch statistics with no running statistics at all: the kernels compute the
 #    same output, and nothing is updated twice.
+# 9. In a block that is rebuilt, the backward follows at once and begins where the block ends. So the last
+#    output of a convolution or matrix product, which it asks for first, waits and isn't computed again.
 
 MAX_DEPTH = 64
 WORK_LIMIT = {"memory": 2, "speed": 0}
@@ -137,6 +139,7 @@ class Tape(TorchDispatchMode):
         self.paused = 0
         self._outside: dict[Any, weakref.ref[Kept]] = {}
         self._held: dict[int, list[weakref.ref[Kept]]] = {}
+        self._last_product: tuple[Replayed, torch.Tensor, int] | None = None
 
     # The pack hook.
 
@@ -185,6 +188,14 @@ class Tape(TorchDispatchMode):
         if is_plain(tensor):
             self._held.setdefault(storage_key(tensor), []).append(weakref.ref(kept))
         return kept
+
+    def rebuilt(self) -> None:
+        """The block that this tape recorded is complete; see note 9."""
+        if self._last_product is not None:
+            recipe, value, version = self._last_product
+            self._last_product = None
+            if recipe.needs and value._version == version:
+                recipe.cache = value
 
     def hold(self, tensor: torch.Tensor) -> Kept:
         """Keep a tensor's value by reference, for somebody who is no node of the graph."""
@@ -320,6 +331,8 @@ class Tape(TorchDispatchMode):
                 return
             recipe = self._recipe(func, plan, args, kwargs, [out])
             self._enter_recipe(out, recipe, base)
+            if plan.work and recipe is not None and self.graph_task != -1:
+                self._last_product = recipe, _alias(out), out._version
             return
         if not isinstance(out, (tuple, list)):
             return  # a number that the user reads off

@@ -28,6 +28,7 @@ __all__ = [
     "owns",
     "paused",
     "recording",
+    "runs_eagerly",
     "suspended",
 ]
 
@@ -81,18 +82,20 @@ class recording:
     def __exit__(self, *exc: object) -> None:
         if self._tape is not None:
             _local.tape = None
+            self._tape.rebuilt()
             self._tape.__exit__(*exc)
             self._hooks.__exit__()
             self._tape = None
 
 
+def runs_eagerly() -> bool:
+    """Whether operations are computed here as they are called: no compiler, no ``torch.func`` transform."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
+
+
 def may_record() -> bool:
     """Whether a graph that a tape could serve is being built here."""
-    return (
-        torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
+    return torch.is_grad_enabled() and runs_eagerly()
 
 
 def may_promise() -> bool:

@@ -91,8 +91,10 @@ class RevSResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = over_time(x, self.T, self.in_channels, type(self).__name__)
         with fresh_states(self):
-            x = self.fire(self.stages(self.stem(x)))
-            return self.fc(self.pool(x).flatten(2)).mean(0)  # type: ignore[no-any-return]
+            x = self.stem(x)
+            for stage in self.stages:  # called as a whole, the stages would hold their input until the end
+                x = stage(x)
+            return self.fc(self.pool(self.fire(x)).flatten(2)).mean(0)  # type: ignore[no-any-return]
 
 
 def _branch(width: int, fire: Callable[[], nn.Module]) -> nn.Module:

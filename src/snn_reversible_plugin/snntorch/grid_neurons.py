@@ -15,7 +15,7 @@ import snntorch
 import torch
 from torch import Tensor
 
-from snn_reversible_plugin import gridding
+from snn_reversible_plugin import gridding, tape
 from snn_reversible_plugin.ops.decays import NONE
 from snn_reversible_plugin.registry import SwappedClass
 from snn_reversible_plugin.snntorch import neurons
@@ -76,7 +76,7 @@ class OnGrid(SwappedClass):
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         """One time step."""
         spec = spec_of(self)
-        if spec is None or not gridding.available() or why_not(self, spec) is not None:
+        if spec is None or not tape.runs_eagerly() or why_not(self, spec) is not None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         return _forward(self, spec, *args, **kwargs)
 

@@ -15,7 +15,7 @@ import torch
 from spikingjelly.activation_based import neuron, surrogate
 from torch import Tensor, nn
 
-from snn_reversible_plugin import gridding
+from snn_reversible_plugin import gridding, tape
 from snn_reversible_plugin.dynamics import Rule, Surrogate
 from snn_reversible_plugin.ops.decays import NONE, Step, decay_of
 from snn_reversible_plugin.registry import SwappedClass
@@ -66,7 +66,7 @@ class OnGrid(SwappedClass):
             len(args) != 1
             or kwargs
             or type(args[0]) not in (Tensor, nn.Parameter)
-            or not gridding.available()
+            or not tape.runs_eagerly()
             or why_not(self, _kind(self)) is not None
         ):
             return super().forward(*args, **kwargs)  # type: ignore[misc]

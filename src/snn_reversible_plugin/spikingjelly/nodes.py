@@ -170,12 +170,12 @@ class Analytic:
     arithmetic = "stock"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not tape.may_record():
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-        if len(args) == 1 and not kwargs:
+        if tape.runs_eagerly() and len(args) == 1 and not kwargs:
             out = _forward(self, args[0])
             if out is not NotImplemented:
                 return out
+        if not tape.may_record():
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
         return replayed(self, Analytic, args, kwargs)  # type: ignore[arg-type]
 
     def reset(self) -> None:
@@ -215,7 +215,8 @@ def _forward(module: Any, x: Any) -> Any:
         return NotImplemented
     kind = dynamics_of(type(module))
     w = module.w if kind is neuron.ParametricLIFNode else None
-    if not (
+    graph = torch.is_grad_enabled()
+    if graph and not (
         x.requires_grad
         or (isinstance(v, Tensor) and v.requires_grad)
         or (isinstance(w, Tensor) and w.requires_grad)
@@ -232,7 +233,7 @@ def _forward(module: Any, x: Any) -> Any:
         v_seq = None
     else:
         ws = () if w is None else (w,) * (1 if call.fused else x.shape[0])
-        if tape.may_promise() and not isinstance(v, Tensor) and not call.store_v_seq:
+        if graph and tape.may_promise() and not isinstance(v, Tensor) and not call.store_v_seq:
             final = FinalMembrane(partial(_final_membrane, call, v), *map(tape.handle_of, (x, *ws[:1])))
         s, *states = _MultiStep.apply(x, v, again, call, final, *ws)
         v_seq = states[-1] if call.store_v_seq else None
@@ -325,6 +326,7 @@ def _agrees(kind: type, decay_input: bool, soft: bool, detach_reset: bool, fused
     options = (rule.v_threshold, rule.v_reset, function, detach_reset)
     with (
         tape.paused(),
+        torch.enable_grad(),
         torch.autocast("cpu", enabled=False),
         torch.autograd.graph.saved_tensors_hooks(as_it_is, as_it_is),
     ):
