@@ -231,9 +231,9 @@ ABOUT = {
     "memopt 1": "SpikingJelly's memory optimizer, level 1; levels 2 to 4 need CUDA",
     "published": "the published reversible procedure: streams in floating point, two runs of each branch",
     "SLTT": "no gradient through time: an approximation",
-    "speed": 'this package, `mode="speed"`',
-    "memory": 'this package, `mode="memory"`',
-    "grid": 'this package, `arithmetic="grid"`',
+    "speed": 'this package, `mode="speed"` and `arithmetic="stock"`',
+    "memory": 'this package, `mode="memory"` and `arithmetic="stock"`',
+    "grid": 'this package, `arithmetic="grid"`, which is the default for neurons stepped in a loop',
     "blocks": "this package, reversible blocks alone; stock residual networks are wrapped, "
     "which changes the function",
     "blocks + tape": "this package, reversible blocks in a converted network",

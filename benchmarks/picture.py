@@ -13,6 +13,7 @@ from .store import ROOT, Entry
 from .workloads import WORKLOADS
 
 IMAGES = ROOT / "docs" / "images"
+AT_FIRST_SIGHT = ("vgg", "sew-resnet34", "spikformer", "leaky-loop")  # one of each kind, for the README
 STYLE = {
     "stock": ("0.45", "o", "stock"),
     "checkpoint": ("tab:brown", "v", "checkpoint by hand"),
@@ -34,9 +35,16 @@ def draw_all(entries: dict[str, Entry], device: str, folder: Path = IMAGES) -> l
     """Draw what is stored; returns the paths of the PNGs."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = [draw_points(entries, folder / f"memory-against-time-{device}.png")]
+    if first := at_first_sight(entries):
+        drawn.append(draw_points(first, folder / f"gain-{device}.png"))
     if any(map(_series, entries.values())):
         drawn.append(draw_growth(entries, folder / f"growth-{device}.png"))
     return drawn
+
+
+def at_first_sight(entries: dict[str, Entry]) -> dict[str, Entry]:
+    """What the README's picture shows."""
+    return {name: entry for name, entry in entries.items() if entry["workload"] in AT_FIRST_SIGHT}
 
 
 def digest(entries: dict[str, Entry]) -> str:

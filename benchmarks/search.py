@@ -14,6 +14,8 @@ from .measure import Result, peak_within
 from .methods import CannotRun, prepare
 from .workloads import Workload
 
+PART = 8  # of the batch or of the steps: what fits into the whole's peak would take hours to find
+
 
 def largest_within(peak_of: Callable[[int], int | None], budget: int, start: int, most: int) -> int:
     """The largest size whose peak is within the budget, 0 if none is.
@@ -64,7 +66,7 @@ def find_largest(
     results: Iterable[Result],
     tick: Callable[[str], None],
 ) -> None:
-    """Fill in ``largest`` for every method that ran: what fits into stock's peak at ``shape``."""
+    """Fill in ``largest`` for every method that ran: what fits into stock's peak at a part of the shape."""
     measured = {result.method: result for result in results if result.peak is not None}
     if workload.grows is None or "stock" not in measured:
         return
@@ -75,21 +77,22 @@ def find_largest(
     def batch(size: int) -> torch.Tensor:
         return torch.rand(*shape[:dim], size, *shape[dim + 1 :], device=device)
 
-    budget = int(_allocations(workload, stock, batch(shape[dim])))
+    start = max(1, shape[dim] // PART)
+    budget = int(_allocations(workload, stock, batch(start)))
     for name, result in measured.items():
         tick(f"{workload.name}: {name}, the largest that fits")
         if name == "stock":
-            result.largest = shape[dim]
+            result.largest = start
             continue
         try:
-            training = prepare(name, workload, stock, batch(shape[dim]))
+            training = prepare(name, workload, stock, batch(start))
         except CannotRun:
             continue
         result.largest = largest_within(
             lambda size, training=training: peak_within(training, batch(size), budget),  # type: ignore[misc]
             budget,
-            shape[dim],
-            64 * shape[dim],
+            start,
+            128 * start,
         )
 
 
