@@ -28,6 +28,7 @@ STYLE = {
     "grid": ("tab:cyan", "d", "this package: grid"),
     "blocks": ("tab:olive", "<", "this package: blocks"),
     "blocks + tape": ("tab:purple", ">", "this package: blocks + tape"),
+    "blocks + tape, speed": ("plum", ">", "this package: blocks + tape, speed"),
 }
 
 

@@ -107,15 +107,15 @@ TARGETS = (
     Target("MS-ResNet34, converted", "MB an image", 12, False, _mb_an_image("ms-resnet34", "grid")),
     Target(
         "RevSResNet37, step time to plain", "ratio", 1.4, False,
-        _ratio("rev-s-resnet37", "time_ratio", "blocks"),
+        _ratio("rev-s-resnet37", "time_ratio", "blocks + tape"),
     ),
     Target(
-        "RevSResNet37, step time to the published procedure", "ratio", 1.0, False,
-        _ratio("rev-s-resnet37", "time_ratio", "blocks + tape", "published"),
+        "RevSResNet37, mode speed, step time to the published procedure", "ratio", 1.0, False,
+        _ratio("rev-s-resnet37", "time_ratio", "blocks + tape, speed", "published"),
     ),
     Target(
-        "RevSResNet37, peak to the published procedure", "ratio", 1.0, False,
-        _ratio("rev-s-resnet37", "peak_beyond_gradients", "blocks + tape", "published"),
+        "RevSResNet37, mode speed, peak to the published procedure", "ratio", 1.0, False,
+        _ratio("rev-s-resnet37", "peak_beyond_gradients", "blocks + tape, speed", "published"),
     ),
     Target(
         "SEW-ResNet34, stock held over ours", "times less", 58.65, True,

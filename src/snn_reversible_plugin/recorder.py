@@ -139,7 +139,7 @@ class Tape(TorchDispatchMode):
         self.paused = 0
         self._outside: dict[Any, weakref.ref[Kept]] = {}
         self._held: dict[int, list[weakref.ref[Kept]]] = {}
-        self._last_product: tuple[Replayed, torch.Tensor, int] | None = None
+        self.last_product: tuple[Replayed, torch.Tensor, int] | None = None
 
     # The pack hook.
 
@@ -191,9 +191,9 @@ class Tape(TorchDispatchMode):
 
     def rebuilt(self) -> None:
         """The block that this tape recorded is complete; see note 9."""
-        if self._last_product is not None:
-            recipe, value, version = self._last_product
-            self._last_product = None
+        if self.last_product is not None:
+            recipe, value, version = self.last_product
+            self.last_product = None
             if recipe.needs and value._version == version:
                 recipe.cache = value
 
@@ -332,7 +332,7 @@ class Tape(TorchDispatchMode):
             recipe = self._recipe(func, plan, args, kwargs, [out])
             self._enter_recipe(out, recipe, base)
             if plan.work and recipe is not None and self.graph_task != -1:
-                self._last_product = recipe, _alias(out), out._version
+                self.last_product = recipe, _alias(out), out._version
             return
         if not isinstance(out, (tuple, list)):
             return  # a number that the user reads off

@@ -123,7 +123,12 @@ def paused() -> OffStack:
 
     What they make counts as coming from outside, until :func:`mark_spikes` or :func:`mark_opaque`.
     """
-    return OffStack(current())
+    recorder = current()
+    if recorder is not None:
+        recorder.last_product = (
+            None  # a neuron takes room, and what comes before it isn't the end of a block
+        )
+    return OffStack(recorder)
 
 
 def handle_of(tensor: torch.Tensor) -> Handle:
