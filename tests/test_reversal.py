@@ -554,10 +554,11 @@ def test_verify_tells_how_far_the_grid_is_from_stock() -> None:
 
 
 def test_verify_notices_a_wrong_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    from snn_reversible_plugin.ops import steps_numpy
+    from snn_reversible_plugin import ops
 
-    right = steps_numpy.undo
-    monkeypatch.setattr(steps_numpy, "undo", lambda *args: right(*args) + 2.0**-16)
+    form = ops.steps_on(torch.device("cpu"))
+    right = form.undo
+    monkeypatch.setattr(form, "undo", lambda *args: right(*args) + 2.0**-16)
     assert not srp.verify(leaky(), x_of(), loss=weighted).ok
 
 
