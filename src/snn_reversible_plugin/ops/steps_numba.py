@@ -146,12 +146,19 @@ def _pull(codes: Any, n: int, record: Any, at: int) -> int:
 
 
 @_compiled
-def _reach(values: Any) -> Any:
-    largest = np.int32(0)
-    for bits in values.view(np.int32):
-        largest = max(largest, bits & np.int32(0x7FFFFFFF))
+def _largest(values: Any, so_far: Any) -> Any:
+    """The largest magnitude, NaN above all, as the bits of a float."""
+    bits = values.view(np.int32)
+    for j in range(len(bits)):
+        magnitude = bits[j] & np.int32(0x7FFFFFFF)
+        so_far = magnitude if magnitude > so_far else so_far
+    return so_far
+
+
+@_compiled
+def _as_float(bits: Any) -> Any:
     found = np.empty(1, np.int32)
-    found[0] = largest
+    found[0] = bits
     return found.view(np.float32)[0]
 
 
@@ -161,41 +168,56 @@ def _reach(values: Any) -> Any:
 @_compiled
 def _overshoot(values: Any, spikes: Any, theta: Any, scale: float) -> Any:
     """Distances from the threshold where neurons fired, in as many bytes each as the largest needs."""
-    count, largest = 0, np.uint32(0)
-    for spike in spikes:
-        count += spike != 0
+    found, count = np.empty(len(values) + 1, np.int32), 0
+    above, flags = np.empty(STRETCH, np.int32), np.empty(STRETCH, np.uint8)
+    for start in range(0, len(values), STRETCH):
+        part = slice(start, min(start + STRETCH, len(values)))
+        vs, fired, thetas = values[part], spikes[part], _of(theta, part)
+        n = len(vs)
+        for j in range(n):
+            above[j] = np.int32(vs[j] * scale - _at(thetas, j))
+            flags[j] = np.uint8(1 if fired[j] != 0 else 0)
+        for j in range(n):
+            found[count] = above[j]
+            count += np.int64(flags[j])
     if count == 0:
         return np.empty(0, np.uint8)
-    found = np.empty(count + 1, np.uint32)
-    k = 0
-    for i in range(len(values)):
-        found[k] = np.uint32(np.int64(values[i] * scale - _at(theta, i)))
-        k += spikes[i] != 0
+    largest = np.int32(0)
     for i in range(count):
         largest = max(largest, found[i])
     width = 2 + (largest >= 1 << 16) + (largest >= 1 << 24)
     out = np.empty(1 + width * count, np.uint8)
     out[0] = width
-    for i in range(count):
-        for j in range(width):
-            out[1 + width * i + j] = np.uint8(found[i] >> np.uint32(8 * j))
+    for j in range(width):
+        for i in range(count):
+            out[1 + j * count + i] = np.uint8((found[i] >> np.int32(8 * j)) & np.int32(255))
     return out
 
 
 @_compiled
 def _undo_overshoot(out: Any, spikes: Any, theta: Any, scale: float, record: Any) -> int:
     """Write what :func:`_overshoot` wrote down over ``out``; returns how many bytes that took."""
-    at, width = 0, 0
-    for i in range(len(out)):
-        if spikes[i]:
-            if at == 0:
-                at, width = 1, np.int64(record[0])
-            units = np.uint32(0)
-            for j in range(width):
-                units |= np.uint32(record[at + j]) << np.uint32(8 * j)
-            at += width
-            out[i] = (np.float64(units) + _at(theta, i)) / scale
-    return at
+    count = 0
+    for spike in spikes:
+        count += np.int64(spike)
+    if count == 0:
+        return 0
+    found, width, unit = np.zeros(count + 1, np.int32), np.int64(record[0]), 1 / scale
+    for j in range(width):
+        for i in range(count):
+            found[i] |= np.int32(record[1 + j * count + i]) << np.int32(8 * j)
+    above, k = np.empty(STRETCH, np.int32), 0
+    for start in range(0, len(out), STRETCH):
+        part = slice(start, min(start + STRETCH, len(out)))
+        outs, fired, thetas = out[part], spikes[part], _of(theta, part)
+        n = len(outs)
+        for j in range(n):
+            above[j] = found[k]
+            k += np.int64(fired[j])
+        for j in range(n):
+            lost = np.float32((above[j] + np.float64(_at(thetas, j))) * unit)
+            outs[j] = lost if fired[j] != 0 else outs[j]
+    return 1 + width * count
 
 
 # -- the step --------------------------------------------------------------------------------------
@@ -220,14 +242,63 @@ def _fire(h: Any, threshold: Any, inclusive: bool, out: Any, bits: Any) -> None:
 
 
 @_compiled
+def _zero_where(fired: Any, v: Any) -> None:
+    for j in range(len(fired)):
+        v[j] = 0 if fired[j] != 0 else v[j]
+
+
+@_compiled
+def _decay(v: Any, beta: Any, n: int) -> None:
+    for j in range(n):
+        v[j] = np.floor(_at(beta, j) * v[j] + 0.5)
+
+
+@_compiled
+def _decay_and_bits(v: Any, beta: Any, n: int, codes: Any) -> None:
+    """Decay, and the codes of the digits, of radix 2, that :func:`_push` takes."""
+    codes[n:] = 0
+    for j in range(n):
+        y = _at(beta, j) * v[j] + 0.5
+        v[j] = np.floor(y)
+        r = y - v[j]
+        code = 2.0 if r < 1 - _at(beta, j) else 0.0
+        code = 3.0 if r >= _at(beta, j) else code
+        codes[j] = np.uint8(np.int32(code))
+
+
+@_compiled
+def _decay_and_digits(v: Any, beta: Any, n: int, digits: Any) -> None:
+    for j in range(n):
+        y = _at(beta, j) * v[j] + 0.5
+        v[j] = np.floor(y)
+        digits[j] = np.uint16(np.int32(np.floor((y - v[j]) / _at(beta, j))))
+
+
+@_compiled
+def _add(v: Any, current: Any, gain: Any, scale: Any, out: Any) -> None:
+    unit = np.float32(1) / scale
+    for j in range(len(out)):
+        out[j] = (np.float32(v[j]) + np.rint(current[j] * gain * scale)) * unit
+
+
+@_compiled
+def _add_and_reset(
+    v: Any, current: Any, gain: Any, scale: Any, fired: Any, theta: Any, out: Any
+) -> None:
+    unit = np.float32(1) / scale
+    for j in range(len(out)):
+        w = np.float32(v[j]) - fired[j] * np.float32(_at(theta, j))
+        out[j] = (w + np.rint(current[j] * gain * scale)) * unit
+
+
+@_compiled
 def _charge(
     u: Any, current: Any, spikes: Any, beta: Any, theta: Any, radix: int, each: int, kind: int, scale: float,
-    gain: Any, record: bool, out: Any, digits: Any,
+    gain: Any, out: Any, lost: Any,
 ) -> tuple[int, Any]:  # fmt: skip
-    scale32, unit = np.float32(scale), np.float32(1 / scale)
-    v, codes = np.empty(STRETCH), np.zeros(STRETCH, np.uint8)
-    wide = np.zeros(STRETCH, np.uint16)
-    at = waiting = held = 0
+    """The step; returns how many bytes of digits it wrote to ``lost``, and the reach."""
+    v, codes, digits = np.empty(STRETCH), np.zeros(STRETCH, np.uint8), np.empty(STRETCH, np.uint16)
+    at, waiting, held, largest = 0, 0, 0, np.int32(0)
     for start in range(0, len(u), STRETCH):
         part = slice(start, min(start + STRETCH, len(u)))
         us, xs, outs, betas = u[part], current[part], out[part], _of(beta, part)
@@ -235,41 +306,26 @@ def _charge(
         for j in range(n):
             v[j] = us[j] * scale
         if kind >= _ZERO_BEFORE:
-            fired = spikes[part]
-            for j in range(n):
-                v[j] = 0.0 if fired[j] != 0 else v[j]
-        if record and radix == 2:
-            codes[n:] = 0
-            for j in range(n):
-                y = _at(betas, j) * v[j] + 0.5
-                r = y - np.floor(y)
-                code = 2.0 if r < 1 - _at(betas, j) else 0.0
-                code = 3.0 if r >= _at(betas, j) else code
-                codes[j] = np.uint8(np.int32(code))
-            at, waiting, held = _push(codes, n, digits, at, waiting, held)
-        elif record and radix > 2:
-            for j in range(n):
-                y = _at(betas, j) * v[j] + 0.5
-                wide[j] = np.uint16(np.int32(np.floor((y - np.floor(y)) / _at(betas, j))))
-            at = _combine(wide, n, radix, each, digits, at)
-        for j in range(n):
-            v[j] = np.floor(_at(betas, j) * v[j] + 0.5)
-        if kind == _MINUS_THETA:
-            fired, thetas = spikes[part], _of(theta, part)
-            for j in range(n):
-                w = np.float32(v[j]) - fired[j] * np.float32(_at(thetas, j))
-                outs[j] = (w + np.rint(xs[j] * gain * scale32)) * unit
+            _zero_where(spikes[part], v)
+        if len(lost) == 0:
+            _decay(v, betas, n)
+        elif radix == 2:
+            _decay_and_bits(v, betas, n, codes)
+            at, waiting, held = _push(codes, n, lost, at, waiting, held)
         else:
-            for j in range(n):
-                outs[j] = (np.float32(v[j]) + np.rint(xs[j] * gain * scale32)) * unit
+            _decay_and_digits(v, betas, n, digits)
+            at = _combine(digits, n, radix, each, lost, at)
+        if kind == _MINUS_THETA:
+            _add_and_reset(v, xs, gain, np.float32(scale), spikes[part], _of(theta, part), outs)
+        else:
+            _add(v, xs, gain, np.float32(scale), outs)
         if kind == _ZERO_AFTER:
-            fired = spikes[part]
-            for j in range(n):
-                outs[j] = np.float32(0) if fired[j] != 0 else outs[j]
+            _zero_where(spikes[part], outs)
+        largest = _largest(outs, largest)
     if waiting:
-        digits[at] = np.uint8(held)
+        lost[at] = np.uint8(held)
         at += 1
-    return at, _reach(out)
+    return at, _as_float(largest)
 
 
 @_compiled
@@ -305,48 +361,68 @@ def _separate(digits: Any, n: int, radix: int, each: int, record: Any, at: int) 
 
 
 @_compiled
+def _subtract(state: Any, current: Any, gain: Any, scale: Any, v: Any) -> None:
+    for j in range(len(state)):
+        v[j] = state[j] * scale - np.rint(current[j] * gain * scale)
+
+
+@_compiled
+def _subtract_and_unreset(
+    state: Any, current: Any, gain: Any, scale: Any, fired: Any, theta: Any, v: Any
+) -> None:
+    for j in range(len(state)):
+        w = state[j] * scale - np.rint(current[j] * gain * scale)
+        v[j] = w + np.float32(fired[j]) * np.float32(_at(theta, j))
+
+
+@_compiled
+def _lowest(v: Any, inverse: Any, offset: Any, n: int) -> None:
+    for j in range(n):
+        v[j] = np.ceil(v[j] * _at(inverse, j) + _at(offset, j))
+
+
+@_compiled
+def _lowest_of_two(v: Any, inverse: Any, offset: Any, spare: Any, n: int, codes: Any) -> None:
+    """The lowest preimages, and codes that are 1 where there are two."""
+    codes[n:] = 0
+    for j in range(n):
+        q = v[j] * _at(inverse, j) + _at(offset, j)
+        v[j] = np.ceil(q)
+        several = 1.0 if v[j] - q < _at(spare, j) else 0.0
+        codes[j] = np.uint8(np.int32(several))
+
+
+@_compiled
 def _undo(
     state: Any, current: Any, spikes: Any, beta: Any, inverse: Any, offset: Any, spare: Any, theta: Any,
     radix: int, each: int, kind: int, scale: float, gain: Any, record: Any, out: Any,
 ) -> None:  # fmt: skip
-    scale32, unit = np.float32(scale), 1 / scale
-    at = 0
+    v, codes, digits = np.empty(STRETCH), np.zeros(STRETCH, np.uint8), np.empty(STRETCH, np.uint16)
+    unit, at = 1 / scale, 0
     if kind >= _ZERO_BEFORE:
-        at = _undo_overshoot(out, spikes, theta, scale, record)
-        record = record[at:]
-        at = 0
-    v, codes = np.empty(STRETCH), np.zeros(STRETCH, np.uint8)
-    wide = np.zeros(STRETCH, np.uint16)
+        record = record[_undo_overshoot(out, spikes, theta, scale, record) :]
     for start in range(0, len(state), STRETCH):
         part = slice(start, min(start + STRETCH, len(state)))
         hs, xs, outs = state[part], current[part], out[part]
         n = len(hs)
         if kind == _MINUS_THETA:
-            fired, thetas = spikes[part], _of(theta, part)
-            for j in range(n):
-                w = hs[j] * scale32 - np.rint(xs[j] * gain * scale32)
-                v[j] = w + np.float32(fired[j]) * np.float32(_at(thetas, j))
+            thetas = _of(theta, part)
+            _subtract_and_unreset(hs, xs, gain, np.float32(scale), spikes[part], thetas, v)
         else:
-            for j in range(n):
-                v[j] = hs[j] * scale32 - np.rint(xs[j] * gain * scale32)
+            _subtract(hs, xs, gain, np.float32(scale), v)
         if kind >= _ZERO_BEFORE:
-            fired = spikes[part]
+            _zero_where(spikes[part], v)
+        inverses, offsets = _of(inverse, part), _of(offset, part)
+        if radix == 2:
+            _lowest_of_two(v, inverses, offsets, _of(spare, part), n, codes)
+            at = _pull(codes, n, record, at)
             for j in range(n):
-                v[j] = 0.0 if fired[j] != 0 else v[j]
-        if radix > 1:
-            inverses, offsets, spares = _of(inverse, part), _of(offset, part), _of(spare, part)
-            if radix == 2:
-                codes[n:] = 0
-                for j in range(n):
-                    q = v[j] * _at(inverses, j) + _at(offsets, j)
-                    codes[j] = np.uint8(1 if np.ceil(q) - q < _at(spares, j) else 0)
-                at = _pull(codes, n, record, at)
-                for j in range(n):
-                    v[j] = np.ceil(v[j] * _at(inverses, j) + _at(offsets, j)) + codes[j]
-            else:
-                at = _separate(wide, n, radix, each, record, at)
-                for j in range(n):
-                    v[j] = np.ceil(v[j] * _at(inverses, j) + _at(offsets, j)) + wide[j]
+                v[j] += codes[j]
+        elif radix > 2:
+            _lowest(v, inverses, offsets, n)
+            at = _separate(digits, n, radix, each, record, at)
+            for j in range(n):
+                v[j] += digits[j]
         if kind >= _ZERO_BEFORE:
             fired = spikes[part]
             for j in range(n):
@@ -364,7 +440,7 @@ def _reset(h: Any, spikes: Any, theta: Any, soft: bool, to: Any, unit: Any, out:
     else:
         for i in range(len(h)):
             out[i] = to if spikes[i] != 0 else h[i]
-    return _reach(out)
+    return _as_float(_largest(out, np.int32(0)))
 
 
 @_compiled
@@ -407,7 +483,7 @@ def charge(
         pieces.append(_overshoot(un, sn, theta, step.scale))
     gain = np.float32(1 if step.gain is None else step.gain)
     used, reach = _charge(
-        un, current.numpy(), sn, step.decay.arrays[0], theta, radix, each, kind, step.scale, gain, record,
+        un, current.numpy(), sn, step.decay.arrays[0], theta, radix, each, kind, step.scale, gain,
         out.numpy(), digits,
     )  # fmt: skip
     if used:
