@@ -186,6 +186,11 @@ class Tape(TorchDispatchMode):
             self._held.setdefault(storage_key(tensor), []).append(weakref.ref(kept))
         return kept
 
+    def finish(self) -> None:
+        """Forget what only a forward needs to know: each tensor that autograd saved keeps its tape alive."""
+        self._outside.clear()
+        self._held.clear()
+
     def hold(self, tensor: torch.Tensor) -> Kept:
         """Keep a tensor's value by reference, for somebody who is no node of the graph."""
         kept = Kept(_alias(tensor))

@@ -83,6 +83,7 @@ class recording:
             _local.tape = None
             self._tape.__exit__(*exc)
             self._hooks.__exit__()
+            self._tape.finish()
             self._tape = None
 
 

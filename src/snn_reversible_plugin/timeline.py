@@ -249,13 +249,23 @@ class NewState(_Newly):
 
 
 class NewSpikes(_Newly):
-    """Leads to :class:`Spikes`."""
+    """Leads to :class:`Spikes`, the same for all who ask."""
 
-    __slots__ = ()
+    __slots__ = ("made",)
+
+    def __init__(self, timeline: Timeline, t: int) -> None:
+        super().__init__(timeline, t)
+        self.made: Callable[[], Spikes | None] | None = None
 
     def held(self) -> Handle | None:
         timeline = self.ref()
-        return Packed() if timeline is None else Spikes(timeline.records, 2 * self.t)
+        if timeline is None:
+            return Packed()
+        spikes = None if self.made is None else self.made()
+        if spikes is None:
+            spikes = Spikes(timeline.records, 2 * self.t)
+            self.made = weakref.ref(spikes)
+        return spikes
 
 
 def rests_on_a_state(handle: Any) -> bool:

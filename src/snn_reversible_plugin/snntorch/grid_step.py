@@ -143,10 +143,10 @@ class Charging(torch.autograd.Function):
         reaches.append(reach)
         if record:
             pieces.extend(found)
-        _, _, _, of_beta, of_threshold = ctx.needs_input_grad
         kind = plan.step.reset
-        uses_reset = kind in (BEFORE, AFTER) or (kind == SUBTRACT and of_threshold)
-        ctx.save_for_backward(beta, u if of_beta else None, reset if uses_reset else None)
+        # Asking for needs_input_grad here would cost bytes a step.
+        uses_reset = kind in (BEFORE, AFTER) or (kind == SUBTRACT and threshold.requires_grad)
+        ctx.save_for_backward(beta, u if beta.requires_grad else None, reset if uses_reset else None)
         if current.dtype is not torch.float32:
             ctx.dtype = current.dtype
         return state

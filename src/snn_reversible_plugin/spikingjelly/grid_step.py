@@ -121,8 +121,8 @@ class Stepping(torch.autograd.Function):
             fired += [bits, *resets]
         if charged is not None:
             enter(h, charged)
-        _, _, _, of_beta = ctx.needs_input_grad
-        ctx.save_for_backward(h, beta, v if of_beta else None)
+        # Asking for needs_input_grad here would cost bytes a step.
+        ctx.save_for_backward(h, beta, v if beta is not None and beta.requires_grad else None)
         if x.dtype is not torch.float32:
             ctx.dtype = x.dtype
         return s, after
