@@ -187,7 +187,7 @@ class Tape(TorchDispatchMode):
         return kept
 
     def finish(self) -> None:
-        """Forget what only a forward needs to know: each tensor that autograd saved keeps its tape alive."""
+        """Forget what only a forward needs: whatever autograd saved keeps its tape alive."""
         self._outside.clear()
         self._held.clear()
 

@@ -68,8 +68,8 @@ class Timeline:
     """
 
     __slots__ = (
-        "__weakref__", "charged", "currents", "cursors", "dynamics", "name", "newest", "output", "reach", "records",
-        "ref",
+        "__weakref__", "charged", "currents", "cursors", "dynamics", "name", "newest", "output", "reach",
+        "records", "ref",
     )  # fmt: skip
 
     def __init__(self, dynamics: Dynamics, like: Tensor, name: str) -> None:
@@ -79,7 +79,9 @@ class Timeline:
         self.newest: Kept | None = None
         self.reach: Tensor | None = None
         self.cursors: list[_Cursor] = []
-        self.charged: tuple[int, Tensor] | None = None  # the charged state of a step, if it was just asked for
+        self.charged: tuple[int, Tensor] | None = (
+            None  # the charged state of a step, if it was just asked for
+        )
         self.ref = weakref.ref(self)
         self.output: tuple[weakref.ref[Tensor], int] | None = None
 

@@ -86,9 +86,7 @@ def reset(
     return [h.clone().view(torch.uint8)] if record else [], reach(out)
 
 
-def unreset(
-    v: Tensor, bits: Tensor, theta: Any, to: float | None, scale: float, record: Tensor
-) -> Tensor:
+def unreset(v: Tensor, bits: Tensor, theta: Any, to: float | None, scale: float, record: Tensor) -> Tensor:
     """See :func:`snn_reversible_plugin.ops.steps_numpy.unreset`."""
     if to is None:
         return v + _spikes(bits, v) * (theta / scale)

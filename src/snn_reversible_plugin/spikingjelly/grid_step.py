@@ -94,7 +94,7 @@ class NewCharged(Passing):
 
 
 class Stepping(torch.autograd.Function):
-    """``plan.stepping.apply([charged, lost, fired, reaches], v, x, beta)`` -> spikes and the membrane after.
+    """``plan.stepping.apply([charged, lost, fired, reaches], v, x, beta)`` -> spikes, the membrane after.
 
     ``charged``: what stands for the charged membrane on the tape; ``lost`` and ``fired`` collect what has
     to be written down. All three are None where nothing is recorded. ``reaches`` collects the largest
@@ -176,8 +176,8 @@ def step(plan: Plan, x: Tensor, v: Tensor, beta: Tensor | None) -> tuple[Tensor,
             sinks = [NewCharged(timeline, timeline.length + 1), [], [], reaches]
         s, after = plan.stepping.apply(sinks, v, x, beta)
         # A potential out of range may be back after the reset, but what came before it is lost.
-        left = [watched(reach, plan.name, plan.bits) for reach in reaches]
-        reach = None if left[0] is None else torch.maximum(left[0], left[1])
+        charged, reset = (watched(reach, plan.name, plan.bits) for reach in reaches)
+        reach = None if charged is None or reset is None else torch.maximum(charged, reset)
         if timeline is None:
             tape.mark_opaque(after)
             tape.mark_spikes(s)
