@@ -1,14 +1,18 @@
 """The grid: exact to undo, idempotent, transparent to gradients."""
 
+import importlib
+import importlib.util
 import math
+import sys
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snn_reversible_plugin import grid
+from snn_reversible_plugin import grid, ops
 from snn_reversible_plugin.ops import decays, steps_numpy, steps_torch
 from snn_reversible_plugin.remainders import Remainders
 
@@ -139,48 +143,146 @@ def test_decay_is_rounding_and_undecay_undoes_it_bit_for_bit(beta, seed, bits):
     assert same_bits(grid.undecay(v, digits, beta, bits), u + 0.0)
 
 
+def forms() -> dict[str, Any]:
+    """The modules that compute steps on this machine, the specification first."""
+    found = {"torch": steps_torch, "numpy": steps_numpy}
+    if importlib.util.find_spec("numba") is not None:
+        found["numba"] = importlib.import_module("snn_reversible_plugin.ops.steps_numba")
+    return found
+
+
+FORMS = forms()
+RESETS = [decays.NONE, decays.SUBTRACT, decays.BEFORE, decays.AFTER]
+
+
+def on_grid(generator: torch.Generator, n: int, scale: float = 2.0**16) -> torch.Tensor:
+    return torch.randn(n, generator=generator).mul_(scale).round_().div_(scale)
+
+
+def as_record(form: Any, pieces: list[Any]) -> Any:
+    store = Remainders(torch.empty(0))
+    store.append([torch.as_tensor(piece) for piece in pieces])
+    record = store.record(0)
+    return torch.tensor(record.tolist(), dtype=torch.uint8) if form is steps_torch else record
+
+
+def assert_forms_agree(step: decays.Step, u: torch.Tensor, current: torch.Tensor, threshold: Any) -> None:
+    """All forms take the step to the same bits, and back to where it came from."""
+    expected, longest = None, 0
+    for name, form in FORMS.items():
+        spikes, out = torch.empty_like(u), torch.empty_like(u)
+        bits = form.fire(u, threshold, False, spikes)
+        assert torch.equal(spikes, (u > threshold).float()), name
+        again = torch.empty_like(u)
+        form.fired(bits, again)
+        assert torch.equal(again, spikes), name
+        pieces, reach = form.charge(u, current, spikes, step, True, out)
+        unrecorded, same_reach = form.charge(u, current, spikes, step, False, torch.empty_like(u))
+        assert sum(map(len, unrecorded)) == 0, name
+        assert float(reach) == float(same_reach) == float(grid.reach(out)), name
+        record = as_record(form, pieces)
+        assert same_bits(form.undo(out, current, bits, step, record), u), name
+        if expected is None:
+            expected, longest = out, len(record)
+        assert same_bits(out, expected), name
+        assert step.reset in (decays.BEFORE, decays.AFTER) or len(record) <= longest, name
+
+
 @settings(deadline=None, max_examples=150)
 @given(
     beta=BETAS,
     seed=st.integers(0, 2**31),
-    reset=st.sampled_from([decays.NONE, decays.SUBTRACT, decays.BEFORE, decays.AFTER]),
+    n=st.sampled_from([0, 1, 7, 8, 401, 2000]),
+    reset=st.sampled_from(RESETS),
     theta=st.floats(0.0, 4.0, width=32),
     gain=st.sampled_from([None, 0.3]),
 )
-def test_steps_of_both_forms_agree_and_are_undone(beta, seed, reset, theta, gain):
+def test_steps_of_all_forms_agree_and_are_undone(beta, seed, n, reset, theta, gain):
     generator = torch.Generator().manual_seed(seed)
-    scale = 2.0**16
-    theta = round(theta * scale) / scale
-    u = torch.randn(401, generator=generator).mul_(scale).round_().div_(scale)
-    current = torch.randn(401, generator=generator)
-    decay = decays.decay_of(beta, beta, beta, "lif")
-    step = decays.Step(decay, theta * scale, reset, scale, gain)
-    spikes, found = torch.empty_like(u), []
-    steps_torch.fire(u, theta, False, spikes)
-    for form in (steps_torch, steps_numpy):
-        out = torch.empty_like(u)
-        pieces = form.charge(u, current, spikes, step, True, out)
-        assert sum(map(len, form.charge(u, current, spikes, step, False, torch.empty_like(u)))) == 0
-        store = Remainders(u)
-        store.append([torch.as_tensor(piece) for piece in pieces])
-        record = store.record(0) if form is steps_numpy else torch.as_tensor(store.record(0))
-        assert same_bits(form.undo(out, current, spikes, step, record), u)
-        found.append((out, len(record)))
-    assert same_bits(found[0][0], found[1][0])
-    if reset in (decays.NONE, decays.SUBTRACT):
-        assert found[1][1] <= found[0][1]
+    theta = round(theta * 2.0**16) / 2.0**16
+    step = decays.Step(decays.decay_of(beta, beta, beta, "lif"), theta * 2.0**16, reset, 2.0**16, gain)
+    u, current = on_grid(generator, n), torch.randn(n, generator=generator)
+    assert_forms_agree(step, u, current, theta)
 
 
+@settings(deadline=None, max_examples=100)
+@given(
+    smallest=st.sampled_from([2.0**-16, 1 / 300, 0.1, 0.4, 0.5, 0.6, 0.99]),
+    seed=st.integers(0, 2**31),
+    n=st.sampled_from([1, 13, 401, 2000]),
+    reset=st.sampled_from(RESETS),
+    each_decays=st.booleans(),
+    each_fires=st.booleans(),
+)
+def test_a_beta_and_a_threshold_for_each_neuron(smallest, seed, n, reset, each_decays, each_fires):
+    generator = torch.Generator().manual_seed(seed)
+    betas = torch.rand(n, generator=generator).mul_(1 - smallest).add_(smallest).clamp_(smallest, 1)
+    beta = betas.double() if each_decays else float(betas[0])
+    low, high = (float(end) for end in torch.aminmax(betas)) if each_decays else (beta, beta)
+    theta = on_grid(generator, n).abs() if each_fires else 0.75
+    step = decays.Step(decays.decay_of(beta, low, high, "lif"), theta * 2.0**16, reset, 2.0**16)
+    u, current = on_grid(generator, n) * 4, torch.randn(n, generator=generator)
+    assert_forms_agree(step, u, current, theta)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    seed=st.integers(0, 2**31),
+    n=st.sampled_from([0, 1, 13, 2000]),
+    to=st.sampled_from([None, 0.0, -0.25, 1.5]),
+    size=st.sampled_from([1.0, 40.0, 255.0]),
+    each=st.booleans(),
+)
+def test_resets_of_all_forms_agree_and_are_undone(seed, n, to, size, each):
+    generator = torch.Generator().manual_seed(seed)
+    h = on_grid(generator, n).clamp(-1, 1) * size
+    theta = on_grid(generator, n).abs() if each else 0.5
+    expected = None
+    for name, form in FORMS.items():
+        spikes, out = torch.empty_like(h), torch.empty_like(h)
+        bits = form.fire(h, theta, True, spikes)
+        assert torch.equal(spikes, (h >= theta).float()), name
+        pieces, reach = form.reset(h, spikes, theta * 2.0**16, to, 2.0**16, True, out)
+        assert form.reset(h, spikes, theta * 2.0**16, to, 2.0**16, False, torch.empty_like(h))[0] == []
+        assert float(reach) == float(grid.reach(out)), name
+        record = as_record(form, pieces)
+        assert same_bits(form.unreset(out, bits, theta * 2.0**16, to, 2.0**16, record), h), name
+        expected = out if expected is None else expected
+        assert same_bits(out, expected), name
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 256.0])
+def test_a_reach_sees_what_left_the_range(form, value):
+    step = decays.Step(decays.decay_of(1.0, 1.0, 1.0, "lif"), 1.0, decays.NONE, 2.0**16)
+    current = torch.zeros(1000)
+    current[997] = value
+    _, reach = form.charge(torch.zeros(1000), current, None, step, True, torch.empty(1000))
+    assert not reach < 256
+    _, reach = form.reset(current, torch.zeros(1000), 1.0, None, 2.0**16, True, torch.empty(1000))
+    assert not reach < 256
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS.values() if form is not steps_torch])
 @pytest.mark.parametrize(("beta", "bits"), [(0.5, 1.0), (0.6, 0.81), (0.9, 0.21), (0.99, 0.03), (1.0, 0.0)])
-def test_how_many_bits_a_step_loses(beta, bits):
+def test_how_many_bits_a_step_loses(form, beta, bits):
     n = 1 << 17
     u = torch.randn(n).mul_(2.0**16).round_().div_(2.0**16)
     beta = float(torch.tensor(beta))
     step = decays.Step(decays.decay_of(beta, beta, beta, "lif"), 1.0, decays.NONE, 2.0**16)
-    pieces = steps_numpy.charge(u, torch.zeros(n), None, step, True, torch.empty(n))
+    pieces, _ = form.charge(u, torch.zeros(n), None, step, True, torch.empty(n))
     assert 8 * sum(map(len, pieces)) / n <= bits
-    rest = steps_numpy.charge(torch.zeros(n), torch.zeros(n), None, step, True, torch.empty(n))
+    rest, _ = form.charge(torch.zeros(n), torch.zeros(n), None, step, True, torch.empty(n))
     assert beta <= 0.5 or sum(map(len, rest)) == 0
+
+
+@pytest.mark.parametrize("missing", [(), ("numba",), ("numba", "numpy")])
+def test_the_fastest_form_that_is_installed_computes_steps(monkeypatch, missing):
+    for name in missing:
+        monkeypatch.setitem(sys.modules, f"snn_reversible_plugin.ops.steps_{name}", None)
+    choose = ops._steps_on_cpu.__wrapped__
+    left = [name for name in ("numba", "numpy", "torch") if name in FORMS and name not in missing]
+    assert choose() is FORMS[left[0]]
 
 
 @settings(deadline=None, max_examples=50)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import snn_reversible_plugin as srp
 from snn_reversible_plugin import convert, timeline
 from snn_reversible_plugin.memory import count_step
+from snn_reversible_plugin.spikingjelly import surrogates as sj_surrogates
 from snntorch_against_stock import equal, make, one_thread_fixture  # noqa: F401
 
 GRID_KINDS = ("Leaky", "Lapicque", "Synaptic", "RLeaky", "RSynaptic")
@@ -471,6 +472,27 @@ def test_leaving_the_range_names_the_neuron_and_the_remedy() -> None:
         net(x_of())
 
 
+@pytest.mark.parametrize("v_reset", [None, 0.0])
+def test_a_charged_membrane_out_of_range_is_seen_though_the_reset_brings_it_back(
+    v_reset: float | None,
+) -> None:
+    net = srp.convert_to_reversible(nn.Sequential(nn.Identity(), neuron.IFNode(10.0, v_reset)))
+    with pytest.raises(OverflowError, match=r"1 \(\w*IFNode\).*reaches 260"):
+        net(torch.full((1, 3), 260.0, requires_grad=True))
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.7, 4.0])
+@pytest.mark.parametrize("name", sj_surrogates._DERIVATIVES)
+def test_closed_forms_have_the_bits_of_autograd(name: str, alpha: float) -> None:
+    function = getattr(sj_surrogate, name)(alpha=alpha)
+    u, grad = torch.randn(2, 5000)
+    expected = sj_surrogates.by_autograd(function)(grad, u)
+    with torch.inference_mode():
+        vjp = sj_surrogates.as_autograd(function)
+    assert torch.equal(vjp(grad, u.clone()), expected)
+    assert sj_surrogates._equal_to_autograd(name, alpha) is vjp
+
+
 def test_fewer_bits_reach_farther() -> None:
     net = leaky(learn_beta=True)
     net.lif1.grid_bits = net.lif2.grid_bits = 10
@@ -554,10 +576,11 @@ def test_verify_tells_how_far_the_grid_is_from_stock() -> None:
 
 
 def test_verify_notices_a_wrong_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    from snn_reversible_plugin.ops import steps_numpy
+    from snn_reversible_plugin import ops
 
-    right = steps_numpy.undo
-    monkeypatch.setattr(steps_numpy, "undo", lambda *args: right(*args) + 2.0**-16)
+    form = ops.steps_on(torch.device("cpu"))
+    right = form.undo
+    monkeypatch.setattr(form, "undo", lambda *args: right(*args) + 2.0**-16)
     assert not srp.verify(leaky(), x_of(), loss=weighted).ok
 
 

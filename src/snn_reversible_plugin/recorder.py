@@ -189,9 +189,11 @@ class Tape(TorchDispatchMode):
             self._held.setdefault(storage_key(tensor), []).append(weakref.ref(kept))
         return kept
 
-    def rebuilt(self) -> None:
-        """The block that this tape recorded is complete; see note 9."""
-        if self.last_product is not None:
+    def finish(self) -> None:
+        """Forget what only a forward needs: whatever autograd saved keeps its tape alive."""
+        self._outside.clear()
+        self._held.clear()
+        if self.last_product is not None:  # of a block that is rebuilt; see note 9
             recipe, value, version = self.last_product
             self.last_product = None
             if recipe.needs and value._version == version:

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from snn_reversible_plugin import ops
 
-RECORDS_A_CHUNK = 32
+RECORDS_A_CHUNK = 8
 
 
 class Remainders:
-    """Records of bytes, numbered from 0. A record lies within one chunk.
+    """Records of bytes, numbered from 0, in chunks without gaps: a record may go on in the next one.
 
     ``size`` and ``stride`` are the layout of the neurons that the records are of.
 
@@ -54,27 +54,31 @@ class Remainders:
         """Write a record: its pieces one after the other."""
         total = sum(map(len, pieces))
         end = self._ends[-1] if self._ends else 0
-        if total > self._room:
-            # An eighth of what there is, so that short sequences don't pay for long ones.
-            room = max(total, min(end // 8, RECORDS_A_CHUNK * total))
-            self._chunks.append(torch.empty(room, dtype=torch.uint8, device=self.device))
-            self._bases.append(end)
-            self._room = room
-        if total:
-            at = end - self._bases[-1]
-            chunk = ops.as_pieces(self._chunks[-1])
-            for piece in pieces:
-                chunk[at : at + len(piece)] = piece
-                at += len(piece)
-        self._room -= total
+        left = total
+        for piece in pieces:
+            while len(piece):
+                if not self._room:
+                    # An eighth of what there is, so that short sequences don't pay for long ones.
+                    self._room = max(left, min(end // 8, RECORDS_A_CHUNK * total))
+                    self._chunks.append(torch.empty(self._room, dtype=torch.uint8, device=self.device))
+                    self._bases.append(end + total - left)
+                chunk = ops.as_pieces(self._chunks[-1])
+                at, size = len(chunk) - self._room, min(len(piece), self._room)
+                chunk[at : at + size] = piece[:size]
+                self._room -= size
+                left -= size
+                piece = piece[size:]
         self._ends.append(end + total)
 
     def record(self, index: int) -> Any:
         """The bytes of a record, in the form that :mod:`.ops` takes."""
         end = self._ends[index]
         start = self._ends[index - 1] if index else 0
-        chunk = bisect_right(self._bases, start) - 1
         if end == start:
             return ops.as_pieces(torch.empty(0, dtype=torch.uint8, device=self.device))
-        base = self._bases[chunk]
-        return ops.as_pieces(self._chunks[chunk])[start - base : end - base]
+        first, last = (bisect_right(self._bases, at) - 1 for at in (start, end - 1))
+        base = self._bases[first]
+        if first == last:
+            return ops.as_pieces(self._chunks[first])[start - base : end - base]
+        chunks = self._chunks[first : last + 1]
+        return ops.as_pieces(torch.cat(chunks)[start - base : end - base])

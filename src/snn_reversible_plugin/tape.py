@@ -82,9 +82,9 @@ class recording:
     def __exit__(self, *exc: object) -> None:
         if self._tape is not None:
             _local.tape = None
-            self._tape.rebuilt()
             self._tape.__exit__(*exc)
             self._hooks.__exit__()
+            self._tape.finish()
             self._tape = None
 
 

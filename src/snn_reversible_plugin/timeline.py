@@ -16,7 +16,7 @@ from torch import Tensor
 
 from snn_reversible_plugin import ops
 from snn_reversible_plugin.entries import look_up
-from snn_reversible_plugin.grid import check_range
+from snn_reversible_plugin.grid import check_range, limit
 from snn_reversible_plugin.handles import Handle, Kept, Packed, Passing, Replayed
 from snn_reversible_plugin.remainders import Remainders
 
@@ -68,8 +68,8 @@ class Timeline:
     """
 
     __slots__ = (
-        "__weakref__", "currents", "cursors", "dynamics", "name", "newest", "output", "reach", "records",
-        "ref",
+        "__weakref__", "charged", "currents", "cursors", "dynamics", "name", "newest", "output", "reach",
+        "records", "ref",
     )  # fmt: skip
 
     def __init__(self, dynamics: Dynamics, like: Tensor, name: str) -> None:
@@ -79,6 +79,9 @@ class Timeline:
         self.newest: Kept | None = None
         self.reach: Tensor | None = None
         self.cursors: list[_Cursor] = []
+        self.charged: tuple[int, Tensor] | None = (
+            None  # the charged state of a step, if it was just asked for
+        )
         self.ref = weakref.ref(self)
         self.output: tuple[weakref.ref[Tensor], int] | None = None
 
@@ -87,13 +90,17 @@ class Timeline:
         """How many steps have been taken."""
         return len(self.currents)
 
-    def step(self, current: Handle, newest: Kept, reach: Tensor, lost: Sequence[Any]) -> None:
-        """Take a step: its current, the state after it, and what to write down of the one before."""
+    def step(self, current: Handle, newest: Kept, reach: Tensor | None, lost: Sequence[Any]) -> None:
+        """Take a step: its current, the state after it, and what to write down of the one before.
+
+        ``reach``: what :func:`watched` returned.
+        """
         self.records.append(lost)
         self.currents.append(current)
         self.newest = newest
         self.output = None
-        self.reach = reach if self.reach is None else torch.maximum(self.reach, reach)
+        if reach is not None:
+            self.reach = reach if self.reach is None else torch.maximum(self.reach, reach)
 
     def state(self, t: int) -> Tensor:
         """The state after step t, flat."""
@@ -139,6 +146,12 @@ class Timeline:
         """The spikes of step t, flat."""
         return fired(self.records, 2 * t)
 
+    def bits(self, t: int) -> tuple[Any, Any]:
+        """The spikes of step t as they were written down, and the rest of that record."""
+        record = self.records.record(2 * t)
+        end = (self.records.size.numel() + 7) // 8
+        return record[:end], record[end:]
+
 
 def continued(u: Tensor, dynamics: Dynamics) -> Timeline | None:
     """The timeline whose newest state ``u`` is, if the next step goes on with it."""
@@ -149,6 +162,19 @@ def continued(u: Tensor, dynamics: Dynamics) -> Timeline | None:
     if timeline is None or timeline.dynamics is not dynamics or known.t != timeline.length:
         return None
     return timeline
+
+
+def watched(reach: Any, name: str, bits: int) -> Tensor | None:
+    """Raise if a state left the grid's range, or return its reach where looking would wait for a device.
+
+    Raises:
+        OverflowError: naming the neuron, the value and the remedy.
+    """
+    if isinstance(reach, Tensor) and reach.device.type != "cpu":
+        return reach
+    if not reach < limit(bits):
+        check_range([name], [torch.as_tensor(reach)], bits, REMEDY)
+    return None
 
 
 def flat(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
@@ -225,13 +251,23 @@ class NewState(_Newly):
 
 
 class NewSpikes(_Newly):
-    """Leads to :class:`Spikes`."""
+    """Leads to :class:`Spikes`, the same for all who ask."""
 
-    __slots__ = ()
+    __slots__ = ("made",)
+
+    def __init__(self, timeline: Timeline, t: int) -> None:
+        super().__init__(timeline, t)
+        self.made: Callable[[], Spikes | None] | None = None
 
     def held(self) -> Handle | None:
         timeline = self.ref()
-        return Packed() if timeline is None else Spikes(timeline.records, 2 * self.t)
+        if timeline is None:
+            return Packed()
+        spikes = None if self.made is None else self.made()
+        if spikes is None:
+            spikes = Spikes(timeline.records, 2 * self.t)
+            self.made = weakref.ref(spikes)
+        return spikes
 
 
 def rests_on_a_state(handle: Any) -> bool:

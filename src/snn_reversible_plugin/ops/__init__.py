@@ -6,6 +6,7 @@ here by the device of the input and held to the torch form by the same tests.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from types import ModuleType
@@ -16,11 +17,9 @@ import torch
 from snn_reversible_plugin.ops import bits_torch, steps_torch
 
 _on_cpu: ModuleType = bits_torch
-_steps_on_cpu: ModuleType = steps_torch
 _HAS_NUMPY = importlib.util.find_spec("numpy") is not None  # torch works without it
 if _HAS_NUMPY:
     _on_cpu = importlib.import_module("snn_reversible_plugin.ops.bits_numpy")
-    _steps_on_cpu = importlib.import_module("snn_reversible_plugin.ops.steps_numpy")
 
 
 def pack_bits(flat: torch.Tensor) -> torch.Tensor:
@@ -38,7 +37,18 @@ def unpack_bits(bits: torch.Tensor, out: torch.Tensor) -> None:
 
 def steps_on(device: torch.device) -> Any:
     """The module that computes steps on the grid: see :mod:`.steps_torch`."""
-    return _steps_on_cpu if device.type == "cpu" else steps_torch
+    return _steps_on_cpu() if device.type == "cpu" else steps_torch
+
+
+@functools.cache
+def _steps_on_cpu() -> ModuleType:
+    """Compiled where numba is installed, which is imported here: at the first step on the grid."""
+    for form in ("numba", "numpy") if _HAS_NUMPY else ():
+        try:
+            return importlib.import_module(f"snn_reversible_plugin.ops.steps_{form}")
+        except ImportError:  # not there, or not made for this numpy
+            continue
+    return steps_torch
 
 
 def as_pieces(chunk: torch.Tensor) -> Any:

@@ -69,14 +69,6 @@ def fired(bits: Piece, out: torch.Tensor) -> None:
     np.copyto(out.numpy(), flags)
 
 
-def reach(state: torch.Tensor) -> torch.Tensor:
-    """The largest magnitude; NaN if there is one."""
-    values = state.numpy()
-    if not len(values):
-        return state.new_zeros(())
-    return torch.tensor(np.maximum(values.max(), -values.min()))
-
-
 def charge(
     u: torch.Tensor,
     current: torch.Tensor,
@@ -84,8 +76,12 @@ def charge(
     step: Step,
     record: bool,
     out: torch.Tensor,
-) -> list[Any]:
-    """Write the state after ``decay(u) + current`` into ``out``; what has to be written down of ``u``."""
+) -> tuple[list[Any], Any]:
+    """Write the state after ``decay(u) + current`` into ``out``.
+
+    ``spikes``: those of ``u``, where they reset it. Returns what has to be written down of ``u``, and the
+    largest magnitude in ``out``, NaN if there is one.
+    """
     pieces: list[Piece] = []
     un, xn, on = u.numpy(), current.numpy(), out.numpy()
     sn = None if spikes is None else spikes.numpy()
@@ -114,16 +110,16 @@ def charge(
         if step.reset == AFTER:
             w[fired] = 0
         np.multiply(w, np.float32(1 / step.scale), out=on[part])
-    return pieces
+    return pieces, _reach(on)
 
 
 def undo(
-    state: torch.Tensor, current: torch.Tensor, spikes: torch.Tensor | None, step: Step, record: Piece
+    state: torch.Tensor, current: torch.Tensor, bits: Piece | None, step: Step, record: Piece
 ) -> torch.Tensor:
-    """The state that :func:`charge` started from."""
+    """The state that :func:`charge` started from; ``bits``: its spikes, as :func:`fire` gave them."""
     out = torch.empty_like(state)
     hn, xn, on = state.numpy(), current.numpy(), out.numpy()
-    sn = None if spikes is None else spikes.numpy()
+    sn = None if bits is None else _spikes(bits, len(hn))
     beta, theta = step.decay.arrays, _array(step.theta)
     at = 0
     for part in blocks(len(hn)):
@@ -287,17 +283,17 @@ def reset(
     scale: float,
     record: bool,
     out: torch.Tensor,
-) -> list[Any]:
+) -> tuple[list[Any], Any]:
     """Write the state after a reset at once into ``out``: by subtraction (``to`` None), or to a value.
 
-    Returns what has to be written down of ``h``.
+    Returns what has to be written down of ``h``, and the largest magnitude in ``out``.
     """
     hn, sn, on, theta = h.numpy(), spikes.numpy(), out.numpy(), _array(theta)
     pieces: list[Piece] = []
     if to is None:
         np.multiply(sn, np.asarray(theta, np.float32) / np.float32(scale), out=on)
         np.subtract(hn, on, out=on)
-        return pieces
+        return pieces, _reach(on)
     np.copyto(on, hn)
     for part in blocks(len(hn)):
         fired = np.flatnonzero(sn[part])
@@ -307,16 +303,16 @@ def reset(
             units = hn[part].take(fired).astype(np.float64) * scale
             pieces += _overshoot(units - _of_indices(theta, part, fired))
         on[part][fired] = to
-    return pieces
+    return pieces, _reach(on)
 
 
 def unreset(
-    v: torch.Tensor, spikes: torch.Tensor, theta: Any, to: float | None, scale: float, record: Piece
-) -> tuple[torch.Tensor, int]:
-    """The charged state that :func:`reset` started from, and how much of the record that took."""
-    vn, sn, theta = v.numpy(), spikes.numpy(), _array(theta)
+    v: torch.Tensor, bits: Piece, theta: Any, to: float | None, scale: float, record: Piece
+) -> torch.Tensor:
+    """The charged state that :func:`reset` started from; ``bits`` as in :func:`undo`."""
+    vn, sn, theta = v.numpy(), _spikes(bits, len(v)), _array(theta)
     if to is None:
-        return torch.from_numpy(vn + sn * (np.asarray(theta, np.float32) / np.float32(scale))), 0
+        return torch.from_numpy(vn + sn * (np.asarray(theta, np.float32) / np.float32(scale)))
     out = v.clone()
     on, at = out.numpy(), 0
     for part in blocks(len(vn)):
@@ -324,4 +320,12 @@ def unreset(
         if len(fired):
             units, at = _read_overshoot(record, at, len(fired))
             on[part][fired] = (units + _of_indices(theta, part, fired)) / scale
-    return out, at
+    return out
+
+
+def _spikes(bits: Piece, n: int) -> Piece:
+    return np.unpackbits(bits, count=n, bitorder="little").astype(np.float32)
+
+
+def _reach(values: Piece) -> Any:
+    return np.maximum(values.max(), -values.min()) if len(values) else 0.0

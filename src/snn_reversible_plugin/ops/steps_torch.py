@@ -28,7 +28,7 @@ def fired(bits: Tensor, out: Tensor) -> None:
 
 
 def reach(state: Tensor) -> Tensor:
-    """See :func:`snn_reversible_plugin.ops.steps_numpy.reach`."""
+    """The largest magnitude; NaN if there is one."""
     if not len(state):
         return state.new_zeros(())
     low, high = state.aminmax()
@@ -37,7 +37,7 @@ def reach(state: Tensor) -> Tensor:
 
 def charge(
     u: Tensor, current: Tensor, spikes: Tensor | None, step: Step, record: bool, out: Tensor
-) -> list[Tensor]:
+) -> tuple[list[Tensor], Tensor]:
     """See :func:`snn_reversible_plugin.ops.steps_numpy.charge`."""
     pieces: list[Tensor] = []
     whole = step.reset in (BEFORE, AFTER)
@@ -56,17 +56,17 @@ def charge(
     if spikes is not None and step.reset == AFTER:
         w = w.masked_fill_(spikes != 0, 0.0)
     torch.mul(w, 1 / step.scale, out=out)
-    return pieces
+    return pieces, reach(out)
 
 
-def undo(state: Tensor, current: Tensor, spikes: Tensor | None, step: Step, record: Tensor) -> Tensor:
+def undo(state: Tensor, current: Tensor, bits: Tensor | None, step: Step, record: Tensor) -> Tensor:
     """See :func:`snn_reversible_plugin.ops.steps_numpy.undo`."""
     if step.reset in (BEFORE, AFTER):
         return record.clone().view(torch.float32)
     w = (state * step.scale).sub_(_current_units(current, step))
     if step.reset == SUBTRACT:
-        assert spikes is not None
-        w.add_(spikes * step.theta)
+        assert bits is not None
+        w.add_(_spikes(bits, state) * step.theta)
     decay = step.decay
     if decay.radix == 1:
         return w.mul_(1 / step.scale)
@@ -77,23 +77,26 @@ def undo(state: Tensor, current: Tensor, spikes: Tensor | None, step: Step, reco
 
 def reset(
     h: Tensor, spikes: Tensor, theta: Any, to: float | None, scale: float, record: bool, out: Tensor
-) -> list[Tensor]:
+) -> tuple[list[Tensor], Tensor]:
     """See :func:`snn_reversible_plugin.ops.steps_numpy.reset`."""
     if to is None:
         torch.sub(h, spikes * (theta / scale), out=out)
-        return []
+        return [], reach(out)
     out.copy_(torch.where(spikes != 0, to, h))
-    return [h.clone().view(torch.uint8)] if record else []
+    return [h.clone().view(torch.uint8)] if record else [], reach(out)
 
 
-def unreset(
-    v: Tensor, spikes: Tensor, theta: Any, to: float | None, scale: float, record: Tensor
-) -> tuple[Tensor, int]:
+def unreset(v: Tensor, bits: Tensor, theta: Any, to: float | None, scale: float, record: Tensor) -> Tensor:
     """See :func:`snn_reversible_plugin.ops.steps_numpy.unreset`."""
     if to is None:
-        return v + spikes * (theta / scale), 0
-    end = 4 * len(v)
-    return record[:end].clone().view(torch.float32), end
+        return v + _spikes(bits, v) * (theta / scale)
+    return record.clone().view(torch.float32)
+
+
+def _spikes(bits: Tensor, like: Tensor) -> Tensor:
+    spikes = torch.empty_like(like)
+    bits_torch.unpack_bits(bits, spikes)
+    return spikes
 
 
 def _current_units(current: Tensor, step: Step) -> Tensor:

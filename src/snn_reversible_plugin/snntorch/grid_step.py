@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from snn_reversible_plugin import gridding, ops, tape
 from snn_reversible_plugin.entries import enter, look_up
-from snn_reversible_plugin.grid import check_range, decay, snap
+from snn_reversible_plugin.grid import decay, snap
 from snn_reversible_plugin.handles import is_dense
 from snn_reversible_plugin.ops.decays import AFTER, BEFORE, NONE, SUBTRACT, Step, decay_of
 from snn_reversible_plugin.snntorch.charges import through_clamp
@@ -33,6 +33,7 @@ from snn_reversible_plugin.timeline import (
     flat,
     like,
     rests_on_a_state,
+    watched,
 )
 
 
@@ -64,9 +65,9 @@ class Plan:
 
     def back(self, timeline: Timeline, t: int, state: Tensor, current: Tensor) -> Tensor:
         """The flat state before step t, from the one after it."""
-        spikes = None if self.step.reset == NONE else timeline.spikes(t - 1)
+        bits = None if self.step.reset == NONE else timeline.bits(t - 1)[0]
         record = timeline.records.record(2 * t - 1)
-        return ops.steps_on(state.device).undo(state, current, spikes, self.step, record)  # type: ignore
+        return ops.steps_on(state.device).undo(state, current, bits, self.step, record)  # type: ignore
 
 
 _plans: weakref.WeakKeyDictionary[Any, dict[str, Plan]] = weakref.WeakKeyDictionary()
@@ -116,9 +117,10 @@ def _each(parameter: Tensor, example: Tensor) -> Tensor:
 
 
 class Charging(torch.autograd.Function):
-    """``plan.charging.apply([reset, pieces], u, current, beta, threshold)`` -> the state after the charge.
+    """``plan.charging.apply([reset, pieces, reaches], u, current, beta, threshold)`` -> the state after.
 
-    ``reset``: the spikes of u, or None; ``pieces`` collects what has to be written down, None if nothing.
+    ``reset``: the spikes of u, or None; ``pieces`` collects what has to be written down, None if nothing;
+    ``reaches`` the largest magnitude.
     """
 
     @staticmethod
@@ -126,11 +128,11 @@ class Charging(torch.autograd.Function):
         ctx: Any, constants: list[Any], u: Tensor, current: Tensor, beta: Tensor, threshold: Tensor
     ) -> Tensor:
         plan: Plan = ctx._forward_cls.plan
-        reset, pieces = constants
+        reset, pieces, reaches = constants
         stride = u.stride()
         record = pieces is not None
         state = like(u)
-        found = ops.steps_on(u.device).charge(
+        found, reach = ops.steps_on(u.device).charge(
             flat(u, stride),
             flat(current, stride),
             None if reset is None else flat(reset, stride),
@@ -138,12 +140,13 @@ class Charging(torch.autograd.Function):
             record,
             flat(state, stride),
         )
+        reaches.append(reach)
         if record:
             pieces.extend(found)
-        _, _, _, of_beta, of_threshold = ctx.needs_input_grad
         kind = plan.step.reset
-        uses_reset = kind in (BEFORE, AFTER) or (kind == SUBTRACT and of_threshold)
-        ctx.save_for_backward(beta, u if of_beta else None, reset if uses_reset else None)
+        # Asking for needs_input_grad here would cost bytes a step.
+        uses_reset = kind in (BEFORE, AFTER) or (kind == SUBTRACT and threshold.requires_grad)
+        ctx.save_for_backward(beta, u if beta.requires_grad else None, reset if uses_reset else None)
         if current.dtype is not torch.float32:
             ctx.dtype = current.dtype
         return state
@@ -254,10 +257,9 @@ def step(
             enter(reset, NewSpikes(timeline, timeline.length))
         pieces: list[Any] | None = None if timeline is None else []
         resets = None if plan.step.reset == NONE else reset
-        state = plan.charging.apply([resets, pieces], u, current, beta, threshold)
-        reach = form.reach(flat(state, state.stride()))
-        if reach.device.type == "cpu":
-            check_range([f"{plan.name}"], [reach], plan.bits)
+        reaches: list[Any] = []
+        state = plan.charging.apply([resets, pieces, reaches], u, current, beta, threshold)
+        reach = watched(reaches[0], plan.name, plan.bits)
         if timeline is None:
             tape.mark_opaque(state)
         else:

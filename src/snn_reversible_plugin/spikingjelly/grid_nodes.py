@@ -21,7 +21,7 @@ from snn_reversible_plugin.ops.decays import NONE, Step, decay_of
 from snn_reversible_plugin.registry import SwappedClass
 from snn_reversible_plugin.spikingjelly.generic import dynamics_of
 from snn_reversible_plugin.spikingjelly.grid_step import Plan, reference, step
-from snn_reversible_plugin.spikingjelly.surrogates import by_autograd, is_heaviside
+from snn_reversible_plugin.spikingjelly.surrogates import as_autograd, is_heaviside
 
 
 def why_not(module: Any, kind: Any) -> str | None:
@@ -146,7 +146,7 @@ def _plan(module: Any, kind: Any, beta: Tensor | None) -> Plan:
     plan = Plan(
         Step(decay, theta * scale, NONE, scale, gain),
         rule,
-        Surrogate(None, by_autograd(function)),
+        Surrogate(None, as_autograd(function)),
         factor,
         name,
         bits,

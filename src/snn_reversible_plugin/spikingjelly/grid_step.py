@@ -21,12 +21,11 @@ from torch import Tensor
 from snn_reversible_plugin import ops, tape
 from snn_reversible_plugin.dynamics import Rule, Surrogate, fire_reset_vjp
 from snn_reversible_plugin.entries import enter, look_up
-from snn_reversible_plugin.grid import check_range, decay, snap
+from snn_reversible_plugin.grid import decay, snap
 from snn_reversible_plugin.handles import Passing, is_dense
 from snn_reversible_plugin.ops.decays import Step
 from snn_reversible_plugin.spikingjelly.rerun import differentiable_once
 from snn_reversible_plugin.timeline import (
-    REMEDY,
     NewSpikes,
     NewState,
     State,
@@ -35,6 +34,7 @@ from snn_reversible_plugin.timeline import (
     flat,
     like,
     rests_on_a_state,
+    watched,
 )
 
 
@@ -56,17 +56,14 @@ class Plan:
 
     def charged(self, timeline: Timeline, t: int, state: Tensor) -> Tensor:
         """The charged membrane of step t, flat, from the membrane after it."""
-        n = state.numel()
-        record = timeline.records.record(2 * t)[(n + 7) // 8 :]
-        form, rule = ops.steps_on(state.device), self.rule
-        h, _ = form.unreset(
-            state, timeline.spikes(t), self.step.theta, rule.v_reset, self.step.scale, record
-        )
-        return h  # type: ignore[no-any-return]
+        step, to = self.step, self.rule.v_reset
+        bits, lost = timeline.bits(t)
+        return ops.steps_on(state.device).unreset(state, bits, step.theta, to, step.scale, lost)  # type: ignore
 
     def back(self, timeline: Timeline, t: int, state: Tensor, current: Tensor) -> Tensor:
         """The flat membrane before step t, from the one after it."""
-        h = self.charged(timeline, t, state)
+        known, timeline.charged = timeline.charged, None
+        h = known[1] if known is not None and known[0] == t else self.charged(timeline, t, state)
         record = timeline.records.record(2 * t - 1)
         return ops.steps_on(state.device).undo(h, current, None, self.step, record)  # type: ignore[no-any-return]
 
@@ -79,7 +76,8 @@ class Charged(State):
     def get(self, last: bool) -> tuple[Tensor, bool]:
         timeline, records = self.timeline, self.timeline.records
         h = timeline.dynamics.charged(timeline, self.t, timeline.state(self.t))  # type: ignore[attr-defined]
-        return self.verified(h.as_strided(records.size, records.stride), "rebuilding its membrane"), True
+        timeline.charged = self.t, h
+        return self.verified(h.as_strided(records.size, records.stride), "rebuilding its membrane"), False
 
 
 class NewCharged(Passing):
@@ -96,32 +94,35 @@ class NewCharged(Passing):
 
 
 class Stepping(torch.autograd.Function):
-    """``plan.stepping.apply([charged, lost, fired], v, x, beta)`` -> spikes and the membrane after.
+    """``plan.stepping.apply([charged, lost, fired, reaches], v, x, beta)`` -> spikes, the membrane after.
 
     ``charged``: what stands for the charged membrane on the tape; ``lost`` and ``fired`` collect what has
-    to be written down. All three are None where nothing is recorded. ``beta``: None where it is a constant.
+    to be written down. All three are None where nothing is recorded. ``reaches`` collects the largest
+    magnitudes. ``beta``: None where it is a constant.
     """
 
     @staticmethod
     def forward(ctx: Any, sinks: list[Any], v: Tensor, x: Tensor, beta: Tensor | None) -> Any:  # type: ignore[override]
         plan: Plan = ctx._forward_cls.plan
         ctx.set_materialize_grads(False)
-        charged, lost, fired = sinks
+        charged, lost, fired, reaches = sinks
         stride, form, rule = v.stride(), ops.steps_on(v.device), plan.rule
         record = lost is not None
         h, s, after = like(v), like(v), like(v)
         flat_h, flat_s = flat(h, stride), flat(s, stride)
-        digits = form.charge(flat(v, stride), flat(x, stride), None, plan.step, record, flat_h)
+        digits, reach = form.charge(flat(v, stride), flat(x, stride), None, plan.step, record, flat_h)
+        reaches.append(reach)
         bits = form.fire(flat_h, rule.v_threshold, True, flat_s)
         theta, scale = plan.step.theta, plan.step.scale
-        resets = form.reset(flat_h, flat_s, theta, rule.v_reset, scale, record, flat(after, stride))
+        resets, reach = form.reset(flat_h, flat_s, theta, rule.v_reset, scale, record, flat(after, stride))
+        reaches.append(reach)
         if record:
             lost += digits
             fired += [bits, *resets]
         if charged is not None:
             enter(h, charged)
-        _, _, _, of_beta = ctx.needs_input_grad
-        ctx.save_for_backward(h, beta, v if of_beta else None)
+        # Asking for needs_input_grad here would cost bytes a step.
+        ctx.save_for_backward(h, beta, v if beta is not None and beta.requires_grad else None)
         if x.dtype is not torch.float32:
             ctx.dtype = x.dtype
         return s, after
@@ -169,13 +170,14 @@ def step(plan: Plan, x: Tensor, v: Tensor, beta: Tensor | None) -> tuple[Tensor,
         if recorder is not None and timeline is None:
             timeline = Timeline(plan, v, plan.name)
             timeline.records.append([])
-        sinks: list[Any] = [None, None, None]
+        reaches: list[Any] = []
+        sinks: list[Any] = [None, None, None, reaches]
         if timeline is not None:
-            sinks = [NewCharged(timeline, timeline.length + 1), [], []]
+            sinks = [NewCharged(timeline, timeline.length + 1), [], [], reaches]
         s, after = plan.stepping.apply(sinks, v, x, beta)
-        reach = ops.steps_on(v.device).reach(flat(after, after.stride()))
-        if reach.device.type == "cpu":
-            check_range([plan.name], [reach], plan.bits, REMEDY)
+        # A potential out of range may be back after the reset, but what came before it is lost.
+        charged, reset = (watched(reach, plan.name, plan.bits) for reach in reaches)
+        reach = None if charged is None or reset is None else torch.maximum(charged, reset)
         if timeline is None:
             tape.mark_opaque(after)
             tape.mark_spikes(s)
