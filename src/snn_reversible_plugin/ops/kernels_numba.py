@@ -1,0 +1,443 @@
+"""What numba compiles of a neuron's step on the grid and back: each step is one pass over the neurons.
+
+The one idea: a stretch of neurons is computed by loops that compile to vector instructions, and then
+what it loses (bits, digits, overshoots) is pushed together into bytes by loops without branches.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+from numba.extending import overload
+
+# NOTE [What compiles to what]
+#
+# 1. A loop becomes vector code where it goes over slices from 0 on, selects instead of branching, and has
+#    no float maximum. So stretches are sliced first, flags are selected bytes, and a reach is the maximum
+#    of the bits below the sign, as integers: NaN is the largest of all.
+# 2. Neither fastmath nor threads: results are those of the torch form bit for bit, and numba's own threads
+#    must not be entered by two of ours at once. A product and its sum may be fused: see `decays`.
+# 3. A parameter is one number or an array: `part_of` and `element_of` are resolved when a function is
+#    compiled for its types.
+# 4. The digits of all neurons are one string of bits. Eight neurons at a time push as many bits as they
+#    have digits, behind at most seven that wait; the last byte is filled with zeros.
+# 5. What is compiled is kept on disk, and compiled again when the file that a function stands in has
+#    changed, but not when a function that it calls has, in another file. So all of it stands in this one.
+STRETCH = 960  # whole bytes, of whatever radix
+KEEP, MINUS_THETA, ZERO_BEFORE, ZERO_AFTER = range(4)  # what spikes do to the state they come from
+
+
+def compiled(function: Any) -> Any:
+    """Compile at the first call, and keep what comes out on disk for the next process."""
+    options = {"nogil": True, "error_model": "numpy", "boundscheck": False}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # neither this directory nor the user's can be written to
+        return njit(**options)(function)
+
+
+def part_of(value: Any, part: slice) -> Any:
+    """A stretch of a parameter that has an element a neuron; the parameter if it is one number."""
+    raise NotImplementedError
+
+
+def element_of(value: Any, index: int) -> Any:
+    """A neuron's element of such a parameter."""
+    raise NotImplementedError
+
+
+@overload(part_of)
+def _resolve_part(value, part):  # numba compares the names of arguments, and annotations would differ
+    if isinstance(value, types.Array):
+        return lambda value, part: value[part]
+    return lambda value, part: value
+
+
+@overload(element_of)
+def _resolve_element(value, index):
+    if isinstance(value, types.Array):
+        return lambda value, index: value[index]
+    return lambda value, index: value
+
+
+@compiled
+def pack(flags: Any, out: Any) -> None:
+    """Bytes that are 0 or 1 as bits."""
+    n = len(flags)
+    for i in range(n // 8):
+        byte = np.uint8(0)
+        for j in range(8):
+            byte |= np.uint8(flags[8 * i + j] << np.uint8(j))
+        out[i] = byte
+    if n % 8:
+        byte = np.uint8(0)
+        for j in range(n % 8):
+            byte |= np.uint8(flags[n - n % 8 + j] << np.uint8(j))
+        out[n // 8] = byte
+
+
+@compiled
+def unpack(bits: Any, out: Any) -> None:
+    """Bits as zeros and ones of the type of ``out``."""
+    n = len(out)
+    for i in range(n // 8):
+        byte = np.uint32(bits[i])
+        for j in range(8):
+            out[8 * i + j] = (byte >> np.uint32(j)) & np.uint32(1)
+    for j in range(n - n % 8, n):
+        out[j] = (bits[n // 8] >> (j % 8)) & 1
+
+
+@compiled
+def push(codes: Any, n: int, out: Any, at: Any, waiting: Any, held: Any) -> Any:
+    """Append digits to bytes: code 2 is the digit 0, code 3 the digit 1, others are none.
+
+    ``waiting`` bits, in ``held``, are not written yet.
+    """
+    one, byte = np.uint64(1), np.uint64(255)
+    bits, k = np.uint64(held), np.uint64(waiting)
+    words = codes.view(np.uint64)
+    for i in range((n + 7) // 8):
+        word = words[i]
+        if word == 0:
+            continue
+        for _ in range(8):
+            bits |= (word & one) << k
+            k += (word >> one) & one
+            word >>= np.uint64(8)
+        out[at] = np.uint8(bits & byte)
+        whole = k >> np.uint64(3)
+        at += np.int64(whole)
+        bits >>= whole << np.uint64(3)
+        k &= np.uint64(7)
+    return at, np.int64(k), np.int64(bits)
+
+
+@compiled
+def pull(codes: Any, n: int, record: Any, at: Any) -> Any:
+    """Replace codes that are 1 by the next digits of the record, from its bit ``at`` on."""
+    one = np.uint64(1)
+    words = codes.view(np.uint64)
+    for i in range((n + 7) // 8):
+        word = words[i]
+        if word == 0:
+            continue
+        byte = at >> 3
+        bits = np.uint64(record[byte])
+        if byte + 1 < len(record):
+            bits |= np.uint64(record[byte + 1]) << np.uint64(8)
+        bits >>= np.uint64(at & 7)
+        digits = np.uint64(0)
+        for j in range(8):
+            flag = word & one
+            digits |= (bits & flag) << np.uint64(8 * j)
+            bits >>= flag
+            at += np.int64(flag)
+            word >>= np.uint64(8)
+        words[i] = digits
+    return at
+
+
+@compiled
+def combine(digits: Any, n: int, radix: int, each: int, out: Any, at: int) -> int:
+    """Write digits of a radix, ``each`` to a byte, or two bytes for a digit if that is 0."""
+    if not each:
+        for j in range(n):
+            out[at + 2 * j] = np.uint8(digits[j] & 255)
+            out[at + 2 * j + 1] = np.uint8(digits[j] >> 8)
+        return at + 2 * n
+    for first in range(0, n, each):
+        total: Any = 0
+        for j in range(min(first + each, n) - 1, first - 1, -1):
+            total = total * radix + np.int64(digits[j])
+        out[at] = np.uint8(total)
+        at += 1
+    return at
+
+
+@compiled
+def separate(digits: Any, n: int, radix: int, each: int, record: Any, at: int) -> int:
+    """Read what :func:`combine` wrote; returns where the next digits begin."""
+    if not each:
+        for j in range(n):
+            digits[j] = np.uint16(record[at + 2 * j]) | (np.uint16(record[at + 2 * j + 1]) << np.uint16(8))
+        return at + 2 * n
+    for first in range(0, n, each):
+        rest: Any = np.int64(record[at])
+        for j in range(first, min(first + each, n)):
+            digits[j] = np.uint16(rest % radix)
+            rest //= radix
+        at += 1
+    return at
+
+
+@compiled
+def overshoot(values: Any, spikes: Any, theta: Any, scale: float) -> Any:
+    """Distances from the threshold where neurons fired, in as many bytes each as the largest needs."""
+    count: Any = 0
+    found = np.empty(len(values) + 1, np.int32)
+    above, flags = np.empty(STRETCH, np.int32), np.empty(STRETCH, np.uint8)
+    for start in range(0, len(values), STRETCH):
+        part = slice(start, min(start + STRETCH, len(values)))
+        vs, fired, thetas = values[part], spikes[part], part_of(theta, part)
+        n = len(vs)
+        for j in range(n):
+            above[j] = np.int32(vs[j] * scale - element_of(thetas, j))
+            flags[j] = np.uint8(1 if fired[j] != 0 else 0)
+        for j in range(n):
+            found[count] = above[j]
+            count += np.int64(flags[j])
+    if count == 0:
+        return np.empty(0, np.uint8)
+    largest: Any = np.int32(0)
+    for i in range(count):
+        largest = max(largest, found[i])
+    width = 2 + (largest >= 1 << 16) + (largest >= 1 << 24)
+    out = np.empty(1 + width * count, np.uint8)
+    out[0] = width
+    for j in range(width):
+        for i in range(count):
+            out[1 + j * count + i] = np.uint8((found[i] >> np.int32(8 * j)) & np.int32(255))
+    return out
+
+
+@compiled
+def undo_overshoot(out: Any, spikes: Any, theta: Any, scale: float, record: Any) -> Any:
+    """Write what :func:`overshoot` wrote down over ``out``; returns how many bytes that took."""
+    count: Any = 0
+    for spike in spikes:
+        count += np.int64(spike)
+    if count == 0:
+        return 0
+    found, width, unit = np.zeros(count + 1, np.int32), np.int64(record[0]), 1 / scale
+    for j in range(width):
+        for i in range(count):
+            found[i] |= np.int32(record[1 + j * count + i]) << np.int32(8 * j)
+    k: Any = 0
+    above = np.empty(STRETCH, np.int32)
+    for start in range(0, len(out), STRETCH):
+        part = slice(start, min(start + STRETCH, len(out)))
+        outs, fired, thetas = out[part], spikes[part], part_of(theta, part)
+        n = len(outs)
+        for j in range(n):
+            above[j] = found[k]
+            k += np.int64(fired[j])
+        for j in range(n):
+            lost = np.float32((above[j] + np.float64(element_of(thetas, j))) * unit)
+            outs[j] = lost if fired[j] != 0 else outs[j]
+    return 1 + width * count
+
+
+@compiled
+def _largest(values: Any, so_far: Any) -> Any:
+    """The largest magnitude, NaN above all, as the bits of a float."""
+    bits = values.view(np.int32)
+    for j in range(len(bits)):
+        magnitude = bits[j] & np.int32(0x7FFFFFFF)
+        so_far = magnitude if magnitude > so_far else so_far
+    return so_far
+
+
+@compiled
+def _as_float(bits: Any) -> Any:
+    found = np.empty(1, np.int32)
+    found[0] = bits
+    return found.view(np.float32)[0]
+
+
+@compiled
+def fire(h: Any, threshold: Any, inclusive: bool, out: Any, bits: Any) -> None:
+    """Write the spikes of the potentials ``h``, as they are and as bits."""
+    flags = np.empty(STRETCH, np.uint8)
+    for start in range(0, len(h), STRETCH):
+        part = slice(start, min(start + STRETCH, len(h)))
+        hs, thresholds, spikes = h[part], part_of(threshold, part), out[part]
+        n = len(hs)
+        if inclusive:
+            for j in range(n):
+                flags[j] = np.uint8(1 if hs[j] >= element_of(thresholds, j) else 0)
+        else:
+            for j in range(n):
+                flags[j] = np.uint8(1 if hs[j] > element_of(thresholds, j) else 0)
+        for j in range(n):
+            spikes[j] = flags[j]
+        pack(flags[:n], bits[start // 8 :])
+
+
+@compiled
+def _zero_where(fired: Any, v: Any) -> None:
+    for j in range(len(fired)):
+        v[j] = 0 if fired[j] != 0 else v[j]
+
+
+@compiled
+def _decay(v: Any, beta: Any, n: int) -> None:
+    for j in range(n):
+        v[j] = np.floor(element_of(beta, j) * v[j] + 0.5)
+
+
+@compiled
+def _decay_and_bits(v: Any, beta: Any, n: int, codes: Any) -> None:
+    """Decay, and the codes of the digits, of radix 2, that :func:`push` takes."""
+    codes[n:] = 0
+    for j in range(n):
+        y = element_of(beta, j) * v[j] + 0.5
+        v[j] = np.floor(y)
+        r = y - v[j]
+        code = 2.0 if r < 1 - element_of(beta, j) else 0.0
+        code = 3.0 if r >= element_of(beta, j) else code
+        codes[j] = np.uint8(np.int32(code))
+
+
+@compiled
+def _decay_and_digits(v: Any, beta: Any, n: int, digits: Any) -> None:
+    for j in range(n):
+        y = element_of(beta, j) * v[j] + 0.5
+        v[j] = np.floor(y)
+        digits[j] = np.uint16(np.int32(np.floor((y - v[j]) / element_of(beta, j))))
+
+
+@compiled
+def _add(v: Any, current: Any, gain: Any, scale: Any, out: Any) -> None:
+    unit = np.float32(1) / scale
+    for j in range(len(out)):
+        out[j] = (np.float32(v[j]) + np.rint(current[j] * gain * scale)) * unit
+
+
+@compiled
+def _add_and_reset(v: Any, current: Any, gain: Any, scale: Any, fired: Any, theta: Any, out: Any) -> None:
+    unit = np.float32(1) / scale
+    for j in range(len(out)):
+        w = np.float32(v[j]) - fired[j] * np.float32(element_of(theta, j))
+        out[j] = (w + np.rint(current[j] * gain * scale)) * unit
+
+
+@compiled
+def charge(
+    u: Any, current: Any, spikes: Any, beta: Any, theta: Any, radix: int, each: int, kind: int,
+    scale: float, gain: Any, out: Any, lost: Any,
+) -> tuple[int, Any]:  # fmt: skip
+    """The step; returns how many bytes of digits it wrote to ``lost``, and the reach."""
+    v, codes, digits = np.empty(STRETCH), np.zeros(STRETCH, np.uint8), np.empty(STRETCH, np.uint16)
+    at, waiting, held, largest = 0, 0, 0, np.int32(0)
+    for start in range(0, len(u), STRETCH):
+        part = slice(start, min(start + STRETCH, len(u)))
+        us, xs, outs, betas = u[part], current[part], out[part], part_of(beta, part)
+        n = len(us)
+        for j in range(n):
+            v[j] = us[j] * scale
+        if kind >= ZERO_BEFORE:
+            _zero_where(spikes[part], v)
+        if len(lost) == 0:
+            _decay(v, betas, n)
+        elif radix == 2:
+            _decay_and_bits(v, betas, n, codes)
+            at, waiting, held = push(codes, n, lost, at, waiting, held)
+        else:
+            _decay_and_digits(v, betas, n, digits)
+            at = combine(digits, n, radix, each, lost, at)
+        if kind == MINUS_THETA:
+            _add_and_reset(v, xs, gain, np.float32(scale), spikes[part], part_of(theta, part), outs)
+        else:
+            _add(v, xs, gain, np.float32(scale), outs)
+        if kind == ZERO_AFTER:
+            _zero_where(spikes[part], outs)
+        largest = _largest(outs, largest)
+    if waiting:
+        lost[at] = np.uint8(held)
+        at += 1
+    return at, _as_float(largest)
+
+
+@compiled
+def _subtract(state: Any, current: Any, gain: Any, scale: Any, v: Any) -> None:
+    for j in range(len(state)):
+        v[j] = state[j] * scale - np.rint(current[j] * gain * scale)
+
+
+@compiled
+def _subtract_and_unreset(
+    state: Any, current: Any, gain: Any, scale: Any, fired: Any, theta: Any, v: Any
+) -> None:
+    for j in range(len(state)):
+        w = state[j] * scale - np.rint(current[j] * gain * scale)
+        v[j] = w + np.float32(fired[j]) * np.float32(element_of(theta, j))
+
+
+@compiled
+def _lowest(v: Any, inverse: Any, offset: Any, n: int) -> None:
+    for j in range(n):
+        v[j] = np.ceil(v[j] * element_of(inverse, j) + element_of(offset, j))
+
+
+@compiled
+def _lowest_of_two(v: Any, inverse: Any, offset: Any, spare: Any, n: int, codes: Any) -> None:
+    """The lowest preimages, and codes that are 1 where there are two."""
+    codes[n:] = 0
+    for j in range(n):
+        q = v[j] * element_of(inverse, j) + element_of(offset, j)
+        v[j] = np.ceil(q)
+        several = 1.0 if v[j] - q < element_of(spare, j) else 0.0
+        codes[j] = np.uint8(np.int32(several))
+
+
+@compiled
+def undo(
+    state: Any, current: Any, spikes: Any, beta: Any, inverse: Any, offset: Any, spare: Any, theta: Any,
+    radix: int, each: int, kind: int, scale: float, gain: Any, record: Any, out: Any,
+) -> None:  # fmt: skip
+    """Write the state that :func:`charge` started from."""
+    v, codes, digits = np.empty(STRETCH), np.zeros(STRETCH, np.uint8), np.empty(STRETCH, np.uint16)
+    unit, at = 1 / scale, 0
+    if kind >= ZERO_BEFORE:
+        record = record[undo_overshoot(out, spikes, theta, scale, record) :]
+    for start in range(0, len(state), STRETCH):
+        part = slice(start, min(start + STRETCH, len(state)))
+        hs, xs, outs = state[part], current[part], out[part]
+        n = len(hs)
+        if kind == MINUS_THETA:
+            thetas = part_of(theta, part)
+            _subtract_and_unreset(hs, xs, gain, np.float32(scale), spikes[part], thetas, v)
+        else:
+            _subtract(hs, xs, gain, np.float32(scale), v)
+        if kind >= ZERO_BEFORE:
+            _zero_where(spikes[part], v)
+        inverses, offsets = part_of(inverse, part), part_of(offset, part)
+        if radix == 2:
+            _lowest_of_two(v, inverses, offsets, part_of(spare, part), n, codes)
+            at = pull(codes, n, record, at)
+            for j in range(n):
+                v[j] += codes[j]
+        elif radix > 2:
+            _lowest(v, inverses, offsets, n)
+            at = separate(digits, n, radix, each, record, at)
+            for j in range(n):
+                v[j] += digits[j]
+        if kind >= ZERO_BEFORE:
+            fired = spikes[part]
+            for j in range(n):
+                outs[j] = outs[j] if fired[j] != 0 else np.float32((v[j] + 0.0) * unit)
+        else:
+            for j in range(n):
+                outs[j] = np.float32((v[j] + 0.0) * unit)  # -0 + 0 is +0
+
+
+@compiled
+def reset(h: Any, spikes: Any, theta: Any, soft: bool, to: Any, unit: Any, out: Any) -> Any:
+    """Write the state after a reset at once; returns the reach."""
+    if soft:
+        for i in range(len(h)):
+            out[i] = h[i] - spikes[i] * (np.float32(element_of(theta, i)) * unit)
+    else:
+        for i in range(len(h)):
+            out[i] = to if spikes[i] != 0 else h[i]
+    return _as_float(_largest(out, np.int32(0)))
+
+
+@compiled
+def unreset(v: Any, spikes: Any, theta: Any, unit: Any, out: Any) -> None:
+    """Undo a reset by subtraction."""
+    for i in range(len(v)):
+        out[i] = v[i] + np.float32(spikes[i]) * (np.float32(element_of(theta, i)) * unit)
