@@ -164,6 +164,8 @@ def train(
         model = srp.convert_to_reversible(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     if limit_mb is not None:
+        frames, digit = training[0]  # what is loaded or compiled at the first step counts as loaded
+        train_step(model, sequence(task, frames, steps)[:2].to(device), digit.to(device), method)
         limit_memory(limit_mb)
 
     losses: list[float] = []
