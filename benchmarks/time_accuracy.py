@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -144,20 +143,17 @@ def _run(name: str, seed: int, epochs: int, training: Batches, test: Batches) ->
     ((x, y),) = training
     updates = epochs * (len(y) // BATCH)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
-    started = time.perf_counter()
     for _ in range(epochs):
         for chosen in torch.randperm(len(y), generator=drawn)[: len(y) // BATCH * BATCH].view(-1, BATCH):
             optimizer.zero_grad()
             backward(model, x[:, chosen], y[chosen], drawn)
             optimizer.step()
             schedule.step()
-    seconds = time.perf_counter() - started
     model.eval()
     seen = list(zip(x.split(BATCH, 1), y.split(BATCH), strict=True))
     return {
         "training_accuracy": _accuracy(model, seen),
         "test_accuracy": _accuracy(model, test),
-        "seconds": seconds,
         "updates": updates,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {package: version(package) for package in ("torch", "spikingjelly")},
@@ -172,8 +168,8 @@ def _accuracy(model: nn.Module, batches: Batches) -> float:
 
 def table(stored: dict[str, Any], epochs: int = EPOCHS) -> str:
     lines = [
-        "| trained by | seeds | training accuracy | test accuracy | time of a run |",
-        "|---|---:|---:|---:|---:|",
+        "| trained by | seeds | training accuracy | test accuracy |",
+        "|---|---:|---:|---:|",
     ]
     for name in METHODS:
         runs = [
@@ -182,12 +178,11 @@ def table(stored: dict[str, Any], epochs: int = EPOCHS) -> str:
             if key.startswith(f"{name} |") and key.endswith(f"| {epochs} epochs")
         ]
         if not runs:
-            lines.append(f"| {name} | 0 | | | |")
+            lines.append(f"| {name} | 0 | | |")
             continue
-        seconds = statistics.median(run["seconds"] for run in runs)
         lines.append(
             f"| {name} | {len(runs)} | {_spread(runs, 'training_accuracy')} | "
-            f"{_spread(runs, 'test_accuracy')} | {seconds:.0f} s |"
+            f"{_spread(runs, 'test_accuracy')} |"
         )
     return "\n".join(lines)
 
