@@ -45,8 +45,8 @@ class Case(NamedTuple):
 
 CASES = {
     "pixels-1024": Case("pixels", "recurrent", 1024, 150, 3),
-    "pixels-5056": Case("pixels", "recurrent", 5056, 500, 1, 512),
-    "saccades-315": Case("saccades", "feed-forward", 315, 95, 5, 640),
+    "pixels-5056": Case("pixels", "recurrent", 5056, 700, 1, 512),
+    "saccades-315": Case("saccades", "feed-forward", 315, 40, 5, 640),
     "nmnist-300": Case("nmnist", "feed-forward", 300, 120, 3),
 }
 
