@@ -105,7 +105,9 @@ def long_sequences(found: Found) -> Rows:
         name, method = key.split(" | ")
         head = name.partition("-")[0], f"{run['steps']:,}", run["network"], f"{run['limit_mb']} MB", method
         if "error" in run:
-            rows.append((*head, "", run["error"].replace("|", "/"), ""))
+            out_of_memory = "can't allocate memory" in run["error"]
+            why = "out of memory" if out_of_memory else run["error"].replace("|", "/")
+            rows.append((*head, "", why, ""))
             continue
         losses = f"{run['losses'][0]:.3f} to {run['losses'][-1]:.3f}"
         rows.append((*head, f"{run['seconds']:.1f} s", losses, f"{run['accuracy']:.1%}"))
