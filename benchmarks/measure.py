@@ -76,7 +76,7 @@ class Result:
         flipped_spikes: outputs of neurons in the forward that differ from stock's; ``spikes`` of how many.
         rebuilt_flips: outputs of neurons that differ when a reversible branch runs again.
         rebuild_error: the largest error of a rebuilt chain input.
-        largest: the largest size of the growing dimension that fits into stock's peak.
+        largest: the largest size of the growing dimension within stock's peak at a part of the shape.
         why_not: why there are no numbers.
     """
 

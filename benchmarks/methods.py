@@ -5,7 +5,6 @@ A method turns a stock model into a :class:`Training`, or raises :class:`CannotR
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +14,8 @@ from torch import nn
 
 import snn_reversible_plugin as srp
 from snn_reversible_plugin.convert import differentiated
+from snn_reversible_plugin.training import sltt_backward
+from snn_reversible_plugin.wrapped import wrapped_chains
 
 from .checkpointed import checkpoint_blocks
 from .published import PublishedChain, publish
@@ -57,11 +58,7 @@ def _training(workload: Workload, model: nn.Module, plain: Training | None = Non
 def _chains(model: nn.Module) -> list[srp.RevSSequence]:
     """The model's reversible chains, those that surgery keeps beside the modules included."""
     chains = [module for module in model.modules() if isinstance(module, srp.RevSSequence)]
-    try:
-        wrapped = importlib.import_module("snn_reversible_plugin.wrapped")
-    except ImportError:
-        return chains
-    return chains + [wrapped_chain.chain for wrapped_chain in wrapped.wrapped_chains(model)]
+    return chains + [wrapped.chain for wrapped in wrapped_chains(model)]
 
 
 def _plainly(model: nn.Module) -> nn.Module:
@@ -133,10 +130,6 @@ def _published(workload: Workload, make: Callable[[], nn.Module], _x: torch.Tens
 
 
 def _sltt(workload: Workload, make: Callable[[], nn.Module], _x: torch.Tensor) -> Training:
-    try:
-        training = importlib.import_module("snn_reversible_plugin.training")
-    except ImportError:
-        raise CannotRun("not available in this version") from None
     if workload.checkpointed is not None:
         raise CannotRun("steps the network itself; this loop is the user's own")
     model = make()
@@ -145,7 +138,7 @@ def _sltt(workload: Workload, make: Callable[[], nn.Module], _x: torch.Tensor) -
 
     def step(x: torch.Tensor) -> None:
         functional.reset_net(model)
-        training.sltt_backward(model, x, _loss_of_step)
+        sltt_backward(model, x, _loss_of_step)
 
     return Training(model, None, step)
 
@@ -197,14 +190,11 @@ def _blocks(tape: str | None) -> Method:
 
 
 def _wrapped(workload: Workload, make: Callable[[], nn.Module]) -> nn.Module:
-    wrap = getattr(srp, "wrap_residual_blocks", None)
     if workload.checkpointed is not None:
         raise CannotRun("has no residual blocks")
-    if wrap is None:
-        raise CannotRun("not available in this version")
     model = make()
     try:
-        wrap(model)
+        srp.wrap_residual_blocks(model)
     except ValueError as error:
         raise CannotRun(str(error).splitlines()[0]) from None
     return model

@@ -24,7 +24,7 @@ Piece = np.ndarray[Any, Any]
 #    counted from the lowest, for digit = floor(r / beta): a step down in U is a step of beta down in r.
 # 2. For beta > 1/2, V has one or two preimages. There are two iff digit is 1 or r + beta < 1. Undoing finds
 #    that out from V alone, so digits are written down only where there are two, one bit each: log2(1/beta)
-#    bits are what is lost on average, and 1/beta - 1 bits are written.
+#    bits are what is lost on average, and 2 (1 - beta) bits are written.
 # 3. For beta <= 1/2 there are always several; digits are written in the mixed radix, as many as fit a byte.
 # 4. A reset to zero loses U where the neuron fired. There it is written instead of a digit, as its
 #    distance from the threshold, which is small and never negative.
