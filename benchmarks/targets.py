@@ -98,7 +98,8 @@ TARGETS = (
         lambda r: _entry(r, "chain-200", "blocks")["held"] / _entry(r, "chain-8", "blocks")["held"],
     ),
     Target(
-        "RevSResNet37, mode memory", "MB an image", 8, False, _mb_an_image("rev-s-resnet37", "blocks + tape")
+        "RevSResNet37, mode memory", "MB an image", 8, False,
+        _mb_an_image("rev-s-resnet37", "blocks + tape"),
     ),
     Target(
         "RevSResNet37 against MS-ResNet34", "times less", 3.79, True,
