@@ -40,7 +40,9 @@ def bits_of(module: Any) -> int:
     Raises:
         ValueError: it is no integer from 0 to 23.
     """
-    bits = getattr(module, "grid_bits", BITS)
+    bits = module.__dict__.get("grid_bits")
+    if bits is None:
+        bits = getattr(type(module), "grid_bits", BITS)
     check_bits(bits)
     return bits
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -33,18 +33,49 @@ from snn_reversible_plugin import ops
 #    (retain_graph) finds them at zero and rebuilds every time.
 
 
+class Label:
+    """What check mode and reports write down of a handle, at bytes that no other run pays for."""
+
+    __slots__ = ("checksum", "where")
+
+    def __init__(self) -> None:
+        self.where: str | None = None
+        self.checksum: torch.Tensor | None = None
+
+
+_labels: weakref.WeakKeyDictionary[Handle, Label] = weakref.WeakKeyDictionary()
+_UNLABELLED = Label()
+
+
+def _label_of(handle: Handle) -> Label:
+    return _labels.get(handle, _UNLABELLED) if _labels else _UNLABELLED
+
+
 class Handle:
     """Stands for one tensor. ``get`` returns the tensor, and whether the caller owns its storage."""
 
-    __slots__ = ("__weakref__", "checksum", "where")
+    __slots__ = ("__weakref__",)
 
     treatment: str
-    where: str | None
-    checksum: torch.Tensor | None
 
-    def __init__(self) -> None:
-        self.where = None
-        self.checksum = None
+    @property
+    def where(self) -> str | None:
+        """The module in which it was made, where that is written down: in check mode, for reports."""
+        return _label_of(self).where
+
+    @where.setter
+    def where(self, name: str | None) -> None:
+        if name is not None:
+            _labels.setdefault(self, Label()).where = name
+
+    @property
+    def checksum(self) -> torch.Tensor | None:
+        """Of the value that the forward saw, in check mode."""
+        return _label_of(self).checksum
+
+    @checksum.setter
+    def checksum(self, of_value: torch.Tensor) -> None:
+        _labels.setdefault(self, Label()).checksum = of_value
 
     def get(self, last: bool) -> tuple[torch.Tensor, bool]:
         raise NotImplementedError
@@ -83,7 +114,6 @@ class Kept(Handle):
     __slots__ = ("anchored", "tensor", "version")
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        super().__init__()
         self.tensor = tensor
         self.version = -1 if tensor.is_inference() else tensor._version
         self.anchored = False  # something relies on it, so that holding it costs nothing more
@@ -129,7 +159,6 @@ class Packed(Handle):
     __slots__ = ("bits", "dtype", "size", "stride")
 
     def __init__(self) -> None:
-        super().__init__()
         self.bits: torch.Tensor | None = None
 
     def materialize(self, spikes: torch.Tensor) -> None:
@@ -149,7 +178,7 @@ class Packed(Handle):
 
 
 class Replayed(Handle):
-    """Output ``index`` of ``func(*args, **kwargs)``, where handles stand for tensors.
+    """``func(*args, **kwargs)``, or output ``index`` of it, where handles stand for tensors.
 
     ``work`` counts the convolutions and matrix products that a rebuild runs, ``depth`` the longest
     chain of operations down to something stored. ``cheap`` says that a rebuild is hardly more than a copy.
@@ -157,34 +186,34 @@ class Replayed(Handle):
 
     treatment = "replayed"
     __slots__ = (
-        "args", "awaited", "cache", "cheap", "claiming", "depth", "func", "index", "inplace", "kwargs",
-        "needs", "siblings", "work",
+        "args", "awaited", "cache", "cheap", "claiming", "depth", "func", "inplace", "kwargs", "needs",
+        "work",
     )  # fmt: skip
+
+    index: int | None = None
+    siblings: Sequence[weakref.ref[Replayed]] = ()
 
     def __init__(
         self,
         func: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        index: int | None,
         work: int,
         depth: int,
         inplace: bool = False,
         cheap: bool = False,
     ) -> None:
-        super().__init__()
-        self.func, self.args, self.kwargs, self.index = func, args, kwargs, index
+        self.func, self.args, self.kwargs = func, args, kwargs
         self.work, self.depth, self.inplace, self.cheap = work, depth, inplace, cheap
         self.needs = 0
         self.claiming = False
         self.cache: torch.Tensor | None = None
-        self.siblings: list[weakref.ref[Replayed]] | None = None
         self.awaited: weakref.ref[Any] | None = None  # a stream that is computed when this value stands
 
     def output(self, index: int, siblings: list[weakref.ref[Replayed]]) -> Replayed:
         """The same recipe for one of several outputs; ``siblings`` collects those of one call."""
-        one = Replayed(self.func, self.args, self.kwargs, index, self.work, self.depth, self.inplace)
-        one.siblings = siblings
+        one = _OneOfSeveral(self.func, self.args, self.kwargs, self.work, self.depth, self.inplace)
+        one.index, one.siblings = index, siblings
         siblings.append(weakref.ref(one))
         return one
 
@@ -232,7 +261,7 @@ class Replayed(Handle):
             value = outputs
         else:
             value = outputs[self.index]
-            for ref in self.siblings or ():
+            for ref in self.siblings:
                 sibling = ref()
                 if sibling is not None and sibling is not self and sibling.needs:
                     sibling.cache = outputs[sibling.index]
@@ -271,6 +300,10 @@ class Replayed(Handle):
         value = outputs if self.index is None else outputs[self.index]
         storage = value.untyped_storage().data_ptr()
         return outputs, all(storage != t.untyped_storage().data_ptr() for t in borrowed)
+
+
+class _OneOfSeveral(Replayed):
+    __slots__ = ("index", "siblings")
 
 
 def _value_of(arg: Any, borrowed: list[torch.Tensor]) -> Any:

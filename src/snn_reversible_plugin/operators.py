@@ -33,7 +33,7 @@ class Plan:
     ``work`` is 1 for convolutions and matrix products. ``mutated`` lists the positions or names of the
     arguments written to; ``inplace`` says that it is the first alone, so that the operator on a copy is
     a recipe. ``atomic``: on CUDA its result depends on the order of atomic additions. ``cheap``: a view or
-    a cast.
+    a cast. ``constant``: it fills a tensor like its argument with one number.
     """
 
     kind: Kind
@@ -43,6 +43,7 @@ class Plan:
     binary: bool = False
     atomic: bool = False
     cheap: bool = False
+    constant: bool = False
 
 
 _WORK = frozenset(
@@ -148,4 +149,5 @@ def _make_plan(func: Any) -> Plan:
         return Plan(Kind.NORM)
     if any(ret.alias_info is not None for ret in schema.returns):
         return Plan(Kind.VIEW, cheap=True)
-    return Plan(Kind.PURE, work, atomic=atomic, cheap=name == "_to_copy")
+    constant = func in (aten.zeros_like.default, aten.ones_like.default, aten.full_like.default)
+    return Plan(Kind.PURE, work, atomic=atomic, cheap=name == "_to_copy", constant=constant)

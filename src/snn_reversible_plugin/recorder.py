@@ -71,7 +71,6 @@ _NO_KWARGS: dict[str, Any] = {}
 SMALL_OUTPUT = 16  # an output this many times smaller than the largest activation it is made of is kept
 
 SNAP = Plan(Kind.PURE, inplace=True)
-_LIKE = {aten.zeros_like.default: 0, aten.ones_like.default: 1, aten.full_like.default: None}
 
 
 class Observer(Protocol):
@@ -139,21 +138,19 @@ class Tape(TorchDispatchMode):
         self.paused = 0
         self._outside: dict[Any, weakref.ref[Kept]] = {}
         self._held: dict[int, list[weakref.ref[Kept]]] = {}
+        self._latest_view: tuple[torch.Tensor | None, Kept | None] = None, None
         self.last_product: tuple[Replayed, torch.Tensor, int] | None = None
 
     # The pack hook.
 
     def pack(self, tensor: torch.Tensor) -> Handle:
-        handle = None if self.suspended else look_up(tensor)
-        if isinstance(handle, Passing):
-            handle = handle.held()
-        if isinstance(handle, Packed):
+        known = None if self.suspended else look_up(tensor)
+        if isinstance(known, Passing):
+            known = known.held()
+        if isinstance(known, Packed):
             with OffStack(self):
-                handle.materialize(tensor)
-        elif not isinstance(handle, Handle):
-            handle = self._keep(tensor, handle)
-        if isinstance(handle, Kept):
-            handle.anchored = True
+                known.materialize(tensor)
+        handle = self._relied_on(tensor, known)
         handle.need()
         if self.check or self.observer is not None:
             self._label(handle, tensor)
@@ -171,15 +168,22 @@ class Tape(TorchDispatchMode):
     def _keep(self, tensor: torch.Tensor, known: Any) -> Kept:
         if known is OUTSIDE:
             # A loop over time takes the same view of a weight at each step: one handle serves them all.
-            key = id(tensor) if tensor.is_leaf else _view_key(tensor)
-            earlier = self._outside.get(key)
-            kept = earlier() if earlier is not None else None
+            # Each view is looked up twice, as an operand and for autograd.
+            view, kept = self._latest_view
+            if view is not tensor:
+                key = id(tensor) if tensor.is_leaf else _view_key(tensor)
+                earlier = self._outside.get(key)
+                kept = earlier() if earlier is not None else None
+                if not tensor.is_leaf:
+                    self._latest_view = tensor, kept
             if kept is not None and kept.version == tensor._version and _same(kept.tensor, tensor):
                 return kept
+            self._latest_view = None, None
             # A leaf can be held as it is; another tensor would tie its graph into a cycle.
             kept = Kept(tensor if tensor.is_leaf else _alias(tensor))
             kept.anchored = True
             if kept.version >= 0:
+                key = id(tensor) if tensor.is_leaf else _view_key(tensor)
                 self._outside[key] = weakref.ref(kept)
         else:
             kept = Kept(_alias(tensor))
@@ -193,6 +197,7 @@ class Tape(TorchDispatchMode):
         """Forget what only a forward needs: whatever autograd saved keeps its tape alive."""
         self._outside.clear()
         self._held.clear()
+        self._latest_view = None, None
         if self.last_product is not None:  # of a block that is rebuilt; see note 9
             recipe, value, version = self.last_product
             self.last_product = None
@@ -230,7 +235,7 @@ class Tape(TorchDispatchMode):
             return out
         if types or self.suspended or plan.kind is Kind.OPAQUE:
             self._enter_unknown(plan, out)
-        elif func in _LIKE:
+        elif plan.constant:
             self._record_constant(func, args, out)
         elif plan.kind is Kind.NORM and args[5]:
             self._record(func, plan, (*args[:3], None, None, *args[5:]), kwargs, out)
@@ -318,9 +323,9 @@ class Tape(TorchDispatchMode):
         if not out.is_contiguous():
             enter(out, None)
             return
-        value = args[1] if _LIKE[func] is None else _LIKE[func]
+        value = args[1] if func is aten.full_like.default else int(func is aten.ones_like.default)
         options = {"dtype": out.dtype, "device": out.device}
-        recipe = Replayed(aten.full.default, (list(out.shape), value), options, None, 0, 0)
+        recipe = Replayed(aten.full.default, (list(out.shape), value), options, 0, 0)
         self._enter_recipe(out, recipe)
 
     def _record(
@@ -362,32 +367,33 @@ class Tape(TorchDispatchMode):
         work, depth = plan.work, 0
         newly_held = largest = 0
         cheap = plan.cheap
+        known: dict[int, Any] = {}
         for tensor in _tensors((*args, *kwargs.values()) if kwargs else args):
-            handle = look_up(tensor)
-            if not is_plain(tensor):
+            handle = known[id(tensor)] = look_up(tensor)
+            if tensor.layout is not torch.strided or (plan.atomic and tensor.is_cuda):
                 return None
+            if handle is OUTSIDE:
+                continue
+            largest = max(largest, _bytes(tensor))
             if isinstance(handle, Replayed):
                 work += handle.work
                 depth = max(depth, handle.depth)
                 cheap = cheap and handle.cheap
             elif handle is None or (isinstance(handle, Kept) and not handle.anchored):
                 newly_held += tensor.untyped_storage().nbytes()
-            if handle is not OUTSIDE:
-                largest = max(largest, _bytes(tensor))
-            if plan.atomic and tensor.is_cuda:
+        size = 0
+        for tensor in outputs:
+            if tensor.layout is not torch.strided:
                 return None
-        if not all(is_plain(tensor) for tensor in outputs):
-            return None
-        size = max(_bytes(tensor) for tensor in outputs)
+            size = max(size, _bytes(tensor))
         if work > self.work_limit or depth >= MAX_DEPTH or newly_held > size:
             return None
         if not view and size * SMALL_OUTPUT <= largest:
             return None
         return Replayed(
             func,
-            tuple(self._operand(arg) for arg in args),
-            {name: self._operand(arg) for name, arg in kwargs.items()} if kwargs else _NO_KWARGS,
-            None,
+            tuple([self._operand(arg, known) for arg in args]),
+            {name: self._operand(arg, known) for name, arg in kwargs.items()} if kwargs else _NO_KWARGS,
             work,
             depth + 1,
             plan.inplace,
@@ -396,7 +402,9 @@ class Tape(TorchDispatchMode):
 
     def handle_of(self, tensor: torch.Tensor) -> Handle:
         """The handle of a tensor that something is going to rely on."""
-        handle = look_up(tensor)
+        return self._relied_on(tensor, look_up(tensor))
+
+    def _relied_on(self, tensor: torch.Tensor, handle: Any) -> Handle:
         if isinstance(handle, Passing):
             handle = handle.held()
         if isinstance(handle, Packed):
@@ -407,11 +415,12 @@ class Tape(TorchDispatchMode):
             handle.anchored = True
         return handle  # type: ignore[no-any-return]
 
-    def _operand(self, arg: Any) -> Any:
+    def _operand(self, arg: Any, known: dict[int, Any]) -> Any:
         if isinstance(arg, torch.Tensor):
-            return self.handle_of(arg)
+            handle = known[id(arg)] = self._relied_on(arg, known[id(arg)])
+            return handle
         if isinstance(arg, (list, tuple)) and any(isinstance(item, torch.Tensor) for item in arg):
-            return [self._operand(item) for item in arg]
+            return [self._operand(item, known) for item in arg]
         return arg
 
     def _enter_recipe(

@@ -43,10 +43,10 @@ SUMS = {aten.add.Tensor: False, aten.add_.Tensor: True}  # whether it writes int
 class Stream(Replayed):
     """The handle of a stream: the tensor itself, until the sum after it is known."""
 
-    __slots__ = ("_before", "_stride", "_total", "_undoing", "anchor")
+    __slots__ = ("_before", "_stride", "_total", "_undoing", "anchor", "where")
 
     def __init__(self, anchor: Handle, stride: tuple[int, ...], where: str) -> None:
-        super().__init__(aten.sub.Tensor, (None, None), {}, None, work=0, depth=0)
+        super().__init__(aten.sub.Tensor, (None, None), {}, work=0, depth=0)
         self.anchor: Handle | None = anchor
         self.where = where
         self._stride = stride

@@ -68,8 +68,8 @@ class Timeline:
     """
 
     __slots__ = (
-        "__weakref__", "charged", "currents", "cursors", "dynamics", "name", "newest", "output", "reach",
-        "records", "ref",
+        "__weakref__", "charged", "currents", "cursors", "dynamics", "name", "newest", "newest_bits",
+        "reach", "records", "ref",
     )  # fmt: skip
 
     def __init__(self, dynamics: Dynamics, like: Tensor, name: str) -> None:
@@ -83,7 +83,7 @@ class Timeline:
             None  # the charged state of a step, if it was just asked for
         )
         self.ref = weakref.ref(self)
-        self.output: tuple[weakref.ref[Tensor], int] | None = None
+        self.newest_bits: Any = None  # the spikes of the newest state, once it fired
 
     @property
     def length(self) -> int:
@@ -98,7 +98,6 @@ class Timeline:
         self.records.append(lost)
         self.currents.append(current)
         self.newest = newest
-        self.output = None
         if reach is not None:
             self.reach = reach if self.reach is None else torch.maximum(self.reach, reach)
 
@@ -127,24 +126,10 @@ class Timeline:
         """The input current of step t, flat."""
         return flat(self.currents[t - 1].unpack(), self.records.stride)
 
-    def fired(self, bits: Sequence[Any], spikes: Tensor | None) -> None:
-        """Write down the spikes of the newest state."""
-        self.records.append(bits)
-        if spikes is not None:
-            self.output = weakref.ref(spikes), spikes._version
-
-    def newest_spikes(self) -> Tensor:
-        """The spikes of the newest state; those that were handed out, if they are still as they were."""
-        if self.output is not None:
-            ref, version = self.output
-            spikes = ref()
-            if spikes is not None and spikes._version == version:
-                return spikes.detach()
-        return self.spikes(self.length).as_strided(self.records.size, self.records.stride)
-
-    def spikes(self, t: int) -> Tensor:
-        """The spikes of step t, flat."""
-        return fired(self.records, 2 * t)
+    def fired(self, record: Sequence[Any]) -> None:
+        """Write down the spikes of the newest state, as bits, and what else is lost when it has fired."""
+        self.records.append(record)
+        self.newest_bits = record[0] if record else None
 
     def bits(self, t: int) -> tuple[Any, Any]:
         """The spikes of step t as they were written down, and the rest of that record."""
@@ -191,9 +176,9 @@ def like(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=torch.float32, device=tensor.device)
 
 
-def fired(records: Remainders, index: int) -> Tensor:
-    """Spikes out of a record that begins with their bits, flat."""
-    record = records.record(index)
+def fired(records: Remainders, t: int) -> Tensor:
+    """The spikes of step t of a timeline with these records, flat."""
+    record = records.record(2 * t)
     spikes = torch.empty(records.size.numel(), device=records.device)
     ops.steps_on(spikes.device).fired(record[: (len(spikes) + 7) // 8], spikes)
     return spikes
@@ -206,7 +191,6 @@ class State(Handle):
     __slots__ = ("t", "timeline")
 
     def __init__(self, timeline: Timeline, t: int) -> None:
-        super().__init__()
         self.timeline, self.t = timeline, t
 
     def get(self, last: bool) -> tuple[Tensor, bool]:
@@ -218,14 +202,13 @@ class Spikes(Handle):
     """The spikes of a step, out of the records."""
 
     treatment = "packed"
-    __slots__ = ("index", "records")
+    __slots__ = ("records", "t")
 
-    def __init__(self, records: Remainders, index: int) -> None:
-        super().__init__()
-        self.records, self.index = records, index
+    def __init__(self, records: Remainders, t: int) -> None:
+        self.records, self.t = records, t
 
     def get(self, last: bool) -> tuple[Tensor, bool]:
-        spikes = fired(self.records, self.index).as_strided(self.records.size, self.records.stride)
+        spikes = fired(self.records, self.t).as_strided(self.records.size, self.records.stride)
         return self.verified(spikes, "unpacking its spikes"), True
 
 
@@ -235,7 +218,6 @@ class _Newly(Passing):
     __slots__ = ("ref", "t")
 
     def __init__(self, timeline: Timeline, t: int) -> None:
-        super().__init__()
         self.ref: Callable[[], Timeline | None] = timeline.ref
         self.t = t
 
@@ -265,7 +247,7 @@ class NewSpikes(_Newly):
             return Packed()
         spikes = None if self.made is None else self.made()
         if spikes is None:
-            spikes = Spikes(timeline.records, 2 * self.t)
+            spikes = Spikes(timeline.records, self.t)
             self.made = weakref.ref(spikes)
         return spikes
 

@@ -63,22 +63,6 @@ def _resolve_element(value, index):
 
 
 @compiled
-def pack(flags: Any, out: Any) -> None:
-    """Bytes that are 0 or 1 as bits."""
-    n = len(flags)
-    for i in range(n // 8):
-        byte = np.uint8(0)
-        for j in range(8):
-            byte |= np.uint8(flags[8 * i + j] << np.uint8(j))
-        out[i] = byte
-    if n % 8:
-        byte = np.uint8(0)
-        for j in range(n % 8):
-            byte |= np.uint8(flags[n - n % 8 + j] << np.uint8(j))
-        out[n // 8] = byte
-
-
-@compiled
 def unpack(bits: Any, out: Any) -> None:
     """Bits as zeros and ones of the type of ``out``."""
     n = len(out)
@@ -90,53 +74,67 @@ def unpack(bits: Any, out: Any) -> None:
         out[j] = (bits[n // 8] >> (j % 8)) & 1
 
 
+def _tables() -> tuple[Any, ...]:
+    places = np.arange(8)
+    masks, values = np.arange(256)[:, None, None] >> places & 1, np.arange(256)[None, :, None] >> places & 1
+    ranks = masks.cumsum(-1) - masks
+    gathered = (masks * values << ranks).sum(-1)
+    scattered = (masks * (np.arange(256)[None, :, None] >> ranks & 1) << places).sum(-1)
+    spread = (values[0].astype(np.uint64) << (8 * places).astype(np.uint64)).sum(-1, dtype=np.uint64)
+    return gathered.astype(np.uint8), scattered.astype(np.uint8), masks.sum((1, 2)).astype(np.uint8), spread
+
+
+# Of a mask and a byte: the bits of the byte at the mask's places, put together; its lowest bits, put at
+# those places. Of a byte: how many bits are set; its bits, each in a byte of its own.
+_GATHERED, _SCATTERED, _COUNTS, _BYTES = _tables()
+
+
+@compiled
+def _bits_of(word: Any) -> Any:
+    """The lowest bits of eight bytes, in one."""
+    lowest = word & np.uint64(0x0101010101010101)
+    return (lowest * np.uint64(0x0102040810204080)) >> np.uint64(56)
+
+
 @compiled
 def push(codes: Any, n: int, out: Any, at: Any, waiting: Any, held: Any) -> Any:
     """Append digits to bytes: code 2 is the digit 0, code 3 the digit 1, others are none.
 
     ``waiting`` bits, in ``held``, are not written yet.
     """
-    one, byte = np.uint64(1), np.uint64(255)
-    bits, k = np.uint64(held), np.uint64(waiting)
+    bits, k = np.uint32(held), np.uint32(waiting)
     words = codes.view(np.uint64)
     for i in range((n + 7) // 8):
         word = words[i]
         if word == 0:
             continue
-        for _ in range(8):
-            bits |= (word & one) << k
-            k += (word >> one) & one
-            word >>= np.uint64(8)
-        out[at] = np.uint8(bits & byte)
-        whole = k >> np.uint64(3)
+        mask = _bits_of(word >> np.uint64(1))
+        bits |= np.uint32(_GATHERED[mask, _bits_of(word)]) << k
+        k += np.uint32(_COUNTS[mask])
+        out[at] = np.uint8(bits & np.uint32(255))
+        whole = k >> np.uint32(3)
         at += np.int64(whole)
-        bits >>= whole << np.uint64(3)
-        k &= np.uint64(7)
+        bits >>= whole << np.uint32(3)
+        k &= np.uint32(7)
     return at, np.int64(k), np.int64(bits)
 
 
 @compiled
 def pull(codes: Any, n: int, record: Any, at: Any) -> Any:
     """Replace codes that are 1 by the next digits of the record, from its bit ``at`` on."""
-    one = np.uint64(1)
     words = codes.view(np.uint64)
     for i in range((n + 7) // 8):
         word = words[i]
         if word == 0:
             continue
         byte = at >> 3
-        bits = np.uint64(record[byte])
+        bits = np.uint32(record[byte])
         if byte + 1 < len(record):
-            bits |= np.uint64(record[byte + 1]) << np.uint64(8)
-        bits >>= np.uint64(at & 7)
-        digits = np.uint64(0)
-        for j in range(8):
-            flag = word & one
-            digits |= (bits & flag) << np.uint64(8 * j)
-            bits >>= flag
-            at += np.int64(flag)
-            word >>= np.uint64(8)
-        words[i] = digits
+            bits |= np.uint32(record[byte + 1]) << np.uint32(8)
+        bits = (bits >> np.uint32(at & 7)) & np.uint32(255)
+        mask = _bits_of(word)
+        at += np.int64(_COUNTS[mask])
+        words[i] = _BYTES[_SCATTERED[mask, bits]]
     return at
 
 
@@ -253,17 +251,24 @@ def fire(h: Any, threshold: Any, inclusive: bool, out: Any, bits: Any) -> None:
     flags = np.empty(STRETCH, np.uint8)
     for start in range(0, len(h), STRETCH):
         part = slice(start, min(start + STRETCH, len(h)))
-        hs, thresholds, spikes = h[part], part_of(threshold, part), out[part]
-        n = len(hs)
-        if inclusive:
-            for j in range(n):
-                flags[j] = np.uint8(1 if hs[j] >= element_of(thresholds, j) else 0)
-        else:
-            for j in range(n):
-                flags[j] = np.uint8(1 if hs[j] > element_of(thresholds, j) else 0)
+        _fire(h[part], part_of(threshold, part), inclusive, out[part], bits[start // 8 :], flags)
+
+
+@compiled
+def _fire(hs: Any, thresholds: Any, inclusive: bool, spikes: Any, bits: Any, flags: Any) -> None:
+    n = len(hs)
+    if inclusive:
         for j in range(n):
-            spikes[j] = flags[j]
-        pack(flags[:n], bits[start // 8 :])
+            flags[j] = np.uint8(1 if hs[j] >= element_of(thresholds, j) else 0)
+    else:
+        for j in range(n):
+            flags[j] = np.uint8(1 if hs[j] > element_of(thresholds, j) else 0)
+    for j in range(n):
+        spikes[j] = flags[j]
+    flags[n:] = 0
+    words = flags.view(np.uint64)
+    for i in range((n + 7) // 8):
+        bits[i] = np.uint8(_bits_of(words[i]))
 
 
 @compiled
@@ -273,17 +278,17 @@ def _zero_where(fired: Any, v: Any) -> None:
 
 
 @compiled
-def _decay(v: Any, beta: Any, n: int) -> None:
-    for j in range(n):
-        v[j] = np.floor(element_of(beta, j) * v[j] + 0.5)
+def _decay(us: Any, scale: float, beta: Any, v: Any) -> None:
+    for j in range(len(us)):
+        v[j] = np.floor(element_of(beta, j) * (us[j] * scale) + 0.5)
 
 
 @compiled
-def _decay_and_bits(v: Any, beta: Any, n: int, codes: Any) -> None:
+def _decay_and_bits(us: Any, scale: float, beta: Any, v: Any, codes: Any) -> None:
     """Decay, and the codes of the digits, of radix 2, that :func:`push` takes."""
-    codes[n:] = 0
-    for j in range(n):
-        y = element_of(beta, j) * v[j] + 0.5
+    codes[len(us) :] = 0
+    for j in range(len(us)):
+        y = element_of(beta, j) * (us[j] * scale) + 0.5
         v[j] = np.floor(y)
         r = y - v[j]
         code = 2.0 if r < 1 - element_of(beta, j) else 0.0
@@ -292,9 +297,9 @@ def _decay_and_bits(v: Any, beta: Any, n: int, codes: Any) -> None:
 
 
 @compiled
-def _decay_and_digits(v: Any, beta: Any, n: int, digits: Any) -> None:
-    for j in range(n):
-        y = element_of(beta, j) * v[j] + 0.5
+def _decay_and_digits(us: Any, scale: float, beta: Any, v: Any, digits: Any) -> None:
+    for j in range(len(us)):
+        y = element_of(beta, j) * (us[j] * scale) + 0.5
         v[j] = np.floor(y)
         digits[j] = np.uint16(np.int32(np.floor((y - v[j]) / element_of(beta, j))))
 
@@ -310,33 +315,36 @@ def _add(v: Any, current: Any, gain: Any, scale: Any, out: Any) -> None:
 def _add_and_reset(v: Any, current: Any, gain: Any, scale: Any, fired: Any, theta: Any, out: Any) -> None:
     unit = np.float32(1) / scale
     for j in range(len(out)):
-        w = np.float32(v[j]) - fired[j] * np.float32(element_of(theta, j))
+        w = np.float32(v[j]) - np.float32(fired[j]) * np.float32(element_of(theta, j))
         out[j] = (w + np.rint(current[j] * gain * scale)) * unit
 
 
 @compiled
 def charge(
     u: Any, current: Any, spikes: Any, beta: Any, theta: Any, radix: int, each: int, kind: int,
-    scale: float, gain: Any, out: Any, lost: Any,
+    scale: float, gain: Any, out: Any, lost: Any, threshold: Any, inclusive: bool, fired: Any, bits: Any,
 ) -> tuple[int, Any]:  # fmt: skip
-    """The step; returns how many bytes of digits it wrote to ``lost``, and the reach."""
+    """The step, and its spikes if there is room for any; returns how many bytes of digits it wrote to
+    ``lost``, and the reach."""
     v, codes, digits = np.empty(STRETCH), np.zeros(STRETCH, np.uint8), np.empty(STRETCH, np.uint16)
+    left, flags = np.empty(STRETCH, np.float32), np.empty(STRETCH, np.uint8)
     at, waiting, held, largest = 0, 0, 0, np.int32(0)
     for start in range(0, len(u), STRETCH):
         part = slice(start, min(start + STRETCH, len(u)))
         us, xs, outs, betas = u[part], current[part], out[part], part_of(beta, part)
         n = len(us)
-        for j in range(n):
-            v[j] = us[j] * scale
         if kind >= ZERO_BEFORE:
-            _zero_where(spikes[part], v)
+            for j in range(n):
+                left[j] = us[j]
+            us = left[:n]
+            _zero_where(spikes[part], us)
         if len(lost) == 0:
-            _decay(v, betas, n)
+            _decay(us, scale, betas, v)
         elif radix == 2:
-            _decay_and_bits(v, betas, n, codes)
+            _decay_and_bits(us, scale, betas, v, codes)
             at, waiting, held = push(codes, n, lost, at, waiting, held)
         else:
-            _decay_and_digits(v, betas, n, digits)
+            _decay_and_digits(us, scale, betas, v, digits)
             at = combine(digits, n, radix, each, lost, at)
         if kind == MINUS_THETA:
             _add_and_reset(v, xs, gain, np.float32(scale), spikes[part], part_of(theta, part), outs)
@@ -345,6 +353,8 @@ def charge(
         if kind == ZERO_AFTER:
             _zero_where(spikes[part], outs)
         largest = _largest(outs, largest)
+        if len(fired):
+            _fire(outs, part_of(threshold, part), inclusive, fired[part], bits[start // 8 :], flags)
     if waiting:
         lost[at] = np.uint8(held)
         at += 1

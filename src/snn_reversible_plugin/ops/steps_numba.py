@@ -36,28 +36,33 @@ def fired(bits: Piece, out: torch.Tensor) -> None:
 def charge(
     u: torch.Tensor,
     current: torch.Tensor,
-    spikes: torch.Tensor | None,
+    bits: Piece | None,
     step: Step,
     record: bool,
     out: torch.Tensor,
-) -> tuple[list[Any], float]:
+    fires: tuple[Any, bool, torch.Tensor] | None = None,
+) -> tuple[list[Any], float, Piece | None]:
     """See :func:`snn_reversible_plugin.ops.steps_numpy.charge`."""
     radix, each = _radix(step)
     kind = _KINDS.get(step.reset, kernels.KEEP)
-    un, sn, theta = u.numpy(), _NOTHING if spikes is None else spikes.numpy(), _double(step.theta)
+    un, theta = u.numpy(), _double(step.theta)
+    fired = _NO_BYTES if kind == kernels.KEEP else _unpacked(bits, len(un))
     digits, pieces = _NO_BYTES, []
     if record and radix > 1:
         digits = np.empty(len(un) // each + 2 if each else 2 * len(un), np.uint8)
     if record and kind >= kernels.ZERO_BEFORE:
-        pieces.append(kernels.overshoot(un, sn, theta, step.scale))
+        pieces.append(kernels.overshoot(un, fired, theta, step.scale))
     gain = np.float32(1 if step.gain is None else step.gain)
+    threshold, inclusive, spikes = (0.0, False, None) if fires is None else fires
+    found = _NO_BYTES if spikes is None else np.empty((len(un) + 7) // 8, np.uint8)
     used, reach = kernels.charge(
-        un, current.numpy(), sn, step.decay.arrays[0], theta, radix, each, kind, step.scale, gain,
-        out.numpy(), digits,
+        un, current.numpy(), fired, step.decay.arrays[0], theta, radix, each, kind, step.scale, gain,
+        out.numpy(), digits, _single(threshold), inclusive, _NOTHING if spikes is None else spikes.numpy(),
+        found,
     )  # fmt: skip
     if used:
         pieces.append(digits[:used])
-    return pieces, reach
+    return pieces, reach, None if spikes is None else found
 
 
 def undo(
@@ -67,10 +72,7 @@ def undo(
     radix, each = _radix(step)
     kind = _KINDS.get(step.reset, kernels.KEEP)
     out = torch.empty_like(state)
-    spikes = _NO_BYTES
-    if kind != kernels.KEEP:
-        spikes = np.empty(len(state), np.uint8)
-        kernels.unpack(bits, spikes)
+    spikes = _NO_BYTES if kind == kernels.KEEP else _unpacked(bits, len(state))
     gain = np.float32(1 if step.gain is None else step.gain)
     kernels.undo(
         state.numpy(), current.numpy(), spikes, *step.decay.arrays, _double(step.theta), radix, each, kind,
@@ -99,8 +101,7 @@ def unreset(
     v: torch.Tensor, bits: Piece, theta: Any, to: float | None, scale: float, record: Piece
 ) -> torch.Tensor:
     """See :func:`snn_reversible_plugin.ops.steps_numpy.unreset`."""
-    spikes = np.empty(len(v), np.uint8)
-    kernels.unpack(bits, spikes)
+    spikes = _unpacked(bits, len(v))
     if to is None:
         out = torch.empty_like(v)
         kernels.unreset(v.numpy(), spikes, _double(theta), np.float32(1 / scale), out.numpy())
@@ -116,6 +117,12 @@ def _radix(step: Step) -> tuple[int, int]:
     if radix <= 2:
         return radix, 8
     return radix, 0 if radix > 256 else digits_a_byte(radix)
+
+
+def _unpacked(bits: Any, n: int) -> Piece:
+    flags = np.empty(n, np.uint8)
+    kernels.unpack(bits, flags)
+    return flags
 
 
 def _single(value: Any) -> Any:

@@ -72,19 +72,21 @@ def fired(bits: Piece, out: torch.Tensor) -> None:
 def charge(
     u: torch.Tensor,
     current: torch.Tensor,
-    spikes: torch.Tensor | None,
+    bits: Piece | None,
     step: Step,
     record: bool,
     out: torch.Tensor,
-) -> tuple[list[Any], Any]:
-    """Write the state after ``decay(u) + current`` into ``out``.
+    fires: tuple[Any, bool, torch.Tensor] | None = None,
+) -> tuple[list[Any], Any, Piece | None]:
+    """Write the state after ``decay(u) + current`` into ``out``, and :func:`fire` with it where it fires.
 
-    ``spikes``: those of ``u``, where they reset it. Returns what has to be written down of ``u``, and the
-    largest magnitude in ``out``, NaN if there is one.
+    ``bits``: the spikes of ``u``, where they reset it; ``fires``: the other arguments of :func:`fire`.
+    Returns what has to be written down of ``u``, the largest magnitude in ``out``, NaN if there is one,
+    and the bits of its spikes.
     """
     pieces: list[Piece] = []
     un, xn, on = u.numpy(), current.numpy(), out.numpy()
-    sn = None if spikes is None else spikes.numpy()
+    sn = None if bits is None else _spikes(bits, len(un))
     beta, theta = step.decay.arrays, _array(step.theta)
     for part in blocks(len(un)):
         n = part.stop - part.start
@@ -110,7 +112,7 @@ def charge(
         if step.reset == AFTER:
             w[fired] = 0
         np.multiply(w, np.float32(1 / step.scale), out=on[part])
-    return pieces, _reach(on)
+    return pieces, _reach(on), None if fires is None else fire(out, *fires)
 
 
 def undo(

@@ -36,10 +36,17 @@ def reach(state: Tensor) -> Tensor:
 
 
 def charge(
-    u: Tensor, current: Tensor, spikes: Tensor | None, step: Step, record: bool, out: Tensor
-) -> tuple[list[Tensor], Tensor]:
+    u: Tensor,
+    current: Tensor,
+    bits: Tensor | None,
+    step: Step,
+    record: bool,
+    out: Tensor,
+    fires: tuple[Any, bool, Tensor] | None = None,
+) -> tuple[list[Tensor], Tensor, Any]:
     """See :func:`snn_reversible_plugin.ops.steps_numpy.charge`."""
     pieces: list[Tensor] = []
+    spikes = None if bits is None else _spikes(bits, u)
     whole = step.reset in (BEFORE, AFTER)
     if whole and record:
         pieces.append(u.clone().view(torch.uint8))
@@ -56,7 +63,7 @@ def charge(
     if spikes is not None and step.reset == AFTER:
         w = w.masked_fill_(spikes != 0, 0.0)
     torch.mul(w, 1 / step.scale, out=out)
-    return pieces, reach(out)
+    return pieces, reach(out), None if fires is None else fire(out, *fires)
 
 
 def undo(state: Tensor, current: Tensor, bits: Tensor | None, step: Step, record: Tensor) -> Tensor:

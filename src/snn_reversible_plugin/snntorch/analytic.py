@@ -12,6 +12,7 @@ Source: the ``forward`` methods in ``snntorch/_neurons``, version 1.0.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -114,7 +115,7 @@ def analytic(neuron: Any, spec: Spec, current: Tensor, given: tuple[Tensor | Non
         if derivative is not None and not neuron.inhibition:
             spikes = Firing.apply(derivative, charged[-1], threshold)
             tape.mark_spikes(spikes)
-        ungraded = is_one(neuron.graded_spikes_factor)
+        ungraded = is_ungraded(neuron)
     neuron.reset = reset
     _set_states(neuron, spec.states[-len(charged) :], charged)
     if neuron.inhibition:
@@ -224,11 +225,17 @@ def derivative_for(neuron: nn.Module) -> Derivative | None:
     return derivative_of(neuron.spike_grad)
 
 
-def is_one(factor: Tensor) -> bool:
-    """Whether a factor is known to be the constant 1, without waiting for another device."""
-    if factor.device.type != "cpu" or factor.requires_grad or factor.dim():
-        return False
-    return factor.item() == 1
+_factors: weakref.WeakKeyDictionary[nn.Module, tuple[Tensor, int, bool]] = weakref.WeakKeyDictionary()
+
+
+def is_ungraded(neuron: Any) -> bool:
+    """Whether the factor of a neuron's spikes is known to be the constant 1, without waiting for a device."""
+    factor: Tensor = neuron.graded_spikes_factor
+    known = _factors.get(neuron)
+    if known is None or known[0] is not factor or known[1] != factor._version or factor.requires_grad:
+        constant = factor.device.type == "cpu" and not factor.requires_grad and not factor.dim()
+        known = _factors[neuron] = factor, factor._version, constant and factor.item() == 1
+    return known[2]
 
 
 def _reset_now(neuron: Any, spikes: Tensor, mem: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ Source: design section 6; the ``forward`` methods in ``snntorch/_neurons``, vers
 
 from __future__ import annotations
 
+import functools
 import weakref
 from typing import Any
 
@@ -22,36 +23,53 @@ from snn_reversible_plugin.snntorch import neurons
 from snn_reversible_plugin.snntorch.analytic import (
     Spec,
     derivative_for,
-    is_one,
+    is_ungraded,
     mechanism_of,
 )
-from snn_reversible_plugin.snntorch.grid_step import plan_of, reference, step
+from snn_reversible_plugin.snntorch.grid_step import Fired, plan_of, reference, step
+from snn_reversible_plugin.snntorch.surrogates import Derivative
 
 SPECS = (neurons.LEAKY, neurons.LAPICQUE, neurons.SYNAPTIC, neurons.RLEAKY, neurons.RSYNAPTIC)
 
 
 def spec_of(neuron: Any) -> Spec | None:
     """What the grid knows of a neuron's type."""
-    return next((spec for spec in SPECS if isinstance(neuron, spec.stock_type)), None)
+    return _spec_of(type(neuron))
+
+
+@functools.cache
+def _spec_of(cls: type) -> Spec | None:
+    return next((spec for spec in SPECS if issubclass(cls, spec.stock_type)), None)
 
 
 def why_not(neuron: Any, spec: Spec) -> str | None:
     """Why a neuron, as it is set now, has no step on the grid; None if it has one."""
-    if mechanism_of(neuron, spec) is None:
+    found = _settings(neuron, spec)
+    return found if isinstance(found, str) else None
+
+
+def _settings(neuron: Any, spec: Spec) -> str | tuple[str, Derivative]:
+    """The reset and the surrogate's derivative, or why there is no step on the grid."""
+    reset = mechanism_of(neuron, spec)
+    if reset is None:
         return "its charge or its states are not those of the stock class"
     if spec is neurons.LAPICQUE and neuron.C.requires_grad:
         return "its constants are learned"
-    if derivative_for(neuron) is None:
+    derivative = derivative_for(neuron)
+    if derivative is None:
         return "its surrogate is not one of snnTorch's own deterministic ones"
     if neuron.inhibition:
         return "it inhibits its neighbours"
-    if not is_one(neuron.graded_spikes_factor):
+    if not is_ungraded(neuron):
         return "its spikes are graded"
     if not getattr(neuron, "reset_delay", True):
         return "its reset has no delay"
     if neuron.threshold.dtype is torch.float64:
         return "it is float64"
-    return None
+    return reset, derivative
+
+
+_RESET = "_srp_reset"
 
 
 class OnGrid(SwappedClass):
@@ -73,15 +91,34 @@ class OnGrid(SwappedClass):
             return "reversed in time"
         return getattr(super(), "treatment", "stock step")
 
+    @property
+    def reset(self: Any) -> Tensor:
+        """The spikes that the last step reset, as stock has them; as bits until somebody asks."""
+        fired: Fired | None = self.__dict__.get(_RESET)
+        if fired is not None:
+            return fired.spikes()
+        if "reset" not in self.__dict__:
+            raise AttributeError("reset")
+        return self.__dict__["reset"]  # type: ignore[no-any-return]
+
+    @reset.setter
+    def reset(self: Any, spikes: Tensor) -> None:
+        self.__dict__.pop(_RESET, None)
+        self.__dict__["reset"] = spikes
+
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         """One time step."""
         spec = spec_of(self)
-        if spec is None or not tape.runs_eagerly() or why_not(self, spec) is not None:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-        return _forward(self, spec, *args, **kwargs)
+        if spec is not None and tape.runs_eagerly():
+            found = _settings(self, spec)
+            if not isinstance(found, str):
+                return _forward(self, spec, *found, *args, **kwargs)
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
-def _forward(neuron: Any, spec: Spec, input_: Tensor, *given: Any, **named: Any) -> Any:
+def _forward(
+    neuron: Any, spec: Spec, reset: str, derivative: Derivative, input_: Tensor, *given: Any, **named: Any
+) -> Any:
     for name in spec.states[len(given) :]:
         given += (named.pop(name, None),)
     if named or len(given) != len(spec.states):
@@ -94,18 +131,25 @@ def _forward(neuron: Any, spec: Spec, input_: Tensor, *given: Any, **named: Any)
     if beta is None:
         beta, gain = _lapicque(neuron)
         current = current * gain
-    reset = mechanism_of(neuron, spec)
-    assert reset is not None
     found = []
     synaptic = "syn" in spec.states
     if synaptic:
-        current, _, _ = _integrate(neuron, "syn", NONE, current, states["syn"], neuron.alpha)
+        current, _, _ = _integrate(neuron, "syn", NONE, derivative, current, states["syn"], neuron.alpha)
         found.append(current)
-    mem, spikes, fired = _integrate(neuron, "mem", reset, current, states["mem"], beta, trusted=synaptic)
-    neuron.reset = fired
+    mem, spikes, fired = _integrate(
+        neuron, "mem", reset, derivative, current, states["mem"], beta, trusted=synaptic
+    )
+    if isinstance(fired, Fired):
+        neuron.__dict__[_RESET] = fired
+        neuron.__dict__.pop("reset", None)
+    else:
+        neuron.reset = fired
     found.append(mem)
     for name, state in zip(spec.states[-len(found) :], found, strict=True):
-        setattr(neuron, name, state)
+        if name in neuron._buffers:  # what setattr comes to, at a tenth of its time
+            neuron._buffers[name] = state
+        else:
+            setattr(neuron, name, state)
     if spec.recurrent:
         neuron.spk = spikes
     return (spikes, *found) if neuron.output or not neuron.init_hidden else spikes
@@ -128,15 +172,20 @@ def _starting(neuron: Any, spec: Spec, input_: Tensor, given: tuple[Any, ...]) -
 
 
 def _integrate(
-    neuron: Any, name: str, reset: str, current: Tensor, u: Tensor, beta: Tensor, trusted: bool = False
+    neuron: Any,
+    name: str,
+    reset: str,
+    derivative: Derivative,
+    current: Tensor,
+    u: Tensor,
+    beta: Tensor,
+    trusted: bool = False,
 ) -> tuple[Tensor, Any, Any]:
     """One step of one of a neuron's states; the membrane fires."""
     threshold, fires = neuron.threshold, name == "mem"
     if gridding.by_autograd():
         spike_grad = neuron.spike_grad if fires else None
         return reference(current, u, beta, threshold, reset, spike_grad, gridding.bits_of(neuron))
-    derivative = derivative_for(neuron)
-    assert derivative is not None
     plan = plan_of(neuron, name, beta, reset, derivative, u)
     return step(plan, current, u, beta, threshold, fires=fires, trusted=trusted)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,6 +62,40 @@ class Plan:
     def firing(self) -> type[Firing]:
         """:class:`Firing` with this plan."""
         return type("Firing", (Firing,), {"plan": self})
+
+    @functools.cached_property
+    def decayed(self) -> float | None:
+        """The factor of the state in the charge's gradient, where that is a constant number."""
+        factor = self.step.decay.beta
+        return factor if isinstance(factor, float) and self.step.reset in (NONE, SUBTRACT) else None
+
+    def charge(
+        self,
+        u: Tensor,
+        current: Tensor,
+        bits: Any,
+        pieces: list[Any] | None,
+        out: Tensor,
+        spikes: Tensor | None,
+    ) -> tuple[Any, Any]:
+        """Write the state after the charge to ``out``, and its spikes; both are laid out as u.
+
+        ``bits``: the spikes of u; ``pieces`` collects what has to be written down, None if nothing.
+        Returns the largest magnitude, and the bits of the spikes.
+        """
+        stride = u.stride()
+        found, reach, fired = ops.steps_on(u.device).charge(
+            flat(u, stride),
+            flat(current, stride),
+            None if self.step.reset == NONE else bits,
+            self.step,
+            pieces is not None,
+            flat(out, stride),
+            None if spikes is None else (self.flat_theta, False, flat(spikes, stride)),
+        )
+        if pieces is not None:
+            pieces.extend(found)
+        return reach, fired
 
     def back(self, timeline: Timeline, t: int, state: Tensor, current: Tensor) -> Tensor:
         """The flat state before step t, from the one after it."""
@@ -117,10 +151,10 @@ def _each(parameter: Tensor, example: Tensor) -> Tensor:
 
 
 class Charging(torch.autograd.Function):
-    """``plan.charging.apply([reset, pieces, reaches], u, current, beta, threshold)`` -> the state after.
+    """``plan.charging.apply([bits, reset, pieces, spikes, found], u, current, beta, threshold)`` -> the state.
 
-    ``reset``: the spikes of u, or None; ``pieces`` collects what has to be written down, None if nothing;
-    ``reaches`` the largest magnitude.
+    Of the list, ``bits`` to ``spikes`` are the arguments of :meth:`Plan.charge`, ``reset`` the spikes of u
+    where the gradient asks for them, and ``found`` what it returns.
     """
 
     @staticmethod
@@ -128,25 +162,11 @@ class Charging(torch.autograd.Function):
         ctx: Any, constants: list[Any], u: Tensor, current: Tensor, beta: Tensor, threshold: Tensor
     ) -> Tensor:
         plan: Plan = ctx._forward_cls.plan
-        reset, pieces, reaches = constants
-        stride = u.stride()
-        record = pieces is not None
+        bits, reset, pieces, spikes, found = constants
         state = like(u)
-        found, reach = ops.steps_on(u.device).charge(
-            flat(u, stride),
-            flat(current, stride),
-            None if reset is None else flat(reset, stride),
-            plan.step,
-            record,
-            flat(state, stride),
-        )
-        reaches.append(reach)
-        if record:
-            pieces.extend(found)
-        kind = plan.step.reset
+        found.extend(plan.charge(u, current, bits, pieces, state, spikes))
         # Asking for needs_input_grad here would cost bytes a step.
-        uses_reset = kind in (BEFORE, AFTER) or (kind == SUBTRACT and threshold.requires_grad)
-        ctx.save_for_backward(beta, u if beta.requires_grad else None, reset if uses_reset else None)
+        ctx.save_for_backward(beta, u if beta.requires_grad else None, reset)
         if current.dtype is not torch.float32:
             ctx.dtype = current.dtype
         return state
@@ -176,28 +196,54 @@ class Charging(torch.autograd.Function):
 
 
 class Firing(torch.autograd.Function):
-    """``plan.firing.apply(pieces, mem, threshold)`` -> spikes."""
+    """``plan.firing.apply([spikes], mem, *threshold)`` -> the spikes; with a threshold that is learned."""
 
     @staticmethod
-    def forward(ctx: Any, pieces: Any, mem: Tensor, threshold: Tensor) -> Tensor:  # type: ignore[override]
-        plan: Plan = ctx._forward_cls.plan
-        ctx.save_for_backward(mem, threshold)
-        spikes, stride = like(mem), mem.stride()
-        form = ops.steps_on(mem.device)
-        pieces.append(form.fire(flat(mem, stride), plan.flat_theta, False, flat(spikes, stride)))
-        return spikes
+    def forward(ctx: Any, spikes: list[Tensor], mem: Tensor, *threshold: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(mem, *threshold)
+        return spikes[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        mem, threshold = ctx.saved_tensors
+        mem, *threshold = ctx.saved_tensors
         plan: Plan = ctx._forward_cls.plan
-        _, to_mem, to_threshold = ctx.needs_input_grad
         of_mem = plan.derivative(mem - plan.theta, g)
-        of_threshold = None
-        if to_threshold:
-            of_threshold = (-of_mem).sum_to_size(threshold.shape).to(threshold.dtype)
-        return None, of_mem if to_mem else None, of_threshold
+        to_mem = ctx.needs_input_grad[1]
+        of_threshold = [(-of_mem).sum_to_size(one.shape).to(one.dtype) for one in threshold]
+        return None, of_mem if to_mem else None, *of_threshold
+
+
+def _charge(
+    plan: Plan,
+    u: Tensor,
+    current: Tensor,
+    beta: Tensor,
+    threshold: Tensor,
+    bits: Any,
+    timeline: Timeline | None,
+    spikes: Tensor | None,
+) -> tuple[Tensor, Any, Any, Any]:
+    """The state after the charge, what has to be written down of u, the largest magnitude, the new bits."""
+    pieces: list[Any] | None = None if timeline is None else []
+    learned = beta.requires_grad or threshold.requires_grad
+    if plan.decayed is None or learned or current.stride() != u.stride():
+        reset = None
+        kind = plan.step.reset
+        if kind in (BEFORE, AFTER) or (kind == SUBTRACT and threshold.requires_grad):
+            reset = like(u)
+            ops.steps_on(u.device).fired(bits, flat(reset, u.stride()))
+            if timeline is not None:
+                enter(reset, NewSpikes(timeline, timeline.length))
+        found: list[Any] = []
+        state = plan.charging.apply([bits, reset, pieces, spikes, found], u, current, beta, threshold)
+        return state, pieces, *found
+    # NOTE [A sum for its gradient]
+    #
+    # The gradient of such a charge is that of a sum, whose node saves nothing and is no Python object. So
+    # autograd is shown the sum, and what it comes to is overwritten by what the grid makes of it.
+    state = torch.add(current, u, alpha=plan.decayed)
+    return state, pieces, *plan.charge(u, current, bits, pieces, state, spikes)
 
 
 def step(
@@ -209,7 +255,7 @@ def step(
     *,
     fires: bool = True,
     trusted: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Fired | None]:
     """One step on the grid, on a timeline where a tape records.
 
     Args:
@@ -226,57 +272,63 @@ def step(
         OverflowError: the state left the range in which the grid is exact.
     """
     recorder = tape.current()
-    needs = any(x.requires_grad for x in (current, u, beta, threshold))
+    needs = current.requires_grad or u.requires_grad or beta.requires_grad or threshold.requires_grad
     if recorder is not None and (recorder.suspended or not needs or not tape.may_record()):
         recorder = None
     timeline = None if recorder is None else continued(u, plan)
     starts = timeline is None
-    if timeline is None:
+    if starts:
         u = snap(u, plan.bits)
         if not is_dense(u):
             u = u.contiguous()
-    form = ops.steps_on(u.device)
     handle = None
     if recorder is not None:
         keeps = not trusted and rests_on_a_state(look_up(current))
         handle = recorder.hold(current) if keeps else recorder.pack(current)
     with tape.paused():
-        reset = None
-        if starts:
-            bits: list[Any] = []
-            if fires:
-                reset, stride = like(u), u.stride()
-                bits = [form.fire(flat(u, stride), plan.flat_theta, False, flat(reset, stride))]
-            if recorder is not None:
-                timeline = Timeline(plan, u, plan.name)
-                timeline.records.append(bits)
-        elif fires:
-            assert timeline is not None
-            reset = timeline.newest_spikes()
-        if timeline is not None and reset is not None:
-            enter(reset, NewSpikes(timeline, timeline.length))
-        pieces: list[Any] | None = None if timeline is None else []
-        resets = None if plan.step.reset == NONE else reset
-        reaches: list[Any] = []
-        state = plan.charging.apply([resets, pieces, reaches], u, current, beta, threshold)
-        reach = watched(reaches[0], plan.name, plan.bits)
-        if timeline is None:
-            tape.mark_opaque(state)
-        else:
-            assert recorder is not None and handle is not None
-            timeline.step(handle, recorder.hold(state), reach, pieces or [])
-            enter(state, NewState(timeline, timeline.length))
-        spikes = None
-        bits = []
-        if fires:
-            spikes = plan.firing.apply(bits, state, threshold)
+        bits = None if timeline is None else timeline.newest_bits
+        if starts and fires:
+            bits = ops.steps_on(u.device).fire(
+                flat(u, u.stride()), plan.flat_theta, False, flat(like(u), u.stride())
+            )
+        if starts and recorder is not None:
+            timeline = Timeline(plan, u, plan.name)
+            timeline.fired([bits] if fires else [])
+        spikes = like(u) if fires else None
+        state, pieces, reach, fired = _charge(plan, u, current, beta, threshold, bits, timeline, spikes)
+        reach = watched(reach, plan.name, plan.bits)
         if timeline is not None:
-            timeline.fired(bits, spikes)
+            assert recorder is not None and handle is not None
+            timeline.step(handle, recorder.hold(state), reach, pieces)
+            t = timeline.length  # one object for all handles
+            enter(state, NewState(timeline, t))
+        else:
+            tape.mark_opaque(state)
+        if spikes is not None:
+            learned = (threshold,) if threshold.requires_grad else ()
+            spikes = plan.firing.apply([spikes], state, *learned)
+            if timeline is None:
+                tape.mark_spikes(spikes)
+        if timeline is not None:
+            timeline.fired([] if spikes is None else [fired])
             if spikes is not None:
-                enter(spikes, NewSpikes(timeline, timeline.length))
-        elif spikes is not None:
-            tape.mark_spikes(spikes)
-    return state, spikes, reset
+                enter(spikes, NewSpikes(timeline, t))
+    return state, spikes, None if bits is None else Fired(bits, u.size(), u.stride(), u.device)
+
+
+class Fired(NamedTuple):
+    """Spikes as bits."""
+
+    bits: Any
+    size: torch.Size
+    stride: tuple[int, ...]
+    device: torch.device
+
+    def spikes(self) -> Tensor:
+        """The spikes themselves."""
+        spikes = torch.empty_strided(self.size, self.stride, device=self.device)
+        ops.steps_on(self.device).fired(self.bits, flat(spikes, self.stride))
+        return spikes
 
 
 def reference(

@@ -86,7 +86,6 @@ class NewCharged(Passing):
     __slots__ = ("t", "timeline")
 
     def __init__(self, timeline: Timeline, t: int) -> None:
-        super().__init__()
         self.timeline, self.t = timeline, t
 
     def held(self) -> State:
@@ -110,9 +109,11 @@ class Stepping(torch.autograd.Function):
         record = lost is not None
         h, s, after = like(v), like(v), like(v)
         flat_h, flat_s = flat(h, stride), flat(s, stride)
-        digits, reach = form.charge(flat(v, stride), flat(x, stride), None, plan.step, record, flat_h)
+        fires = rule.v_threshold, True, flat_s
+        digits, reach, bits = form.charge(
+            flat(v, stride), flat(x, stride), None, plan.step, record, flat_h, fires
+        )
         reaches.append(reach)
-        bits = form.fire(flat_h, rule.v_threshold, True, flat_s)
         theta, scale = plan.step.theta, plan.step.scale
         resets, reach = form.reset(flat_h, flat_s, theta, rule.v_reset, scale, record, flat(after, stride))
         reaches.append(reach)
@@ -169,11 +170,12 @@ def step(plan: Plan, x: Tensor, v: Tensor, beta: Tensor | None) -> tuple[Tensor,
     with tape.paused():
         if recorder is not None and timeline is None:
             timeline = Timeline(plan, v, plan.name)
-            timeline.records.append([])
+            timeline.fired([])
         reaches: list[Any] = []
         sinks: list[Any] = [None, None, None, reaches]
         if timeline is not None:
-            sinks = [NewCharged(timeline, timeline.length + 1), [], [], reaches]
+            t = timeline.length + 1  # one object for all handles
+            sinks = [NewCharged(timeline, t), [], [], reaches]
         s, after = plan.stepping.apply(sinks, v, x, beta)
         # A potential out of range may be back after the reset, but what came before it is lost.
         charged, reset = (watched(reach, plan.name, plan.bits) for reach in reaches)
@@ -184,9 +186,9 @@ def step(plan: Plan, x: Tensor, v: Tensor, beta: Tensor | None) -> tuple[Tensor,
         else:
             assert recorder is not None and handle is not None
             timeline.step(handle, recorder.hold(after), reach, sinks[1])
-            timeline.fired(sinks[2], s)
-            enter(after, NewState(timeline, timeline.length))
-            enter(s, NewSpikes(timeline, timeline.length))
+            timeline.fired(sinks[2])
+            enter(after, NewState(timeline, t))
+            enter(s, NewSpikes(timeline, t))
     return s, after
 
 
