@@ -188,6 +188,9 @@ def assert_forms_agree(step: decays.Step, u: torch.Tensor, current: torch.Tensor
         assert float(reach) == float(same_reach) == float(grid.reach(out)), name
         record = as_record(form, pieces)
         assert same_bits(form.undo(out, current, bits, step, record), u), name
+        gated = torch.empty_like(u)
+        form.gate(current, threshold, bits, gated)
+        assert same_bits(gated, current * threshold * (1 - spikes)), name
         if expected is None:
             expected, longest = out, len(record)
         assert same_bits(out, expected), name

@@ -212,6 +212,17 @@ class Spikes(Handle):
         return self.verified(spikes, "unpacking its spikes"), True
 
 
+class Bits(Spikes):
+    """The same as they were written down, uint8."""
+
+    __slots__ = ()
+
+    def get(self, last: bool) -> tuple[Tensor, bool]:
+        end = (self.records.size.numel() + 7) // 8
+        bits = torch.as_tensor(self.records.record(2 * self.t)[:end])
+        return self.verified(bits, "reading its spikes"), False
+
+
 class _Newly(Passing):
     """What a tensor that a neuron just made is: a state or spikes of a timeline."""
 
@@ -250,6 +261,16 @@ class NewSpikes(_Newly):
             spikes = Spikes(timeline.records, self.t)
             self.made = weakref.ref(spikes)
         return spikes
+
+
+class NewBits(_Newly):
+    """Leads to :class:`Bits`."""
+
+    __slots__ = ()
+
+    def held(self) -> Handle | None:
+        timeline = self.ref()
+        return None if timeline is None else Bits(timeline.records, self.t)
 
 
 def rests_on_a_state(handle: Any) -> bool:

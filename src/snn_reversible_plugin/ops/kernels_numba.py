@@ -43,7 +43,7 @@ def part_of(value: Any, part: slice) -> Any:
     raise NotImplementedError
 
 
-def element_of(value: Any, index: int) -> Any:
+def element_of(value: Any, index: Any) -> Any:
     """A neuron's element of such a parameter."""
     raise NotImplementedError
 
@@ -81,12 +81,13 @@ def _tables() -> tuple[Any, ...]:
     gathered = (masks * values << ranks).sum(-1)
     scattered = (masks * (np.arange(256)[None, :, None] >> ranks & 1) << places).sum(-1)
     spread = (values[0].astype(np.uint64) << (8 * places).astype(np.uint64)).sum(-1, dtype=np.uint64)
-    return gathered.astype(np.uint8), scattered.astype(np.uint8), masks.sum((1, 2)).astype(np.uint8), spread
+    counts, of_set_bits = masks.sum((1, 2)), np.argsort(1 - masks[:, 0], axis=-1, kind="stable")
+    return *(table.astype(np.uint8) for table in (gathered, scattered, counts, of_set_bits)), spread
 
 
 # Of a mask and a byte: the bits of the byte at the mask's places, put together; its lowest bits, put at
-# those places. Of a byte: how many bits are set; its bits, each in a byte of its own.
-_GATHERED, _SCATTERED, _COUNTS, _BYTES = _tables()
+# those places. Of a byte: how many bits are set; their places, then the others'; its bits, each in its own byte.
+_GATHERED, _SCATTERED, _COUNTS, _PLACES, _BYTES = _tables()
 
 
 @compiled
@@ -172,60 +173,61 @@ def separate(digits: Any, n: int, radix: int, each: int, record: Any, at: int) -
 
 
 @compiled
-def overshoot(values: Any, spikes: Any, theta: Any, scale: float) -> Any:
-    """Distances from the threshold where neurons fired, in as many bytes each as the largest needs."""
+def fired_of(bits: Any) -> Any:
+    """Which bits are set."""
+    found = np.empty(count_of(bits) + 8, np.int32)
     count: Any = 0
-    found = np.empty(len(values) + 1, np.int32)
-    above, flags = np.empty(STRETCH, np.int32), np.empty(STRETCH, np.uint8)
-    for start in range(0, len(values), STRETCH):
-        part = slice(start, min(start + STRETCH, len(values)))
-        vs, fired, thetas = values[part], spikes[part], part_of(theta, part)
-        n = len(vs)
-        for j in range(n):
-            above[j] = np.int32(vs[j] * scale - element_of(thetas, j))
-            flags[j] = np.uint8(1 if fired[j] != 0 else 0)
-        for j in range(n):
-            found[count] = above[j]
-            count += np.int64(flags[j])
-    if count == 0:
+    for i in range(len(bits)):
+        # All eight are written, and those too many overwritten: a branch would be guessed wrong.
+        for j in range(8):
+            found[count + j] = np.int32(8 * i) + np.int32(_PLACES[bits[i], j])
+        count += np.int64(_COUNTS[bits[i]])
+    return found[:count]
+
+
+@compiled
+def overshoot(values: Any, bits: Any, theta: Any, scale: float) -> Any:
+    """Distances from the threshold where neurons fired, in as many bytes each as the largest needs."""
+    fired = fired_of(bits)
+    found, largest = np.empty(len(fired), np.int32), np.int32(0)
+    for k in range(len(fired)):
+        found[k] = np.int32(values[fired[k]] * scale - element_of(theta, fired[k]))
+    for k in range(len(found)):
+        largest = found[k] if found[k] > largest else largest
+    if len(found) == 0:
         return np.empty(0, np.uint8)
-    largest: Any = np.int32(0)
-    for i in range(count):
-        largest = max(largest, found[i])
-    width = 2 + (largest >= 1 << 16) + (largest >= 1 << 24)
-    out = np.empty(1 + width * count, np.uint8)
+    width = 2 + np.int64(largest >= 1 << 16) + np.int64(largest >= 1 << 24)
+    out = np.empty(1 + width * len(found), np.uint8)
     out[0] = width
     for j in range(width):
-        for i in range(count):
-            out[1 + j * count + i] = np.uint8((found[i] >> np.int32(8 * j)) & np.int32(255))
+        part = out[1 + j * len(found) :]
+        for k in range(len(found)):
+            part[k] = np.uint8((found[k] >> np.int32(8 * j)) & np.int32(255))
     return out
 
 
 @compiled
-def undo_overshoot(out: Any, spikes: Any, theta: Any, scale: float, record: Any) -> Any:
-    """Write what :func:`overshoot` wrote down over ``out``; returns how many bytes that took."""
-    count: Any = 0
-    for spike in spikes:
-        count += np.int64(spike)
-    if count == 0:
-        return 0
-    found, width, unit = np.zeros(count + 1, np.int32), np.int64(record[0]), 1 / scale
-    for j in range(width):
-        for i in range(count):
-            found[i] |= np.int32(record[1 + j * count + i]) << np.int32(8 * j)
-    k: Any = 0
-    above = np.empty(STRETCH, np.int32)
-    for start in range(0, len(out), STRETCH):
-        part = slice(start, min(start + STRETCH, len(out)))
-        outs, fired, thetas = out[part], spikes[part], part_of(theta, part)
-        n = len(outs)
-        for j in range(n):
-            above[j] = found[k]
-            k += np.int64(fired[j])
-        for j in range(n):
-            lost = np.float32((above[j] + np.float64(element_of(thetas, j))) * unit)
-            outs[j] = lost if fired[j] != 0 else outs[j]
-    return 1 + width * count
+def undo_overshoot(out: Any, bits: Any, theta: Any, scale: float, record: Any) -> None:
+    """Write what :func:`overshoot` wrote down over ``out``."""
+    fired = fired_of(bits)
+    above, unit = np.zeros(len(fired), np.int32), 1 / scale
+    if len(fired) == 0:
+        return
+    for j in range(np.int64(record[0])):
+        part = record[1 + j * len(fired) :]
+        for k in range(len(fired)):
+            above[k] |= np.int32(part[k]) << np.int32(8 * j)
+    for k in range(len(fired)):
+        out[fired[k]] = np.float32((above[k] + np.float64(element_of(theta, fired[k]))) * unit)
+
+
+@compiled
+def count_of(bits: Any) -> Any:
+    """How many bits are set."""
+    number: Any = 0
+    for byte in bits:
+        number += np.int64(_COUNTS[byte])
+    return number
 
 
 @compiled
@@ -321,23 +323,30 @@ def _add_and_reset(v: Any, current: Any, gain: Any, scale: Any, fired: Any, thet
 
 @compiled
 def charge(
-    u: Any, current: Any, spikes: Any, beta: Any, theta: Any, radix: int, each: int, kind: int,
+    u: Any, current: Any, reset_by: Any, beta: Any, theta: Any, radix: int, each: int, kind: int,
     scale: float, gain: Any, out: Any, lost: Any, threshold: Any, inclusive: bool, fired: Any, bits: Any,
 ) -> tuple[int, Any]:  # fmt: skip
     """The step, and its spikes if there is room for any; returns how many bytes of digits it wrote to
     ``lost``, and the reach."""
     v, codes, digits = np.empty(STRETCH), np.zeros(STRETCH, np.uint8), np.empty(STRETCH, np.uint16)
-    left, flags = np.empty(STRETCH, np.float32), np.empty(STRETCH, np.uint8)
+    left, before, flags = (
+        np.empty(STRETCH, np.float32),
+        np.empty(STRETCH, np.uint8),
+        np.empty(STRETCH, np.uint8),
+    )
     at, waiting, held, largest = 0, 0, 0, np.int32(0)
     for start in range(0, len(u), STRETCH):
         part = slice(start, min(start + STRETCH, len(u)))
         us, xs, outs, betas = u[part], current[part], out[part], part_of(beta, part)
         n = len(us)
+        spikes = before[:n]
+        if kind != KEEP:
+            unpack(reset_by[start // 8 :], spikes)
         if kind >= ZERO_BEFORE:
             for j in range(n):
                 left[j] = us[j]
             us = left[:n]
-            _zero_where(spikes[part], us)
+            _zero_where(spikes, us)
         if len(lost) == 0:
             _decay(us, scale, betas, v)
         elif radix == 2:
@@ -347,11 +356,11 @@ def charge(
             _decay_and_digits(us, scale, betas, v, digits)
             at = combine(digits, n, radix, each, lost, at)
         if kind == MINUS_THETA:
-            _add_and_reset(v, xs, gain, np.float32(scale), spikes[part], part_of(theta, part), outs)
+            _add_and_reset(v, xs, gain, np.float32(scale), spikes, part_of(theta, part), outs)
         else:
             _add(v, xs, gain, np.float32(scale), outs)
         if kind == ZERO_AFTER:
-            _zero_where(spikes[part], outs)
+            _zero_where(spikes, outs)
         largest = _largest(outs, largest)
         if len(fired):
             _fire(outs, part_of(threshold, part), inclusive, fired[part], bits[start // 8 :], flags)
@@ -395,25 +404,29 @@ def _lowest_of_two(v: Any, inverse: Any, offset: Any, spare: Any, n: int, codes:
 
 @compiled
 def undo(
-    state: Any, current: Any, spikes: Any, beta: Any, inverse: Any, offset: Any, spare: Any, theta: Any,
+    state: Any, current: Any, bits: Any, beta: Any, inverse: Any, offset: Any, spare: Any, theta: Any,
     radix: int, each: int, kind: int, scale: float, gain: Any, record: Any, out: Any,
 ) -> None:  # fmt: skip
     """Write the state that :func:`charge` started from."""
     v, codes, digits = np.empty(STRETCH), np.zeros(STRETCH, np.uint8), np.empty(STRETCH, np.uint16)
-    unit, at = 1 / scale, 0
+    unit, at, overshoots, flags = 1 / scale, 0, record, np.empty(STRETCH, np.uint8)
     if kind >= ZERO_BEFORE:
-        record = record[undo_overshoot(out, spikes, theta, scale, record) :]
+        number = count_of(bits)
+        record = record[1 + np.int64(record[0]) * number :] if number else record
     for start in range(0, len(state), STRETCH):
         part = slice(start, min(start + STRETCH, len(state)))
         hs, xs, outs = state[part], current[part], out[part]
         n = len(hs)
+        spikes = flags[:n]
+        if kind != KEEP:
+            unpack(bits[start // 8 :], spikes)
         if kind == MINUS_THETA:
             thetas = part_of(theta, part)
-            _subtract_and_unreset(hs, xs, gain, np.float32(scale), spikes[part], thetas, v)
+            _subtract_and_unreset(hs, xs, gain, np.float32(scale), spikes, thetas, v)
         else:
             _subtract(hs, xs, gain, np.float32(scale), v)
         if kind >= ZERO_BEFORE:
-            _zero_where(spikes[part], v)
+            _zero_where(spikes, v)
         inverses, offsets = part_of(inverse, part), part_of(offset, part)
         if radix == 2:
             _lowest_of_two(v, inverses, offsets, part_of(spare, part), n, codes)
@@ -425,13 +438,10 @@ def undo(
             at = separate(digits, n, radix, each, record, at)
             for j in range(n):
                 v[j] += digits[j]
-        if kind >= ZERO_BEFORE:
-            fired = spikes[part]
-            for j in range(n):
-                outs[j] = outs[j] if fired[j] != 0 else np.float32((v[j] + 0.0) * unit)
-        else:
-            for j in range(n):
-                outs[j] = np.float32((v[j] + 0.0) * unit)  # -0 + 0 is +0
+        for j in range(n):
+            outs[j] = np.float32((v[j] + 0.0) * unit)  # -0 + 0 is +0
+    if kind >= ZERO_BEFORE:
+        undo_overshoot(out, bits, theta, scale, overshoots)
 
 
 @compiled
@@ -451,3 +461,32 @@ def unreset(v: Any, spikes: Any, theta: Any, unit: Any, out: Any) -> None:
     """Undo a reset by subtraction."""
     for i in range(len(v)):
         out[i] = v[i] + np.float32(spikes[i]) * (np.float32(element_of(theta, i)) * unit)
+
+
+@compiled
+def gate(g: Any, factor: Any, bits: Any, out: Any) -> None:
+    """Write ``g * factor`` times 0 where neurons fired."""
+    flags = np.empty(STRETCH, np.uint8)
+    for start in range(0, len(g), STRETCH):
+        part = slice(start, min(start + STRETCH, len(g)))
+        gs, outs, factors = g[part], out[part], part_of(factor, part)
+        unpack(bits[start // 8 :], flags[: len(gs)])
+        for j in range(len(gs)):
+            outs[j] = gs[j] * element_of(factors, j) * (np.float32(1) - np.float32(flags[j]))
+
+
+@compiled
+def atan(h: Any, theta: Any, grad: Any, factor: Any, half: Any, out: Any) -> None:
+    """The gradient through an arc tangent's slope, in the order of operations of snnTorch's ``ATan``."""
+    one = np.float32(1)
+    for i in range(len(h)):
+        s = (h[i] - element_of(theta, i)) * factor
+        out[i] = one / (s * s + one) * half * grad[i]
+
+
+@compiled
+def fast_sigmoid(h: Any, theta: Any, grad: Any, slope: Any, out: Any) -> None:
+    """The same of snnTorch's ``FastSigmoid``."""
+    for i in range(len(h)):
+        s = abs(h[i] - element_of(theta, i)) * slope + np.float32(1)
+        out[i] = grad[i] / (s * s)

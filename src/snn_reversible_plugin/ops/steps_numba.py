@@ -7,6 +7,7 @@ is another.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -46,17 +47,17 @@ def charge(
     radix, each = _radix(step)
     kind = _KINDS.get(step.reset, kernels.KEEP)
     un, theta = u.numpy(), _double(step.theta)
-    fired = _NO_BYTES if kind == kernels.KEEP else _unpacked(bits, len(un))
+    reset_by = _NO_BYTES if kind == kernels.KEEP else bits
     digits, pieces = _NO_BYTES, []
     if record and radix > 1:
         digits = np.empty(len(un) // each + 2 if each else 2 * len(un), np.uint8)
     if record and kind >= kernels.ZERO_BEFORE:
-        pieces.append(kernels.overshoot(un, fired, theta, step.scale))
+        pieces.append(kernels.overshoot(un, reset_by, theta, step.scale))
     gain = np.float32(1 if step.gain is None else step.gain)
     threshold, inclusive, spikes = (0.0, False, None) if fires is None else fires
     found = _NO_BYTES if spikes is None else np.empty((len(un) + 7) // 8, np.uint8)
     used, reach = kernels.charge(
-        un, current.numpy(), fired, step.decay.arrays[0], theta, radix, each, kind, step.scale, gain,
+        un, current.numpy(), reset_by, step.decay.arrays[0], theta, radix, each, kind, step.scale, gain,
         out.numpy(), digits, _single(threshold), inclusive, _NOTHING if spikes is None else spikes.numpy(),
         found,
     )  # fmt: skip
@@ -72,11 +73,11 @@ def undo(
     radix, each = _radix(step)
     kind = _KINDS.get(step.reset, kernels.KEEP)
     out = torch.empty_like(state)
-    spikes = _NO_BYTES if kind == kernels.KEEP else _unpacked(bits, len(state))
+    reset_by = _NO_BYTES if kind == kernels.KEEP else bits
     gain = np.float32(1 if step.gain is None else step.gain)
     kernels.undo(
-        state.numpy(), current.numpy(), spikes, *step.decay.arrays, _double(step.theta), radix, each, kind,
-        step.scale, gain, record, out.numpy(),
+        state.numpy(), current.numpy(), reset_by, *step.decay.arrays, _double(step.theta), radix, each,
+        kind, step.scale, gain, record, out.numpy(),
     )  # fmt: skip
     return out
 
@@ -92,7 +93,9 @@ def reset(
 ) -> tuple[list[Any], float]:
     """See :func:`snn_reversible_plugin.ops.steps_numpy.reset`."""
     hn, sn, theta = h.numpy(), spikes.numpy(), _double(theta)
-    pieces = [kernels.overshoot(hn, sn, theta, scale)] if record and to is not None else []
+    pieces = []
+    if record and to is not None:
+        pieces.append(kernels.overshoot(hn, np.packbits(sn != 0, bitorder="little"), theta, scale))
     unit, value = np.float32(1 / scale), np.float32(to or 0.0)
     return pieces, kernels.reset(hn, sn, theta, to is None, value, unit, out.numpy())
 
@@ -101,14 +104,33 @@ def unreset(
     v: torch.Tensor, bits: Piece, theta: Any, to: float | None, scale: float, record: Piece
 ) -> torch.Tensor:
     """See :func:`snn_reversible_plugin.ops.steps_numpy.unreset`."""
-    spikes = _unpacked(bits, len(v))
     if to is None:
         out = torch.empty_like(v)
+        spikes = np.empty(len(v), np.uint8)
+        kernels.unpack(bits, spikes)
         kernels.unreset(v.numpy(), spikes, _double(theta), np.float32(1 / scale), out.numpy())
     else:
         out = v.clone()
-        kernels.undo_overshoot(out.numpy(), spikes, _double(theta), scale, record)
+        kernels.undo_overshoot(out.numpy(), bits, _double(theta), scale, record)
     return out
+
+
+def gate(g: torch.Tensor, factor: Any, bits: Piece, out: torch.Tensor) -> None:
+    """See :func:`snn_reversible_plugin.ops.steps_torch.gate`."""
+    kernels.gate(g.numpy(), _single(factor), bits, out.numpy())
+
+
+def atan(h: torch.Tensor, theta: Any, grad: torch.Tensor, out: torch.Tensor, *, alpha: float) -> None:
+    """Write the gradient through snnTorch's ``ATan`` surrogate of ``h - theta`` into ``out``."""
+    factor, half = np.float32(math.pi / 2 * alpha), np.float32(alpha / 2)
+    kernels.atan(h.numpy(), _single(theta), grad.numpy(), factor, half, out.numpy())
+
+
+def fast_sigmoid(
+    h: torch.Tensor, theta: Any, grad: torch.Tensor, out: torch.Tensor, *, slope: float
+) -> None:
+    """The same of its ``FastSigmoid``."""
+    kernels.fast_sigmoid(h.numpy(), _single(theta), grad.numpy(), np.float32(slope), out.numpy())
 
 
 def _radix(step: Step) -> tuple[int, int]:
@@ -117,12 +139,6 @@ def _radix(step: Step) -> tuple[int, int]:
     if radix <= 2:
         return radix, 8
     return radix, 0 if radix > 256 else digits_a_byte(radix)
-
-
-def _unpacked(bits: Any, n: int) -> Piece:
-    flags = np.empty(n, np.uint8)
-    kernels.unpack(bits, flags)
-    return flags
 
 
 def _single(value: Any) -> Any:

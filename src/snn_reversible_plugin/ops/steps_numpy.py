@@ -325,6 +325,13 @@ def unreset(
     return out
 
 
+def gate(g: torch.Tensor, factor: Any, bits: Piece, out: torch.Tensor) -> None:
+    """See :func:`snn_reversible_plugin.ops.steps_torch.gate`."""
+    on = out.numpy()
+    np.multiply(g.numpy(), np.asarray(_array(factor), np.float32), out=on)
+    on *= 1 - _spikes(bits, len(on))
+
+
 def _spikes(bits: Piece, n: int) -> Piece:
     return np.unpackbits(bits, count=n, bitorder="little").astype(np.float32)
 

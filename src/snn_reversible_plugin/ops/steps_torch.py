@@ -100,6 +100,11 @@ def unreset(v: Tensor, bits: Tensor, theta: Any, to: float | None, scale: float,
     return record.clone().view(torch.float32)
 
 
+def gate(g: Tensor, factor: Any, bits: Tensor, out: Tensor) -> None:
+    """Write ``g * factor`` times 0 where neurons fired; ``factor``: a number, or float32 [n]."""
+    torch.mul(g, factor, out=out).mul_(1 - _spikes(bits, g))
+
+
 def _spikes(bits: Tensor, like: Tensor) -> Tensor:
     spikes = torch.empty_like(like)
     bits_torch.unpack_bits(bits, spikes)

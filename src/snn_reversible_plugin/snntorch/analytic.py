@@ -229,7 +229,7 @@ _factors: weakref.WeakKeyDictionary[nn.Module, tuple[Tensor, int, bool]] = weakr
 
 
 def is_ungraded(neuron: Any) -> bool:
-    """Whether the factor of a neuron's spikes is known to be the constant 1, without waiting for a device."""
+    """Whether the factor of a neuron's spikes is known to be 1, without waiting for a device."""
     factor: Tensor = neuron.graded_spikes_factor
     known = _factors.get(neuron)
     if known is None or known[0] is not factor or known[1] != factor._version or factor.requires_grad:

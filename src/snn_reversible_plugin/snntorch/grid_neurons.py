@@ -34,7 +34,7 @@ SPECS = (neurons.LEAKY, neurons.LAPICQUE, neurons.SYNAPTIC, neurons.RLEAKY, neur
 
 def spec_of(neuron: Any) -> Spec | None:
     """What the grid knows of a neuron's type."""
-    return _spec_of(type(neuron))
+    return _spec_of(type(neuron))  # type: ignore[arg-type]
 
 
 @functools.cache

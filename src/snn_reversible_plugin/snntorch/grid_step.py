@@ -24,8 +24,9 @@ from snn_reversible_plugin.grid import decay, snap
 from snn_reversible_plugin.handles import is_dense
 from snn_reversible_plugin.ops.decays import AFTER, BEFORE, NONE, SUBTRACT, Step, decay_of
 from snn_reversible_plugin.snntorch.charges import through_clamp
-from snn_reversible_plugin.snntorch.surrogates import Derivative
+from snn_reversible_plugin.snntorch.surrogates import Derivative, in_one_pass
 from snn_reversible_plugin.timeline import (
+    NewBits,
     NewSpikes,
     NewState,
     Timeline,
@@ -41,12 +42,13 @@ from snn_reversible_plugin.timeline import (
 class Plan:
     """A neuron's constants, as long as its parameters are what they are.
 
-    ``theta``: the threshold on the grid, as a tensor of the parameter's shape; ``flat_theta``: a number, or
-    float32 [n].
+    ``beta``: the decay, clamped; ``theta``: the threshold on the grid, as a tensor of the parameter's
+    shape; ``flat_theta``: a number, or float32 [n].
     """
 
     step: Step
     derivative: Derivative
+    beta: Tensor
     theta: Tensor
     flat_theta: Any
     name: str
@@ -97,6 +99,16 @@ class Plan:
             pieces.extend(found)
         return reach, fired
 
+    def surrogate(self, mem: Tensor, g: Tensor) -> Tensor:
+        """The gradient of a membrane from that of its spikes."""
+        write = in_one_pass(self.derivative) if mem.device.type == "cpu" else None
+        stride = mem.stride()
+        if write is None or g.stride() != stride or g.dtype is not torch.float32:
+            return self.derivative(mem - self.theta, g)
+        out = like(mem)
+        write(flat(mem, stride), self.flat_theta, flat(g, stride), flat(out, stride))
+        return out
+
     def back(self, timeline: Timeline, t: int, state: Tensor, current: Tensor) -> Tensor:
         """The flat state before step t, from the one after it."""
         bits = None if self.step.reset == NONE else timeline.bits(t - 1)[0]
@@ -141,7 +153,7 @@ def plan_of(
         flat_theta: Any = float(theta) if theta.numel() == 1 else _each(theta, example)
         scale = 2.0**bits
         step = Step(decay_of(factor, low, high, name), flat_theta * scale, reset, scale)
-    plan = plans[state] = Plan(step, derivative, theta, flat_theta, name, versions, bits)
+    plan = plans[state] = Plan(step, derivative, clamped, theta, flat_theta, name, versions, bits)
     return plan
 
 
@@ -151,10 +163,11 @@ def _each(parameter: Tensor, example: Tensor) -> Tensor:
 
 
 class Charging(torch.autograd.Function):
-    """``plan.charging.apply([bits, reset, pieces, spikes, found], u, current, beta, threshold)`` -> the state.
+    """``plan.charging.apply(call, u, current, beta, threshold)`` -> the state after the charge.
 
-    Of the list, ``bits`` to ``spikes`` are the arguments of :meth:`Plan.charge`, ``reset`` the spikes of u
-    where the gradient asks for them, and ``found`` what it returns.
+    Of the ``call = [bits, reset, pieces, spikes, found]``, ``reset`` are the spikes of u where the gradient
+    asks for them, as bits if u is contiguous; ``found`` collects what :meth:`Plan.charge` returns; the
+    rest are its arguments.
     """
 
     @staticmethod
@@ -166,7 +179,8 @@ class Charging(torch.autograd.Function):
         state = like(u)
         found.extend(plan.charge(u, current, bits, pieces, state, spikes))
         # Asking for needs_input_grad here would cost bytes a step.
-        ctx.save_for_backward(beta, u if beta.requires_grad else None, reset)
+        learned = beta.requires_grad
+        ctx.save_for_backward(beta if learned else None, u if learned else None, reset)
         if current.dtype is not torch.float32:
             ctx.dtype = current.dtype
         return state
@@ -179,20 +193,38 @@ class Charging(torch.autograd.Function):
         dtype = getattr(ctx, "dtype", torch.float32)
         _, of_u, of_current, of_beta, of_threshold = ctx.needs_input_grad
         kind = plan.step.reset
-        passed: Any = 1 - reset if kind in (BEFORE, AFTER) else None
         if kind == AFTER:
-            g = g * passed
+            g = _gated(g, 1.0, reset)
         by_threshold = by_beta = by_u = None
         if of_threshold and kind == SUBTRACT:
-            by_threshold = (-g * reset).sum_to_size(plan.theta.shape)
+            by_threshold = (-g * _spikes(reset, g)).sum_to_size(plan.theta.shape)
         if of_beta:
-            decayed = u if kind != BEFORE else passed * u
+            decayed = u if kind != BEFORE else (1 - _spikes(reset, g)) * u
             by_beta = through_clamp(beta, (g * decayed).sum_to_size(beta.shape).to(beta.dtype))
         if of_u:
-            by_u = g * beta.clamp(0, 1)
-            if kind == BEFORE:
-                by_u = by_u * passed
+            factor = plan.beta if beta is None else beta.clamp(0, 1)
+            by_u = _gated(g, factor, reset) if kind == BEFORE else g * factor
         return None, by_u, g.to(dtype) if of_current else None, by_beta, by_threshold
+
+
+def _spikes(reset: Tensor, g: Tensor) -> Tensor:
+    """The spikes of a reset, which are saved as bits where a layout is contiguous."""
+    if reset.dtype is not torch.uint8:
+        return reset
+    spikes = torch.empty(g.shape, device=g.device)
+    ops.steps_on(g.device).fired(ops.as_pieces(reset), spikes.view(-1))
+    return spikes
+
+
+def _gated(g: Tensor, factor: Any, reset: Tensor) -> Tensor:
+    """``g * factor``, and times 0 where neurons fired."""
+    one = isinstance(factor, float) or factor.numel() == 1
+    if reset.dtype is not torch.uint8 or not one:
+        return (g * factor).mul_(1 - _spikes(reset, g))
+    out = torch.empty(g.shape, device=g.device)
+    form = ops.steps_on(g.device)
+    form.gate(flat(g, out.stride()), float(factor), ops.as_pieces(reset), out.view(-1))
+    return out
 
 
 class Firing(torch.autograd.Function):
@@ -208,10 +240,16 @@ class Firing(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         mem, *threshold = ctx.saved_tensors
         plan: Plan = ctx._forward_cls.plan
-        of_mem = plan.derivative(mem - plan.theta, g)
+        of_mem = plan.surrogate(mem, g)
         to_mem = ctx.needs_input_grad[1]
         of_threshold = [(-of_mem).sum_to_size(one.shape).to(one.dtype) for one in threshold]
         return None, of_mem if to_mem else None, *of_threshold
+
+
+def _unpacked(bits: Any, u: Tensor) -> Tensor:
+    spikes = like(u)
+    ops.steps_on(u.device).fired(bits, flat(spikes, u.stride()))
+    return spikes
 
 
 def _charge(
@@ -231,10 +269,10 @@ def _charge(
         reset = None
         kind = plan.step.reset
         if kind in (BEFORE, AFTER) or (kind == SUBTRACT and threshold.requires_grad):
-            reset = like(u)
-            ops.steps_on(u.device).fired(bits, flat(reset, u.stride()))
+            reset = torch.as_tensor(bits) if u.is_contiguous() else _unpacked(bits, u)
             if timeline is not None:
-                enter(reset, NewSpikes(timeline, timeline.length))
+                known = NewBits if u.is_contiguous() else NewSpikes
+                enter(reset, known(timeline, timeline.length))
         found: list[Any] = []
         state = plan.charging.apply([bits, reset, pieces, spikes, found], u, current, beta, threshold)
         return state, pieces, *found
@@ -326,9 +364,7 @@ class Fired(NamedTuple):
 
     def spikes(self) -> Tensor:
         """The spikes themselves."""
-        spikes = torch.empty_strided(self.size, self.stride, device=self.device)
-        ops.steps_on(self.device).fired(self.bits, flat(spikes, self.stride))
-        return spikes
+        return _unpacked(self.bits, torch.empty_strided(self.size, self.stride, device=self.device))
 
 
 def reference(

@@ -22,6 +22,8 @@ import torch
 from snntorch import surrogate
 from torch import Tensor
 
+from snn_reversible_plugin import ops
+
 Derivative = Callable[[Tensor, Tensor], Tensor]
 """``derivative(shift, grad)``: the gradient for ``shift = mem - threshold``, which it may overwrite.
 
@@ -96,6 +98,27 @@ def derivative_of(spike_grad: Any) -> Derivative | None:
             return None
     # The types are part of the key: 25 and 25.0 are equal, but a kernel may round them apart.
     return _trusted(spike_grad.__code__, values, tuple(map(type, values)), _Unkeyed(spike_grad))
+
+
+@functools.cache
+def in_one_pass(derivative: Derivative) -> Callable[..., None] | None:
+    """``write(mem, threshold, grad, out)`` for a derivative, flat and float32 on the CPU, to the same bits.
+
+    None where nothing is compiled for it.
+    """
+    if not isinstance(derivative, functools.partial):
+        return None
+    form = ops.steps_on(torch.device("cpu"))
+    compiled = {_atan: "atan", _fast_sigmoid: "fast_sigmoid"}.get(derivative.func)
+    write = getattr(form, compiled, None) if compiled is not None else None
+    if write is None:
+        return None
+    write = functools.partial(write, **derivative.keywords)
+    mem, grad = torch.linspace(-3, 4, 1001), torch.linspace(-1, 2, 1001).sin_()
+    out = torch.empty_like(mem)
+    write(mem, 0.7, grad, out)
+    same = torch.equal(out, derivative(mem - 0.7, grad))
+    return write if same else None
 
 
 class _Unkeyed:
