@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from snn_reversible_plugin import tape
-from snn_reversible_plugin.grid import check_bits, check_range, reach, snap
+from snn_reversible_plugin.grid import add_snapped, check_bits, check_range, reach, snap
 from snn_reversible_plugin.halves import Half, Key, fresh_states, state_tensors
 from snn_reversible_plugin.handles import checksum
 from snn_reversible_plugin.rebuilt import Flips, Rebuild, Undo, difference, flipped, with_strides
@@ -359,11 +359,9 @@ def _couple(name: str, stream: Tensor, out: Tensor, bits: int | None) -> Tensor:
         )
     if bits is None:
         return stream + out
-    branch = snap(out, bits)
-    del out
-    if torch.is_grad_enabled() or branch.stride() != stream.stride() or branch.dtype != stream.dtype:
-        return stream + branch
-    return branch.add_(stream)  # as large as the streams are, one less of them at the peak
+    if torch.is_grad_enabled():
+        return stream + snap(out, bits)
+    return add_snapped(stream, out, bits)
 
 
 def _split(x: Tensor | Streams, dim: int, name: str) -> Streams:
