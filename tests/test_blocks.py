@@ -12,8 +12,8 @@ from torch import nn
 
 import snn_reversible_plugin as srp
 from snn_reversible_plugin.blocks import RevSBlock, RevSSequence
-from snn_reversible_plugin.halves import reset_states
 from snn_reversible_plugin.memory import count_step
+from snn_reversible_plugin.snapshots import reset_states
 
 NEURONS = {
     "if": lambda: neuron.IFNode(step_mode="m"),

@@ -7,7 +7,7 @@ Source: design section 5.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -107,8 +107,8 @@ def with_strides(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
 
 
 @contextmanager
-def observed_spikes(module: nn.Module, on: bool) -> Iterator[Spikes]:
-    """The spikes of every neuron that runs inside, of both frameworks, in the order of the calls."""
+def observed_spikes(modules: Iterable[nn.Module]) -> Iterator[Spikes]:
+    """The spikes of every neuron among the modules, of both frameworks, in the order of the calls."""
     found: Spikes = []
 
     def hook(_neuron: nn.Module, _inputs: Any, output: Any) -> None:
@@ -116,8 +116,7 @@ def observed_spikes(module: nn.Module, on: bool) -> Iterator[Spikes]:
         with tape.paused(), torch.no_grad():
             found.append((ops.pack_bits(spikes.detach().reshape(-1)), spikes.numel()))
 
-    neurons = [inner for inner in module.modules() if is_spiking(inner)] if on else []
-    hooks = [neuron.register_forward_hook(hook) for neuron in neurons]
+    hooks = [module.register_forward_hook(hook) for module in modules if is_spiking(module)]
     try:
         yield found
     finally:

@@ -217,6 +217,32 @@ def stock_classes(modules: Iterable[nn.Module]) -> Iterator[None]:
             mark_stock_type(module, marked)
 
 
+def lean_types(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, type[nn.Module]]]:
+    """The stock neurons among the modules that have a type with an analytic backward, and that type."""
+    lean = []
+    for module in modules:
+        try:
+            target = reversible_type(module)
+        except StaysStock:
+            continue
+        if target not in (None, type(module)) and getattr(target, "treatment", None) == "analytic":
+            lean.append((module, target))
+    return lean  # type: ignore[return-value]
+
+
+@contextmanager
+def lent_classes(swaps: Iterable[tuple[nn.Module, type[nn.Module]]]) -> Iterator[None]:
+    """Inside, these instances have another class."""
+    classes = [(module, type(module)) for module, _ in swaps]
+    try:
+        for module, target in swaps:
+            module.__class__ = target
+        yield
+    finally:
+        for module, cls in classes:
+            module.__class__ = cls
+
+
 def _new_swapped(mixin: type, stock_type: type[nn.Module], *args: Any) -> nn.Module:
     cls = swapped_class(mixin, stock_type)
     return cls.__new__(cls, *args)
