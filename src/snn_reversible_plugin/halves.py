@@ -35,8 +35,13 @@ from snn_reversible_plugin.snapshots import Key, Snapshot, Table, differentiable
 # 6. The stream's own gradient enters the branch's graph beside the branch's, through an identity made last.
 #    It arrives at the branch's input first, as in a plain run, so that three and more terms add up in
 #    the same order.
-# 7. Stock neurons run as their reversible types that have an analytic backward, with the same bits: a
+# 7. A tape takes Python for each operation, and what it saves of a branch lives for one backward of that
+#    branch alone: of a small stream that is not worth it.
+# 8. Stock neurons run as their reversible types that have an analytic backward, with the same bits: a
 #    graph of their operations, one by one, is larger and slower.
+
+
+SMALL = 1 << 18  # bytes
 
 
 class Half:
@@ -138,7 +143,7 @@ class Half:
             stack.enter_context(_random(self._rng, x.device))
             entry = stack.enter_context(self._as_it_was(states, aliases))
             outputs, g_outputs = [], []
-            with torch.enable_grad(), _autocast(self._autocast), tape.recording(mode):
+            with torch.enable_grad(), _autocast(self._autocast), _recording(mode, x):
                 leaf.requires_grad_()
                 with lent_classes(self._lean), self._observed(observe) as spikes:
                     value = self.block(leaf, half=self.half)
@@ -226,6 +231,10 @@ class Half:
                     "Register it as a parameter, detach it, or set reversible=False."
                 )
             nodes += [following for following, _ in node.next_functions]
+
+
+def _recording(mode: str, x: Tensor) -> Any:
+    return tape.recording(mode) if x.numel() * x.element_size() > SMALL else nullcontext()
 
 
 def check_output(name: str, out: Any, x: Tensor, version: int) -> None:
