@@ -35,8 +35,8 @@ from snn_reversible_plugin.snapshots import Key, Snapshot, Table, differentiable
 # 6. The stream's own gradient enters the branch's graph beside the branch's, through an identity made last.
 #    It arrives at the branch's input first, as in a plain run, so that three and more terms add up in
 #    the same order.
-# 7. A tape takes Python for each operation, and what it saves of a branch lives for one backward of that
-#    branch alone: of a small stream that is not worth it.
+# 7. A tape takes Python for each operation, and saves what lies between the layers of a branch. A branch
+#    that is one layer of a small stream runs without.
 # 8. Stock neurons run as their reversible types that have an analytic backward, with the same bits: a
 #    graph of their operations, one by one, is larger and slower.
 
@@ -91,6 +91,13 @@ class Half:
                 if parameter is not None:
                     yield parameter
 
+    def _recording(self, mode: str, x: Tensor) -> Any:
+        if x.numel() * x.element_size() > SMALL:
+            return tape.recording(mode)
+        layers = sum(any(p.dim() > 1 for p in module._parameters.values() if p is not None)
+                     for module in self._modules)  # fmt: skip
+        return tape.recording(mode) if layers > 1 else nullcontext()
+
     def _observed(self, observe: bool) -> Any:
         return observed_spikes(self._modules) if observe else nullcontext([])
 
@@ -143,7 +150,7 @@ class Half:
             stack.enter_context(_random(self._rng, x.device))
             entry = stack.enter_context(self._as_it_was(states, aliases))
             outputs, g_outputs = [], []
-            with torch.enable_grad(), _autocast(self._autocast), _recording(mode, x):
+            with torch.enable_grad(), _autocast(self._autocast), self._recording(mode, x):
                 leaf.requires_grad_()
                 with lent_classes(self._lean), self._observed(observe) as spikes:
                     value = self.block(leaf, half=self.half)
@@ -231,10 +238,6 @@ class Half:
                     "Register it as a parameter, detach it, or set reversible=False."
                 )
             nodes += [following for following, _ in node.next_functions]
-
-
-def _recording(mode: str, x: Tensor) -> Any:
-    return tape.recording(mode) if x.numel() * x.element_size() > SMALL else nullcontext()
 
 
 def check_output(name: str, out: Any, x: Tensor, version: int) -> None:

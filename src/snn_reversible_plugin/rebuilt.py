@@ -22,7 +22,7 @@ from snn_reversible_plugin.handles import is_dense
 
 Spikes = list[tuple[Tensor, int]]  # of each call of a neuron: its spikes as bits, and how many there are
 Flips = tuple[Tensor, int]  # how many spikes flipped, on their device, of how many
-PIECES, LEAST = 16, 1 << 14  # parts of a stream, and the fewest elements that are worth an operation
+PIECES, LEAST = 16, 1 << 13  # parts of a stream, and the fewest elements that are worth an operation
 
 
 @dataclass(frozen=True)

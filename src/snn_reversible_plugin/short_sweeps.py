@@ -17,6 +17,7 @@ from snn_reversible_plugin import ops
 from snn_reversible_plugin.dynamics import Rule, Surrogate
 
 MOST = 1 << 16  # elements: beyond, arithmetic takes the time, and torch has threads for it
+AT_ONCE = 3  # time steps of surrogate gradients: with them, no more buffers than `sweeps` has
 
 
 def forward(
@@ -47,10 +48,20 @@ def backward(
         return False
     if g_x.data_ptr() != x2.data_ptr():
         g_x.copy_(x2)
-    state = _start(torch.empty_like(x2[0]) if v_last is None else v_last, v)
-    u = torch.empty_like(x2)
-    kernels.charge(g_x, state, u, *_settings(rule))
-    kernels.backward(g_x, surrogate.vjp(g_s, u).contiguous(), g_v, *_settings(rule))
+    steps, settings = len(x2), _settings(rule)
+    carry = _start(torch.empty_like(x2[0]) if v_last is None else v_last, v)
+    kernels.charge(g_x, carry, *settings)
+    if v_last is not None:
+        carry = torch.empty_like(v_last)
+    if g_v is not None:
+        carry.copy_(g_v)
+    room = torch.empty_like(x2[:AT_ONCE])
+    for end in range(steps, 0, -AT_ONCE):
+        part = slice(max(end - AT_ONCE, 0), end)
+        h = g_x[part]
+        u = torch.sub(h, rule.v_threshold, out=room[: len(h)])
+        through = surrogate.vjp(g_s[part], u).contiguous()
+        kernels.backward(h, through, carry, g_v is not None or end < steps, *settings)
     return True
 
 

@@ -65,15 +65,11 @@ def _forward(
 
 
 @compiled
-def _again(h: Any, v: Any, threshold: Any, soft: bool, to: Any, tau: Any, leak: int, u: Any) -> None:
-    """h [T, n] holds currents and gets charged membranes, u [T, n] how far those are above the threshold;
-    v [n] becomes the final membrane."""
+def _again(h: Any, v: Any, threshold: Any, soft: bool, to: Any, tau: Any, leak: int) -> None:
+    """h [T, n] holds currents and gets charged membranes; v [n] becomes the final membrane."""
     for t in range(len(h)):
-        now, above = h[t], u[t]
-        _charge(now, v, to, tau, leak)
-        for i in range(len(now)):
-            above[i] = now[i] - threshold
-        _reset(now, threshold, soft, to, v)
+        _charge(h[t], v, to, tau, leak)
+        _reset(h[t], threshold, soft, to, v)
 
 
 @compiled
@@ -118,29 +114,27 @@ def forward(
     decay_input: bool,
 ) -> None:
     """Spikes of the currents x [T, n] into s; v [n], the membrane before, becomes the one after."""
-    h = np.empty(x.shape[1], np.float32)
     rule = _rule(threshold, v_reset, tau, decay_input)
-    _forward(_array(x), _array(v), *rule, h, _array(s))
+    _forward(_array(x), _array(v), *rule, _array(torch.empty_like(v)), _array(s))
 
 
 def charge(
     x: torch.Tensor,
     v: torch.Tensor,
-    u: torch.Tensor,
     threshold: float,
     v_reset: float | None,
     tau: float | None,
     decay_input: bool,
 ) -> None:
-    """The same, but x becomes the charged membranes, and u how far they are above the threshold."""
-    rule = _rule(threshold, v_reset, tau, decay_input)
-    _again(_array(x), _array(v), *rule, _array(u))
+    """The same, but x becomes the charged membranes."""
+    _again(_array(x), _array(v), *_rule(threshold, v_reset, tau, decay_input))
 
 
 def backward(
     h: torch.Tensor,
     through: torch.Tensor,
-    g_v: torch.Tensor | None,
+    carry: torch.Tensor,
+    carries: bool,
     threshold: float,
     v_reset: float | None,
     tau: float | None,
@@ -148,11 +142,11 @@ def backward(
 ) -> None:
     """Charged membranes h become gradients of the currents. The reset is detached.
 
-    ``through`` is the spikes' gradient times the surrogate's, ``g_v`` the final membrane's gradient.
+    ``through`` is the spikes' gradient times the surrogate's. ``carry`` holds the gradient of the membrane
+    after these steps if it ``carries`` one, and gets that of the membrane before.
     """
     single, soft, _, time_constant, leak = _rule(threshold, v_reset, tau, decay_input)
-    carry = np.empty(h.shape[1], np.float32) if g_v is None else _array(g_v).copy()
-    _back(_array(h), _array(through), carry, g_v is not None, single, soft, time_constant, leak)
+    _back(_array(h), _array(through), _array(carry), carries, single, soft, time_constant, leak)
 
 
 def _rule(threshold: float, v_reset: float | None, tau: float | None, decay_input: bool) -> tuple[Any, ...]:
