@@ -298,8 +298,7 @@ class _Chain(torch.autograd.Function):
         if hasattr(ctx, "maybe_clear_saved_tensors"):
             ctx.maybe_clear_saved_tensors()  # the output's last use is soon over
         kept = [[saved.pop(0) for _ in range(count)] for count in ctx.counts]
-        needs = ctx.needs_input_grad[3:]
-        wanted = {id(p) for p, needed in zip(run.parameters, needs, strict=False) if needed}
+        wanted = {id(p) for p, on in zip(run.parameters, ctx.needs_input_grad[3:], strict=False) if on}
         totals: dict[int, Tensor] = {}
         a = with_strides(a, run.strides[-1])
         reaches = [reach(a), reach(b)]
