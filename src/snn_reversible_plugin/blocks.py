@@ -359,10 +359,9 @@ def _couple(name: str, stream: Tensor, out: Tensor, bits: int | None) -> Tensor:
             f"{name} returned a tensor of shape {tuple(out.shape)} for a stream of shape "
             f"{tuple(stream.shape)}: a branch must keep the shape. What changes it goes between two chains."
         )
-    if bits is None:
+    if bits is None or torch.is_grad_enabled():
+        out = out if bits is None else snap(out, bits)  # the branch's own output may go
         return stream + out
-    if torch.is_grad_enabled():
-        return stream + snap(out, bits)
     return add_snapped(stream, out, bits)
 
 
