@@ -11,9 +11,10 @@ from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 
 import snn_reversible_plugin as srp
+from snn_reversible_plugin import halves
 from snn_reversible_plugin.blocks import RevSBlock, RevSSequence
-from snn_reversible_plugin.halves import reset_states
 from snn_reversible_plugin.memory import count_step
+from snn_reversible_plugin.snapshots import reset_states
 
 NEURONS = {
     "if": lambda: neuron.IFNode(step_mode="m"),
@@ -96,10 +97,59 @@ def test_spikingjelly_equals_the_plain_run(node, states, converted):
     assert model.last_rebuild.flipped_bits == 0
 
 
+@pytest.mark.parametrize("small", [0, halves.SMALL])
 @pytest.mark.parametrize("states", ["carry", "reset"])
-def test_snntorch_equals_the_plain_run(states):
+def test_snntorch_equals_the_plain_run(states, small, monkeypatch):
+    monkeypatch.setattr(halves, "SMALL", small)
     model = RevSSequence([RevSBlock(Loop(), Loop()) for _ in range(3)], states=states, check=True)
     against_plain(model, torch.randn(4, 2, 6))
+
+
+def one_layer(node="lif"):
+    conv = layer.Conv2d(8, 8, 3, padding=1, bias=False, step_mode="m")
+    return nn.Sequential(NEURONS[node](), conv, layer.BatchNorm2d(8, step_mode="m"))
+
+
+@pytest.mark.parametrize("small", [0, halves.SMALL])
+@pytest.mark.parametrize("states", ["carry", "reset"])
+@pytest.mark.parametrize("node", list(NEURONS))
+def test_branches_of_one_layer_equal_the_plain_run(node, states, small, monkeypatch):
+    monkeypatch.setattr(halves, "SMALL", small)
+    blocks = [RevSBlock(one_layer(node), one_layer(node)) for _ in range(3)]
+    model = RevSSequence(blocks, states=states, check=True)
+    against_plain(model, torch.randn(5, 2, 16, 4, 3), calls=2 if states == "carry" else 1)
+    assert model.last_rebuild.flipped_bits == model.last_rebuild.flipped_spikes == 0
+
+
+def test_without_a_tape_one_layer_peaks_no_higher_than_a_stream(monkeypatch):
+    def peak(small):
+        monkeypatch.setattr(halves, "SMALL", small)
+        model = RevSSequence([RevSBlock(one_layer(), one_layer()) for _ in range(2)], states="reset")
+        x = torch.randn(4, 2, 16, 16, 16)
+        model(x).sum().backward()
+        return count_step(lambda: model(x).sum())[1]
+
+    assert peak(halves.SMALL) <= peak(0) + 4 * 2 * 8 * 16 * 16 * 4
+
+
+def test_stock_neurons_are_analytic_while_a_half_runs_and_stock_again_afterwards():
+    seen = []
+    nodes = [neuron.LIFNode(step_mode="m"), neuron.QIFNode(step_mode="m"), neuron.IFNode(step_mode="m")]
+    for node in nodes:
+        node.register_forward_pre_hook(lambda node, _: seen.append(getattr(node, "treatment", None)))
+    model = RevSSequence([RevSBlock(nn.Sequential(*nodes), one_layer())], states="reset")
+    x = torch.randn(2, 1, 16, 3, 3, requires_grad=True)
+    model(x).sum().backward()
+    assert seen == 2 * ["analytic", None, "analytic"]
+    assert [type(node) for node in nodes] == [neuron.LIFNode, neuron.QIFNode, neuron.IFNode]
+
+    def fail(*_):
+        raise ArithmeticError
+
+    nodes[1].register_forward_pre_hook(fail)
+    with pytest.raises(ArithmeticError):
+        model(x)
+    assert type(nodes[0]) is neuron.LIFNode
 
 
 def test_snntorch_stepped_from_outside_hands_its_states_on():

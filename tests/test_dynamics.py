@@ -140,6 +140,50 @@ def test_any_shape_and_layout(shape, rule, learnable, layout, seed):
     assert_same(x_seq, v, rule, BINARY, q, (g_s, g_v, None))
 
 
+def same_bits(a, b):
+    """Equal to the sign of a zero; of numbers that are none the bits are nobody's business."""
+    none = a.isnan()
+    bits = (torch.where(none, 0.0, t).contiguous().view(torch.int32) for t in (a, b))
+    return torch.equal(none, b.isnan()) and torch.equal(*bits) and a.stride() == b.stride()
+
+
+def atan(grad, u):
+    return u.mul_(1.7).mul_(u).add_(1).reciprocal_().mul_(0.4).mul(grad)
+
+
+@pytest.mark.parametrize("threshold", [0.7, 0.0])
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule.detach_reset], ids=str)
+@pytest.mark.parametrize("shape", [(3, 37), (5, 4, 3, 7, 5), (9, 6), (1, 8)])
+def test_short_sequences_are_compiled_with_the_same_bits(rule, threshold, shape, monkeypatch):
+    kernels = pytest.importorskip("snn_reversible_plugin.ops.sequences_numba", exc_type=ImportError)
+    calls, run = [], kernels.backward
+    monkeypatch.setattr(kernels, "backward", lambda *args: calls.append(run(*args)))
+    rule, surrogate = rule._replace(v_threshold=threshold), Surrogate(None, atan, uniform=True)
+    torch.manual_seed(0)
+    x_seq = torch.randn(shape).mul_(2)
+    x_seq.view(-1)[:6] = torch.tensor([math.nan, math.inf, -math.inf, -0.0, threshold, 0.0])
+    tensors = (x_seq, torch.randn(shape), torch.randn(shape[1:]), torch.randn(shape[1:]))
+    layouts = [tensors]
+    if len(shape) == 5:
+        layouts.append(tuple(t.movedim(-3, -1).contiguous().movedim(-1, -3) for t in tensors))
+    for (x, g_s, g_v, start), value in itertools.product(layouts, (0.0, 0.3, None)):
+        v = start if value is None else value
+        s, after, _ = dynamics.sequence(x, v, rule, surrogate)
+        found = sweeps.multi_step(x, v, rule, surrogate)
+        assert same_bits(s, found[0])
+        assert same_bits(after, found[1])
+        for g_out, g_last in ((g_s, g_v), (g_s, None), (torch.ones(()).expand(shape), g_v)):
+            grads = (g_out, g_last, None, rule, surrogate)
+            expected = dynamics.sequence_vjp(x, v, *grads, None, sweeps.ONLY_X).x
+            calls.clear()
+            assert same_bits(expected, sweeps.multi_step_vjp(x, v, *grads).x)
+            owned, last = x.clone(), torch.empty_like(after)
+            assert sweeps.multi_step_vjp(owned, v, *grads, owned=True, v_last=last).x is owned
+            assert same_bits(expected, owned)
+            assert same_bits(after, last)
+            assert calls
+
+
 def test_a_constant_start_is_a_tensor_of_that_value():
     for rule, value in itertools.product(RULES, [0.0, 0.35]):
         x_seq, v, rule, _, g_s, g_v, _ = problem(rule)

@@ -7,7 +7,14 @@ from torch import nn
 pytest.importorskip("spikingjelly")
 
 from spikingjelly.activation_based import functional, layer, neuron
-from spikingjelly.activation_based.model import masnn, ms_resnet, sew_resnet
+from spikingjelly.activation_based.model import (
+    masnn,
+    maxformer,
+    ms_resnet,
+    qkformer,
+    sew_resnet,
+    spikformer,
+)
 
 import snn_reversible_plugin as srp
 from snn_reversible_plugin import tape
@@ -171,6 +178,53 @@ def test_a_block_whose_sum_is_of_spikes_needs_no_grid(device):
     equal(gradients(make(), x), gradients(srp.convert_to_reversible(make()), x))
     with pytest.raises(ValueError, match="no neuron of the model can run on the grid"):
         srp.convert_to_reversible(make(), arithmetic="grid")
+
+
+class Stepped(nn.Module):
+    """A network with a neuron after it that is stepped, so that something of it can run on the grid."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.neuron = model, neuron.LIFNode(v_threshold=0.1)
+
+    def forward(self, x):
+        return self.neuron(self.model(x))
+
+
+def test_sums_of_spikes_inside_attention_and_mlp_stay_as_they_are(device):
+    """Spikformer's branches end in neurons: rounded to the grid, each of their sums would be held."""
+
+    def outcome(arithmetic):
+        torch.manual_seed(0)
+        sizes = {"embed_dims": 32, "num_heads": 2, "depths": 3, "num_classes": 4}
+        former = spikformer.Spikformer(T=2, img_size_h=16, img_size_w=16, patch_size=4, **sizes)
+        model = Stepped(former)
+        srp.convert_to_reversible(model.to(device), arithmetic=arithmetic)
+        x = batch(device, 2, 3, 16, 16).detach()
+
+        def step():
+            functional.reset_net(model)
+            return model(x).square().sum()
+
+        step().backward()
+        return count_step(step)[0], [p.grad for p in model.parameters()]
+
+    by_default, expected = outcome("auto")
+    held, found = outcome("grid")
+    assert held == by_default
+    equal(expected, found)
+
+
+def test_which_blocks_of_transformers_carry_a_membrane(device):
+    from snn_reversible_plugin.residual_grid import carries_a_membrane
+
+    sizes = {"T": 2, "num_classes": 4, "embed_dims": 32, "depths": (1, 1, 1)}
+    spikes = qkformer.QKFormer(num_heads=(1, 1, 1), **sizes).to(device)
+    assert not any(map(carries_a_membrane, spikes.modules()))
+    for cifar in (False, True):  # the attention ends in spikes or not, the MLP after it never does
+        floats = maxformer.MaxFormer(cifar=cifar, **sizes).to(device)
+        assert all(carries_a_membrane(block) for stage in ("stage1", "stage2", "stage3")
+                   for block in getattr(floats, stage))  # fmt: skip
 
 
 def test_held_memory_does_not_grow_by_a_stream_a_block(device):

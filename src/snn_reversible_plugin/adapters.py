@@ -5,6 +5,7 @@ An adapter is imported once its framework is: a model with a framework's neurons
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import sys
@@ -55,7 +56,12 @@ def register() -> list[str]:
 
 def is_spiking(module: nn.Module) -> bool:
     """Whether a module is a spiking neuron of a known framework, by its base class."""
+    return _is_neuron_type(type(module))  # type: ignore[arg-type]
+
+
+@functools.cache
+def _is_neuron_type(stock_type: type[nn.Module]) -> bool:
     return any(
         cls.__module__.partition(".")[0] in FRAMEWORKS and cls.__name__ in _NEURON_BASES
-        for cls in type(module).__mro__
+        for cls in stock_type.__mro__
     )

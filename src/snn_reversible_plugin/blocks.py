@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from snn_reversible_plugin import tape
-from snn_reversible_plugin.grid import check_bits, check_range, reach, snap
-from snn_reversible_plugin.halves import Half, Key, fresh_states, state_tensors
+from snn_reversible_plugin.adapters import load_adapters
+from snn_reversible_plugin.grid import add_snapped, check_bits, check_range, reach, snap
+from snn_reversible_plugin.halves import Half
 from snn_reversible_plugin.handles import checksum
 from snn_reversible_plugin.rebuilt import Flips, Rebuild, Undo, difference, flipped, with_strides
+from snn_reversible_plugin.snapshots import Key, fresh_states, state_tensors
 
 # NOTE [How the backward walks]
 #
@@ -207,6 +209,7 @@ class _Run:
     ) -> None:
         self.chain, self.dim, self.parameters, self.state_keys = chain, dim, parameters, state_keys
         self.bits, self.check = blocks[0].bits, chain.check
+        load_adapters()
         self.halves = [
             Half(_where(index, block, name), block, name)
             for index, block in enumerate(blocks)
@@ -295,7 +298,7 @@ class _Chain(torch.autograd.Function):
         if hasattr(ctx, "maybe_clear_saved_tensors"):
             ctx.maybe_clear_saved_tensors()  # the output's last use is soon over
         kept = [[saved.pop(0) for _ in range(count)] for count in ctx.counts]
-        wanted = [p for p, needed in zip(run.parameters, ctx.needs_input_grad[3:], strict=False) if needed]
+        wanted = {id(p) for p, on in zip(run.parameters, ctx.needs_input_grad[3:], strict=False) if on}
         totals: dict[int, Tensor] = {}
         a = with_strides(a, run.strides[-1])
         reaches = [reach(a), reach(b)]
@@ -303,8 +306,7 @@ class _Chain(torch.autograd.Function):
         for index in range(len(run.halves) - 1, -1, -1):
             half = run.halves[index]
             # Forward: b = before + snap(half(a)), where `before` and `a` were the streams.
-            own = {id(p) for p in half.module.parameters()}
-            parameters = [p for p in wanted if id(p) in own]
+            parameters = list({id(p): p for p in half.parameters() if id(p) in wanted}.values())
             # The first two undone are the outputs themselves, if those were a pair.
             owned = run.dim is not None or index < len(run.halves) - 2
             undo = Undo(run.strides[index], run.bits, owned, partial(_see, run, index, reaches))
@@ -357,13 +359,10 @@ def _couple(name: str, stream: Tensor, out: Tensor, bits: int | None) -> Tensor:
             f"{name} returned a tensor of shape {tuple(out.shape)} for a stream of shape "
             f"{tuple(stream.shape)}: a branch must keep the shape. What changes it goes between two chains."
         )
-    if bits is None:
+    if bits is None or torch.is_grad_enabled():
+        out = out if bits is None else snap(out, bits)  # the branch's own output may go
         return stream + out
-    branch = snap(out, bits)
-    del out
-    if torch.is_grad_enabled() or branch.stride() != stream.stride() or branch.dtype != stream.dtype:
-        return stream + branch
-    return branch.add_(stream)  # as large as the streams are, one less of them at the peak
+    return add_snapped(stream, out, bits)
 
 
 def _split(x: Tensor | Streams, dim: int, name: str) -> Streams:

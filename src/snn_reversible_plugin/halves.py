@@ -10,7 +10,7 @@ Source: the two runs of ``torch.utils.checkpoint``; states as in design section 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,15 +18,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from snn_reversible_plugin import tape
-from snn_reversible_plugin.adapters import is_spiking
-from snn_reversible_plugin.inner_backward import gradients, settle, sharded_parameters
+from snn_reversible_plugin.inner_backward import gradients, settle, sharded_modules, sharded_parameters
 from snn_reversible_plugin.rebuilt import Spikes, observed_spikes
+from snn_reversible_plugin.registry import lean_types, lent_classes
+from snn_reversible_plugin.snapshots import Key, Snapshot, Table, differentiable, put
 
 # NOTE [What makes the second run the first one]
 #
-# 1. A state is what SpikingJelly's `_memories` and the buffers of snnTorch's neurons hold, and any
-#    tensor or number among a module's attributes that is another object after the run (a user's
-#    `self.v`). Its value at entry is kept; a fresh neuron's is a number and costs nothing.
+# 1. A state (`snapshots`) is kept as it was at entry; a fresh neuron's is a number and costs nothing.
 # 2. States are inputs and outputs of the chain as far as gradients go. Afterwards modules get back what
 #    they held when the backward began: the user may have moved on.
 # 3. A norm in training writes its running statistics. The second run writes to copies.
@@ -36,57 +35,84 @@ from snn_reversible_plugin.rebuilt import Spikes, observed_spikes
 # 6. The stream's own gradient enters the branch's graph beside the branch's, through an identity made last.
 #    It arrives at the branch's input first, as in a plain run, so that three and more terms add up in
 #    the same order.
+# 7. A tape takes Python for each operation, and saves what lies between the layers of a branch. A branch
+#    that is one layer of a small stream runs without.
+# 8. Stock neurons run as their reversible types that have an analytic backward, with the same bits: a
+#    graph of their operations, one by one, is larger and slower.
 
-Key = tuple[int, str]
-_MISSING = object()
-_STATE = (Tensor, int, float, type(None))
+
+SMALL = 1 << 18  # bytes
 
 
 class Half:
     """One run of a branch: what it read, and how to run it again."""
 
     __slots__ = (
-        "_autocast", "_changed", "_entry", "_modes", "_rng", "block", "half", "module", "name", "spikes",
-        "wanted",
+        "_autocast", "_changed", "_entry", "_lean", "_modes", "_modules", "_rng", "_sharded", "block",
+        "half", "name", "spikes", "wanted",
     )  # fmt: skip
 
     def __init__(self, name: str, block: nn.Module, half: str) -> None:
         self.name, self.block, self.half = name, block, half
-        self.module: nn.Module = getattr(block, half)
-        self._entry: list[tuple[dict[str, Any], str, Any]] = []
-        self._changed: list[tuple[dict[str, Any], str]] = []
+        self._modules = list(getattr(block, half).modules())
+        self._lean = lean_types(self._modules)
+        self._sharded = bool(sharded_modules(block))
+        self._entry: list[tuple[Table, str, Any]] = []
+        self._changed: list[tuple[Table, str]] = []
         self._rng: list[Tensor] | None = None
         self.wanted: set[Key] = set()  # the entry states that get a gradient
         self.spikes: Spikes = []
 
     def first(self, x: Tensor, observe: bool = False) -> Tensor:
         """Run without a graph. The caller keeps :meth:`tensors`; ``observe`` keeps the spikes, as bits."""
-        before, version, rng = _snapshot(self.module), x._version, _rng_states(x.device)
-        self._modes = [module.training for module in self.module.modules()]
+        before, version, rng = Snapshot(self._modules), x._version, _rng_states(x.device)
+        self._modes = [module.training for module in self._modules]
         self._autocast = _autocast_settings(x.device)
         # A cast that is cached without a graph would lack it later.
-        with _autocast(self._autocast, cache=False), observed_spikes(self.module, observe) as self.spikes:
+        with (
+            _autocast(self._autocast, cache=False),
+            lent_classes(self._lean),
+            self._observed(observe) as self.spikes,
+        ):
             out = self.block(x, half=self.half)
         check_output(self.name, out, x, version)
         if not all(map(torch.equal, rng, _rng_states(x.device))):
             self._rng = rng
-        changes = _changes(before)
-        self._changed = [(table, key) for table, key, _ in _changes(_without_scratch(before))]
-        self._entry = changes + _read(before, changes)
+        changes, scratch = before.changes()
+        self._changed = [(table, key) for table, key, _ in changes]
+        self._entry = changes + scratch
+        self._entry += before.read(self._entry)
         return out  # type: ignore[no-any-return]
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The branch's parameters, as they are now."""
+        for module in self._modules:
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    yield parameter
+
+    def _recording(self, mode: str, x: Tensor) -> Any:
+        if x.numel() * x.element_size() > SMALL:
+            return tape.recording(mode)
+        layers = sum(any(p.dim() > 1 for p in module._parameters.values() if p is not None)
+                     for module in self._modules)  # fmt: skip
+        return tape.recording(mode) if layers > 1 else nullcontext()
+
+    def _observed(self, observe: bool) -> Any:
+        return observed_spikes(self._modules) if observe else nullcontext([])
 
     def tensors(self) -> list[Tensor]:
         """The states at entry that are tensors, to be handed to :meth:`again`."""
         found = [value for _, _, value in self._entry if isinstance(value, Tensor)]
         self._entry = [
-            (table, key, _MISSING if value is _MISSING else Tensor if isinstance(value, Tensor) else value)
+            (table, key, Tensor if isinstance(value, Tensor) else value)
             for table, key, value in self._entry
         ]
         return found
 
-    def exits(self) -> list[tuple[dict[str, Any], str]]:
+    def exits(self) -> list[tuple[Table, str]]:
         """Where the states are that the run left, those that can have a gradient."""
-        return [(table, key) for table, key in self._changed if _differentiable(table.get(key))]
+        return [(table, key) for table, key in self._changed if differentiable(table.get(key))]
 
     def again(
         self,
@@ -118,15 +144,15 @@ class Half:
             The input's whole gradient, the parameters' gradients, the spikes.
         """
         leaf = x.detach()
-        managed = sharded_parameters(self.block)
+        managed = sharded_parameters(self.block) if self._sharded else set()
         aliases = {id(p): nn.Parameter(p.detach()) for p in parameters if id(p) not in managed}
         with ExitStack() as stack:
             stack.enter_context(_random(self._rng, x.device))
             entry = stack.enter_context(self._as_it_was(states, aliases))
             outputs, g_outputs = [], []
-            with torch.enable_grad(), _autocast(self._autocast), tape.recording(mode):
+            with torch.enable_grad(), _autocast(self._autocast), self._recording(mode, x):
                 leaf.requires_grad_()
-                with observed_spikes(self.module, observe) as spikes:
+                with lent_classes(self._lean), self._observed(observe) as spikes:
                     value = self.block(leaf, half=self.half)
                 identity = leaf.view_as(leaf)
             for table, key in self.exits():
@@ -159,10 +185,8 @@ class Half:
     def _as_it_was(
         self, states: Sequence[Tensor], aliases: dict[int, nn.Parameter]
     ) -> Iterator[dict[Key, Tensor]]:
-        modules = list(self.module.modules())
-        now = _snapshot(self.module)
-        modes = [module.training for module in modules]
-        swapped: list[tuple[dict[str, Any], str, Any]] = []
+        now, modes = Snapshot(self._modules), [module.training for module in self._modules]
+        swapped: list[tuple[Table, str, Any]] = []
         entry: dict[Key, Tensor] = {}
         left = iter(states)
         try:
@@ -171,9 +195,9 @@ class Half:
                     value = next(left).detach()
                     if (id(table), key) in self.wanted:
                         entry[id(table), key] = value.requires_grad_()
-                _put(table, key, value)
-            for module, training in zip(modules, self._modes, strict=True):
-                module.training = training
+                put(table, key, value)
+            self._train(self._modes)
+            for module, training in zip(self._modules, self._modes, strict=True):
                 for key, parameter in module._parameters.items():
                     if parameter is not None and id(parameter) in aliases:
                         swapped.append((module._parameters, key, parameter))
@@ -187,10 +211,15 @@ class Half:
         finally:
             for table, key, value in swapped:
                 table[key] = value
-            for module, training in zip(modules, modes, strict=True):
+            self._train(modes)
+            for changes in now.changes():
+                for table, key, value in changes:
+                    put(table, key, value)
+
+    def _train(self, modes: list[bool]) -> None:
+        for module, training in zip(self._modules, modes, strict=True):
+            if module.training is not training:
                 module.training = training
-            for table, key, value in _changes(now):
-                _put(table, key, value)
 
     def _refuse_strangers(self, value: Tensor, known: Sequence[Tensor]) -> None:
         ids = {id(tensor) for tensor in known}
@@ -220,98 +249,6 @@ def check_output(name: str, out: Any, x: Tensor, version: int) -> None:
             f"{name} changed its input in place, and the stream still needs it: make its first operation "
             "out of place (inplace=False), or let it work on a clone."
         )
-
-
-def reset_states(module: nn.Module) -> None:
-    """Make the neurons of both frameworks fresh."""
-    for inner in module.modules():
-        if isinstance(inner.__dict__.get("_memories"), dict):
-            inner.reset()  # type: ignore[operator]
-        elif is_spiking(inner):
-            for name in ("mem", "syn", "syn_exc", "syn_inh", "spk"):
-                if isinstance(state := inner._buffers.get(name), Tensor):
-                    inner._buffers[name] = state.new_zeros(())
-
-
-@contextmanager
-def fresh_states(module: nn.Module) -> Iterator[None]:
-    """Start the neurons fresh, and leave them fresh: a whole simulation inside."""
-    reset_states(module)
-    try:
-        yield
-    finally:
-        reset_states(module)
-
-
-def state_tensors(module: nn.Module) -> list[tuple[Key, Tensor]]:
-    """The states, as they are, that have a gradient."""
-    return [
-        ((id(table), key), value)
-        for table, values, _ in _without_scratch(_snapshot(module))
-        for key, value in values.items()
-        if _differentiable(value) and value.requires_grad
-    ]
-
-
-def _differentiable(value: Any) -> bool:
-    return isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and value.is_floating_point()
-
-
-def _tables(module: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
-    """Where states live, and what else does: in scratch there is nothing that the next step reads."""
-    for inner in module.modules():
-        memories = inner.__dict__.get("_memories")
-        spiking = is_spiking(inner)
-        yield inner.__dict__, "scratch" if spiking else "attributes"
-        if isinstance(memories, dict):
-            yield memories, "states"
-        if spiking:
-            yield inner._buffers, "states"
-
-
-Snapshot = list[tuple[dict[str, Any], dict[str, Any], str]]
-
-
-def _snapshot(module: nn.Module) -> Snapshot:
-    return [
-        (table, {key: value for key, value in table.items() if isinstance(value, _STATE)}, kind)
-        for table, kind in _tables(module)
-    ]
-
-
-def _without_scratch(snapshot: Snapshot) -> Snapshot:
-    return [part for part in snapshot if part[2] != "scratch"]
-
-
-def _changes(before: Snapshot) -> list[tuple[dict[str, Any], str, Any]]:
-    """What is another object now, with its value then."""
-    changed = []
-    for table, values, _ in before:
-        for key in {**values, **table}:
-            then, now = values.get(key, _MISSING), table.get(key, _MISSING)
-            if then is not now and (then is not _MISSING or isinstance(now, _STATE)):
-                changed.append((table, key, then))
-    return changed
-
-
-def _read(
-    before: Snapshot, changes: list[tuple[dict[str, Any], str, Any]]
-) -> list[tuple[dict[str, Any], str, Any]]:
-    """What may have been read and is still the same: a dropout mask for all time steps, say."""
-    changed = {(id(table), key) for table, key, _ in changes}
-    return [
-        (table, key, value)
-        for table, values, kind in before
-        for key, value in values.items()
-        if (kind == "states" or isinstance(value, Tensor)) and (id(table), key) not in changed
-    ]
-
-
-def _put(table: dict[str, Any], key: str, value: Any) -> None:
-    if value is _MISSING:
-        table.pop(key, None)
-    else:
-        table[key] = value
 
 
 def _rng_states(device: torch.device) -> list[Tensor]:
@@ -356,5 +293,6 @@ def _autocast_settings(device: torch.device) -> list[tuple[str, bool, torch.dtyp
 def _autocast(settings: list[tuple[str, bool, torch.dtype, bool]], cache: bool = True) -> Iterator[None]:
     with ExitStack() as stack:
         for kind, enabled, dtype, cached in settings:
-            stack.enter_context(torch.autocast(kind, dtype, enabled, cached and cache))
+            if enabled or torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, dtype, enabled, cached and cache))
         yield

@@ -7,7 +7,7 @@ Source: design section 5.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from snn_reversible_plugin import ops, tape
 from snn_reversible_plugin.adapters import is_spiking
-from snn_reversible_plugin.grid import snap
+from snn_reversible_plugin.grid import sub_snapped_
 from snn_reversible_plugin.handles import is_dense
 
 Spikes = list[tuple[Tensor, int]]  # of each call of a neuron: its spikes as bits, and how many there are
 Flips = tuple[Tensor, int]  # how many spikes flipped, on their device, of how many
-PIECES = 16
+PIECES, LEAST = 16, 1 << 13  # parts of a stream, and the fewest elements that are worth an operation
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Undo:
         else:
             stream = stream if self.owned else stream.clone()
             for part, of_branch in _pieces(stream, branch):
-                part.sub_(snap(of_branch, self.bits))
+                sub_snapped_(part, of_branch, self.bits)
         self.rebuilt = with_strides(stream, self.strides)
         self.see(self.rebuilt)
 
@@ -93,7 +93,8 @@ def _pieces(stream: Tensor, branch: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     if stream.stride() != branch.stride() or not is_dense(stream):
         return zip((stream,), (branch,), strict=True)
     size, stride = (stream.numel(),), (1,)
-    flat = (tensor.as_strided(size, stride).chunk(PIECES) for tensor in (stream, branch))
+    pieces = max(1, min(PIECES, stream.numel() // LEAST))
+    flat = (tensor.as_strided(size, stride).chunk(pieces) for tensor in (stream, branch))
     return zip(*flat, strict=True)
 
 
@@ -106,8 +107,8 @@ def with_strides(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
 
 
 @contextmanager
-def observed_spikes(module: nn.Module, on: bool) -> Iterator[Spikes]:
-    """The spikes of every neuron that runs inside, of both frameworks, in the order of the calls."""
+def observed_spikes(modules: Iterable[nn.Module]) -> Iterator[Spikes]:
+    """The spikes of every neuron among the modules, of both frameworks, in the order of the calls."""
     found: Spikes = []
 
     def hook(_neuron: nn.Module, _inputs: Any, output: Any) -> None:
@@ -115,8 +116,7 @@ def observed_spikes(module: nn.Module, on: bool) -> Iterator[Spikes]:
         with tape.paused(), torch.no_grad():
             found.append((ops.pack_bits(spikes.detach().reshape(-1)), spikes.numel()))
 
-    neurons = [inner for inner in module.modules() if is_spiking(inner)] if on else []
-    hooks = [neuron.register_forward_hook(hook) for neuron in neurons]
+    hooks = [module.register_forward_hook(hook) for module in modules if is_spiking(module)]
     try:
         yield found
     finally:

@@ -217,6 +217,34 @@ def stock_classes(modules: Iterable[nn.Module]) -> Iterator[None]:
             mark_stock_type(module, marked)
 
 
+Lent = tuple[nn.Module, type[nn.Module], type[nn.Module]]  # an instance, its class, and another one
+
+
+def lean_types(modules: Iterable[nn.Module]) -> list[Lent]:
+    """The stock neurons among the modules that have a type with an analytic backward, and that type."""
+    lean: list[Lent] = []
+    for module in modules:
+        try:
+            target = reversible_type(module)
+        except StaysStock:
+            continue
+        if target not in (None, type(module)) and getattr(target, "treatment", None) == "analytic":
+            lean.append((module, type(module), target))  # type: ignore[arg-type]
+    return lean
+
+
+@contextmanager
+def lent_classes(swaps: Iterable[Lent]) -> Iterator[None]:
+    """Inside, these instances have another class."""
+    try:
+        for module, _, target in swaps:
+            module.__class__ = target
+        yield
+    finally:
+        for module, stock_type, _ in swaps:
+            module.__class__ = stock_type
+
+
 def _new_swapped(mixin: type, stock_type: type[nn.Module], *args: Any) -> nn.Module:
     cls = swapped_class(mixin, stock_type)
     return cls.__new__(cls, *args)

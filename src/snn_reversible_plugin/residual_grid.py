@@ -25,9 +25,9 @@ from snn_reversible_plugin.streams import BITS, SUMS, Stream, snapped, stream_su
 
 
 def carries_a_membrane(block: nn.Module) -> bool:
-    """Whether a block is known to add branches that are no spikes to its input.
+    """Whether a block is known to add a branch that is no spikes to its input.
 
-    Sums of spikes are whole numbers: those are rebuilt from their bits, with no grid.
+    Sums of spikes alone are whole numbers: those are rebuilt from their bits, with no grid.
     """
     try:
         found = find_branches(block, type(block).__name__, None)
@@ -35,7 +35,21 @@ def carries_a_membrane(block: nn.Module) -> bool:
         return False
     if found is None or found[1]:
         return False
-    return not any(is_spiking(list(branch)[-1]) for branch in found[0])
+    return not all(map(_fires_last, found[0]))
+
+
+def _fires_last(branch: nn.Module) -> bool:
+    """Whether what a branch ends with is a neuron, also inside an attention or an MLP.
+
+    The last that a module registers is taken for the last that it runs. A wrong guess costs memory, not
+    exactness: a stream that stays as it is, or spikes that are rounded to themselves.
+    """
+    while not is_spiking(branch):
+        inner = list(branch.children())
+        if not inner:
+            return False
+        branch = inner[-1]
+    return True
 
 
 class OnGrid(SwappedClass):

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from snn_reversible_plugin import short_sweeps
 from snn_reversible_plugin.cuts import cuts
 from snn_reversible_plugin.dynamics import (
     Gradients,
@@ -70,6 +71,8 @@ def multi_step(
     x2, s2, v1 = _flat(x_seq, order), _flat(spikes, order), _flat(v_last[None], order)[0]
     v2 = None if v_seq is None else _flat(v_seq, order)
     start = _flat(v[None], order)[0] if isinstance(v, Tensor) else v
+    if q is None and v2 is None and short_sweeps.forward(x2, start, s2, v1, rule, surrogate):
+        return spikes, v_last, None
     uniform = surrogate.uniform or surrogate.fire is None
     for part, work in _chunks(x2, rule, surrogate, q, uniform):
         state = _start(v1[part], start, part)
@@ -126,6 +129,9 @@ def multi_step_vjp(
     gv1 = None if g_v is None else _flat(g_v[None], order)[0]
     last = None if v_last is None else _flat(v_last[None], order)[0]
     start = _flat(v[None], order)[0] if isinstance(v, Tensor) else v
+    simple = q is None and gs2 is not None and gvs2 is None and h2 is not None and not wanted.v
+    if simple and short_sweeps.backward(x2, start, gs2, gv1, last, h2, rule, surrogate):  # type: ignore[arg-type]
+        return Gradients(g_x, (None, None), [])
     leaky = q is not None or rule.tau is not None
     g_start = [_dense(x_seq, order, steps=False) for _ in range(1 + leaky)] if wanted.v else []
     starts = [_flat(g[None], order)[0] for g in g_start]

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from snn_reversible_plugin.blocks import RevSBlock, RevSSequence
-from snn_reversible_plugin.halves import fresh_states
 from snn_reversible_plugin.models.parts import (
     BatchNorm1d,
     Conv1d,
@@ -25,6 +24,7 @@ from snn_reversible_plugin.models.parts import (
     neuron_maker,
     over_time,
 )
+from snn_reversible_plugin.snapshots import fresh_states
 
 SCALE = 0.125  # of the attention, as in Spikformer: counts of coincident spikes, brought to the threshold
 

@@ -14,7 +14,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from snn_reversible_plugin.blocks import RevSBlock, RevSSequence
-from snn_reversible_plugin.halves import fresh_states
 from snn_reversible_plugin.models.parts import (
     AdaptiveAvgPool2d,
     AvgPool2d,
@@ -23,6 +22,7 @@ from snn_reversible_plugin.models.parts import (
     neuron_maker,
     over_time,
 )
+from snn_reversible_plugin.snapshots import fresh_states
 
 WIDTHS = (64, 128, 256, 448)
 

@@ -51,6 +51,15 @@ def _steps_on_cpu() -> ModuleType:
     return steps_torch
 
 
+@functools.cache
+def sequences_on_cpu() -> ModuleType | None:
+    """The compiled form of :mod:`snn_reversible_plugin.sweeps`; None without numba."""
+    try:
+        return importlib.import_module("snn_reversible_plugin.ops.sequences_numba")
+    except ImportError:
+        return None
+
+
 def as_pieces(chunk: torch.Tensor) -> Any:
     """Bytes as :func:`steps_on` reads and writes them, sharing memory."""
     return chunk.numpy() if _HAS_NUMPY and chunk.device.type == "cpu" else chunk
