@@ -77,8 +77,11 @@ class Remainders:
         if end == start:
             return ops.as_pieces(torch.empty(0, dtype=torch.uint8, device=self.device))
         first, last = (bisect_right(self._bases, at) - 1 for at in (start, end - 1))
-        base = self._bases[first]
         if first == last:
+            base = self._bases[first]
             return ops.as_pieces(self._chunks[first])[start - base : end - base]
-        chunks = self._chunks[first : last + 1]
-        return ops.as_pieces(torch.cat(chunks)[start - base : end - base])
+        parts = (
+            self._chunks[at][max(start - base, 0) : end - base]
+            for at, base in enumerate(self._bases[first : last + 1], first)
+        )
+        return ops.as_pieces(torch.cat(tuple(parts)))

@@ -18,7 +18,7 @@ from numba.extending import overload
 #    no float maximum. So stretches are sliced first, flags are selected bytes, and a reach is the maximum
 #    of the bits below the sign, as integers: NaN is the largest of all.
 # 2. Neither fastmath nor threads: results are those of the torch form bit for bit, and numba's own threads
-#    must not be entered by two of ours at once. A product and its sum may be fused: see `decays`.
+#    must not be entered by two of ours at once. Without fastmath no product is fused with a sum.
 # 3. A parameter is one number or an array: `part_of` and `element_of` are resolved when a function is
 #    compiled for its types.
 # 4. The digits of all neurons are one string of bits. Eight neurons at a time push as many bits as they
@@ -86,7 +86,7 @@ def _tables() -> tuple[Any, ...]:
 
 
 # Of a mask and a byte: the bits of the byte at the mask's places, put together; its lowest bits, put at
-# those places. Of a byte: how many bits are set; their places, then the others'; its bits, each in its own byte.
+# those places. Of a byte: how many bits are set; their places, then the others'; its bits, a byte each.
 _GATHERED, _SCATTERED, _COUNTS, _PLACES, _BYTES = _tables()
 
 
@@ -473,6 +473,25 @@ def gate(g: Any, factor: Any, bits: Any, out: Any) -> None:
         unpack(bits[start // 8 :], flags[: len(gs)])
         for j in range(len(gs)):
             outs[j] = gs[j] * element_of(factors, j) * (np.float32(1) - np.float32(flags[j]))
+
+
+@compiled
+def add_past_reset(h: Any, threshold: Any, g: Any, out: Any) -> None:
+    """Add g times 0 where the potentials fire."""
+    zero, one = np.float32(0), np.float32(1)
+    for i in range(len(h)):
+        s = one if h[i] - threshold >= zero else zero
+        out[i] = g[i] * (one - s) + out[i]
+
+
+@compiled
+def add_through_reset(h: Any, threshold: Any, to: Any, soft: bool, g_v: Any, g_s: Any) -> None:
+    """Add to the spikes' gradients what comes to them through the reset."""
+    for i in range(len(h)):
+        if soft:
+            g_s[i] = g_s[i] + -g_v[i] * threshold
+        else:
+            g_s[i] = g_s[i] + -(g_v[i] * h[i]) + g_v[i] * to
 
 
 @compiled

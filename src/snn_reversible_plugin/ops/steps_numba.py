@@ -120,6 +120,19 @@ def gate(g: torch.Tensor, factor: Any, bits: Piece, out: torch.Tensor) -> None:
     kernels.gate(g.numpy(), _single(factor), bits, out.numpy())
 
 
+def add_past_reset(h: torch.Tensor, threshold: float, g: torch.Tensor, out: torch.Tensor) -> None:
+    """See :func:`snn_reversible_plugin.ops.steps_torch.add_past_reset`."""
+    kernels.add_past_reset(h.numpy(), np.float32(threshold), g.numpy(), out.numpy())
+
+
+def add_through_reset(
+    h: torch.Tensor, threshold: float, to: float | None, g_v: torch.Tensor, g_s: torch.Tensor
+) -> None:
+    """See :func:`snn_reversible_plugin.ops.steps_torch.add_through_reset`."""
+    single, value = np.float32(threshold), np.float32(to or 0.0)
+    kernels.add_through_reset(h.numpy(), single, value, to is None, g_v.numpy(), g_s.numpy())
+
+
 def atan(h: torch.Tensor, theta: Any, grad: torch.Tensor, out: torch.Tensor, *, alpha: float) -> None:
     """Write the gradient through snnTorch's ``ATan`` surrogate of ``h - theta`` into ``out``."""
     factor, half = np.float32(math.pi / 2 * alpha), np.float32(alpha / 2)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from snn_reversible_plugin.ops import steps_torch
 from snn_reversible_plugin.ops.decays import AFTER, BEFORE, SUBTRACT, Decay, Step, digits_a_byte
 
 BLOCK = 1 << 15
@@ -323,6 +324,9 @@ def unreset(
             units, at = _read_overshoot(record, at, len(fired))
             on[part][fired] = (units + _of_indices(theta, part, fired)) / scale
     return out
+
+
+add_past_reset, add_through_reset = steps_torch.add_past_reset, steps_torch.add_through_reset
 
 
 def gate(g: torch.Tensor, factor: Any, bits: Piece, out: torch.Tensor) -> None:

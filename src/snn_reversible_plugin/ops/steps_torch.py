@@ -105,6 +105,19 @@ def gate(g: Tensor, factor: Any, bits: Tensor, out: Tensor) -> None:
     torch.mul(g, factor, out=out).mul_(1 - _spikes(bits, g))
 
 
+def add_past_reset(h: Tensor, threshold: float, g: Tensor, out: Tensor) -> None:
+    """Add the gradient g of what a hard reset leaves of ``h``: 0 where it fires, with its threshold."""
+    out.add_(g * (1.0 - (h - threshold >= 0).to(h)))
+
+
+def add_through_reset(h: Tensor, threshold: float, to: float | None, g_v: Tensor, g_s: Tensor) -> None:
+    """Add to the spikes' gradient what comes to them through a reset, from that of what it leaves."""
+    if to is None:
+        g_s.add_(-g_v * threshold)
+    else:
+        g_s.add_(-(g_v * h)).add_(g_v * to)
+
+
 def _spikes(bits: Tensor, like: Tensor) -> Tensor:
     spikes = torch.empty_like(like)
     bits_torch.unpack_bits(bits, spikes)

@@ -60,6 +60,26 @@ class Plan:
         bits, lost = timeline.bits(t)
         return ops.steps_on(state.device).unreset(state, bits, step.theta, to, step.scale, lost)  # type: ignore
 
+    def gradient(self, h: Tensor, g_s: Tensor | None, g_v: Tensor | None) -> Tensor:
+        """That of the charged membrane; not both of the given are None."""
+        rule, surrogate, stride = self.rule, self.surrogate, h.stride()
+        given = [g for g in (g_s, g_v) if g is not None and g.stride() == stride]
+        if len(given) < 2 or (rule.v_reset is None and rule.detach_reset):
+            return fire_reset_vjp(h, g_s, g_v, rule, surrogate)
+        # The same, with fewer passes over memory.
+        g_s, g_v = given
+        form, flat_h, flat_g_v = ops.steps_on(h.device), flat(h, stride), flat(g_v, stride)
+        if not rule.detach_reset:
+            g_s = g_s.clone()
+            form.add_through_reset(flat_h, rule.v_threshold, rule.v_reset, flat_g_v, flat(g_s, stride))
+        g = surrogate.vjp(g_s, h - rule.v_threshold)
+        if rule.v_reset is None:
+            return g_v + g
+        if g.stride() != stride or g.data_ptr() == g_s.data_ptr():
+            g = like(h).copy_(g)
+        form.add_past_reset(flat_h, rule.v_threshold, flat_g_v, flat(g, stride))
+        return g
+
     def back(self, timeline: Timeline, t: int, state: Tensor, current: Tensor) -> Tensor:
         """The flat membrane before step t, from the one after it."""
         known, timeline.charged = timeline.charged, None
@@ -136,7 +156,7 @@ class Stepping(torch.autograd.Function):
         if g_s is None and g_v is None:
             return None, None, None, None
         _, of_v, of_x, of_beta = ctx.needs_input_grad
-        g = fire_reset_vjp(h, g_s, g_v, plan.rule, plan.surrogate)
+        g = plan.gradient(h, g_s, g_v)
         by_v = by_x = by_beta = None
         if of_v:
             by_v = g * (plan.beta if beta is None else beta)
