@@ -33,10 +33,7 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**18), "MALLOC_TRIM_THRESHOLD_": str
 
 
 class Case(NamedTuple):
-    """A task of the example, and the limit in MB under which every method runs.
-
-    Stock needs about twice the limit or more, the converted network two thirds of it at most.
-    """
+    """A task of the example, and a limit in MB between what stock and the converted network need."""
 
     task: str
     network: str
