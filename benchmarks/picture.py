@@ -131,7 +131,7 @@ def draw_losses(
 ) -> Path:
     """The mean loss over the runs of each kind, smoothed over ten updates, a panel by its title.
 
-    Those dashed lie on a curve that they equal.
+    Those dashed lie on another curve.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")

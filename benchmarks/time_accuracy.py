@@ -195,7 +195,7 @@ def draw(stored: dict[str, Any], epochs: int) -> Path:
     losses = {
         name: [run["losses"] for run in _of(stored, name, epochs) if "losses" in run] for name in METHODS
     }
-    return picture.draw_losses({"N-MNIST": losses}, PICTURE)
+    return picture.draw_losses({"N-MNIST": losses}, PICTURE, dashed=["grid"])
 
 
 def _of(stored: dict[str, Any], name: str, epochs: int) -> list[dict[str, Any]]:
