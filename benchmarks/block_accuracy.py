@@ -28,6 +28,8 @@ import snn_reversible_plugin as srp
 from snn_reversible_plugin.data import DigitSaccades, NMNISTFolder, event_frames
 from snn_reversible_plugin.models import rev_s_resnet24
 
+from . import picture
+
 RESULTS = Path(__file__).parent / "results" / "block-accuracy.json"
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "block-accuracy.png"
 STEPS, BATCH, UPDATES, FINE_TUNING, RATE = 4, 16, 300, 1, 5e-3
@@ -224,26 +226,16 @@ def draw(stored: dict[str, dict[str, Any]]) -> Path:
 
 
 def draw_losses(stored: dict[str, dict[str, Any]]) -> Path:
-    """The mean loss over the seeds, smoothed over ten updates, of runs from the start."""
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    for index, (data, title) in enumerate(DATA.items()):
-        axes = figure.add_subplot(1, len(DATA), index + 1)
-        for arm, (_, before_fine_tuning) in ARMS.items():
-            losses = [torch.tensor(entry["losses"]) for entry in _of(stored, data, arm)]
-            if before_fine_tuning is None and losses:
-                mean = torch.stack(losses).mean(0)
-                curve = mean.unfold(0, min(10, len(mean)), 1).mean(1)
-                dashed = arm in EQUALS  # lies on the curve that it equals
-                axes.plot(curve, "--" if dashed else "-", label=arm, linewidth=1.6 if dashed else 1.0)
-        axes.set_xlabel("update", fontsize=8)
-        axes.set_ylabel("loss" if index == 0 else "", fontsize=8)
-        axes.set_title(title, fontsize=9)
-        axes.tick_params(labelsize=8)
-        if axes.lines and index == 0:
-            axes.legend(fontsize=6, frameon=False)
-    path = PICTURE.with_name("block-losses.png")
-    figure.savefig(path, dpi=120)
-    return path
+    """The losses of runs from the start."""
+    panels = {
+        title: {
+            arm: [entry["losses"] for entry in _of(stored, data, arm)]
+            for arm, (_, before_fine_tuning) in ARMS.items()
+            if before_fine_tuning is None
+        }
+        for data, title in DATA.items()
+    }
+    return picture.draw_losses(panels, PICTURE.with_name("block-losses.png"), dashed=EQUALS)
 
 
 def _of(stored: dict[str, dict[str, Any]], data: str, arm: str) -> list[dict[str, Any]]:

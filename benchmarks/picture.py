@@ -1,11 +1,13 @@
-"""The pictures: memory against step time, one point a method, and the curves of growth."""
+"""The pictures: memory against step time, one point a method, the curves of growth, and losses."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 
+import torch
 from matplotlib.figure import Figure
 
 from .measure import MIB
@@ -122,3 +124,30 @@ def _legend(figure: Figure) -> None:
 def _series(entry: Entry) -> str | None:
     workload = WORKLOADS.get(entry["workload"])
     return workload and workload.series
+
+
+def draw_losses(
+    panels: dict[str, dict[str, list[list[float]]]], path: Path, dashed: Collection[str] = ()
+) -> Path:
+    """The mean loss over the runs of each kind, smoothed over ten updates, a panel by its title.
+
+    Those dashed lie on another curve.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
+    for index, (title, kinds) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), index + 1)
+        for kind, losses in kinds.items():
+            if losses:
+                mean = torch.tensor(losses).mean(0)
+                curve = mean.unfold(0, min(10, len(mean)), 1).mean(1)
+                style = {"linestyle": "--", "linewidth": 1.6} if kind in dashed else {"linewidth": 1.0}
+                axes.plot(curve, label=kind, **style)
+        axes.set_xlabel("update", fontsize=8)
+        axes.set_ylabel("loss" if index == 0 else "", fontsize=8)
+        axes.set_title(title, fontsize=9)
+        axes.tick_params(labelsize=8)
+        if axes.lines and index == 0:
+            axes.legend(fontsize=6, frameon=False)
+    figure.savefig(path, dpi=120)
+    return path

@@ -26,9 +26,10 @@ from snn_reversible_plugin.data import NMNISTFolder, event_frames
 from snn_reversible_plugin.spikingjelly import CoupledLIF
 from snn_reversible_plugin.training import sltt_backward
 
-from . import store
+from . import picture, store
 
 RESULTS = Path(__file__).parent / "results" / "time-accuracy.json"
+PICTURE = picture.IMAGES / "time-losses.png"
 STEPS, BATCH, EPOCHS, RATE = 20, 20, 10, 3e-3
 K = 5
 
@@ -72,21 +73,24 @@ def scores_of(model: nn.Module, x_seq: torch.Tensor) -> torch.Tensor:
     return total / len(x_seq)
 
 
-def through_time(model: nn.Module, x_seq: torch.Tensor, label: torch.Tensor, _drawn: Any) -> None:
-    nn.functional.cross_entropy(scores_of(model, x_seq), label).backward()
+def through_time(model: nn.Module, x_seq: torch.Tensor, label: torch.Tensor, _drawn: Any) -> float:
+    loss = nn.functional.cross_entropy(scores_of(model, x_seq), label)
+    loss.backward()
+    return loss.item()
 
 
-def sltt(k: int | None) -> Callable[..., None]:
-    def backward(model: nn.Module, x_seq: torch.Tensor, label: torch.Tensor, drawn: Any) -> None:
+def sltt(k: int | None) -> Callable[..., float]:
+    def backward(model: nn.Module, x_seq: torch.Tensor, label: torch.Tensor, drawn: Any) -> float:
         functional.reset_net(model)
         loss_fn = lambda scores: nn.functional.cross_entropy(scores, label)  # noqa: E731
-        sltt_backward(model, x_seq, loss_fn, k, generator=drawn)
+        output = sltt_backward(model, x_seq, loss_fn, k, generator=drawn).output
+        return loss_fn(output).item()  # of the mean output, as it is for the others
 
     return backward
 
 
 # Of each method: its neurons, what becomes of the model, and the backward.
-METHODS: dict[str, tuple[Neuron, Callable[[nn.Module], nn.Module], Callable[..., None]]] = {
+METHODS: dict[str, tuple[Neuron, Callable[[nn.Module], nn.Module], Callable[..., float]]] = {
     "stock": (lif, lambda model: model, through_time),
     "grid": (lif, _grid, through_time),
     "coupled": (coupled, srp.convert_to_reversible, through_time),
@@ -119,6 +123,7 @@ def main(
             RESULTS.parent.mkdir(exist_ok=True)
             RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
     print(table(stored, epochs))
+    console.print(f"written: {RESULTS} {draw(stored, epochs)}")
 
 
 def _data(folder: Path) -> tuple[Batches, Batches]:
@@ -143,10 +148,11 @@ def _run(name: str, seed: int, epochs: int, training: Batches, test: Batches) ->
     ((x, y),) = training
     updates = epochs * (len(y) // BATCH)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
+    losses = []
     for _ in range(epochs):
         for chosen in torch.randperm(len(y), generator=drawn)[: len(y) // BATCH * BATCH].view(-1, BATCH):
             optimizer.zero_grad()
-            backward(model, x[:, chosen], y[chosen], drawn)
+            losses.append(backward(model, x[:, chosen], y[chosen], drawn))
             optimizer.step()
             schedule.step()
     model.eval()
@@ -155,6 +161,7 @@ def _run(name: str, seed: int, epochs: int, training: Batches, test: Batches) ->
         "training_accuracy": _accuracy(model, seen),
         "test_accuracy": _accuracy(model, test),
         "updates": updates,
+        "losses": losses,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {package: version(package) for package in ("torch", "spikingjelly")},
     }
@@ -172,11 +179,7 @@ def table(stored: dict[str, Any], epochs: int = EPOCHS) -> str:
         "|---|---:|---:|---:|",
     ]
     for name in METHODS:
-        runs = [
-            run
-            for key, run in stored.items()
-            if key.startswith(f"{name} |") and key.endswith(f"| {epochs} epochs")
-        ]
+        runs = _of(stored, name, epochs)
         if not runs:
             lines.append(f"| {name} | 0 | | |")
             continue
@@ -185,6 +188,22 @@ def table(stored: dict[str, Any], epochs: int = EPOCHS) -> str:
             f"{_spread(runs, 'test_accuracy')} |"
         )
     return "\n".join(lines)
+
+
+def draw(stored: dict[str, Any], epochs: int) -> Path:
+    """The losses of the runs that stored them."""
+    losses = {
+        name: [run["losses"] for run in _of(stored, name, epochs) if "losses" in run] for name in METHODS
+    }
+    return picture.draw_losses({"N-MNIST": losses}, PICTURE, dashed=["grid"])
+
+
+def _of(stored: dict[str, Any], name: str, epochs: int) -> list[dict[str, Any]]:
+    return [
+        run
+        for key, run in stored.items()
+        if key.startswith(f"{name} |") and key.endswith(f"| {epochs} epochs")
+    ]
 
 
 def _spread(runs: list[dict[str, Any]], of: str) -> str:
