@@ -5,8 +5,6 @@ import copy
 import pytest
 import snntorch
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 
@@ -15,6 +13,7 @@ from snn_reversible_plugin import halves
 from snn_reversible_plugin.blocks import RevSBlock, RevSSequence
 from snn_reversible_plugin.memory import count_step
 from snn_reversible_plugin.snapshots import reset_states
+from two_processes import together
 
 NEURONS = {
     "if": lambda: neuron.IFNode(step_mode="m"),
@@ -478,9 +477,7 @@ def test_double_backward_is_refused():
         g.sum().backward()
 
 
-def _worker(rank, where, reversible, queue):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{where}", rank=rank, world_size=2)
+def _worker(rank, reversible):
     torch.manual_seed(0)
     model = chain(states="reset")
     model.reversible = reversible
@@ -488,17 +485,14 @@ def _worker(rank, where, reversible, queue):
     for seed in range(2):
         torch.manual_seed(10 * seed + rank)
         parallel(torch.randn(2, 2, 4, 3, 3)).square().sum().backward()
-    if rank == 0:
-        torch.save([p.grad for p in model.parameters()], queue)
-    dist.destroy_process_group()
+    return [p.grad for p in model.parameters()]
 
 
 def test_two_processes(tmp_path):
     found = []
     for reversible in (True, False):
-        out = tmp_path / f"{reversible}.pt"
-        mp.start_processes(
-            _worker, (str(tmp_path / f"s{reversible}"), reversible, str(out)), 2, start_method="spawn"
-        )
-        found.append(torch.load(out))
-    assert_same(*found)
+        folder = tmp_path / str(reversible)
+        folder.mkdir()
+        found += together(folder, _worker, reversible)
+    for other in found[1:]:
+        assert_same(found[0], other)

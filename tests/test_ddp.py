@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import snn_reversible_plugin as srp
+from two_processes import together
 
 neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
 from spikingjelly.activation_based import functional, layer  # noqa: E402
@@ -29,9 +28,7 @@ def make():
     return model
 
 
-def train(rank, file, results):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+def train(rank):
     parameters = []
     for convert in (False, True):
         model = srp.convert_to_reversible(make()) if convert else make()
@@ -46,12 +43,8 @@ def train(rank, file, results):
         parameters.append([p.detach().clone() for p in model.parameters()])
     same = all(torch.equal(a, b) for a, b in zip(*parameters, strict=True))
     moved = not torch.equal(parameters[0][0], next(make().parameters()))
-    results[rank] = (same, moved)
-    dist.destroy_process_group()
+    return same, moved
 
 
 def test_two_processes(tmp_path):
-    with mp.get_context("spawn").Manager() as manager:
-        results = manager.dict()
-        mp.spawn(train, args=(tmp_path / "rendezvous", results), nprocs=2)
-        assert dict(results) == {0: (True, True), 1: (True, True)}
+    assert together(tmp_path, train) == [(True, True), (True, True)]

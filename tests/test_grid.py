@@ -260,6 +260,28 @@ def test_resets_of_all_forms_agree_and_are_undone(seed, n, to, size, each):
         assert same_bits(out, expected), name
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 2**31),
+    n=st.sampled_from([0, 1, 13, 2000]),
+    to=st.sampled_from([None, 0.0, -0.25, 1.5]),
+    threshold=st.sampled_from([0.0, 0.5, 1.0]),
+)
+def test_gradients_through_a_reset_agree_in_all_forms(seed, n, to, threshold):
+    generator = torch.Generator().manual_seed(seed)
+    h = on_grid(generator, n, scale=4.0)  # some at the threshold
+    g_v, g_s = (torch.randn(n, generator=generator) for _ in range(2))
+    past = g_s + g_v * (1.0 - (h >= threshold).float())
+    through = g_s + -g_v * threshold if to is None else g_s + -(g_v * h) + g_v * to
+    for name, form in FORMS.items():
+        out = g_s.clone()
+        form.add_past_reset(h, threshold, g_v, out)
+        assert same_bits(out, past), name
+        out = g_s.clone()
+        form.add_through_reset(h, threshold, to, g_v, out)
+        assert same_bits(out, through), name
+
+
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 256.0])
 def test_a_reach_sees_what_left_the_range(form, value):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import snn_reversible_plugin as srp
 from snn_reversible_plugin import convert, timeline
 from snn_reversible_plugin.memory import count_step
+from snn_reversible_plugin.snntorch.surrogates import derivative_of, in_one_pass
 from snn_reversible_plugin.spikingjelly import surrogates as sj_surrogates
 from snntorch_against_stock import equal, make, one_thread_fixture  # noqa: F401
 
@@ -632,3 +633,41 @@ def test_bytes_held(beta: float, most: float) -> None:
     held, _ = count_step(lambda: net(x_seq).sum())
     ends = 2 * 4 * 3 * 32 * 64  # the newest membrane and two more tensors a layer
     assert (held - ends) / (400 * 2 * 32 * 64) < most
+
+
+def test_the_spikes_of_the_last_reset_are_kept_as_bits() -> None:
+    net = srp.convert_to_reversible(leaky(learn_threshold=False))
+    twin, x_seq = copy.deepcopy(net), x_of()
+    with convert.differentiated(twin):
+        twin(x_seq)
+    net(x_seq)
+    assert net.lif1.reset.any() and not net.lif1.reset.all()
+    assert equal(net.lif1.reset, twin.lif1.reset) and equal(net.lif2.reset, twin.lif2.reset)
+    assert not any(value is net.lif1.reset for value in vars(net.lif1).values())
+    with torch.no_grad():
+        net(x_seq)
+    assert equal(copy.deepcopy(net).lif1.reset, twin.lif1.reset)
+    with pytest.raises(AttributeError, match="reset"):
+        _ = srp.convert_to_reversible(leaky()).lif1.reset
+
+
+@pytest.mark.parametrize("factory", [surrogate.atan, surrogate.fast_sigmoid])
+@pytest.mark.parametrize("parameter", [0.3, 1, 2.0, 25])
+@pytest.mark.parametrize("threshold", [0.7, torch.linspace(-1, 2, 5003)])
+def test_surrogates_in_one_pass(factory: Any, parameter: float, threshold: Any) -> None:
+    pytest.importorskip("numba")
+    derivative = derivative_of(factory(parameter))
+    assert derivative is not None
+    write = in_one_pass(derivative)
+    assert write is not None
+    mem, grad = 3 * torch.randn(5003), torch.randn(5003)
+    mem[:5] = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.7, 1e38])
+    out = torch.empty_like(mem)
+    write(mem, threshold, grad, out)
+    assert equal(out.view(torch.int32), derivative(mem - threshold, grad).view(torch.int32))
+
+
+def test_surrogates_that_nothing_is_compiled_for() -> None:
+    for factory in (surrogate.sigmoid, surrogate.straight_through_estimator):
+        derivative = derivative_of(factory())
+        assert derivative is not None and in_one_pass(derivative) is None

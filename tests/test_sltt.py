@@ -6,13 +6,13 @@ import types
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import snn_reversible_plugin as srp
 from snn_reversible_plugin.memory import AllocationCounter
 from snn_reversible_plugin.training import sltt_backward
+from two_processes import together
 
 snntorch = pytest.importorskip("snntorch")
 neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
@@ -769,9 +769,7 @@ def test_training_with_it_learns():
     assert finals[0] == finals[1]
 
 
-def train_on_two(rank, file, results):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+def train_on_two(rank):
     exchanges = types.SimpleNamespace(count=0)
 
     def count(_state, bucket):
@@ -791,12 +789,8 @@ def train_on_two(rank, file, results):
         sltt_backward(single, data(5, seed=seed), loss_fn, 2, generator=torch.Generator().manual_seed(0))
         expected = [e + p.grad / 2 for e, p in zip(expected, single.parameters(), strict=True)]
     same = all(torch.allclose(a, b, atol=1e-7) for a, b in zip(found, expected, strict=True))
-    results[rank] = (same, exchanges.count)
-    dist.destroy_process_group()
+    return same, exchanges.count
 
 
 def test_two_processes_exchange_gradients_once(tmp_path):
-    with mp.get_context("spawn").Manager() as manager:
-        results = manager.dict()
-        mp.spawn(train_on_two, args=(tmp_path / "rendezvous", results), nprocs=2)
-        assert dict(results) == {0: (True, 1), 1: (True, 1)}
+    assert together(tmp_path, train_on_two) == [(True, 1), (True, 1)]

@@ -8,7 +8,6 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -17,6 +16,7 @@ from against_stock import make_fire, reset
 from snn_reversible_plugin.memory import count_step
 from snn_reversible_plugin.wrapped import Wrapped, wrapped_chains
 from test_zoo import FIVE, IF, LIF, SMALL, ZOO, multi_step
+from two_processes import together
 
 snntorch = pytest.importorskip("snntorch")
 from spikingjelly.activation_based import functional, neuron  # noqa: E402
@@ -416,9 +416,7 @@ def test_autocast(dtype):
     against_plain(model, x, autocast=dtype)
 
 
-def ddp_worker(rank, file, results):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+def ddp_worker(rank):
     found = []
     for reversible in (True, False):
         torch.manual_seed(0)
@@ -438,15 +436,11 @@ def ddp_worker(rank, file, results):
     others = [torch.empty_like(weights) for _ in range(2)]
     dist.all_gather(others, weights)
     same = all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    results[rank] = same and torch.equal(*others)
-    dist.destroy_process_group()
+    return same and torch.equal(*others)
 
 
 def test_two_processes(tmp_path):
-    with mp.get_context("spawn").Manager() as manager:
-        results = manager.dict()
-        mp.spawn(ddp_worker, args=(tmp_path / "rendezvous", results), nprocs=2)
-        assert dict(results) == {0: True, 1: True}
+    assert together(tmp_path, ddp_worker) == [True, True]
 
 
 class TestRefusals:

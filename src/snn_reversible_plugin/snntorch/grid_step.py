@@ -315,16 +315,17 @@ def step(
         recorder = None
     timeline = None if recorder is None else continued(u, plan)
     starts = timeline is None
-    if starts:
-        u = snap(u, plan.bits)
-        if not is_dense(u):
-            u = u.contiguous()
     handle = None
     if recorder is not None:
         keeps = not trusted and rests_on_a_state(look_up(current))
         handle = recorder.hold(current) if keeps else recorder.pack(current)
     with tape.paused():
         bits = None if timeline is None else timeline.newest_bits
+        if starts:
+            u = snap(u, plan.bits)
+            if not is_dense(u):
+                u = u.contiguous()
+            tape.mark_opaque(u)
         if starts and fires:
             bits = ops.steps_on(u.device).fire(
                 flat(u, u.stride()), plan.flat_theta, False, flat(like(u), u.stride())

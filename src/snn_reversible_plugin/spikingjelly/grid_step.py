@@ -180,14 +180,15 @@ def step(plan: Plan, x: Tensor, v: Tensor, beta: Tensor | None) -> tuple[Tensor,
     if recorder is not None and (recorder.suspended or not needs or not tape.may_record()):
         recorder = None
     timeline = None if recorder is None else continued(v, plan)
-    if timeline is None:
-        v = snap(v, plan.bits)
-        if not is_dense(v):
-            v = v.contiguous()
     handle = None
     if recorder is not None:
         handle = recorder.hold(x) if rests_on_a_state(look_up(x)) else recorder.pack(x)
     with tape.paused():
+        if timeline is None:
+            v = snap(v, plan.bits)
+            if not is_dense(v):
+                v = v.contiguous()
+            tape.mark_opaque(v)
         if recorder is not None and timeline is None:
             timeline = Timeline(plan, v, plan.name)
             timeline.fired([])

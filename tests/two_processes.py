@@ -1,0 +1,29 @@
+"""Two processes that train together, and what they find.
+
+A group that something still holds when its process ends may abort that process; so the work's own objects
+go first, and neither process leaves before the other is done.
+"""
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import multiprocessing as mp
+
+
+def together(folder: Path, work: Callable[..., Any], *args: Any) -> list[Any]:
+    """What ``work(rank, *args)`` returns in each of two processes of a gloo group."""
+    mp.start_processes(_in_group, args=(folder, work, args), nprocs=2, start_method="spawn")
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def _in_group(rank: int, folder: Path, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.save(work(rank, *args), folder / f"{rank}.pt")
+    gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()
