@@ -24,7 +24,8 @@ from numba.extending import overload
 # 4. The digits of all neurons are one string of bits. Eight neurons at a time push as many bits as they
 #    have digits, behind at most seven that wait; the last byte is filled with zeros.
 # 5. What is compiled is kept on disk, and compiled again when the file that a function stands in has
-#    changed, but not when a function that it calls has, in another file. So all of it stands in this one.
+#    changed, but not when a function that it calls has, in another file. So what calls one another stands
+#    in one file.
 STRETCH = 960  # whole bytes, of whatever radix
 KEEP, MINUS_THETA, ZERO_BEFORE, ZERO_AFTER = range(4)  # what spikes do to the state they come from
 
@@ -473,39 +474,3 @@ def gate(g: Any, factor: Any, bits: Any, out: Any) -> None:
         unpack(bits[start // 8 :], flags[: len(gs)])
         for j in range(len(gs)):
             outs[j] = gs[j] * element_of(factors, j) * (np.float32(1) - np.float32(flags[j]))
-
-
-@compiled
-def add_past_reset(h: Any, threshold: Any, g: Any, out: Any) -> None:
-    """Add g times 0 where the potentials fire."""
-    zero, one = np.float32(0), np.float32(1)
-    for i in range(len(h)):
-        s = one if h[i] - threshold >= zero else zero
-        out[i] = g[i] * (one - s) + out[i]
-
-
-@compiled
-def add_through_reset(h: Any, threshold: Any, to: Any, soft: bool, g_v: Any, g_s: Any) -> None:
-    """Add to the spikes' gradients what comes to them through the reset."""
-    for i in range(len(h)):
-        if soft:
-            g_s[i] = g_s[i] + -g_v[i] * threshold
-        else:
-            g_s[i] = g_s[i] + -(g_v[i] * h[i]) + g_v[i] * to
-
-
-@compiled
-def atan(h: Any, theta: Any, grad: Any, factor: Any, half: Any, out: Any) -> None:
-    """The gradient through an arc tangent's slope, in the order of operations of snnTorch's ``ATan``."""
-    one = np.float32(1)
-    for i in range(len(h)):
-        s = (h[i] - element_of(theta, i)) * factor
-        out[i] = one / (s * s + one) * half * grad[i]
-
-
-@compiled
-def fast_sigmoid(h: Any, theta: Any, grad: Any, slope: Any, out: Any) -> None:
-    """The same of snnTorch's ``FastSigmoid``."""
-    for i in range(len(h)):
-        s = abs(h[i] - element_of(theta, i)) * slope + np.float32(1)
-        out[i] = grad[i] / (s * s)

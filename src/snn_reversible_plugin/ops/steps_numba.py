@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from snn_reversible_plugin.ops import gradients_numba as gradients
 from snn_reversible_plugin.ops import kernels_numba as kernels
 from snn_reversible_plugin.ops.decays import AFTER, BEFORE, SUBTRACT, Step, digits_a_byte
 
@@ -122,7 +123,7 @@ def gate(g: torch.Tensor, factor: Any, bits: Piece, out: torch.Tensor) -> None:
 
 def add_past_reset(h: torch.Tensor, threshold: float, g: torch.Tensor, out: torch.Tensor) -> None:
     """See :func:`snn_reversible_plugin.ops.steps_torch.add_past_reset`."""
-    kernels.add_past_reset(h.numpy(), np.float32(threshold), g.numpy(), out.numpy())
+    gradients.add_past_reset(h.numpy(), np.float32(threshold), g.numpy(), out.numpy())
 
 
 def add_through_reset(
@@ -130,20 +131,20 @@ def add_through_reset(
 ) -> None:
     """See :func:`snn_reversible_plugin.ops.steps_torch.add_through_reset`."""
     single, value = np.float32(threshold), np.float32(to or 0.0)
-    kernels.add_through_reset(h.numpy(), single, value, to is None, g_v.numpy(), g_s.numpy())
+    gradients.add_through_reset(h.numpy(), single, value, to is None, g_v.numpy(), g_s.numpy())
 
 
 def atan(h: torch.Tensor, theta: Any, grad: torch.Tensor, out: torch.Tensor, *, alpha: float) -> None:
     """Write the gradient through snnTorch's ``ATan`` surrogate of ``h - theta`` into ``out``."""
     factor, half = np.float32(math.pi / 2 * alpha), np.float32(alpha / 2)
-    kernels.atan(h.numpy(), _single(theta), grad.numpy(), factor, half, out.numpy())
+    gradients.atan(h.numpy(), _single(theta), grad.numpy(), factor, half, out.numpy())
 
 
 def fast_sigmoid(
     h: torch.Tensor, theta: Any, grad: torch.Tensor, out: torch.Tensor, *, slope: float
 ) -> None:
     """The same of its ``FastSigmoid``."""
-    kernels.fast_sigmoid(h.numpy(), _single(theta), grad.numpy(), np.float32(slope), out.numpy())
+    gradients.fast_sigmoid(h.numpy(), _single(theta), grad.numpy(), np.float32(slope), out.numpy())
 
 
 def _radix(step: Step) -> tuple[int, int]:
