@@ -71,7 +71,9 @@ def _kernels(x2: Tensor, rule: Rule, surrogate: Surrogate) -> Any:
     known = (
         surrogate.fire is None and math.isfinite(threshold) and (threshold == 0 or abs(threshold) > 1e-30)
     )
-    return ops.sequences_on_cpu() if small and known and x2.is_contiguous() else None
+    if not small or not known or not x2.is_contiguous() or torch.compiler.is_compiling():
+        return None
+    return ops.sequences_on_cpu()
 
 
 def _start(buffer: Tensor, v: Tensor | float) -> Tensor:
