@@ -19,10 +19,10 @@ from rich.console import Console
 from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import Tensor
 
-from snn_reversible_plugin import coupled
-from snn_reversible_plugin.coupled_calls import Call, run_sequence
-from snn_reversible_plugin.coupled_sweeps import _Work, forward
-from snn_reversible_plugin.memory import count_step, time_step
+from snn_reversible_plugin.neurons.coupled import reference as coupled
+from snn_reversible_plugin.neurons.coupled.call import Call, run_sequence
+from snn_reversible_plugin.neurons.coupled.in_place import _Work, forward
+from snn_reversible_plugin.reports.measure import count_step, time_step
 from snn_reversible_plugin.spikingjelly.coupled import firing_of
 
 from . import store, time_tables

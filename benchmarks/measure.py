@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from snn_reversible_plugin import tape
-from snn_reversible_plugin.adapters import is_spiking
-from snn_reversible_plugin.memory import AllocationCounter
+from snn_reversible_plugin.modules.kinds import is_spiking
+from snn_reversible_plugin.reports.measure import AllocationCounter
 
 from .methods import CannotRun, Training, check_rebuilds, prepare, rebuild_error
 from .workloads import Workload

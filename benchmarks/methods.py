@@ -13,9 +13,9 @@ from spikingjelly.activation_based import base, functional, layer, memopt, neuro
 from torch import nn
 
 import snn_reversible_plugin as srp
+from snn_reversible_plugin.blocks.wrapped import wrapped_chains
 from snn_reversible_plugin.convert import differentiated
 from snn_reversible_plugin.training import sltt_backward
-from snn_reversible_plugin.wrapped import wrapped_chains
 
 from .checkpointed import checkpoint_blocks
 from .published import PublishedChain, publish

@@ -22,8 +22,8 @@ from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import Tensor, nn
 
 import snn_reversible_plugin as srp
-from snn_reversible_plugin import timeline
-from snn_reversible_plugin.memory import count_step, time_step
+from snn_reversible_plugin.neurons.on_grid import timeline
+from snn_reversible_plugin.reports.measure import count_step, time_step
 
 from . import readme, store, time_tables
 

@@ -17,7 +17,7 @@ from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 
 import snn_reversible_plugin as srp
-from snn_reversible_plugin.memory import AllocationCounter, time_step
+from snn_reversible_plugin.reports.measure import AllocationCounter, time_step
 from snn_reversible_plugin.training import sltt_backward
 
 from . import store, time_tables

@@ -16,7 +16,7 @@ from spikingjelly.activation_based.model import ms_resnet, sew_resnet, spikforme
 from torch import nn
 
 import snn_reversible_plugin as srp
-from snn_reversible_plugin.memory import count_step, time_step
+from snn_reversible_plugin.reports.measure import count_step, time_step
 
 from . import store
 from .measure import MIB

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from snn_reversible_plugin import tape
-from snn_reversible_plugin.registry import reversible_type
-from snn_reversible_plugin.snntorch import step
+from snn_reversible_plugin.modules.registry import reversible_type
+from snn_reversible_plugin.neurons.leaky import call as step
 
 RESETS = ("subtract", "zero", "none")
 

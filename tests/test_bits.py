@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snn_reversible_plugin import ops
-from snn_reversible_plugin.handles import Packed, is_dense
-from snn_reversible_plugin.ops import bits_numpy, bits_torch
+from snn_reversible_plugin.ops.bits import on_numpy, reference
+from snn_reversible_plugin.ops.layouts import is_dense
+from snn_reversible_plugin.tape.handles import Packed
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.bool, torch.int64]
@@ -20,10 +21,10 @@ def test_every_form_packs_the_same_bits(device, n, seed, dtype):
     generator = torch.Generator().manual_seed(seed)
     ones = (torch.rand(n, generator=generator) < 0.3).to(device)
     flat = ones.to(dtype)
-    expected = bits_torch.pack_bits(flat)
+    expected = reference.pack_bits(flat)
     assert expected.dtype is torch.uint8 and expected.numel() == (n + 7) // 8
     assert torch.equal(ops.pack_bits(flat), expected)
-    forms = [bits_torch, ops] + ([bits_numpy] if device == "cpu" else [])
+    forms = [reference, ops] + ([on_numpy] if device == "cpu" else [])
     for form in forms:
         out = torch.full_like(flat, True)
         form.unpack_bits(expected, out)
@@ -35,7 +36,7 @@ def test_bit_order_is_little():
     assert ops.pack_bits(flat).tolist() == [1, 2]
 
 
-@pytest.mark.parametrize("form", [bits_torch, bits_numpy])
+@pytest.mark.parametrize("form", [reference, on_numpy])
 def test_more_than_one_chunk(form, monkeypatch):
     monkeypatch.setattr(form, "CHUNK", 64)
     flat = (torch.rand(1000) < 0.5).float()

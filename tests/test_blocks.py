@@ -9,10 +9,10 @@ from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 
 import snn_reversible_plugin as srp
-from snn_reversible_plugin import halves
 from snn_reversible_plugin.blocks import RevSBlock, RevSSequence
-from snn_reversible_plugin.memory import count_step
-from snn_reversible_plugin.snapshots import reset_states
+from snn_reversible_plugin.blocks import second_run as halves
+from snn_reversible_plugin.modules.states import reset_states
+from snn_reversible_plugin.reports.measure import count_step
 from two_processes import together
 
 NEURONS = {

@@ -141,7 +141,7 @@ def test_a_report_takes_a_shape_for_each_input(models):
 
 def test_a_report_passes_the_mode_on(models, monkeypatch):
     seen = []
-    import snn_reversible_plugin.report as report
+    import snn_reversible_plugin.reports.memory_report as report
 
     monkeypatch.setattr(report, "memory_report", lambda model, x: seen.append((model, x)) or Silent())
     assert run("report", "own_models:build", "--shape", "3,1,2,8,8", "--mode", "speed").exit_code == 0

@@ -15,10 +15,12 @@ from spikingjelly.activation_based import functional, layer, surrogate
 from torch import nn
 
 import snn_reversible_plugin as srp
-from snn_reversible_plugin import coupled, coupled_sweeps, snntorch, spikingjelly
-from snn_reversible_plugin.coupled_calls import run_sequence
+from snn_reversible_plugin import snntorch, spikingjelly
 from snn_reversible_plugin.grid import snap
-from snn_reversible_plugin.memory import AllocationCounter, count_step
+from snn_reversible_plugin.neurons.coupled import in_place as coupled_sweeps
+from snn_reversible_plugin.neurons.coupled import reference as coupled
+from snn_reversible_plugin.neurons.coupled.call import run_sequence
+from snn_reversible_plugin.reports.measure import AllocationCounter, count_step
 from snn_reversible_plugin.snntorch.coupled import firing_of as firing_of_snntorch
 from snn_reversible_plugin.spikingjelly.coupled import firing_of as firing_of_spikingjelly
 
@@ -737,7 +739,7 @@ def test_registered_by_name():
 def test_run_sequence_is_public_to_other_frameworks():
     x_seq = torch.randn(4, 2, 4, requires_grad=True)
     fire = firing_of_snntorch(st_surrogate.atan(), torch.float32)
-    from snn_reversible_plugin.coupled_calls import Call
+    from snn_reversible_plugin.neurons.coupled.call import Call
 
     y_seq, s = run_sequence(x_seq, None, Call(rule_of(), fire, "mine"))
     assert_same((y_seq, s), coupled.sequence(x_seq, None, rule_of(), fire))

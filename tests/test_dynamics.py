@@ -9,9 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snn_reversible_plugin import cuts, dynamics, sweeps
-from snn_reversible_plugin.dynamics import Rule, Surrogate, Wanted
-from snn_reversible_plugin.memory import AllocationCounter
+from snn_reversible_plugin.neurons.integrate_fire import in_place as sweeps
+from snn_reversible_plugin.neurons.integrate_fire import reference as dynamics
+from snn_reversible_plugin.neurons.integrate_fire.reference import Rule, Surrogate, Wanted
+from snn_reversible_plugin.ops import chunks as cuts
+from snn_reversible_plugin.reports.measure import AllocationCounter
 
 ALL = Wanted(x=True, v=True, q=True)
 RULES = [
@@ -155,7 +157,9 @@ def atan(grad, u):
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule.detach_reset], ids=str)
 @pytest.mark.parametrize("shape", [(3, 37), (5, 4, 3, 7, 5), (9, 6), (1, 8)])
 def test_short_sequences_are_compiled_with_the_same_bits(rule, threshold, shape, monkeypatch):
-    kernels = pytest.importorskip("snn_reversible_plugin.ops.sequences_numba", exc_type=ImportError)
+    kernels = pytest.importorskip(
+        "snn_reversible_plugin.neurons.integrate_fire.kernels", exc_type=ImportError
+    )
     calls, run = [], kernels.backward
     monkeypatch.setattr(kernels, "backward", lambda *args: calls.append(run(*args)))
     rule, surrogate = rule._replace(v_threshold=threshold), Surrogate(None, atan, uniform=True)

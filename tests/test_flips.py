@@ -8,8 +8,8 @@ from spikingjelly.activation_based import neuron
 from torch import nn
 
 from snn_reversible_plugin.blocks import RevSBlock, RevSSequence
-from snn_reversible_plugin.flips import counting_flips
 from snn_reversible_plugin.models import RevSResNet
+from snn_reversible_plugin.reports.flips import counting_flips
 from test_blocks import Loop, chain, step
 
 

@@ -1,7 +1,5 @@
 """The grid: exact to undo, idempotent, transparent to gradients."""
 
-import importlib
-import importlib.util
 import math
 import sys
 from fractions import Fraction
@@ -12,9 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snn_reversible_plugin import grid, ops
-from snn_reversible_plugin.ops import decays, steps_numpy, steps_torch
-from snn_reversible_plugin.remainders import Remainders
+from snn_reversible_plugin import grid
+from snn_reversible_plugin.grid import decays
+from snn_reversible_plugin.grid.step import reference as steps_torch
+from snn_reversible_plugin.neurons.on_grid.remainders import Remainders
+from snn_reversible_plugin.ops import forms
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 FINITE = st.floats(-1e4, 1e4, width=32, allow_nan=False)
@@ -143,15 +143,8 @@ def test_decay_is_rounding_and_undecay_undoes_it_bit_for_bit(beta, seed, bits):
     assert same_bits(grid.undecay(v, digits, beta, bits), u + 0.0)
 
 
-def forms() -> dict[str, Any]:
-    """The modules that compute steps on this machine, the specification first."""
-    found = {"torch": steps_torch, "numpy": steps_numpy}
-    if importlib.util.find_spec("numba") is not None:
-        found["numba"] = importlib.import_module("snn_reversible_plugin.ops.steps_numba")
-    return found
-
-
-FORMS = forms()
+# The specification first.
+FORMS = {form.__name__.rpartition(".")[2]: form for form in [*forms.forms_of(forms.GRID_STEP, "cpu")][::-1]}
 RESETS = [decays.NONE, decays.SUBTRACT, decays.BEFORE, decays.AFTER]
 
 
@@ -307,34 +300,9 @@ def test_how_many_bits_a_step_loses(form, beta, bits):
     assert beta <= 0.5 or sum(map(len, rest)) == 0
 
 
-@pytest.mark.parametrize("missing", [(), ("numba",), ("numba", "numpy")])
+@pytest.mark.parametrize("missing", [(), ("on_numba",), ("on_numba", "on_numpy")])
 def test_the_fastest_form_that_is_installed_computes_steps(monkeypatch, missing):
     for name in missing:
-        monkeypatch.setitem(sys.modules, f"snn_reversible_plugin.ops.steps_{name}", None)
-    choose = ops._steps_on_cpu.__wrapped__
-    left = [name for name in ("numba", "numpy", "torch") if name in FORMS and name not in missing]
-    assert choose() is FORMS[left[0]]
-
-
-@settings(deadline=None, max_examples=50)
-@given(sizes=st.lists(st.lists(st.integers(0, 40), max_size=3), max_size=60), seed=st.integers(0, 100))
-def test_remainders_are_read_in_any_order(sizes, seed):
-    store, expected = Remainders(torch.empty(1)), []
-    generator = torch.Generator().manual_seed(seed)
-    for record in sizes:
-        pieces = [torch.randint(256, (n,), generator=generator).to(torch.uint8) for n in record]
-        store.append([piece.numpy() for piece in pieces])
-        expected.append([int(byte) for piece in pieces for byte in piece])
-    order = torch.randperm(len(sizes), generator=generator).tolist()
-    for index in [*order, *order]:
-        assert store.record(index).tolist() == expected[index]
-    assert len(store) == len(sizes)
-
-
-def test_decay_has_the_gradient_of_a_product():
-    u = torch.randn(5, 3).requires_grad_()
-    beta = torch.rand(3).requires_grad_()
-    g = torch.randn(5, 3)
-    grid.decay(u, beta).backward(g)
-    assert torch.equal(u.grad, g * beta.detach())
-    assert torch.equal(beta.grad, (g * u.detach()).sum(0))
+        monkeypatch.setitem(sys.modules, f"snn_reversible_plugin.grid.step.{name}", None)
+    left = [form for name, form in FORMS.items() if name not in missing]
+    assert next(forms.forms_of(forms.GRID_STEP, "cpu")) is left[-1]

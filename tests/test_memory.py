@@ -2,7 +2,7 @@
 
 import torch
 
-from snn_reversible_plugin.memory import AllocationCounter, measure_step
+from snn_reversible_plugin.reports.measure import AllocationCounter, measure_step
 
 
 def test_live_and_peak():

@@ -11,7 +11,7 @@ import snn_reversible_plugin as srp
 from snn_reversible_plugin import models
 from snn_reversible_plugin.blocks import RevSSequence
 from snn_reversible_plugin.convert import differentiated
-from snn_reversible_plugin.memory import count_step
+from snn_reversible_plugin.reports.measure import count_step
 
 
 @pytest.mark.parametrize(

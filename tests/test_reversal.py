@@ -19,8 +19,10 @@ from spikingjelly.activation_based import surrogate as sj_surrogate
 from torch import Tensor, nn
 
 import snn_reversible_plugin as srp
-from snn_reversible_plugin import convert, timeline
-from snn_reversible_plugin.memory import count_step
+from snn_reversible_plugin import convert
+from snn_reversible_plugin.grid.step import steps_on
+from snn_reversible_plugin.neurons.on_grid import timeline
+from snn_reversible_plugin.reports.measure import count_step
 from snn_reversible_plugin.snntorch.surrogates import derivative_of, in_one_pass
 from snn_reversible_plugin.spikingjelly import surrogates as sj_surrogates
 from snntorch_against_stock import equal, make, one_thread_fixture  # noqa: F401
@@ -577,9 +579,8 @@ def test_verify_tells_how_far_the_grid_is_from_stock() -> None:
 
 
 def test_verify_notices_a_wrong_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    from snn_reversible_plugin import ops
 
-    form = ops.steps_on(torch.device("cpu"))
+    form = steps_on(torch.device("cpu"))
     right = form.undo
     monkeypatch.setattr(form, "undo", lambda *args: right(*args) + 2.0**-16)
     assert not srp.verify(leaky(), x_of(), loss=weighted).ok

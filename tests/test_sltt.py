@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import snn_reversible_plugin as srp
-from snn_reversible_plugin.memory import AllocationCounter
+from snn_reversible_plugin.reports.measure import AllocationCounter
 from snn_reversible_plugin.training import sltt_backward
 from two_processes import together
 

@@ -15,8 +15,8 @@ from snntorch import functional, surrogate, utils
 from torch import Tensor, nn
 
 import snn_reversible_plugin as srp
-from snn_reversible_plugin.memory import count_step
-from snn_reversible_plugin.registry import StaysStock, reversible_type
+from snn_reversible_plugin.modules.registry import StaysStock, reversible_type
+from snn_reversible_plugin.reports.measure import count_step
 from snn_reversible_plugin.snntorch import RevLapicque, RevLeaky, RevSynaptic, register
 from snntorch_against_stock import (
     STATES,

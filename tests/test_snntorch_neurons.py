@@ -10,7 +10,8 @@ import torch
 from snntorch import surrogate
 from torch import Tensor, nn
 
-from snn_reversible_plugin.snntorch import RevLeaky, analytic
+from snn_reversible_plugin.snntorch import RevLeaky
+from snn_reversible_plugin.snntorch import steps as analytic
 from snntorch_against_stock import (
     RESETS,
     STATES,

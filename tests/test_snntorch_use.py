@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import snn_reversible_plugin as srp
 from snn_reversible_plugin import tape
-from snn_reversible_plugin.registry import reversible_type
+from snn_reversible_plugin.modules.registry import reversible_type
 from snn_reversible_plugin.snntorch import RevLapicque, RevLeaky, RevSynaptic
 from snntorch_against_stock import (
     RESETS,

@@ -15,8 +15,8 @@ from spikingjelly.activation_based import functional, neuron, surrogate
 
 from snn_reversible_plugin import spikingjelly as adapter
 from snn_reversible_plugin import tape
-from snn_reversible_plugin.memory import AllocationCounter
-from snn_reversible_plugin.spikingjelly import nodes
+from snn_reversible_plugin.reports.measure import AllocationCounter
+from snn_reversible_plugin.spikingjelly import neurons as nodes
 from snn_reversible_plugin.spikingjelly.surrogates import proved
 from spikingjelly_against_stock import (
     LOSSES,
@@ -123,8 +123,8 @@ def test_layouts(cls, layout):
 
 @pytest.mark.parametrize("cls", REV)
 def test_chunks_of_neurons_give_the_same(cls, monkeypatch):
-    monkeypatch.setattr("snn_reversible_plugin.cuts.chunk_size", lambda device: 7)
-    monkeypatch.setattr("snn_reversible_plugin.spikingjelly.nodes.chunk_size", lambda device: 7)
+    monkeypatch.setattr("snn_reversible_plugin.ops.chunks.chunk_size", lambda device: 7)
+    monkeypatch.setattr("snn_reversible_plugin.spikingjelly.neurons.chunk_size", lambda device: 7)
     for settings, reset, store, name in itertools.product(
         settings_of(cls), RESETS, [False, True], ["ATan", "Rect", "Triangle"]
     ):

@@ -14,7 +14,7 @@ from torch import nn
 
 import snn_reversible_plugin as srp
 from snn_reversible_plugin import tape
-from snn_reversible_plugin.registry import StaysStock, SwappedClass, reversible_type
+from snn_reversible_plugin.modules.registry import StaysStock, SwappedClass, reversible_type
 from snn_reversible_plugin.spikingjelly import register
 from spikingjelly_against_stock import (
     LOSSES,

@@ -18,9 +18,9 @@ from spikingjelly.activation_based.model import (
 
 import snn_reversible_plugin as srp
 from snn_reversible_plugin import tape
-from snn_reversible_plugin.entries import look_up
-from snn_reversible_plugin.memory import count_step
-from snn_reversible_plugin.streams import Stream
+from snn_reversible_plugin.blocks.streams import Stream
+from snn_reversible_plugin.reports.measure import count_step
+from snn_reversible_plugin.tape.origins import look_up
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 pytestmark = pytest.mark.parametrize("device", DEVICES)
@@ -216,7 +216,7 @@ def test_sums_of_spikes_inside_attention_and_mlp_stay_as_they_are(device):
 
 
 def test_which_blocks_of_transformers_carry_a_membrane(device):
-    from snn_reversible_plugin.residual_grid import carries_a_membrane
+    from snn_reversible_plugin.blocks.streams_on_grid import carries_a_membrane
 
     sizes = {"T": 2, "num_classes": 4, "embed_dims": 32, "depths": (1, 1, 1)}
     spikes = qkformer.QKFormer(num_heads=(1, 1, 1), **sizes).to(device)
@@ -311,8 +311,8 @@ class Reads(nn.Module):
 
 
 def test_a_branch_that_leads_back_to_the_stream_keeps_it(device):
-    from snn_reversible_plugin.registry import swap, swapped_class
-    from snn_reversible_plugin.residual_grid import OnGrid
+    from snn_reversible_plugin.blocks.streams_on_grid import OnGrid
+    from snn_reversible_plugin.modules.registry import swap, swapped_class
 
     def make():
         torch.manual_seed(0)
@@ -344,7 +344,7 @@ def test_an_exception_in_a_block_leaves_nothing_behind(device):
     with srp.reversible(model):
         with pytest.raises(RuntimeError):
             model.blocks(torch.randn(2, 1, 9, 4, 4, device=device))
-        assert tape.current().residual is None
+        assert not tape.current().overriding
     assert tape.current() is None
     equal(
         gradients(model, batch(device)),

@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import snn_reversible_plugin as srp
 from against_stock import make_fire, reset
-from snn_reversible_plugin.memory import count_step
-from snn_reversible_plugin.wrapped import Wrapped, wrapped_chains
+from snn_reversible_plugin.blocks.wrapped import Wrapped, wrapped_chains
+from snn_reversible_plugin.reports.measure import count_step
 from test_zoo import FIVE, IF, LIF, SMALL, ZOO, multi_step
 from two_processes import together
 

@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from snn_reversible_plugin import entries, handles, tape
-from snn_reversible_plugin.handles import Kept, Packed, Replayed
-from snn_reversible_plugin.memory import AllocationCounter
+from snn_reversible_plugin import tape
+from snn_reversible_plugin.reports.measure import AllocationCounter
+from snn_reversible_plugin.tape import handles
+from snn_reversible_plugin.tape import origins as entries
+from snn_reversible_plugin.tape.handles import Kept, Packed, Replayed
 
 
 class Saved:

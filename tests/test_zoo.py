@@ -20,7 +20,7 @@ from spikingjelly.activation_based.model import (  # noqa: E402
     spiking_vgg,
 )
 
-from snn_reversible_plugin.memory import count_step  # noqa: E402
+from snn_reversible_plugin.reports.measure import count_step  # noqa: E402
 
 LIF = {"spiking_neuron": neuron.LIFNode, "surrogate_function": surrogate.ATan(), "detach_reset": True}
 IF = {"spiking_neuron": neuron.IFNode}

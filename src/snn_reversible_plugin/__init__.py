@@ -1,13 +1,13 @@
 """Reversible training for spiking neural networks: stock models, a small part of the memory."""
 
-from snn_reversible_plugin.adapters import register
 from snn_reversible_plugin.blocks import RevSBlock, RevSSequence
+from snn_reversible_plugin.blocks.surgery import SurgeryReport, unwrap_residual_blocks, wrap_residual_blocks
 from snn_reversible_plugin.convert import convert_to_reversible, restore, reversible, stock
-from snn_reversible_plugin.flips import counting_flips
-from snn_reversible_plugin.registry import register_reversible
-from snn_reversible_plugin.report import MemoryReport, memory_report
-from snn_reversible_plugin.surgery import SurgeryReport, unwrap_residual_blocks, wrap_residual_blocks
-from snn_reversible_plugin.verification import Verification, verify
+from snn_reversible_plugin.modules.kinds import register
+from snn_reversible_plugin.modules.registry import register_reversible
+from snn_reversible_plugin.reports.flips import counting_flips
+from snn_reversible_plugin.reports.memory_report import MemoryReport, memory_report
+from snn_reversible_plugin.reports.verification import Verification, verify
 
 __all__ = [
     "MemoryReport",

@@ -91,7 +91,7 @@ def report(
     import torch
 
     from snn_reversible_plugin.convert import convert_to_reversible
-    from snn_reversible_plugin.report import memory_report
+    from snn_reversible_plugin.reports.memory_report import memory_report
 
     shapes = [_shape(text) for text in shape]
     model = _build(factory).to(device)

@@ -17,10 +17,13 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from snn_reversible_plugin import gridding, tape
-from snn_reversible_plugin.adapters import is_spiking, load_adapters
-from snn_reversible_plugin.checks import check_model, skipped_modules
-from snn_reversible_plugin.registry import (
+from snn_reversible_plugin import tape
+from snn_reversible_plugin.blocks.streams_on_grid import OnGrid, carries_a_membrane
+from snn_reversible_plugin.blocks.surgery import wrap
+from snn_reversible_plugin.blocks.wrapped import run_plainly, wrapped_chains
+from snn_reversible_plugin.modules.checks import check_model, skipped_modules
+from snn_reversible_plugin.modules.kinds import is_spiking, load_adapters
+from snn_reversible_plugin.modules.registry import (
     StaysStock,
     SwappedClass,
     reversible_type,
@@ -30,10 +33,8 @@ from snn_reversible_plugin.registry import (
     type_on_grid,
     unswap,
 )
-from snn_reversible_plugin.residual_grid import OnGrid, carries_a_membrane
-from snn_reversible_plugin.surgery import wrap
-from snn_reversible_plugin.tracking import tracked
-from snn_reversible_plugin.wrapped import run_plainly, wrapped_chains
+from snn_reversible_plugin.modules.tracking import tracked
+from snn_reversible_plugin.neurons.on_grid import switches
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -63,7 +64,7 @@ class Recorded(SwappedClass):
 
         @functools.wraps(stock_forward)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling() or gridding.by_autograd():
+            if torch.compiler.is_compiling() or switches.by_autograd():
                 return stock_forward(self, *args, **kwargs)
             with tape.recording(settings_of(self).mode):
                 return stock_forward(self, *args, **kwargs)
@@ -73,7 +74,7 @@ class Recorded(SwappedClass):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Compiled after the conversion: the compiler sees the stock network.
         compiled = torch.compiler.is_compiling() or getattr(self, "_compiled_call_impl", None) is not None
-        if compiled or gridding.by_autograd():
+        if compiled or switches.by_autograd():
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         with tape.recording(settings_of(self).mode):  # type: ignore[arg-type]
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
@@ -305,7 +306,7 @@ def differentiated(model: nn.Module) -> Iterator[None]:
     What neurons on the grid compute there is the specification of what they compute on the tape.
     """
     others = [module for module in model.modules() if not (module is model or is_on_grid(module))]
-    with stock_classes(others), gridding.autograd():
+    with stock_classes(others), switches.autograd():
         yield
 
 

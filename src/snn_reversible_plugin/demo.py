@@ -28,8 +28,8 @@ from rich.table import Table
 from torch import nn
 
 from snn_reversible_plugin.convert import convert_to_reversible
-from snn_reversible_plugin.memory import measure_step
-from snn_reversible_plugin.states import unchanged
+from snn_reversible_plugin.modules.as_it_ran import unchanged
+from snn_reversible_plugin.reports.measure import measure_step
 
 try:
     from spikingjelly.activation_based import functional, layer, neuron, surrogate

@@ -24,7 +24,7 @@ from snn_reversible_plugin.models.parts import (
     neuron_maker,
     over_time,
 )
-from snn_reversible_plugin.snapshots import fresh_states
+from snn_reversible_plugin.modules.states import fresh_states
 
 SCALE = 0.125  # of the attention, as in Spikformer: counts of coincident spikes, brought to the threshold
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snn_reversible_plugin.adapters import is_spiking
+from snn_reversible_plugin.modules.kinds import is_spiking
 
 Neuron = str | Callable[[], nn.Module]
 SPIKINGJELLY = {"if": "IFNode", "lif": "LIFNode", "plif": "ParametricLIFNode"}

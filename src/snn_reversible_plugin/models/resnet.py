@@ -22,7 +22,7 @@ from snn_reversible_plugin.models.parts import (
     neuron_maker,
     over_time,
 )
-from snn_reversible_plugin.snapshots import fresh_states
+from snn_reversible_plugin.modules.states import fresh_states
 
 WIDTHS = (64, 128, 256, 448)
 

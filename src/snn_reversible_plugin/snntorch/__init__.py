@@ -17,7 +17,7 @@ except ModuleNotFoundError as error:
         "snn_reversible_plugin.snntorch needs snnTorch: pip install snn-reversible-plugin[snntorch]"
     ) from error
 
-from snn_reversible_plugin.snntorch import choice as choice
+from snn_reversible_plugin.snntorch import types as types
 from snn_reversible_plugin.snntorch.coupled import CoupledLIF
 from snn_reversible_plugin.snntorch.neurons import (
     RevAlpha,

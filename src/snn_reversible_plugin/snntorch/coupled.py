@@ -1,6 +1,6 @@
 """snnTorch's form of the coupled node: ``spk, mem = node(input_, mem)``, in the user's own loop.
 
-The one idea: everything is in :mod:`snn_reversible_plugin.coupled_calls`; here are settings, and a membrane
+The one idea: everything is in :mod:`.neurons.coupled.call`; here are settings, and a membrane
 that snnTorch's resets know. Source: Lei et al., arXiv 2308.08649.
 """
 
@@ -14,10 +14,10 @@ import torch
 from snntorch import surrogate
 from torch import Tensor, nn
 
-from snn_reversible_plugin.coupled import Firing, rule_of
-from snn_reversible_plugin.coupled_calls import Call, run_step
 from snn_reversible_plugin.grid import stream_dtype
-from snn_reversible_plugin.registry import register_reversible
+from snn_reversible_plugin.modules.registry import register_reversible
+from snn_reversible_plugin.neurons.coupled.call import Call, run_step
+from snn_reversible_plugin.neurons.coupled.reference import Firing, rule_of
 from snn_reversible_plugin.snntorch.surrogates import derivative_of
 
 
@@ -25,7 +25,7 @@ class CoupledLIF(snntorch.Leaky):
     """The reversible node of Lei et al. for snnTorch: ``spk, mem = node(input_, mem)``.
 
     Equations, guarantee, memory, settings and errors are those of
-    :class:`snn_reversible_plugin.spikingjelly.coupled.CoupledLIF`, in the paper's notation: ``beta``
+    :class:`.spikingjelly.coupled.CoupledLIF`, in the paper's notation: ``beta``
     couples the halves, and the membrane's decay is ``1 - 1 / tau``. What is returned first is not binary
     but ``O + beta X``. It subclasses ``Leaky`` for ``snntorch.utils.reset``, ``reset_hidden`` and
     ``detach_hidden`` to find it, and shares no equation with it. It fires where the membrane is *above* the

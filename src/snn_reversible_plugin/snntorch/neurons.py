@@ -2,7 +2,7 @@
 
 The one idea: a reversible neuron is its stock class with another ``forward``: the analytic step where that
 is stock's arithmetic, stock's own elsewhere. What tells the types apart is written down as a
-:class:`~snn_reversible_plugin.snntorch.analytic.Spec`.
+:class:`~.snntorch.steps.Spec`.
 
 Source: the classes of the same names in ``snntorch/_neurons``, version 1.0 (Eshraghian et al.,
 Proceedings of the IEEE 111, 2023).
@@ -15,14 +15,14 @@ from typing import Any
 import snntorch
 from torch import Tensor
 
-from snn_reversible_plugin.snntorch.analytic import Spec, analytic, anchored
-from snn_reversible_plugin.snntorch.charges import (
+from snn_reversible_plugin.neurons.leaky.call import AFTER, BEFORE, NONE, SUBTRACT
+from snn_reversible_plugin.neurons.leaky.reference import (
     AlphaCharge,
     LapicqueCharge,
     LeakyCharge,
     SynapticCharge,
 )
-from snn_reversible_plugin.snntorch.step import AFTER, BEFORE, NONE, SUBTRACT
+from snn_reversible_plugin.snntorch.steps import Spec, analytic, anchored
 
 
 def _leaky(currents: list[Tensor], states: list[Tensor], parameters: list[Tensor]) -> list[Tensor]:

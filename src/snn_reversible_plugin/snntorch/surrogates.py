@@ -22,13 +22,8 @@ import torch
 from snntorch import surrogate
 from torch import Tensor
 
-from snn_reversible_plugin import ops
-
-Derivative = Callable[[Tensor, Tensor], Tensor]
-"""``derivative(shift, grad)``: the gradient for ``shift = mem - threshold``, which it may overwrite.
-
-The result is a tensor that nobody else holds.
-"""
+from snn_reversible_plugin.grid.step import steps_on
+from snn_reversible_plugin.neurons.leaky.call import Derivative
 
 
 def _atan(shift: Tensor, grad: Tensor, alpha: float) -> Tensor:
@@ -108,7 +103,7 @@ def in_one_pass(derivative: Derivative) -> Callable[..., None] | None:
     """
     if not isinstance(derivative, functools.partial):
         return None
-    form = ops.steps_on(torch.device("cpu"))
+    form = steps_on(torch.device("cpu"))
     compiled = {_atan: "atan", _fast_sigmoid: "fast_sigmoid"}.get(derivative.func)
     write = getattr(form, compiled, None) if compiled is not None else None
     if write is None:

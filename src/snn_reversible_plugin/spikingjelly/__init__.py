@@ -21,22 +21,22 @@ except ModuleNotFoundError as error:
         "pip install snn-reversible-plugin[spikingjelly]"
     ) from error
 
-from snn_reversible_plugin.registry import (
+from snn_reversible_plugin.modules.registry import (
     StaysStock,
     register_on_grid,
     register_reversible,
     swapped_class,
 )
-from snn_reversible_plugin.spikingjelly import grid_nodes
+from snn_reversible_plugin.spikingjelly import on_grid
 from snn_reversible_plugin.spikingjelly.coupled import CoupledLIF
-from snn_reversible_plugin.spikingjelly.generic import Replayed, dynamics_of, origin_of
-from snn_reversible_plugin.spikingjelly.nodes import (
+from snn_reversible_plugin.spikingjelly.neurons import (
     Analytic,
     Reversible,
     RevIFNode,
     RevLIFNode,
     RevParametricLIFNode,
 )
+from snn_reversible_plugin.spikingjelly.replayed import Replayed, dynamics_of, origin_of
 
 __all__ = ["CoupledLIF", "RevIFNode", "RevLIFNode", "RevParametricLIFNode", "register"]
 
@@ -99,10 +99,10 @@ for _cls, _rev in _ANALYTIC.items():
 
 
 def _on_grid(module: nn.Module) -> type[nn.Module]:
-    reason = grid_nodes.why_not(module, dynamics_of(type(module)))
+    reason = on_grid.why_not(module, dynamics_of(type(module)))
     if reason is not None:
         raise StaysStock(reason)
-    return swapped_class(grid_nodes.OnGrid, type(module))
+    return swapped_class(on_grid.OnGrid, type(module))
 
 
 for _cls in _ANALYTIC:

@@ -1,6 +1,6 @@
 """SpikingJelly's form of the coupled node: a module with a memory and two step modes.
 
-The one idea: everything is in :mod:`snn_reversible_plugin.coupled_calls`; here are settings, a membrane
+The one idea: everything is in :mod:`.neurons.coupled.call`; here are settings, a membrane
 that ``functional.reset_net`` knows, and which surrogate functions the node can do with.
 Source: Lei et al., arXiv 2308.08649.
 """
@@ -15,11 +15,11 @@ import torch
 from spikingjelly.activation_based import base, surrogate
 from torch import Tensor, nn
 
-from snn_reversible_plugin.coupled import Firing, rule_of
-from snn_reversible_plugin.coupled_calls import Call, run_sequence, run_step
-from snn_reversible_plugin.cuts import chunk_size
 from snn_reversible_plugin.grid import stream_dtype
-from snn_reversible_plugin.registry import register_reversible
+from snn_reversible_plugin.modules.registry import register_reversible
+from snn_reversible_plugin.neurons.coupled.call import Call, run_sequence, run_step
+from snn_reversible_plugin.neurons.coupled.reference import Firing, rule_of
+from snn_reversible_plugin.ops.chunks import chunk_size
 from snn_reversible_plugin.spikingjelly.surrogates import (
     by_autograd,
     derivative,

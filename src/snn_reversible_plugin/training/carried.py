@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from snn_reversible_plugin.adapters import is_spiking
+from snn_reversible_plugin.modules.kinds import is_spiking
 
 _OF_TORCH = frozenset(nn.Module().__dict__)
 _CONTAINERS = (list, tuple, dict)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from snn_reversible_plugin.states import unchanged
+from snn_reversible_plugin.modules.as_it_ran import unchanged
 from snn_reversible_plugin.training.carried import (
     CarriedStates,
     Watch,

@@ -1,0 +1,303 @@
+"""A half of a reversible block: one branch, run once without a graph and later again with one.
+
+The one idea: the second run has to be the first one again, to the bit. So what a branch reads besides its
+input is written down at the first run and put back for the second: neuron states, random numbers, autocast,
+training flags. What the first run wrote, running statistics and states, the second may not write again.
+
+Source: the two runs of ``torch.utils.checkpoint``; states as in design section 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from snn_reversible_plugin import tape
+from snn_reversible_plugin.blocks.inner_backward import (
+    gradients,
+    settle,
+    sharded_modules,
+    sharded_parameters,
+)
+from snn_reversible_plugin.blocks.undo import Spikes, observed_spikes
+from snn_reversible_plugin.modules.registry import lean_types, lent_classes
+from snn_reversible_plugin.modules.states import Key, Snapshot, Table, differentiable, put
+
+# NOTE [What makes the second run the first one]
+#
+# 1. A state (`snapshots`) is kept as it was at entry; a fresh neuron's is a number and costs nothing.
+# 2. States are inputs and outputs of the chain as far as gradients go. Afterwards modules get back what
+#    they held when the backward began: the user may have moved on.
+# 3. A norm in training writes its running statistics. The second run writes to copies.
+# 4. The second run's parameters are aliases: a hook on a parameter must see one gradient a step, and it
+#    would fire in the inner backward too.
+# 5. Random number generators are set back only for a branch that drew from them.
+# 6. The stream's own gradient enters the branch's graph beside the branch's, through an identity made last.
+#    It arrives at the branch's input first, as in a plain run, so that three and more terms add up in
+#    the same order.
+# 7. A tape takes Python for each operation, and saves what lies between the layers of a branch. A branch
+#    that is one layer of a small stream runs without.
+# 8. Stock neurons run as their reversible types that have an analytic backward, with the same bits: a
+#    graph of their operations, one by one, is larger and slower.
+
+
+SMALL = 1 << 18  # bytes
+
+
+class Half:
+    """One run of a branch: what it read, and how to run it again."""
+
+    __slots__ = (
+        "_autocast", "_changed", "_entry", "_lean", "_modes", "_modules", "_rng", "_sharded", "block",
+        "half", "name", "spikes", "wanted",
+    )  # fmt: skip
+
+    def __init__(self, name: str, block: nn.Module, half: str) -> None:
+        self.name, self.block, self.half = name, block, half
+        self._modules = list(getattr(block, half).modules())
+        self._lean = lean_types(self._modules)
+        self._sharded = bool(sharded_modules(block))
+        self._entry: list[tuple[Table, str, Any]] = []
+        self._changed: list[tuple[Table, str]] = []
+        self._rng: list[Tensor] | None = None
+        self.wanted: set[Key] = set()  # the entry states that get a gradient
+        self.spikes: Spikes = []
+
+    def first(self, x: Tensor, observe: bool = False) -> Tensor:
+        """Run without a graph. The caller keeps :meth:`tensors`; ``observe`` keeps the spikes, as bits."""
+        before, version, rng = Snapshot(self._modules), x._version, _rng_states(x.device)
+        self._modes = [module.training for module in self._modules]
+        self._autocast = _autocast_settings(x.device)
+        # A cast that is cached without a graph would lack it later.
+        with (
+            _autocast(self._autocast, cache=False),
+            lent_classes(self._lean),
+            self._observed(observe) as self.spikes,
+        ):
+            out = self.block(x, half=self.half)
+        check_output(self.name, out, x, version)
+        if not all(map(torch.equal, rng, _rng_states(x.device))):
+            self._rng = rng
+        changes, scratch = before.changes()
+        self._changed = [(table, key) for table, key, _ in changes]
+        self._entry = changes + scratch
+        self._entry += before.read(self._entry)
+        return out  # type: ignore[no-any-return]
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The branch's parameters, as they are now."""
+        for module in self._modules:
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    yield parameter
+
+    def _recording(self, mode: str, x: Tensor) -> Any:
+        if x.numel() * x.element_size() > SMALL:
+            return tape.recording(mode)
+        layers = sum(any(p.dim() > 1 for p in module._parameters.values() if p is not None)
+                     for module in self._modules)  # fmt: skip
+        return tape.recording(mode) if layers > 1 else nullcontext()
+
+    def _observed(self, observe: bool) -> Any:
+        return observed_spikes(self._modules) if observe else nullcontext([])
+
+    def tensors(self) -> list[Tensor]:
+        """The states at entry that are tensors, to be handed to :meth:`again`."""
+        found = [value for _, _, value in self._entry if isinstance(value, Tensor)]
+        self._entry = [
+            (table, key, Tensor if isinstance(value, Tensor) else value)
+            for table, key, value in self._entry
+        ]
+        return found
+
+    def exits(self) -> list[tuple[Table, str]]:
+        """Where the states are that the run left, those that can have a gradient."""
+        return [(table, key) for table, key in self._changed if differentiable(table.get(key))]
+
+    def again(
+        self,
+        x: Tensor,
+        states: Sequence[Tensor],
+        parameters: Sequence[nn.Parameter],
+        undo: Callable[[Tensor], None],
+        streams: list[Tensor | None],
+        g_states: dict[Key, Tensor],
+        mode: str = "speed",
+        inspect: bool = False,
+        observe: bool = False,
+    ) -> tuple[Tensor | None, list[Tensor | None], Spikes]:
+        """Run again, and backward.
+
+        Args:
+            x: the input, equal to the first run's.
+            states: what :meth:`tensors` gave.
+            parameters: those that get a gradient.
+            undo: is given the output to subtract, before the backward, when least else is alive.
+            streams: the gradients of the output, and what the input has already from the stream; emptied,
+                so that they can go once they are used.
+            g_states: gradients of the states; in: at exit, out: at entry.
+            mode: of the tape that records the run.
+            inspect: look for tensors that get a gradient and are no parameters.
+            observe: keep the spikes, as bits.
+
+        Returns:
+            The input's whole gradient, the parameters' gradients, the spikes.
+        """
+        leaf = x.detach()
+        managed = sharded_parameters(self.block) if self._sharded else set()
+        aliases = {id(p): nn.Parameter(p.detach()) for p in parameters if id(p) not in managed}
+        with ExitStack() as stack:
+            stack.enter_context(_random(self._rng, x.device))
+            entry = stack.enter_context(self._as_it_was(states, aliases))
+            outputs, g_outputs = [], []
+            with torch.enable_grad(), _autocast(self._autocast), self._recording(mode, x):
+                leaf.requires_grad_()
+                with lent_classes(self._lean), self._observed(observe) as spikes:
+                    value = self.block(leaf, half=self.half)
+                identity = leaf.view_as(leaf)
+            for table, key in self.exits():
+                grad = g_states.pop((id(table), key), None)
+                if grad is not None and table[key].requires_grad:
+                    outputs.append(table[key])
+                    g_outputs.append(grad)
+        undo(value.detach())
+        for output, grad in ((value, streams[0]), (identity, streams[1])):
+            if grad is not None and output.requires_grad:
+                outputs.append(output)
+                g_outputs.append(grad.to(output.dtype))
+        streams.clear()
+        if not outputs:
+            return None, [None] * len(parameters), spikes
+        inputs = [leaf, *aliases.values(), *entry.values()]
+        if inspect and not managed:
+            self._refuse_strangers(value, inputs)
+        del value, identity, output, grad
+        grads = gradients(outputs, g_outputs, inputs, accumulate=bool(managed))
+        if managed:
+            settle(self.block)
+        for state, g in zip(entry, grads[1 + len(aliases) :], strict=True):
+            if g is not None:  # a state that the branch only reads has a gradient already
+                g_states[state] = g_states[state] + g if state in g_states else g
+        found = dict(zip(aliases, grads[1:], strict=False))
+        return grads[0], [found.get(id(p)) for p in parameters], spikes
+
+    @contextmanager
+    def _as_it_was(
+        self, states: Sequence[Tensor], aliases: dict[int, nn.Parameter]
+    ) -> Iterator[dict[Key, Tensor]]:
+        now, modes = Snapshot(self._modules), [module.training for module in self._modules]
+        swapped: list[tuple[Table, str, Any]] = []
+        entry: dict[Key, Tensor] = {}
+        left = iter(states)
+        try:
+            for table, key, value in self._entry:
+                if value is Tensor:
+                    value = next(left).detach()
+                    if (id(table), key) in self.wanted:
+                        entry[id(table), key] = value.requires_grad_()
+                put(table, key, value)
+            self._train(self._modes)
+            for module, training in zip(self._modules, self._modes, strict=True):
+                for key, parameter in module._parameters.items():
+                    if parameter is not None and id(parameter) in aliases:
+                        swapped.append((module._parameters, key, parameter))
+                        module._parameters[key] = aliases[id(parameter)]
+                if isinstance(module, _NormBase) and training:
+                    for key, buffer in module._buffers.items():
+                        if buffer is not None:
+                            swapped.append((module._buffers, key, buffer))
+                            module._buffers[key] = buffer.clone()
+            yield entry
+        finally:
+            for table, key, value in swapped:
+                table[key] = value
+            self._train(modes)
+            for changes in now.changes():
+                for table, key, value in changes:
+                    put(table, key, value)
+
+    def _train(self, modes: list[bool]) -> None:
+        for module, training in zip(self._modules, modes, strict=True):
+            if module.training is not training:
+                module.training = training
+
+    def _refuse_strangers(self, value: Tensor, known: Sequence[Tensor]) -> None:
+        ids = {id(tensor) for tensor in known}
+        seen: set[Any] = set()
+        nodes = [value.grad_fn]
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            variable = getattr(node, "variable", None)
+            if isinstance(variable, Tensor) and id(variable) not in ids:
+                raise RuntimeError(
+                    f"{self.name} uses a tensor of shape {tuple(variable.shape)} that requires a gradient "
+                    "and is neither its input nor one of its parameters, so the gradient would be lost. "
+                    "Register it as a parameter, detach it, or set reversible=False."
+                )
+            nodes += [following for following, _ in node.next_functions]
+
+
+def check_output(name: str, out: Any, x: Tensor, version: int) -> None:
+    """Refuse what a block can't add to a stream, or what changed the stream."""
+    if not isinstance(out, Tensor):
+        raise TypeError(f"{name} returned {type(out).__name__}; a branch returns one tensor")
+    if x._version != version:
+        raise RuntimeError(
+            f"{name} changed its input in place, and the stream still needs it: make its first operation "
+            "out of place (inplace=False), or let it work on a clone."
+        )
+
+
+def _rng_states(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    if device.type != "cpu":
+        states.append(torch.get_device_module(device).get_rng_state(device))
+    return states
+
+
+def _set_rng_states(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(states[1], device)
+
+
+@contextmanager
+def _random(states: list[Tensor] | None, device: torch.device) -> Iterator[None]:
+    if states is None:
+        yield
+        return
+    now = _rng_states(device)
+    _set_rng_states(states, device)
+    try:
+        yield
+    finally:
+        _set_rng_states(now, device)
+
+
+def _autocast_settings(device: torch.device) -> list[tuple[str, bool, torch.dtype, bool]]:
+    return [
+        (
+            kind,
+            torch.is_autocast_enabled(kind),
+            torch.get_autocast_dtype(kind),
+            torch.is_autocast_cache_enabled(),
+        )
+        for kind in dict.fromkeys(("cpu", device.type))
+    ]
+
+
+@contextmanager
+def _autocast(settings: list[tuple[str, bool, torch.dtype, bool]], cache: bool = True) -> Iterator[None]:
+    with ExitStack() as stack:
+        for kind, enabled, dtype, cached in settings:
+            if enabled or torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, dtype, enabled, cached and cache))
+        yield

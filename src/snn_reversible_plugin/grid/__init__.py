@@ -1,0 +1,29 @@
+"""The dyadic grid: multiples of 2^-bits, on which float addition can be undone."""
+
+from snn_reversible_plugin.grid.numbers import (
+    add_snapped,
+    check_bits,
+    check_range,
+    decay,
+    limit,
+    reach,
+    remainder,
+    snap,
+    stream_dtype,
+    sub_snapped_,
+    undecay,
+)
+
+__all__ = [
+    "add_snapped",
+    "check_bits",
+    "check_range",
+    "decay",
+    "limit",
+    "reach",
+    "remainder",
+    "snap",
+    "stream_dtype",
+    "sub_snapped_",
+    "undecay",
+]

@@ -1,0 +1,49 @@
+"""What numba compiles of gradients on the grid: through a reset, and through a surrogate, in one pass each.
+
+The one idea: the operations of autograd in autograd's order, an element at a time, so that their bits are
+its bits and memory is read once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from snn_reversible_plugin.grid.step.kernels import compiled, element_of
+
+
+@compiled
+def add_past_reset(h: Any, threshold: Any, g: Any, out: Any) -> None:
+    """Add g times 0 where the potentials fire."""
+    zero, one = np.float32(0), np.float32(1)
+    for i in range(len(h)):
+        s = one if h[i] - threshold >= zero else zero
+        out[i] = g[i] * (one - s) + out[i]
+
+
+@compiled
+def add_through_reset(h: Any, threshold: Any, to: Any, soft: bool, g_v: Any, g_s: Any) -> None:
+    """Add to the spikes' gradients what comes to them through the reset."""
+    for i in range(len(h)):
+        if soft:
+            g_s[i] = g_s[i] + -g_v[i] * threshold
+        else:
+            g_s[i] = g_s[i] + -(g_v[i] * h[i]) + g_v[i] * to
+
+
+@compiled
+def atan(h: Any, theta: Any, grad: Any, factor: Any, half: Any, out: Any) -> None:
+    """The gradient through an arc tangent's slope, in the order of operations of snnTorch's ``ATan``."""
+    one = np.float32(1)
+    for i in range(len(h)):
+        s = (h[i] - element_of(theta, i)) * factor
+        out[i] = one / (s * s + one) * half * grad[i]
+
+
+@compiled
+def fast_sigmoid(h: Any, theta: Any, grad: Any, slope: Any, out: Any) -> None:
+    """The same of snnTorch's ``FastSigmoid``."""
+    for i in range(len(h)):
+        s = abs(h[i] - element_of(theta, i)) * slope + np.float32(1)
+        out[i] = grad[i] / (s * s)

@@ -1,0 +1,168 @@
+"""One neuron's step on the grid and back, on the CPU, by the loops that :mod:`.kernels_numba` compiles.
+
+The arithmetic is that of :mod:`.grid.step.reference`, which is the specification, and
+what is written down that of :mod:`.grid.step.on_numpy`; only the order of the bytes
+is another.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from snn_reversible_plugin.grid.decays import AFTER, BEFORE, SUBTRACT, Step, digits_a_byte
+from snn_reversible_plugin.grid.step import gradient_kernels as gradients
+from snn_reversible_plugin.grid.step import kernels
+
+Piece = np.ndarray[Any, Any]
+_KINDS = {SUBTRACT: kernels.MINUS_THETA, BEFORE: kernels.ZERO_BEFORE, AFTER: kernels.ZERO_AFTER}
+_NOTHING = np.empty(0, np.float32)
+_NO_BYTES = np.empty(0, np.uint8)
+
+
+def as_pieces(chunk: torch.Tensor) -> Piece:
+    """Bytes as this form reads and writes them."""
+    return chunk.numpy()
+
+
+def fire(h: torch.Tensor, threshold: Any, inclusive: bool, out: torch.Tensor) -> Piece:
+    """See :func:`.grid.step.on_numpy.fire`."""
+    bits = np.empty((len(h) + 7) // 8, np.uint8)
+    kernels.fire(h.numpy(), _single(threshold), inclusive, out.numpy(), bits)
+    return bits
+
+
+def fired(bits: Piece, out: torch.Tensor) -> None:
+    """See :func:`.grid.step.on_numpy.fired`."""
+    kernels.unpack(bits, out.numpy())
+
+
+def charge(
+    u: torch.Tensor,
+    current: torch.Tensor,
+    bits: Piece | None,
+    step: Step,
+    record: bool,
+    out: torch.Tensor,
+    fires: tuple[Any, bool, torch.Tensor] | None = None,
+) -> tuple[list[Any], float, Piece | None]:
+    """See :func:`.grid.step.on_numpy.charge`."""
+    radix, each = _radix(step)
+    kind = _KINDS.get(step.reset, kernels.KEEP)
+    un, theta = u.numpy(), _double(step.theta)
+    reset_by = _NO_BYTES if kind == kernels.KEEP else bits
+    digits, pieces = _NO_BYTES, []
+    if record and radix > 1:
+        digits = np.empty(len(un) // each + 2 if each else 2 * len(un), np.uint8)
+    if record and kind >= kernels.ZERO_BEFORE:
+        pieces.append(kernels.overshoot(un, reset_by, theta, step.scale))
+    gain = np.float32(1 if step.gain is None else step.gain)
+    threshold, inclusive, spikes = (0.0, False, None) if fires is None else fires
+    found = _NO_BYTES if spikes is None else np.empty((len(un) + 7) // 8, np.uint8)
+    used, reach = kernels.charge(
+        un, current.numpy(), reset_by, step.decay.arrays[0], theta, radix, each, kind, step.scale, gain,
+        out.numpy(), digits, _single(threshold), inclusive, _NOTHING if spikes is None else spikes.numpy(),
+        found,
+    )  # fmt: skip
+    if used:
+        pieces.append(digits[:used])
+    return pieces, reach, None if spikes is None else found
+
+
+def undo(
+    state: torch.Tensor, current: torch.Tensor, bits: Piece | None, step: Step, record: Piece
+) -> torch.Tensor:
+    """See :func:`.grid.step.on_numpy.undo`."""
+    radix, each = _radix(step)
+    kind = _KINDS.get(step.reset, kernels.KEEP)
+    out = torch.empty_like(state)
+    reset_by = _NO_BYTES if kind == kernels.KEEP else bits
+    gain = np.float32(1 if step.gain is None else step.gain)
+    kernels.undo(
+        state.numpy(), current.numpy(), reset_by, *step.decay.arrays, _double(step.theta), radix, each,
+        kind, step.scale, gain, record, out.numpy(),
+    )  # fmt: skip
+    return out
+
+
+def reset(
+    h: torch.Tensor,
+    spikes: torch.Tensor,
+    theta: Any,
+    to: float | None,
+    scale: float,
+    record: bool,
+    out: torch.Tensor,
+) -> tuple[list[Any], float]:
+    """See :func:`.grid.step.on_numpy.reset`."""
+    hn, sn, theta = h.numpy(), spikes.numpy(), _double(theta)
+    pieces = []
+    if record and to is not None:
+        pieces.append(kernels.overshoot(hn, np.packbits(sn != 0, bitorder="little"), theta, scale))
+    unit, value = np.float32(1 / scale), np.float32(to or 0.0)
+    return pieces, kernels.reset(hn, sn, theta, to is None, value, unit, out.numpy())
+
+
+def unreset(
+    v: torch.Tensor, bits: Piece, theta: Any, to: float | None, scale: float, record: Piece
+) -> torch.Tensor:
+    """See :func:`.grid.step.on_numpy.unreset`."""
+    if to is None:
+        out = torch.empty_like(v)
+        spikes = np.empty(len(v), np.uint8)
+        kernels.unpack(bits, spikes)
+        kernels.unreset(v.numpy(), spikes, _double(theta), np.float32(1 / scale), out.numpy())
+    else:
+        out = v.clone()
+        kernels.undo_overshoot(out.numpy(), bits, _double(theta), scale, record)
+    return out
+
+
+def gate(g: torch.Tensor, factor: Any, bits: Piece, out: torch.Tensor) -> None:
+    """See :func:`.grid.step.reference.gate`."""
+    kernels.gate(g.numpy(), _single(factor), bits, out.numpy())
+
+
+def add_past_reset(h: torch.Tensor, threshold: float, g: torch.Tensor, out: torch.Tensor) -> None:
+    """See :func:`.grid.step.reference.add_past_reset`."""
+    gradients.add_past_reset(h.numpy(), np.float32(threshold), g.numpy(), out.numpy())
+
+
+def add_through_reset(
+    h: torch.Tensor, threshold: float, to: float | None, g_v: torch.Tensor, g_s: torch.Tensor
+) -> None:
+    """See :func:`.grid.step.reference.add_through_reset`."""
+    single, value = np.float32(threshold), np.float32(to or 0.0)
+    gradients.add_through_reset(h.numpy(), single, value, to is None, g_v.numpy(), g_s.numpy())
+
+
+def atan(h: torch.Tensor, theta: Any, grad: torch.Tensor, out: torch.Tensor, *, alpha: float) -> None:
+    """Write the gradient through snnTorch's ``ATan`` surrogate of ``h - theta`` into ``out``."""
+    factor, half = np.float32(math.pi / 2 * alpha), np.float32(alpha / 2)
+    gradients.atan(h.numpy(), _single(theta), grad.numpy(), factor, half, out.numpy())
+
+
+def fast_sigmoid(
+    h: torch.Tensor, theta: Any, grad: torch.Tensor, out: torch.Tensor, *, slope: float
+) -> None:
+    """The same of its ``FastSigmoid``."""
+    gradients.fast_sigmoid(h.numpy(), _single(theta), grad.numpy(), np.float32(slope), out.numpy())
+
+
+def _radix(step: Step) -> tuple[int, int]:
+    """The radix, and how many of its digits fit a byte: 0 if one takes two."""
+    radix = step.decay.radix
+    if radix <= 2:
+        return radix, 8
+    return radix, 0 if radix > 256 else digits_a_byte(radix)
+
+
+def _single(value: Any) -> Any:
+    return np.float32(value) if isinstance(value, float) else value.numpy()
+
+
+def _double(value: Any) -> Any:
+    return value if isinstance(value, float) else value.numpy()

@@ -1,0 +1,1 @@
+"""Neuron equations, and their autograd functions on the tape. No framework is known here."""

@@ -1,0 +1,160 @@
+"""The membrane that a sequence leaves behind, held only once somebody wants it.
+
+The one idea: a network's states are reset before the next batch far more often than they are read, and
+held for nothing they are most of what a training step holds beside its bits. So a neuron leaves a promise
+among its ``_memories``: reading it gives the tensor that stock would have left there, with its gradient.
+
+Source: ``MemoryModule`` of SpikingJelly 2.0, which keeps states in a dict of its own.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from snn_reversible_plugin import tape
+from snn_reversible_plugin.tape.handles import Handle, peek
+
+# NOTE [When a final membrane is computed]
+#
+# 1. In the neuron's backward, which has it at hand, if it is still among the states then: afterwards
+#    what it would be computed from is let go.
+# 2. When it is read before: the sequence is run again, from what the tape holds.
+# 3. Before an optimizer's step, should no backward have reached the neuron: afterwards the weights
+#    that made the current are others.
+# 4. Never, if the states are reset, or set, first.
+# 5. A sequence that starts from a state that an earlier one left shows a user who reads states: there the
+#    membrane is computed at once.
+
+
+class FinalMembrane:
+    """The promise of a membrane: how to compute it, and where its gradient goes.
+
+    Args:
+        run: gives the membrane.
+        held: handles of the tensors that ``run`` takes.
+    """
+
+    __slots__ = ("__weakref__", "_held", "_place", "_run", "_stride", "_v")
+
+    _place: Tensor
+    _stride: tuple[int, ...]
+
+    def __init__(self, run: Callable[..., Tensor], *held: Handle) -> None:
+        self._run, self._held = run, held
+        self._v: Tensor | None = None
+
+    def placeholder(self, v: Tensor) -> Tensor:
+        """For the neuron's autograd function to return in place of ``v``: of its shape, but of one
+        element's storage."""
+        self._stride = v.stride()
+        return v.new_zeros(()).expand(v.shape)
+
+    def promise(self, place: Tensor) -> None:
+        """From now on it may be read; ``place``, the function's output, gets the membrane's gradient."""
+        self._place = place
+        _promised.add(self)
+
+    def empty(self) -> Tensor | None:
+        """For the backward to fill and to :meth:`keep`; None if that is done."""
+        if self._v is not None:
+            return None
+        place = self._place
+        return torch.empty_strided(place.shape, self._stride, dtype=place.dtype, device=place.device)
+
+    def keep(self, v: Tensor) -> None:
+        """The membrane is known; what it would be computed from is let go."""
+        self._v, self._held = v, ()
+        _promised.discard(self)
+
+    def compute(self) -> None:
+        """Make the membrane known, if it is not."""
+        if self._v is None:
+            with tape.paused(), torch.inference_mode(False), torch.no_grad():
+                self.keep(self._run(*map(peek, self._held)))
+
+    def read(self) -> Tensor:
+        """The membrane as stock would have left it."""
+        self.compute()
+        with tape.paused(), torch.inference_mode(False), torch.enable_grad():
+            v: Tensor = _Read.apply(self._place, [self._v])
+        tape.mark_opaque(v)
+        return v
+
+
+class _Read(torch.autograd.Function):
+    @staticmethod
+    def forward(_ctx: Any, _place: Tensor, membrane: list[Tensor]) -> Tensor:
+        return membrane[0]  # in a list, so that it is an output and no view of an input
+
+    @staticmethod
+    def backward(_ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+_promised: weakref.WeakSet[FinalMembrane] = weakref.WeakSet()
+
+
+def _compute_all(*_: Any) -> None:
+    for membrane in list(_promised):
+        membrane.compute()
+
+
+register_optimizer_step_pre_hook(_compute_all)
+
+
+class Memories(dict[str, Any]):
+    """The states of a neuron: reading a promise keeps it. Copies and pickles as an ordinary dict."""
+
+    def __getitem__(self, key: str) -> Any:
+        value = super().__getitem__(key)
+        if isinstance(value, FinalMembrane):
+            self[key] = value = value.read()
+        return value
+
+    def get(self, key: str, default: Any = None) -> Any:
+        try:
+            return self[key]
+        except KeyError:
+            return default
+
+    # Without one, dict(self) would read what is stored.
+    def __iter__(self) -> Iterator[str]:
+        return super().__iter__()
+
+    def values(self) -> Any:
+        self._read()
+        return super().values()
+
+    def items(self) -> Any:
+        self._read()
+        return super().items()
+
+    def copy(self) -> dict[str, Any]:
+        return dict(self.items())
+
+    def pop(self, key: str, *default: Any) -> Any:
+        self.get(key)
+        return super().pop(key, *default)
+
+    def setdefault(self, key: str, default: Any = None) -> Any:
+        self.get(key)
+        return super().setdefault(key, default)
+
+    def __reduce_ex__(self, _protocol: Any) -> Any:
+        return dict, (self.copy(),)
+
+    def forget(self) -> None:
+        """Drop what was promised and not read: the states are about to be reset."""
+        for key, value in super().items():
+            if isinstance(value, FinalMembrane):
+                super().__setitem__(key, None)
+
+    def _read(self) -> None:
+        for key in self:
+            self.get(key)

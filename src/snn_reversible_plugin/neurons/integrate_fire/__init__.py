@@ -1,0 +1,1 @@
+"""The integrate-and-fire family over a sequence: IF, LIF, ParametricLIF."""

@@ -1,0 +1,1 @@
+"""The leaky family, one time step a call: snnTorch's equations."""

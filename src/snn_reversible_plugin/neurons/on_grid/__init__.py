@@ -1,0 +1,1 @@
+"""Neurons on the grid, whose earlier states are rebuilt from later ones."""

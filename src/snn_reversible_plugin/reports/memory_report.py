@@ -1,0 +1,267 @@
+"""``memory_report``: what autograd saves in each module, stock, and what the tape stores instead.
+
+Bytes are counted by storage, as the allocator sees them: what lives anyway (parameters, buffers, inputs)
+is free, and what several modules share is counted where it is saved first.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from snn_reversible_plugin import convert, tape
+from snn_reversible_plugin.blocks.streams import Stream
+from snn_reversible_plugin.modules.as_it_ran import unchanged
+from snn_reversible_plugin.modules.tracking import tracked
+from snn_reversible_plugin.neurons.on_grid.timeline import Spikes, State
+from snn_reversible_plugin.reports.measure import StepCost
+from snn_reversible_plugin.reports.trial import Loss, as_converted, costs, loss_of, megabytes
+from snn_reversible_plugin.tape.handles import Handle, Kept, Packed, Replayed
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass
+class ModuleReport:
+    """One module's row: what autograd saved in its forward, stock and under the tape.
+
+    ``treatment`` counts the saved tensors by what became of them. ``neuron`` says how a spiking neuron
+    runs and with which guarantee, or why it stayed stock; it is empty for other modules. Bytes that
+    several modules share are counted where they were first saved.
+    """
+
+    name: str
+    type: str
+    neuron: str
+    treatment: dict[str, int]
+    stock_bytes: int
+    bytes: int
+
+
+@dataclass
+class MemoryReport:
+    """Bytes by module, and the price of a whole training step. Made by :func:`memory_report`."""
+
+    modules: list[ModuleReport]
+    stock: StepCost
+    converted: StepCost
+    mode: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain data."""
+        return asdict(self)
+
+    def print(self) -> None:
+        """Print a table of the modules that save something, and the totals."""
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=f"Saved for the backward, mode {self.mode!r}")
+        for heading in ("module", "type", "treatment", "neuron"):
+            table.add_column(heading, overflow="fold")
+        table.add_column("stock", justify="right", no_wrap=True)
+        table.add_column("now", justify="right", no_wrap=True)
+        for row in self.modules:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in row.treatment.items())
+            table.add_row(
+                row.name, row.type, kinds, row.neuron, megabytes(row.stock_bytes), megabytes(row.bytes)
+            )
+        table.add_section()
+        for label in ("held", "peak"):
+            before, after = getattr(self.stock, label), getattr(self.converted, label)
+            table.add_row(
+                f"[bold]{label}",
+                "",
+                f"{before / max(after, 1):.1f}x less",
+                "",
+                megabytes(before),
+                megabytes(after),
+            )
+        ratio = self.converted.seconds / self.stock.seconds
+        table.add_row("[bold]step time", "", f"{ratio:.2f}x stock", "", "", "")
+        Console().print(table)
+
+    def plot(self) -> Figure:
+        """A bar chart of bytes by module, stock beside now. Needs the extra ``plot``.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("plot() needs matplotlib: pip install snn-reversible-plugin[plot]") from error
+        figure = Figure(figsize=(8, 1.5 + 0.3 * len(self.modules)), layout="constrained")
+        axes = figure.add_subplot()
+        places = range(len(self.modules))
+        axes.barh(
+            [place - 0.2 for place in places],
+            [row.stock_bytes / 1e6 for row in self.modules],
+            height=0.4,
+            color="0.75",
+            label=f"stock, held {megabytes(self.stock.held)}",
+        )
+        axes.barh(
+            [place + 0.2 for place in places],
+            [row.bytes / 1e6 for row in self.modules],
+            height=0.4,
+            color="tab:blue",
+            label=f"reversible, held {megabytes(self.converted.held)}",
+        )
+        axes.set_yticks(list(places), [row.name for row in self.modules])
+        axes.invert_yaxis()
+        axes.set_xlabel("MB saved for the backward")
+        axes.legend()
+        return figure
+
+
+@torch.enable_grad()
+def memory_report(model: nn.Module, *inputs: Any, loss: Loss | None = None) -> MemoryReport:
+    """Measure, module by module, what autograd saves stock and what the tape stores instead.
+
+    The model is left as it was: buffers, neuron states, gradients, random numbers.
+
+    Args:
+        model: a converted model; another one is reported as ``convert_to_reversible(model)`` would make it.
+        inputs: what the model is called with.
+        loss: from the model's output to a scalar; the mean of squares of all outputs by default.
+
+    Raises:
+        ValueError: no output has a gradient.
+
+    Example:
+        >>> import torch
+        >>> import snn_reversible_plugin as srp
+        >>> from torch import nn
+        >>> from spikingjelly.activation_based import layer, neuron
+        >>> model = nn.Sequential(layer.Linear(64, 64), neuron.LIFNode(), layer.Linear(64, 10))
+        >>> report = srp.memory_report(srp.convert_to_reversible(model), torch.rand(32, 64))
+        >>> report.converted.held < report.stock.held
+        True
+    """
+    with as_converted(model) as settings:
+        by_stock = _SavedByStock(model, inputs)
+        with (
+            unchanged(model),
+            convert.stock(model),
+            tracked(model, by_stock),
+            torch.autograd.graph.saved_tensors_hooks(by_stock.pack, lambda tensor: tensor),
+        ):
+            loss_of(model(*inputs), loss)
+        by_tape = _SavedByTape(model, inputs)
+        with unchanged(model), tape.recording(settings.mode, observer=by_tape) as recorder:
+            assert recorder is not None
+            with tracked(model, recorder):
+                step = loss_of(model(*inputs), loss)
+                held, treatments = by_tape.count()
+                del step
+        rows = []
+        for name, module in model.named_modules():
+            name = name or "model"
+            row = ModuleReport(
+                name,
+                convert.stock_class(module).__name__,
+                _about_neuron(name, module, settings),
+                dict(treatments.get(name, {})),
+                by_stock.bytes[name],
+                held[name],
+            )
+            if row.stock_bytes or row.bytes or row.treatment or row.neuron:
+                rows.append(row)
+        del by_tape
+        return MemoryReport(rows, *costs(model, inputs, loss, repeats=1), settings.mode)
+
+
+def _about_neuron(name: str, module: nn.Module, settings: convert.Settings) -> str:
+    if name in settings.stays_stock:
+        return f"stays stock: {settings.stays_stock[name]}"
+    treatment = getattr(module, "treatment", None)
+    if treatment is None:
+        return ""
+    about = f"{treatment}, {getattr(module, 'arithmetic', 'stock')} arithmetic"
+    return f"{about}: {settings.off_grid[name]}" if name in settings.off_grid else about
+
+
+def _storages(model: nn.Module, inputs: tuple[Any, ...]) -> set[int]:
+    """What lives anyway."""
+    tensors = [*model.parameters(), *model.buffers(), *tree_leaves(inputs)]
+    return {t.untyped_storage()._cdata for t in tensors if isinstance(t, torch.Tensor)}
+
+
+class _SavedByStock:
+    """A pack hook that keeps everything and counts it."""
+
+    def __init__(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self.where: str | None = None
+        self.bytes: Counter[str] = Counter()
+        self._free = _storages(model, inputs)
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._free:
+            self._free.add(storage._cdata)
+            self.bytes[self.where or "model"] += storage.nbytes()
+        return tensor.detach()
+
+
+class _SavedByTape:
+    """Counts what the handles that autograd was given rely on, each storage once, when the forward is over:
+    a stream is not undone before the sum after it is known."""
+
+    def __init__(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._free = _storages(model, inputs)
+        self._packed: list[tuple[str, Handle]] = []
+
+    def packed(self, where: str | None, tensor: torch.Tensor, handle: Handle) -> None:
+        self._packed.append((where or "model", handle))
+
+    def count(self) -> tuple[Counter[str], dict[str, Counter[str]]]:
+        """Bytes, and the number of each treatment, by module."""
+        treatments: dict[str, Counter[str]] = {}
+        for where, handle in self._packed:
+            treatments.setdefault(where, Counter())[handle.treatment] += 1
+        held: Counter[str] = Counter()
+        seen: dict[int, Any] = {}
+        for where, handle in self._packed:
+            waiting: list[Handle] = [handle]
+            while waiting:
+                handle = waiting.pop()
+                if id(handle) not in seen:
+                    seen[id(handle)] = handle
+                    held[where] += self._bytes(handle, seen)
+                    waiting += _needs(handle)
+        return held, treatments
+
+    def _bytes(self, handle: Handle, seen: dict[int, Any]) -> int:
+        if isinstance(handle, Spikes | State):
+            records = handle.records if isinstance(handle, Spikes) else handle.timeline.records
+            if id(records) in seen:
+                return 0
+            seen[id(records)] = records
+            return records.nbytes
+        if isinstance(handle, Packed) and handle.bits is not None:
+            return handle.bits.untyped_storage().nbytes()
+        if isinstance(handle, Kept):
+            storage = handle.tensor.untyped_storage()
+            if storage._cdata not in self._free:
+                self._free.add(storage._cdata)
+                return storage.nbytes()
+        return 0
+
+
+def _needs(handle: Handle) -> list[Handle]:
+    """What a handle relies on in turn."""
+    if isinstance(handle, Stream) and handle.anchor is not None:
+        return [handle.anchor]
+    if isinstance(handle, Replayed):
+        return list(handle.operands())
+    if isinstance(handle, State):
+        newest = handle.timeline.newest
+        return [*handle.timeline.currents, *([] if newest is None else [newest])]
+    return []

@@ -1,0 +1,217 @@
+"""``verify``: a converted model against its stock self, on the user's own batch.
+
+Equality is asked bit for bit, of outputs, gradients and spikes: with stock, or, where neurons run on the
+grid, with autograd through the same forward on the grid. One more step runs in check mode, where each
+rebuilt tensor is compared with a checksum that the forward left.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from snn_reversible_plugin import convert, tape
+from snn_reversible_plugin.modules.as_it_ran import unchanged
+from snn_reversible_plugin.modules.kinds import is_spiking
+from snn_reversible_plugin.reports.measure import StepCost
+from snn_reversible_plugin.reports.trial import Loss, as_converted, costs, loss_of, megabytes
+
+
+@dataclass
+class Verification:
+    """Stock against converted on one batch. Made by :func:`verify`.
+
+    Differences are the largest absolute ones over all outputs and over all gradients (parameters and
+    inputs); ``flipped_spikes`` counts, over all neurons and steps, outputs that differ. ``replay_error``
+    is the message of the check mode, if a rebuilt tensor was not the forward's. ``guarantees`` says of each
+    spiking neuron in which arithmetic it runs; ``as_autograd``, where one runs on the grid, whether
+    outputs, gradients and spikes are those of autograd through the same forward, bit for bit; else None.
+    """
+
+    outputs_equal: bool
+    output_difference: float
+    gradients_equal: bool
+    gradient_difference: float
+    flipped_spikes: int
+    spikes: int
+    replay_error: str | None
+    stock: StepCost
+    converted: StepCost
+    stays_stock: dict[str, str] = field(default_factory=dict)
+    guarantees: dict[str, str] = field(default_factory=dict)
+    as_autograd: bool | None = None
+
+    @property
+    def ok(self) -> bool:
+        """The guarantee holds: bit for bit stock's, or autograd's through the same forward on the grid.
+
+        And every replay was deterministic.
+        """
+        if self.replay_error is not None:
+            return False
+        if self.as_autograd is not None:
+            return self.as_autograd
+        return self.outputs_equal and self.gradients_equal and not self.flipped_spikes
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain data."""
+        return asdict(self) | {"ok": self.ok}
+
+    def print(self) -> None:
+        """Print the verdict as a table."""
+        from rich.console import Console
+        from rich.table import Table
+
+        if self.as_autograd is None:
+            title = "[green]bit-identical to stock" if self.ok else "[red]differs from stock"
+        elif self.ok:
+            title = "[green]on the grid: exact gradients of the forward that ran"
+        else:
+            title = "[red]on the grid: not the gradients of the forward that ran"
+        table = Table(title=title)
+        for heading in ("", "stock", "converted"):
+            table.add_column(heading, justify="right" if heading else "left")
+        table.add_row("largest output difference", "", f"{self.output_difference:g}")
+        table.add_row("largest gradient difference", "", f"{self.gradient_difference:g}")
+        table.add_row("flipped spikes", "", f"{self.flipped_spikes} of {self.spikes}")
+        table.add_row("held", megabytes(self.stock.held), megabytes(self.converted.held))
+        table.add_row("peak", megabytes(self.stock.peak), megabytes(self.converted.peak))
+        table.add_row("step time", f"{self.stock.seconds:.3f} s", f"{self.converted.seconds:.3f} s")
+        for arithmetic in sorted(set(self.guarantees.values())):
+            names = [name or "model" for name, kind in self.guarantees.items() if kind == arithmetic]
+            table.add_row(f"{arithmetic} arithmetic", "", ", ".join(names))
+        for name, reason in self.stays_stock.items():
+            table.add_row(f"{name} stays stock", "", reason)
+        if self.replay_error is not None:
+            table.add_row("replay", "", self.replay_error)
+        Console().print(table)
+
+
+@torch.enable_grad()
+def verify(model: nn.Module, *inputs: Any, loss: Loss | None = None, repeats: int = 3) -> Verification:
+    """Run a batch stock and converted, and compare: outputs, gradients, spikes, memory, time.
+
+    The converted step runs once more in check mode, where every rebuilt tensor is compared with a
+    checksum that the forward left. The model is left as it was.
+
+    Args:
+        model: a converted model; another one is verified as ``convert_to_reversible(model)`` would make it.
+        inputs: what the model is called with. Gradients of inputs that require one are compared too.
+        loss: from the model's output to a scalar; the mean of squares of all outputs by default.
+        repeats: how many times each is timed, alternating; the medians are reported.
+
+    Raises:
+        ValueError: no output has a gradient.
+
+    Example:
+        >>> import torch
+        >>> import snn_reversible_plugin as srp
+        >>> from torch import nn
+        >>> from spikingjelly.activation_based import layer, neuron
+        >>> model = nn.Sequential(layer.Linear(8, 8), neuron.LIFNode(), layer.Linear(8, 2))
+        >>> srp.verify(srp.convert_to_reversible(model), torch.rand(4, 8)).ok
+        True
+    """
+    with as_converted(model) as settings:
+        with convert.stock(model):
+            expected = _run(model, inputs, loss)
+        actual = _run(model, inputs, loss)
+        as_autograd = None
+        if any(convert.is_on_grid(module) for module in model.modules()):
+            with convert.differentiated(model):
+                exact = _run(model, inputs, loss)
+            as_autograd = (
+                _equal(exact.outputs, actual.outputs)
+                and _equal(exact.gradients, actual.gradients)
+                and _equal(exact.spikes, actual.spikes)
+            )
+        guarantees = {
+            name: getattr(module, "arithmetic", "stock")
+            for name, module in model.named_modules()
+            if is_spiking(module)
+        }
+        replay_error = None
+        try:
+            with unchanged(model), convert.reversible(model, mode=settings.mode, check=True):
+                loss_of(model(*inputs), loss).backward()
+        except RuntimeError as error:
+            replay_error = str(error)
+        prices = costs(model, inputs, loss, repeats)
+    return Verification(
+        outputs_equal=_equal(expected.outputs, actual.outputs),
+        output_difference=_difference(expected.outputs, actual.outputs),
+        gradients_equal=_equal(expected.gradients, actual.gradients),
+        gradient_difference=_difference(expected.gradients, actual.gradients),
+        flipped_spikes=sum(
+            int((a != b).sum()) for a, b in zip(expected.spikes, actual.spikes, strict=True)
+        ),
+        spikes=sum(spikes.numel() for spikes in expected.spikes),
+        replay_error=replay_error,
+        stock=prices[0],
+        converted=prices[1],
+        stays_stock=settings.stays_stock,
+        guarantees=guarantees,
+        as_autograd=as_autograd,
+    )
+
+
+@dataclass
+class _Run:
+    """What one step computed. Spikes as ``bool``, one tensor a call of a neuron."""
+
+    outputs: list[torch.Tensor]
+    gradients: list[torch.Tensor | None]
+    spikes: list[torch.Tensor]
+
+
+def _run(model: nn.Module, inputs: tuple[Any, ...], loss: Loss | None) -> _Run:
+    spikes: list[torch.Tensor] = []
+
+    def watch(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        with tape.paused(), torch.no_grad():
+            first = tree_leaves(output)[0]
+            spikes.append(first.ne(0))
+
+    watched = [module for module in model.modules() if is_spiking(module)]
+    hooks = [module.register_forward_hook(watch) for module in watched]
+    leaves = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+    of = [*(p for p in model.parameters() if p.requires_grad), *leaves]
+    try:
+        with unchanged(model):
+            output = model(*inputs)
+            for hook in hooks:  # a reversible chain runs its neurons again in the backward
+                hook.remove()
+            gradients = torch.autograd.grad(loss_of(output, loss), of, allow_unused=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    outputs = [leaf.detach() for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+    return _Run(outputs, list(gradients), spikes)
+
+
+def _equal(expected: list[Any], actual: list[Any]) -> bool:
+    return all(
+        (a is None and b is None) or (a is not None and b is not None and torch.equal(_bits(a), _bits(b)))
+        for a, b in zip(expected, actual, strict=True)
+    )
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Bit patterns, so that a NaN equals itself."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _difference(expected: list[Any], actual: list[Any]) -> float:
+    largest = 0.0
+    for a, b in zip(expected, actual, strict=True):
+        if a is None and b is None:
+            continue
+        if a is None or b is None:
+            return float("inf")
+        if a.numel():
+            largest = max(largest, float((a.double() - b.double()).abs().max()))
+    return largest

@@ -1,0 +1,277 @@
+"""Any stateful neuron of SpikingJelly: stock's own forward, run again in the backward.
+
+The one idea: for a neuron whose arithmetic this package does not know, stock's code is the only
+authority, so it is what runs, both times. In chunks where each element is known to go its own way,
+which keeps what autograd saves of the second run small; as a black box otherwise.
+
+Source: the neurons of ``spikingjelly.activation_based.neuron`` 2.0, read one by one for the tables.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from spikingjelly.activation_based import neuron
+from torch import Tensor, nn
+
+from snn_reversible_plugin import tape
+from snn_reversible_plugin.modules.registry import SwappedClass
+from snn_reversible_plugin.neurons.rerun import (
+    Autocast,
+    Rerun,
+    differentiable_once,
+    shadow,
+)
+from snn_reversible_plugin.ops.chunks import cuts
+from snn_reversible_plugin.ops.layouts import is_contiguous_in
+from snn_reversible_plugin.spikingjelly.surrogates import (
+    Witness,
+    is_heaviside,
+    is_known,
+    is_uniform,
+)
+
+# Every element on its own, nothing learnable, states of the input's shape.
+_POINTWISE = {
+    neuron.IFNode, neuron.LIFNode, neuron.QIFNode, neuron.EIFNode, neuron.IzhikevichNode,
+    neuron.TernaryIFNode, neuron.TernaryLIFNode, neuron.RAFNode, neuron.CUBALIFNode,
+    neuron.HalfThresholdIFNode, neuron.ILIFNode,
+}  # fmt: skip
+# The first output is the surrogate's, untouched.
+_FIRES = _POINTWISE - {neuron.TernaryIFNode, neuron.TernaryLIFNode, neuron.ILIFNode} | {
+    neuron.ParametricLIFNode, neuron.KLIFNode, neuron.GatedLIFNode, neuron.ComplementaryLIFNode,
+    neuron.ActivationAwareIFNode, neuron.SimpleIFNode, neuron.SimpleLIFNode, neuron.SLTTLIFNode,
+    neuron.OTTTLIFNode, neuron.PSN, neuron.MaskedPSN, neuron.SlidingPSN,
+}  # fmt: skip
+# Graded, signed or arbitrary outputs.
+_GRADED = {
+    neuron.TernaryIFNode, neuron.TernaryLIFNode, neuron.ILIFNode, neuron.FewSpikeNode,
+    neuron.HGNode, neuron.OutlierAwareThresholdNode,
+}  # fmt: skip
+_KNOWN = _FIRES | _GRADED
+# What a subclass may define over a neuron and still have that neuron's dynamics.
+_HARMLESS = {
+    "__init__", "__module__", "__doc__", "__qualname__", "__annotations__", "__firstlineno__",
+    "__static_attributes__", "__dict__", "__weakref__", "__repr__", "__str__", "__annotate_func__",
+    "__annotations_cache__", "__reduce_ex__", "__reduce__", "extra_repr", "reset",
+}  # fmt: skip
+
+
+def dynamics_of(cls: type) -> Any:
+    """The SpikingJelly class whose dynamics an instance has; None if a subclass overrides any."""
+    if cls not in _dynamics:
+        _dynamics[cls] = _dynamics_of(cls)
+    return _dynamics[cls]
+
+
+_dynamics: dict[type, type | None] = {}
+
+
+def _dynamics_of(cls: type) -> type | None:
+    base, own = origin_of(cls)
+    return None if base is None or own & (set(dir(base)) - _HARMLESS) else base
+
+
+def origin_of(cls: type) -> tuple[type | None, set[str]]:
+    """The SpikingJelly class that a class is or derives from, and what a user's classes define over it."""
+    own: set[str] = set()
+    for base in cls.__mro__:
+        package = base.__module__.partition(".")[0]
+        if package == "spikingjelly":
+            return base, own
+        if package != __name__.partition(".")[0]:
+            own |= vars(base).keys()
+    return None, own
+
+
+class Replayed(SwappedClass):
+    """In front of a stock neuron class: its forward is run again in the backward."""
+
+    treatment = "generic replay"
+    arithmetic = "stock"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        stock = super().forward  # type: ignore[misc]
+        if not tape.may_record():
+            return stock(*args, **kwargs)
+        return replayed(self, Replayed, args, kwargs)  # type: ignore[arg-type]
+
+
+def replayed(module: nn.Module, mixin: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The forward that ``mixin`` stands in front of, with as little kept as can be."""
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return super(mixin, module).forward(*args, **kwargs)
+
+    if torch.jit.is_tracing() or not _is_learning(module, args, kwargs):
+        with tape.paused():
+            out = call(module, *args, **kwargs)
+        _mark(module, out, _fires(module))
+        return out
+    known = dynamics_of(type(module)) in _KNOWN and is_known(_surrogate(module))
+    if known and not kwargs and len(args) == 1:
+        out = _in_chunks(module, args[0])
+        if out is not NotImplemented:
+            _mark(module, out, _fires(module))
+            return out
+    rerun = Rerun(module, call, args, kwargs, careful=not known)
+    if known or tape.current() is None:
+        out = rerun.run(module, args, kwargs)
+        _mark(module, out, _fires(module))
+        return out
+    with tape.paused(), Witness() as witness:
+        out = rerun.run(module, args, kwargs)
+    first = out[0] if isinstance(out, (tuple, list)) else out
+    _mark(module, out, witness.is_binary(first))
+    return out
+
+
+def _surrogate(module: nn.Module) -> Any:
+    return getattr(module, "surrogate_function", None)
+
+
+def _fires(module: nn.Module) -> bool:
+    """Whether the first output is zeros and ones by construction."""
+    return dynamics_of(type(module)) in _FIRES and is_heaviside(_surrogate(module))
+
+
+def _is_learning(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    memories = module.__dict__.get("_memories", {})
+    for value in (*args, *kwargs.values(), *memories.values()):
+        for tensor in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                return True
+    # An attribute that learns without being a parameter counts too.
+    return any(
+        isinstance(value, Tensor) and value.requires_grad and key != "v_seq"
+        for inner in module.modules()
+        for table in (inner._parameters, inner.__dict__)
+        for key, value in table.items()
+    )
+
+
+def _mark(module: nn.Module, out: Any, binary: bool) -> None:
+    if tape.current() is None:
+        return
+    outputs = list(out) if isinstance(out, (tuple, list)) else [out]
+    if binary:
+        tape.mark_spikes(outputs.pop(0))
+    states = (*module.__dict__.get("_memories", {}).values(), module.__dict__.get("v_seq"))
+    tape.mark_opaque(*(t for t in (*outputs, *states) if isinstance(t, Tensor)))
+
+
+# -- in chunks ---------------------------------------------------------------------------------------
+
+
+class _Chunked(torch.autograd.Function):
+    """``run(x_seq, states) -> outputs`` on one stretch of neurons after the other."""
+
+    @staticmethod
+    def forward(ctx: Any, x_seq: Tensor, run: Callable[..., Any], states: Any, parts: list[slice]) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.run, ctx.states, ctx.parts, ctx.autocast = run, states, parts, Autocast()
+        ctx.save_for_backward(x_seq)
+        outputs: list[Tensor] = []
+        with tape.paused():
+            x2 = x_seq.view(x_seq.shape[0], -1)
+            for part in parts:
+                results = run(_stretch(x2, part), _cut(states, part))
+                if not outputs:
+                    shapes = (x_seq.shape, *(x_seq.shape[1:] for _ in results[1:]))
+                    outputs = [
+                        torch.empty(shape, dtype=result.dtype, device=result.device)
+                        for shape, result in zip(shapes, results, strict=True)
+                    ]
+                for index, (output, result) in enumerate(zip(outputs, results, strict=True)):
+                    _rows(output, index)[..., part] = result
+        return tuple(outputs)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        (x_seq,) = ctx.saved_tensors
+        owned = tape.owns(x_seq) and x_seq.is_contiguous()
+        given = [(index, grad) for index, grad in enumerate(grads) if grad is not None]
+        if not given:
+            return None, None, None, None
+        # The first output has time steps, whose stride is free.
+        plain = [is_contiguous_in(g, range(int(i == 0), g.dim()), zeros=True) for i, g in given]
+        if not all(plain):
+            # Stock's gradient would be laid out after this one.
+            return _vjp(ctx, x_seq, ctx.states, given), None, None, None
+        g_x = x_seq if owned else torch.empty_like(x_seq)
+        x2, g2 = x_seq.view(x_seq.shape[0], -1), g_x.view(x_seq.shape[0], -1)
+        rows = [(index, _rows(grad, index)) for index, grad in given]
+        for part in ctx.parts:
+            cut = [(index, row[..., part]) for index, row in rows]
+            g2[:, part] = _vjp(ctx, _stretch(x2, part), _cut(ctx.states, part), cut)
+        return g_x, None, None, None
+
+
+def _vjp(ctx: Any, x_seq: Tensor, states: Any, given: list[tuple[int, Tensor]]) -> Tensor:
+    x_seq = x_seq.detach().requires_grad_()
+    with torch.enable_grad(), ctx.autocast.again():
+        results = ctx.run(x_seq, states)
+    pairs = [(results[index], grad) for index, grad in given if results[index].requires_grad]
+    outputs, grads = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    (g_x,) = torch.autograd.grad(outputs, x_seq, grads, allow_unused=True)
+    return torch.zeros_like(x_seq) if g_x is None else g_x
+
+
+def _rows(tensor: Tensor, index: int) -> Tensor:
+    """[T, n] of the output sequence (index 0), [n] of a state."""
+    return tensor.reshape(-1) if index else tensor.reshape(tensor.shape[0], -1)
+
+
+def _stretch(x2: Tensor, part: slice) -> Tensor:
+    # Kernels for a GPU want it contiguous; on a CPU the rows, which are, are taken one by one.
+    return x2[:, part].contiguous() if x2.is_cuda else x2[:, part]
+
+
+def _cut(states: Any, part: slice) -> tuple[Any, ...]:
+    return tuple(s.reshape(-1)[part] if isinstance(s, Tensor) else s for s in states)
+
+
+def _in_chunks(module: Any, x_seq: Any) -> Any:
+    """Outputs of a multi-step call in chunks; NotImplemented where that would not be stock's result."""
+    if (
+        dynamics_of(type(module)) not in _POINTWISE
+        or module.step_mode != "m"
+        or module.store_v_seq
+        or type(x_seq) not in (Tensor, nn.Parameter)
+        or not x_seq.requires_grad
+        or x_seq.dim() < 2
+        or x_seq.numel() == 0
+        or not is_contiguous_in(x_seq, range(x_seq.dim()))
+    ):
+        return NotImplemented
+    states = tuple(module._memories.values())
+    shape, dtype, device = x_seq.shape[1:], x_seq.dtype, x_seq.device
+    for state in states:
+        fits = (
+            not state.requires_grad
+            and (state.shape, state.dtype, state.device) == (shape, dtype, device)
+            and state.is_contiguous()
+            if isinstance(state, Tensor)
+            else isinstance(state, float)
+        )
+        if not fits:
+            return NotImplemented
+    frozen: Any = shadow(module)
+    names = tuple(module._memories)
+
+    def run(x_seq: Tensor, states: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        (spikes,), updated = frozen.functional_forward((x_seq,), states)
+        return (spikes, *updated)
+
+    # EIF has an exponential in its own equation.
+    uniform = is_uniform(frozen.surrogate_function) and not isinstance(module, neuron.EIFNode)
+    parts = cuts(math.prod(shape), device, uniform)
+    spikes, *updated = _Chunked.apply(x_seq, run, states, parts)
+    for name, state in zip(names, updated, strict=True):
+        module._memories[name] = state
+    module.v_seq = None
+    return spikes

@@ -1,0 +1,385 @@
+"""Handles: what the tape stores in place of a tensor, and how each gives the tensor back.
+
+Three treatments, one class each. ``Kept`` is the tensor itself, ``Packed`` one bit an element,
+``Replayed`` a recipe: an aten operation and the handles of its inputs. A handle knows nothing of
+neurons, modules or the recording; it only rebuilds. Source: the pack / unpack contract of
+``torch.autograd.graph.saved_tensors_hooks``.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from snn_reversible_plugin import ops
+from snn_reversible_plugin.ops.layouts import is_dense
+
+# NOTE [When a rebuilt value is let go]
+#
+# 1. `needs` of a Replayed handle counts what still wants its value: one for each time autograd packed
+#    it, and one for each needed handle that has it as an operand (a *claim*).
+# 2. A value is cached only while somebody else still needs it, and let go when the last need is
+#    served. So a conv output that a neuron's backward had to rebuild waits for batch norm's backward
+#    and no longer, and T slices of one tensor rebuild that tensor once, not T times.
+# 3. What is cheap to rebuild, views and casts of something packed or kept, is never cached: spikes are
+#    a bit an element when they wait and a float when they are used.
+# 4. A handle's claim on its operands ends as soon as its own value stands.
+# 5. A value that is rebuilt for its last need, and shares no storage with a cached or kept tensor, is
+#    *owned* by the one who asked: a neuron's backward may overwrite it. See `owns`.
+# 6. Counts are an optimization and never decide correctness: a graph that is walked twice
+#    (retain_graph) finds them at zero and rebuilds every time.
+
+
+class Label:
+    """What check mode and reports write down of a handle, at bytes that no other run pays for."""
+
+    __slots__ = ("checksum", "where")
+
+    def __init__(self) -> None:
+        self.where: str | None = None
+        self.checksum: torch.Tensor | None = None
+
+
+_labels: weakref.WeakKeyDictionary[Handle, Label] = weakref.WeakKeyDictionary()
+_UNLABELLED = Label()
+
+
+def _label_of(handle: Handle) -> Label:
+    return _labels.get(handle, _UNLABELLED) if _labels else _UNLABELLED
+
+
+class Handle:
+    """Stands for one tensor. ``get`` returns the tensor, and whether the caller owns its storage."""
+
+    __slots__ = ("__weakref__",)
+
+    treatment: str
+
+    @property
+    def where(self) -> str | None:
+        """The module in which it was made, where that is written down: in check mode, for reports."""
+        return _label_of(self).where
+
+    @where.setter
+    def where(self, name: str | None) -> None:
+        if name is not None:
+            _labels.setdefault(self, Label()).where = name
+
+    @property
+    def checksum(self) -> torch.Tensor | None:
+        """Of the value that the forward saw, in check mode."""
+        return _label_of(self).checksum
+
+    @checksum.setter
+    def checksum(self, of_value: torch.Tensor) -> None:
+        _labels.setdefault(self, Label()).checksum = of_value
+
+    def get(self, last: bool) -> tuple[torch.Tensor, bool]:
+        raise NotImplementedError
+
+    def need(self) -> None:
+        """One more will ask for the value."""
+
+    def release(self) -> None:
+        """One of those who announced a need is served."""
+
+    def peek(self) -> torch.Tensor:
+        """The value for somebody who announced no need: nothing is counted, nothing cached."""
+        return self.get(False)[0]
+
+    def unpack(self) -> torch.Tensor:
+        """Serve one need of autograd's."""
+        value, owned = self.get(True)
+        note_ownership(value, owned)
+        return value
+
+    def verified(self, value: torch.Tensor, how: str) -> torch.Tensor:
+        """In check mode, compare with the checksum that the forward left."""
+        if self.checksum is not None and not torch.equal(checksum(value), self.checksum):
+            raise RuntimeError(
+                f"{self.where or 'the model'}: {how} gave another value than the forward did "
+                f"(shape {tuple(value.shape)}, {value.dtype}). It is not deterministic, or something "
+                "it reads has changed; leave that module out with skip=, or make it deterministic."
+            )
+        return value
+
+
+class Kept(Handle):
+    """The tensor itself, by reference, with the version that it had."""
+
+    treatment = "kept"
+    __slots__ = ("anchored", "tensor", "version")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self.version = -1 if tensor.is_inference() else tensor._version
+        self.anchored = False  # something relies on it, so that holding it costs nothing more
+
+    def spill(self) -> None:
+        """Copy the value, because the tensor is about to be changed in place."""
+        if self.tensor._version == self.version:
+            self.tensor = self.tensor.clone()
+            self.version = self.tensor._version
+
+    def get(self, last: bool) -> tuple[torch.Tensor, bool]:
+        if self.version >= 0 and self.tensor._version != self.version:
+            raise RuntimeError(
+                f"{self.where or 'the model'}: a tensor of shape {tuple(self.tensor.shape)} "
+                f"({self.tensor.dtype}) that the backward needs was modified by an inplace operation: "
+                f"it is at version {self.tensor._version}, the forward saw version {self.version}. "
+                "Call backward before changing parameters or inputs, or change a clone."
+            )
+        return self.tensor, False
+
+
+class Passing(Handle):
+    """Leads to a handle without keeping alive what that one needs.
+
+    For tensors that outlive their graph, as the state that a neuron starts its next step from.
+    """
+
+    __slots__ = ()
+
+    def held(self) -> Handle | None:
+        """The handle to store; None where what it needs is gone."""
+        raise NotImplementedError
+
+
+class Packed(Handle):
+    """Zeros and ones, one bit an element.
+
+    Bits are made when somebody first relies on the handle, so that spikes that nothing saves cost
+    nothing; whoever relies on it has the tensor at hand.
+    """
+
+    treatment = "packed"
+    __slots__ = ("bits", "dtype", "size", "stride")
+
+    def __init__(self) -> None:
+        self.bits: torch.Tensor | None = None
+
+    def materialize(self, spikes: torch.Tensor) -> None:
+        if self.bits is not None:
+            return
+        spikes = spikes.detach()
+        if not is_dense(spikes):
+            spikes = spikes.contiguous()
+        self.size, self.stride, self.dtype = spikes.size(), spikes.stride(), spikes.dtype
+        self.bits = ops.pack_bits(spikes.as_strided((spikes.numel(),), (1,)))
+
+    def get(self, last: bool) -> tuple[torch.Tensor, bool]:
+        assert self.bits is not None
+        spikes = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.bits.device)
+        ops.unpack_bits(self.bits, spikes.as_strided((spikes.numel(),), (1,)))
+        return self.verified(spikes, "unpacking its spikes"), True
+
+
+class Replayed(Handle):
+    """``func(*args, **kwargs)``, or output ``index`` of it, where handles stand for tensors.
+
+    ``work`` counts the convolutions and matrix products that a rebuild runs, ``depth`` the longest
+    chain of operations down to something stored. ``cheap`` says that a rebuild is hardly more than a copy.
+    """
+
+    treatment = "replayed"
+    __slots__ = (
+        "args", "awaited", "cache", "cheap", "claiming", "depth", "func", "inplace", "kwargs", "needs",
+        "work",
+    )  # fmt: skip
+
+    index: int | None = None
+    siblings: Sequence[weakref.ref[Replayed]] = ()
+
+    def __init__(
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        work: int,
+        depth: int,
+        inplace: bool = False,
+        cheap: bool = False,
+    ) -> None:
+        self.func, self.args, self.kwargs = func, args, kwargs
+        self.work, self.depth, self.inplace, self.cheap = work, depth, inplace, cheap
+        self.needs = 0
+        self.claiming = False
+        self.cache: torch.Tensor | None = None
+        self.awaited: Callable[[], None] | None = None  # called once this value stands and is cached
+
+    def output(self, index: int, siblings: list[weakref.ref[Replayed]]) -> Replayed:
+        """The same recipe for one of several outputs; ``siblings`` collects those of one call."""
+        one = _OneOfSeveral(self.func, self.args, self.kwargs, self.work, self.depth, self.inplace)
+        one.index, one.siblings = index, siblings
+        siblings.append(weakref.ref(one))
+        return one
+
+    def operands(self) -> Iterator[Handle]:
+        for arg in (*self.args, *self.kwargs.values()):
+            if isinstance(arg, Handle):
+                yield arg
+            elif type(arg) is list:
+                for item in arg:
+                    if isinstance(item, Handle):
+                        yield item
+
+    def need(self) -> None:
+        self.needs += 1
+        if self.needs == 1 and self.cache is None:
+            self.claiming = True
+            for operand in self.operands():
+                operand.need()
+
+    def release(self) -> None:
+        if self.needs:
+            self.needs -= 1
+        if not self.needs:
+            self.cache = None
+            self.drop_claims()
+
+    def drop_claims(self) -> None:
+        if self.claiming:
+            self.claiming = False
+            for operand in self.operands():
+                operand.release()
+
+    def unpack(self) -> torch.Tensor:
+        value, owned = self.get(self.needs <= 1)
+        self.release()
+        note_ownership(value, owned)
+        return value
+
+    def get(self, last: bool) -> tuple[torch.Tensor, bool]:
+        if self.cache is not None:
+            return self.cache, False
+        outputs, owned = self._run()
+        self.drop_claims()
+        if self.index is None:
+            value = outputs
+        else:
+            value = outputs[self.index]
+            for ref in self.siblings:
+                sibling = ref()
+                if sibling is not None and sibling is not self and sibling.needs:
+                    sibling.cache = outputs[sibling.index]
+                    sibling.drop_claims()
+        self.verified(value, f"replaying {self.func}")
+        if not last and not self.cheap:
+            self.cache = value
+            owned = False
+            if self.awaited is not None:
+                self.awaited()
+        return value, owned
+
+    def peek(self, seen: dict[int, torch.Tensor] | None = None) -> torch.Tensor:
+        if self.cache is not None:
+            return self.cache
+        seen = {} if seen is None else seen
+        if id(self) not in seen:
+            args = [_peeked(arg, seen) for arg in self.args]
+            kwargs = {name: _peeked(arg, seen) for name, arg in self.kwargs.items()}
+            if self.inplace:
+                args[0] = args[0].clone()
+            outputs = self.func(*args, **kwargs)
+            value = outputs if self.index is None else outputs[self.index]
+            seen[id(self)] = self.verified(value, f"replaying {self.func}")
+        return seen[id(self)]
+
+    def _run(self) -> tuple[Any, bool]:
+        borrowed: list[torch.Tensor] = []
+        args = [_value_of(arg, borrowed) for arg in self.args]
+        kwargs = {name: _value_of(arg, borrowed) for name, arg in self.kwargs.items()}
+        if self.inplace and any(args[0] is value for value in borrowed):
+            args[0] = args[0].clone()
+        outputs = self.func(*args, **kwargs)
+        if not borrowed:
+            return outputs, True
+        value = outputs if self.index is None else outputs[self.index]
+        storage = value.untyped_storage().data_ptr()
+        return outputs, all(storage != t.untyped_storage().data_ptr() for t in borrowed)
+
+
+class _OneOfSeveral(Replayed):
+    __slots__ = ("index", "siblings")
+
+
+def _value_of(arg: Any, borrowed: list[torch.Tensor]) -> Any:
+    if isinstance(arg, Handle):
+        value, owned = arg.get(not isinstance(arg, Replayed) or arg.needs <= 1)
+        if not owned:
+            borrowed.append(value)
+        return value
+    if type(arg) is list:
+        return [_value_of(item, borrowed) for item in arg]
+    return arg
+
+
+def _peeked(arg: Any, seen: dict[int, torch.Tensor]) -> Any:
+    if isinstance(arg, Replayed):
+        return arg.peek(seen)
+    if isinstance(arg, Handle):
+        return arg.peek()
+    if type(arg) is list:
+        return [_peeked(item, seen) for item in arg]
+    return arg
+
+
+def unpack(handle: Handle) -> torch.Tensor:
+    """The unpack hook."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "double backward (create_graph=True) through a reversible model is not supported: the tape "
+            "rebuilds values, not their graph. Run that part under snn_reversible_plugin.stock(model)."
+        )
+    return _without_autocast(handle.unpack)
+
+
+def peek(handle: Handle) -> torch.Tensor:
+    """What a handle stands for, outside of a backward."""
+    return _without_autocast(handle.peek)
+
+
+def _without_autocast(rebuild: Callable[[], torch.Tensor]) -> torch.Tensor:
+    if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
+        return rebuild()
+    # What autocast cast in the forward was recorded as operations of its own.
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        return rebuild()
+
+
+_local = threading.local()
+
+
+def note_ownership(value: torch.Tensor, owned: bool) -> None:
+    """Remember for :func:`owns` whether the value that is about to be handed out is the caller's."""
+    if value.layout is not torch.strided:
+        return
+    fresh = _local.__dict__.setdefault("fresh", {})
+    if len(fresh) > 64:
+        fresh.clear()
+    pointer = value.data_ptr()
+    if owned:
+        fresh[pointer] = weakref.ref(value.untyped_storage())
+    else:
+        fresh.pop(pointer, None)
+
+
+def owns(tensor: torch.Tensor) -> bool:
+    """Whether a backward may overwrite ``tensor``, which it just got from ``ctx.saved_tensors``.
+
+    True once, for a tensor that was rebuilt for this call and is held by nobody else. The storage's
+    identity is compared, because an address alone comes back after a free.
+    """
+    ref = _local.__dict__.setdefault("fresh", {}).pop(tensor.data_ptr(), None)
+    return ref is not None and ref() is tensor.untyped_storage()
+
+
+def checksum(tensor: torch.Tensor) -> torch.Tensor:
+    """A position-dependent integer checksum of the bits, on the tensor's device."""
+    words = tensor.detach().contiguous().reshape(-1).view(torch.uint8).to(torch.int64)
+    weights = torch.arange(1, words.numel() + 1, device=words.device) % 65521
+    return (words + 1).mul_(weights).sum()
