@@ -9,8 +9,7 @@ from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 
 import snn_reversible_plugin as srp
-from snn_reversible_plugin.blocks import RevSBlock, RevSSequence
-from snn_reversible_plugin.blocks import second_run as halves
+from snn_reversible_plugin.blocks import RevSBlock, RevSSequence, second_run
 from snn_reversible_plugin.modules.states import reset_states
 from snn_reversible_plugin.reports.measure import count_step
 from two_processes import together
@@ -96,10 +95,10 @@ def test_spikingjelly_equals_the_plain_run(node, states, converted):
     assert model.last_rebuild.flipped_bits == 0
 
 
-@pytest.mark.parametrize("small", [0, halves.SMALL])
+@pytest.mark.parametrize("small", [0, second_run.SMALL])
 @pytest.mark.parametrize("states", ["carry", "reset"])
 def test_snntorch_equals_the_plain_run(states, small, monkeypatch):
-    monkeypatch.setattr(halves, "SMALL", small)
+    monkeypatch.setattr(second_run, "SMALL", small)
     model = RevSSequence([RevSBlock(Loop(), Loop()) for _ in range(3)], states=states, check=True)
     against_plain(model, torch.randn(4, 2, 6))
 
@@ -109,11 +108,11 @@ def one_layer(node="lif"):
     return nn.Sequential(NEURONS[node](), conv, layer.BatchNorm2d(8, step_mode="m"))
 
 
-@pytest.mark.parametrize("small", [0, halves.SMALL])
+@pytest.mark.parametrize("small", [0, second_run.SMALL])
 @pytest.mark.parametrize("states", ["carry", "reset"])
 @pytest.mark.parametrize("node", list(NEURONS))
 def test_branches_of_one_layer_equal_the_plain_run(node, states, small, monkeypatch):
-    monkeypatch.setattr(halves, "SMALL", small)
+    monkeypatch.setattr(second_run, "SMALL", small)
     blocks = [RevSBlock(one_layer(node), one_layer(node)) for _ in range(3)]
     model = RevSSequence(blocks, states=states, check=True)
     against_plain(model, torch.randn(5, 2, 16, 4, 3), calls=2 if states == "carry" else 1)
@@ -122,16 +121,16 @@ def test_branches_of_one_layer_equal_the_plain_run(node, states, small, monkeypa
 
 def test_without_a_tape_one_layer_peaks_no_higher_than_a_stream(monkeypatch):
     def peak(small):
-        monkeypatch.setattr(halves, "SMALL", small)
+        monkeypatch.setattr(second_run, "SMALL", small)
         model = RevSSequence([RevSBlock(one_layer(), one_layer()) for _ in range(2)], states="reset")
         x = torch.randn(4, 2, 16, 16, 16)
         model(x).sum().backward()
         return count_step(lambda: model(x).sum())[1]
 
-    assert peak(halves.SMALL) <= peak(0) + 4 * 2 * 8 * 16 * 16 * 4
+    assert peak(second_run.SMALL) <= peak(0) + 4 * 2 * 8 * 16 * 16 * 4
 
 
-def test_stock_neurons_are_analytic_while_a_half_runs_and_stock_again_afterwards():
+def test_stock_neurons_are_analytic_while_a_branch_runs_and_stock_again_afterwards():
     seen = []
     nodes = [neuron.LIFNode(step_mode="m"), neuron.QIFNode(step_mode="m"), neuron.IFNode(step_mode="m")]
     for node in nodes:
@@ -205,7 +204,7 @@ class Scale(nn.Module):
 def test_modes_and_what_is_written_in_place_at_the_end_of_a_branch(end, states, mode):
     model = chain(depth=2, states=states)
     for block in model.blocks:
-        block.f, block.g = (nn.Sequential(half, *copy.deepcopy(end)) for half in (block.f, block.g))
+        block.f, block.g = (nn.Sequential(branch, *copy.deepcopy(end)) for branch in (block.f, block.g))
     model.mode = mode
     against_plain(srp.convert_to_reversible(model, mode=mode), torch.randn(3, 2, 4, 5, 5))
 
@@ -332,8 +331,8 @@ def test_each_branch_runs_twice_a_step():
     runs = []
     model = chain(states="reset")
     for block in model.blocks:
-        for half in (block.f, block.g):
-            half.register_forward_hook(lambda *_: runs.append(1))
+        for branch in (block.f, block.g):
+            branch.register_forward_hook(lambda *_: runs.append(1))
     model(torch.randn(2, 1, 4, 3, 3)).sum().backward()
     assert len(runs) == 2 * 2 * 3
 

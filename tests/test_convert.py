@@ -13,6 +13,7 @@ from torch import nn
 import snn_reversible_plugin as srp
 from against_stock import assert_trains_like_stock, reset, step
 from snn_reversible_plugin import tape
+from snn_reversible_plugin.convert import settings_of
 
 neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
 from spikingjelly.activation_based import functional, layer, surrogate  # noqa: E402
@@ -328,7 +329,7 @@ class TestRefusals:
     def test_a_model_of_neurons_that_all_stay_stock_is_not_refused(self):
         snntorch = pytest.importorskip("snntorch")
         model = srp.convert_to_reversible(nn.Sequential(snntorch.LeakyParallel(4, 4)))
-        assert list(model._srp_settings.stays_stock) == ["0"]
+        assert list(settings_of(model).stays_stock) == ["0"]
 
     def test_skip_of_nothing(self):
         with pytest.raises(ValueError, match="no module of that name"):

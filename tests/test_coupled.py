@@ -16,6 +16,7 @@ from torch import nn
 
 import snn_reversible_plugin as srp
 from snn_reversible_plugin import snntorch, spikingjelly
+from snn_reversible_plugin.convert import settings_of
 from snn_reversible_plugin.grid import snap
 from snn_reversible_plugin.neurons.coupled import in_place as coupled_sweeps
 from snn_reversible_plugin.neurons.coupled import reference as coupled
@@ -579,7 +580,7 @@ def test_in_a_converted_network(learn_tau, mode):
     x_seq = torch.rand(6, 2, 2, 8, 8)
     model = network(learn_tau=learn_tau)
     converted = srp.convert_to_reversible(copy.deepcopy(model), mode=mode)
-    assert not converted.__dict__["_srp_settings"].stays_stock
+    assert not settings_of(converted).stays_stock
     expected = training_step(model, x_seq)
     assert_same(training_step(converted, x_seq), expected)
     assert_same(training_step(converted, x_seq, check=True), training_step(model, x_seq))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import snn_reversible_plugin as srp
 from snn_reversible_plugin import convert
 from snn_reversible_plugin.grid.step import steps_on
+from snn_reversible_plugin.modules.swap import NAME
 from snn_reversible_plugin.neurons.on_grid import timeline
 from snn_reversible_plugin.reports.measure import count_step
 from snn_reversible_plugin.snntorch.surrogates import derivative_of, in_one_pass
@@ -459,7 +460,7 @@ def test_copies_and_files() -> None:
             assert equal(train(twin, x_seq), train(net, x_seq))
         srp.restore(net)
         assert type(net.lif1) is stock_type
-        assert "_srp_name" not in net.lif1.__dict__
+        assert NAME.of(net.lif1) is None
 
 
 # Errors.

@@ -23,14 +23,14 @@ from snn_reversible_plugin.blocks.surgery import wrap
 from snn_reversible_plugin.blocks.wrapped import run_plainly, wrapped_chains
 from snn_reversible_plugin.modules.checks import check_model, skipped_modules
 from snn_reversible_plugin.modules.kinds import is_spiking, load_adapters
-from snn_reversible_plugin.modules.registry import (
-    StaysStock,
+from snn_reversible_plugin.modules.registry import StaysStock, reversible_type, type_on_grid
+from snn_reversible_plugin.modules.swap import (
+    NAME,
+    SETTINGS,
     SwappedClass,
-    reversible_type,
     stock_classes,
     swap,
     swapped_class,
-    type_on_grid,
     unswap,
 )
 from snn_reversible_plugin.modules.tracking import tracked
@@ -188,7 +188,7 @@ def convert_to_reversible(
     for module in skipped:
         swap(module, swapped_class(Skipped, type(module)))
     swap(model, swapped_class(Recorded, type(model)))
-    model.__dict__["_srp_settings"] = settings
+    SETTINGS.set(model, settings)
     return model
 
 
@@ -212,7 +212,7 @@ def _put_streams_on_grid(model: nn.Module, skipped: set[int]) -> int:
     }
     for name, module in blocks.items():
         swap(module, swapped_class(OnGrid, type(module)))
-        module.__dict__["_srp_name"] = name
+        NAME.set(module, name)
     return len(blocks)
 
 
@@ -226,7 +226,7 @@ def _put_on_grid(module: nn.Module, name: str, settings: Settings) -> None:
         settings.off_grid[name] = "its equations are not written for the grid"
         return
     swap(module, target)
-    module.__dict__["_srp_name"] = name
+    NAME.set(module, name)
 
 
 def restore(model: M) -> M:
@@ -241,8 +241,8 @@ def restore(model: M) -> M:
     """
     for module in model.modules():
         unswap(module)
-        module.__dict__.pop("_srp_settings", None)
-        module.__dict__.pop("_srp_name", None)
+        SETTINGS.clear(module)
+        NAME.clear(module)
     for chain in wrapped_chains(model):
         if chain.by_conversion:
             chain.remove()
@@ -317,11 +317,4 @@ def is_on_grid(module: nn.Module) -> bool:
 
 def settings_of(model: nn.Module) -> Settings:
     """The settings of a converted model; the defaults for any other."""
-    settings: Settings = model.__dict__.get("_srp_settings") or Settings()
-    return settings
-
-
-def stock_class(module: nn.Module) -> type[nn.Module]:
-    """The class that a module has when it is stock."""
-    with stock_classes([module]):
-        return type(module)
+    return SETTINGS.of(model) or Settings()

@@ -20,7 +20,8 @@ from snn_reversible_plugin.blocks.residual import find_branches
 from snn_reversible_plugin.blocks.streams import BITS, SUMS, ResidualSums, is_stream, snapped, stream_sum
 from snn_reversible_plugin.grid import snap
 from snn_reversible_plugin.modules.kinds import is_spiking
-from snn_reversible_plugin.modules.registry import StaysStock, SwappedClass
+from snn_reversible_plugin.modules.registry import StaysStock
+from snn_reversible_plugin.modules.swap import NAME, SwappedClass
 
 
 def carries_a_membrane(block: nn.Module) -> bool:
@@ -66,7 +67,8 @@ class OnGrid(SwappedClass):
             or torch._C._functorch.peek_interpreter_stack() is not None
         ):
             return super().__call__(x, *args, **kwargs)  # type: ignore[misc]
-        with _on_grid(self.__dict__.get("_srp_name", type(self).__name__), x) as stream:
+        name = NAME.of(self) or type(self).__name__  # type: ignore[arg-type]
+        with _on_grid(name, x) as stream:
             return super().__call__(stream, *args, **kwargs)  # type: ignore[misc]
 
 

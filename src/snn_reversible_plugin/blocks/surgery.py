@@ -18,11 +18,18 @@ from torch import nn
 
 from snn_reversible_plugin.blocks.chain import check_states
 from snn_reversible_plugin.blocks.residual import NO_SHORTCUT, Matcher, consecutive_lists, find_branches
-from snn_reversible_plugin.blocks.wrapped import Branch, WrappedChain, wrapped_chain, wrapped_chains
+from snn_reversible_plugin.blocks.wrapped import (
+    Branch,
+    WrappedChain,
+    without_wrapping,
+    wrapped_chain,
+    wrapped_chains,
+)
 from snn_reversible_plugin.grid import check_bits
 from snn_reversible_plugin.modules.checks import check_model, skipped_modules
 from snn_reversible_plugin.modules.kinds import is_spiking
-from snn_reversible_plugin.modules.registry import StaysStock, stock_classes
+from snn_reversible_plugin.modules.registry import StaysStock
+from snn_reversible_plugin.modules.swap import stock_classes
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -314,7 +321,8 @@ class _Plan:
             yield _Run(blocks, [branch for c in row[start:stop] for branch in c.branches])
 
     def _decide(self, block: nn.Module, outcome: str, why: str) -> None:
-        self.found[block] = BlockReport(self.names[block] or "model", _stock_name(block), outcome, why)
+        kind = without_wrapping(type(block)).__name__
+        self.found[block] = BlockReport(self.names[block] or "model", kind, outcome, why)
         if outcome == "wrapped":
             self.within_wrapped.update(block.modules())
 
@@ -332,11 +340,6 @@ def _composite(module: nn.Module) -> bool:
 
 def _pairs(branches: Sequence[Branch]) -> Iterator[tuple[Branch, Branch]]:
     return zip(branches[::2], branches[1::2], strict=True)
-
-
-def _stock_name(module: nn.Module) -> str:
-    halves = type(module).__dict__.get("_srp_halves")
-    return type(module).__name__ if halves is None else halves[1].__name__
 
 
 def _named_lists(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:

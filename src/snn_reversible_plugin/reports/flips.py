@@ -24,7 +24,7 @@ class FlipCount:
 
     @property
     def chains(self) -> dict[str, Rebuild]:
-        """The :class:`~.rebuilt.Rebuild` of every chain that a backward has gone through."""
+        """The :class:`~.undo.Rebuild` of every chain that a backward has gone through."""
         found = {name: chain.last_rebuild for name, chain in self._chains.items()}
         return {name: rebuild for name, rebuild in found.items() if rebuild is not None}
 

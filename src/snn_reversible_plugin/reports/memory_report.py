@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from snn_reversible_plugin import convert, tape
 from snn_reversible_plugin.blocks.streams import Stream
 from snn_reversible_plugin.modules.as_it_ran import unchanged
+from snn_reversible_plugin.modules.swap import stock_type
 from snn_reversible_plugin.modules.tracking import tracked
 from snn_reversible_plugin.neurons.on_grid.timeline import Spikes, State
 from snn_reversible_plugin.reports.measure import StepCost
@@ -166,7 +167,7 @@ def memory_report(model: nn.Module, *inputs: Any, loss: Loss | None = None) -> M
             name = name or "model"
             row = ModuleReport(
                 name,
-                convert.stock_class(module).__name__,
+                stock_type(module).__name__,
                 _about_neuron(name, module, settings),
                 dict(treatments.get(name, {})),
                 by_stock.bytes[name],

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from snn_reversible_plugin import convert, tape
 from snn_reversible_plugin.modules.as_it_ran import unchanged
-from snn_reversible_plugin.modules.kinds import is_spiking
+from snn_reversible_plugin.modules.kinds import is_spiking, spikes_of
 from snn_reversible_plugin.reports.measure import StepCost
 from snn_reversible_plugin.reports.trial import Loss, as_converted, costs, loss_of, megabytes
 
@@ -171,10 +171,9 @@ class _Run:
 def _run(model: nn.Module, inputs: tuple[Any, ...], loss: Loss | None) -> _Run:
     spikes: list[torch.Tensor] = []
 
-    def watch(_module: nn.Module, _inputs: Any, output: Any) -> None:
+    def watch(module: nn.Module, _inputs: Any, output: Any) -> None:
         with tape.paused(), torch.no_grad():
-            first = tree_leaves(output)[0]
-            spikes.append(first.ne(0))
+            spikes.append(spikes_of(module, output).ne(0))
 
     watched = [module for module in model.modules() if is_spiking(module)]
     hooks = [module.register_forward_hook(watch) for module in watched]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.grid.decays import NONE
-from snn_reversible_plugin.modules.registry import SwappedClass
+from snn_reversible_plugin.modules.swap import LAST_RESET, SwappedClass
 from snn_reversible_plugin.neurons.leaky.call import Derivative
 from snn_reversible_plugin.neurons.on_grid import switches
 from snn_reversible_plugin.neurons.on_grid.leaky import Fired, plan_of, reference, step
@@ -29,8 +29,7 @@ from snn_reversible_plugin.snntorch.steps import (
     is_ungraded,
     mechanism_of,
 )
-
-SPECS = (neurons.LEAKY, neurons.LAPICQUE, neurons.SYNAPTIC, neurons.RLEAKY, neurons.RSYNAPTIC)
+from snn_reversible_plugin.snntorch.types import row_of
 
 
 def spec_of(neuron: Any) -> Spec | None:
@@ -40,7 +39,8 @@ def spec_of(neuron: Any) -> Spec | None:
 
 @functools.cache
 def _spec_of(cls: type) -> Spec | None:
-    return next((spec for spec in SPECS if issubclass(cls, spec.stock_type)), None)
+    row = row_of(cls)
+    return row.equations if row.on_grid else None
 
 
 def why_not(neuron: Any, spec: Spec) -> str | None:
@@ -70,9 +70,6 @@ def _settings(neuron: Any, spec: Spec) -> str | tuple[str, Derivative]:
     return reset, derivative
 
 
-_RESET = "_srp_reset"
-
-
 class OnGrid(SwappedClass):
     """In front of a neuron of the leaky family: its steps are reversible in time.
 
@@ -95,7 +92,7 @@ class OnGrid(SwappedClass):
     @property
     def reset(self: Any) -> Tensor:
         """The spikes that the last step reset, as stock has them; as bits until somebody asks."""
-        fired: Fired | None = self.__dict__.get(_RESET)
+        fired: Fired | None = LAST_RESET.of(self)
         if fired is not None:
             return fired.spikes()
         if "reset" not in self.__dict__:
@@ -104,7 +101,7 @@ class OnGrid(SwappedClass):
 
     @reset.setter
     def reset(self: Any, spikes: Tensor) -> None:
-        self.__dict__.pop(_RESET, None)
+        LAST_RESET.clear(self)
         self.__dict__["reset"] = spikes
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -141,7 +138,7 @@ def _forward(
         neuron, "mem", reset, derivative, current, states["mem"], beta, trusted=synaptic
     )
     if isinstance(fired, Fired):
-        neuron.__dict__[_RESET] = fired
+        LAST_RESET.set(neuron, fired)
         neuron.__dict__.pop("reset", None)
     else:
         neuron.reset = fired

@@ -23,7 +23,7 @@ from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import Tensor, nn
 
 from snn_reversible_plugin import tape
-from snn_reversible_plugin.modules.registry import SwappedClass
+from snn_reversible_plugin.modules.swap import SwappedClass
 from snn_reversible_plugin.neurons.final_membrane import FinalMembrane, Memories
 from snn_reversible_plugin.neurons.integrate_fire.in_place import multi_step, multi_step_vjp
 from snn_reversible_plugin.neurons.integrate_fire.reference import (
@@ -35,7 +35,7 @@ from snn_reversible_plugin.neurons.integrate_fire.reference import (
 )
 from snn_reversible_plugin.neurons.rerun import differentiable_once
 from snn_reversible_plugin.ops.chunks import chunk_size
-from snn_reversible_plugin.spikingjelly.replayed import dynamics_of, replayed
+from snn_reversible_plugin.spikingjelly.replayed import replayed
 from snn_reversible_plugin.spikingjelly.surrogates import (
     as_it_is,
     by_autograd,
@@ -44,6 +44,7 @@ from snn_reversible_plugin.spikingjelly.surrogates import (
     is_uniform,
     proved,
 )
+from snn_reversible_plugin.spikingjelly.types import ROWS, dynamics_of
 
 # NOTE [What stock runs]
 #
@@ -174,6 +175,7 @@ class Analytic:
 
     treatment = "analytic"
     arithmetic = "stock"
+    lean = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if tape.runs_eagerly() and len(args) == 1 and not kwargs:
@@ -308,8 +310,7 @@ def _runs_torch(kind: type, device: torch.device, fused: bool) -> bool:
     """Whether stock runs torch code here, rather than a kernel or an error message."""
     if device.type == "cpu":
         return True
-    short = {neuron.IFNode: "IF", neuron.LIFNode: "LIF", neuron.ParametricLIFNode: "PLIF"}[kind]
-    choice = os.environ.get(f"SJ_{short}_CUDA_IMPLEMENTATION", "auto")
+    choice = os.environ.get(f"SJ_{ROWS[kind].equations}_CUDA_IMPLEMENTATION", "auto")
     return device.type == "cuda" and not fused and choice == "auto"
 
 

@@ -17,19 +17,19 @@ from torch import Tensor, nn
 
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.grid.decays import NONE, Step, decay_of
-from snn_reversible_plugin.modules.registry import SwappedClass
+from snn_reversible_plugin.modules.swap import SwappedClass, parts_of
 from snn_reversible_plugin.neurons.integrate_fire.reference import Rule, Surrogate
 from snn_reversible_plugin.neurons.on_grid import switches
 from snn_reversible_plugin.neurons.on_grid.integrate_fire import Plan, reference, step
-from snn_reversible_plugin.spikingjelly.replayed import dynamics_of
 from snn_reversible_plugin.spikingjelly.surrogates import as_autograd, is_heaviside
+from snn_reversible_plugin.spikingjelly.types import ROWS, dynamics_of
 
 
 def why_not(module: Any, kind: Any) -> str | None:
     """Why a neuron with the dynamics ``kind``, as it is set now, has no step on the grid, or None."""
     if module._step_mode != "s":
         return "it runs all time steps in one call"
-    if kind not in (neuron.IFNode, neuron.LIFNode, neuron.ParametricLIFNode):
+    if kind not in ROWS or not ROWS[kind].on_grid:
         return "its equations are not written for the grid"
     if not is_heaviside(module.surrogate_function or _SIGMOID):
         return "its surrogate is not one of SpikingJelly's own spiking ones"
@@ -76,9 +76,9 @@ class OnGrid(SwappedClass):
 
 def _kind(module: Any) -> Any:
     for cls in type(module).__mro__:
-        halves = cls.__dict__.get("_srp_halves")
-        if halves is not None and halves[0] is OnGrid:
-            return dynamics_of(halves[1])
+        parts = parts_of(cls)
+        if parts is not None and parts.mixin is OnGrid:
+            return dynamics_of(parts.base)
     return dynamics_of(type(module))
 
 

@@ -2,9 +2,10 @@
 
 The one idea: for a neuron whose arithmetic this package does not know, stock's code is the only
 authority, so it is what runs, both times. In chunks where each element is known to go its own way,
-which keeps what autograd saves of the second run small; as a black box otherwise.
+which keeps what autograd saves of the second run small; as a black box otherwise. Which are known is
+in :mod:`.types`.
 
-Source: the neurons of ``spikingjelly.activation_based.neuron`` 2.0, read one by one for the tables.
+Source: the neurons of ``spikingjelly.activation_based.neuron`` 2.0.
 """
 
 from __future__ import annotations
@@ -14,17 +15,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 
 from snn_reversible_plugin import tape
-from snn_reversible_plugin.modules.registry import SwappedClass
+from snn_reversible_plugin.modules.swap import SwappedClass
 from snn_reversible_plugin.neurons.rerun import (
-    Autocast,
     Rerun,
     differentiable_once,
     shadow,
 )
+from snn_reversible_plugin.ops.autocast import Autocast
 from snn_reversible_plugin.ops.chunks import cuts
 from snn_reversible_plugin.ops.layouts import is_contiguous_in
 from snn_reversible_plugin.spikingjelly.surrogates import (
@@ -33,58 +33,7 @@ from snn_reversible_plugin.spikingjelly.surrogates import (
     is_known,
     is_uniform,
 )
-
-# Every element on its own, nothing learnable, states of the input's shape.
-_POINTWISE = {
-    neuron.IFNode, neuron.LIFNode, neuron.QIFNode, neuron.EIFNode, neuron.IzhikevichNode,
-    neuron.TernaryIFNode, neuron.TernaryLIFNode, neuron.RAFNode, neuron.CUBALIFNode,
-    neuron.HalfThresholdIFNode, neuron.ILIFNode,
-}  # fmt: skip
-# The first output is the surrogate's, untouched.
-_FIRES = _POINTWISE - {neuron.TernaryIFNode, neuron.TernaryLIFNode, neuron.ILIFNode} | {
-    neuron.ParametricLIFNode, neuron.KLIFNode, neuron.GatedLIFNode, neuron.ComplementaryLIFNode,
-    neuron.ActivationAwareIFNode, neuron.SimpleIFNode, neuron.SimpleLIFNode, neuron.SLTTLIFNode,
-    neuron.OTTTLIFNode, neuron.PSN, neuron.MaskedPSN, neuron.SlidingPSN,
-}  # fmt: skip
-# Graded, signed or arbitrary outputs.
-_GRADED = {
-    neuron.TernaryIFNode, neuron.TernaryLIFNode, neuron.ILIFNode, neuron.FewSpikeNode,
-    neuron.HGNode, neuron.OutlierAwareThresholdNode,
-}  # fmt: skip
-_KNOWN = _FIRES | _GRADED
-# What a subclass may define over a neuron and still have that neuron's dynamics.
-_HARMLESS = {
-    "__init__", "__module__", "__doc__", "__qualname__", "__annotations__", "__firstlineno__",
-    "__static_attributes__", "__dict__", "__weakref__", "__repr__", "__str__", "__annotate_func__",
-    "__annotations_cache__", "__reduce_ex__", "__reduce__", "extra_repr", "reset",
-}  # fmt: skip
-
-
-def dynamics_of(cls: type) -> Any:
-    """The SpikingJelly class whose dynamics an instance has; None if a subclass overrides any."""
-    if cls not in _dynamics:
-        _dynamics[cls] = _dynamics_of(cls)
-    return _dynamics[cls]
-
-
-_dynamics: dict[type, type | None] = {}
-
-
-def _dynamics_of(cls: type) -> type | None:
-    base, own = origin_of(cls)
-    return None if base is None or own & (set(dir(base)) - _HARMLESS) else base
-
-
-def origin_of(cls: type) -> tuple[type | None, set[str]]:
-    """The SpikingJelly class that a class is or derives from, and what a user's classes define over it."""
-    own: set[str] = set()
-    for base in cls.__mro__:
-        package = base.__module__.partition(".")[0]
-        if package == "spikingjelly":
-            return base, own
-        if package != __name__.partition(".")[0]:
-            own |= vars(base).keys()
-    return None, own
+from snn_reversible_plugin.spikingjelly.types import row_of
 
 
 class Replayed(SwappedClass):
@@ -111,7 +60,8 @@ def replayed(module: nn.Module, mixin: Any, args: tuple[Any, ...], kwargs: dict[
             out = call(module, *args, **kwargs)
         _mark(module, out, _fires(module))
         return out
-    known = dynamics_of(type(module)) in _KNOWN and is_known(_surrogate(module))
+    row = row_of(module)
+    known = (row.fires or row.graded) and is_known(_surrogate(module))
     if known and not kwargs and len(args) == 1:
         out = _in_chunks(module, args[0])
         if out is not NotImplemented:
@@ -135,7 +85,7 @@ def _surrogate(module: nn.Module) -> Any:
 
 def _fires(module: nn.Module) -> bool:
     """Whether the first output is zeros and ones by construction."""
-    return dynamics_of(type(module)) in _FIRES and is_heaviside(_surrogate(module))
+    return row_of(module).fires and is_heaviside(_surrogate(module))
 
 
 def _is_learning(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -237,8 +187,9 @@ def _cut(states: Any, part: slice) -> tuple[Any, ...]:
 
 def _in_chunks(module: Any, x_seq: Any) -> Any:
     """Outputs of a multi-step call in chunks; NotImplemented where that would not be stock's result."""
+    row = row_of(module)
     if (
-        dynamics_of(type(module)) not in _POINTWISE
+        not row.pointwise
         or module.step_mode != "m"
         or module.store_v_seq
         or type(x_seq) not in (Tensor, nn.Parameter)
@@ -267,8 +218,7 @@ def _in_chunks(module: Any, x_seq: Any) -> Any:
         (spikes,), updated = frozen.functional_forward((x_seq,), states)
         return (spikes, *updated)
 
-    # EIF has an exponential in its own equation.
-    uniform = is_uniform(frozen.surrogate_function) and not isinstance(module, neuron.EIFNode)
+    uniform = is_uniform(frozen.surrogate_function) and not row.exponential
     parts = cuts(math.prod(shape), device, uniform)
     spikes, *updated = _Chunked.apply(x_seq, run, states, parts)
     for name, state in zip(names, updated, strict=True):

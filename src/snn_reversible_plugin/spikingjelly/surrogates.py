@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from snn_reversible_plugin.modules import tracking
 from snn_reversible_plugin.neurons.integrate_fire.reference import Surrogate
-from snn_reversible_plugin.neurons.rerun import Autocast
+from snn_reversible_plugin.ops.autocast import Autocast
 
 # What a surrogate derivative multiplies the gradient with, in place of u. SpikingJelly runs these in
 # float32 for the surrogates named here, and the surrogate's own backward otherwise; the operations are

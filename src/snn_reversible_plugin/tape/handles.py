@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from snn_reversible_plugin import ops
+from snn_reversible_plugin.ops.autocast import without_autocast
 from snn_reversible_plugin.ops.layouts import is_dense
 
 # NOTE [When a rebuilt value is let go]
@@ -335,20 +336,14 @@ def unpack(handle: Handle) -> torch.Tensor:
             "double backward (create_graph=True) through a reversible model is not supported: the tape "
             "rebuilds values, not their graph. Run that part under snn_reversible_plugin.stock(model)."
         )
-    return _without_autocast(handle.unpack)
+    with without_autocast():  # what autocast cast in the forward was recorded as operations of its own
+        return handle.unpack()
 
 
 def peek(handle: Handle) -> torch.Tensor:
     """What a handle stands for, outside of a backward."""
-    return _without_autocast(handle.peek)
-
-
-def _without_autocast(rebuild: Callable[[], torch.Tensor]) -> torch.Tensor:
-    if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
-        return rebuild()
-    # What autocast cast in the forward was recorded as operations of its own.
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        return rebuild()
+    with without_autocast():
+        return handle.peek()
 
 
 _local = threading.local()
