@@ -9,6 +9,7 @@ from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 
 import snn_reversible_plugin as srp
+from snn_reversible_plugin import snntorch as snntorch_types
 from snn_reversible_plugin.blocks import RevSBlock, RevSSequence, second_run
 from snn_reversible_plugin.modules.states import reset_states
 from snn_reversible_plugin.reports.measure import count_step
@@ -18,6 +19,15 @@ NEURONS = {
     "if": lambda: neuron.IFNode(step_mode="m"),
     "lif": lambda: neuron.LIFNode(step_mode="m", detach_reset=True, surrogate_function=surrogate.ATan()),
     "plif": lambda: neuron.ParametricLIFNode(step_mode="m", v_reset=None),
+}
+
+SNNTORCH = {
+    "Leaky": lambda: snntorch.Leaky(0.8, init_hidden=True, learn_beta=True, learn_threshold=True),
+    "Lapicque": lambda: snntorch.Lapicque(0.8, init_hidden=True, reset_mechanism="zero"),
+    "Synaptic": lambda: snntorch.Synaptic(0.9, 0.8, init_hidden=True, learn_alpha=True),
+    "Alpha": lambda: snntorch.Alpha(0.9, 0.8, init_hidden=True, reset_mechanism="zero"),
+    "RLeaky": lambda: snntorch.RLeaky(0.8, linear_features=3, init_hidden=True),
+    "RSynaptic": lambda: snntorch.RSynaptic(0.9, 0.8, all_to_all=False, V=0.5, init_hidden=True),
 }
 
 
@@ -38,12 +48,12 @@ def chain(depth=3, bits=16, states="carry", check=False, **kwargs):
 
 
 class Loop(nn.Module):
-    """snnTorch over time steps: a linear layer and a Leaky that keeps its own state."""
+    """snnTorch over time steps: a linear layer and a neuron that keeps its own state."""
 
-    def __init__(self, width=3):
+    def __init__(self, kind="Leaky"):
         super().__init__()
-        self.fc = nn.Linear(width, width)
-        self.lif = snntorch.Leaky(beta=0.8, init_hidden=True, learn_beta=True, learn_threshold=True)
+        self.fc = nn.Linear(3, 3)
+        self.lif = SNNTORCH[kind]()
 
     def forward(self, x):
         return torch.stack([self.fc(self.lif(step)) for step in x])
@@ -103,6 +113,25 @@ def test_snntorch_equals_the_plain_run(states, small, monkeypatch):
     against_plain(model, torch.randn(4, 2, 6))
 
 
+@pytest.mark.parametrize("small", [0, second_run.SMALL])
+@pytest.mark.parametrize("states", ["carry", "reset"])
+@pytest.mark.parametrize("name", list(SNNTORCH))
+def test_stock_snntorch_neurons_run_as_their_reversible_types(name, states, small, monkeypatch):
+    monkeypatch.setattr(second_run, "SMALL", small)
+    torch.manual_seed(0)
+    blocks = [RevSBlock(Loop(name), Loop(name)) for _ in range(2)]
+    model, seen = RevSSequence(blocks, states=states, check=True), []
+    against_plain(model, torch.randn(4, 2, 6))
+    assert model.last_rebuild.flipped_bits == model.last_rebuild.flipped_spikes == 0
+    stock = getattr(snntorch, name)
+    neurons = [module for module in model.modules() if isinstance(module, stock)]
+    for one in neurons:
+        one.register_forward_pre_hook(lambda one, _: seen.append(type(one)))
+    model(torch.randn(4, 2, 6)).sum().backward()
+    assert seen == 2 * len(neurons) * 4 * [getattr(snntorch_types, f"Rev{name}")]
+    assert [type(one) for one in neurons] == len(neurons) * [stock]
+
+
 def one_layer(node="lif"):
     conv = layer.Conv2d(8, 8, 3, padding=1, bias=False, step_mode="m")
     return nn.Sequential(NEURONS[node](), conv, layer.BatchNorm2d(8, step_mode="m"))
@@ -150,12 +179,15 @@ def test_stock_neurons_are_analytic_while_a_branch_runs_and_stock_again_afterwar
     assert type(nodes[0]) is neuron.LIFNode
 
 
-def test_snntorch_stepped_from_outside_hands_its_states_on():
+@pytest.mark.parametrize("name", list(SNNTORCH))
+def test_snntorch_stepped_from_outside_hands_its_states_on(name):
+    torch.manual_seed(0)
+
     class Single(Loop):
         def forward(self, x):
             return self.fc(self.lif(x))
 
-    model = RevSSequence([RevSBlock(Single(), Single(), dim=1) for _ in range(3)], check=True)
+    model = RevSSequence([RevSBlock(Single(name), Single(name), dim=1) for _ in range(3)], check=True)
     against_plain(model, torch.randn(2, 6) * 2, calls=4)
 
 
