@@ -37,7 +37,7 @@ def store_bits(to, values, groups, n, EACH: tl.constexpr):
         down = tl.minimum(tl.maximum(8 * k - places, 0), 31)
         byte = tl.sum(((values << up) >> down) & 255, axis=1)
         at = groups * EACH + k
-        tl.store(to + at, byte.to(tl.uint8), mask=at * 8 < n * EACH)
+        tl.store(to + at, byte.to(tl.uint8), mask=(at * 8) // EACH < n)
 
 
 @triton.jit
