@@ -23,8 +23,8 @@ from snn_reversible_plugin.ops.bits.triton_kernels import load_bits, load_flags,
 #    in the last place, 2^-22. So the quotient is off by less than 1/8 before it is cut: one more or less
 #    is told from r - quotient p, in integers.
 # 4. The lowest U that becomes v has U p >= w for w = v 2^e - 2^(e-1). In range |w / p| <= 2^24 + 1, and
-#    its float32 is off by less than 7 once cut. 8 less is below it; the rest, positive and below
-#    16 p < 2^28, is divided in int32, rounding up.
+#    its float32 is off by less than 7 once cut. 8 less is below it, and what is left is positive and below
+#    16 p: it is divided as in 3., rounding up.
 # 5. Digits have a number of bits that the host knows: of a decay that learns, it was fixed before. A digit
 #    that doesn't fit is lost, and so is a state beyond 2^30, or what a beta outside [2^-16, 1] does. Then
 #    the reach is NaN, which is out of every range: whoever walks back looks at it first.
@@ -81,15 +81,20 @@ def _half(e):
 
 
 @triton.jit
+def _quotient(a, p):
+    """a div p for a quotient of at most 2^17."""
+    quotient = (a.to(tl.float32) / p.to(tl.float32)).to(tl.int32)
+    left = a - quotient.to(tl.int64) * p
+    return quotient + (left >= p).to(tl.int32) - (left < 0).to(tl.int32)
+
+
+@triton.jit
 def _digit(rest, p, DIGIT_BITS: tl.constexpr):
-    """rest div p."""
+    """rest div p, or any number above 1 where that doesn't fit the only bit."""
     if DIGIT_BITS <= 1:
-        # Two or more are one too many for a bit: that is all that needs to be known of them.
         return (rest >= p).to(tl.int32) + (rest >= 2 * p).to(tl.int32)
     else:
-        quotient = (rest.to(tl.float32) / p.to(tl.float32)).to(tl.int32)
-        left = rest - quotient.to(tl.int64) * p
-        return quotient + (left >= p).to(tl.int32) - (left < 0).to(tl.int32)
+        return _quotient(rest, p)
 
 
 @triton.jit
@@ -97,8 +102,7 @@ def _lowest(v, p, e):
     """The lowest units that become v."""
     wanted = (v.to(tl.int64) << e) - _half(e)
     below = (wanted.to(tl.float32) / p.to(tl.float32)).to(tl.int32) - 8
-    left = (wanted - below.to(tl.int64) * p + p - 1).to(tl.int32)
-    return below + left // p.to(tl.int32)
+    return below + _quotient(wanted - below.to(tl.int64) * p + p - 1, p)
 
 
 @triton.jit
