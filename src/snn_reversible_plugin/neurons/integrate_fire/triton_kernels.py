@@ -115,22 +115,22 @@ def forward(
     threshold = tl.cast(threshold, tl.float32)
     to = tl.cast(to, tl.float32)
     state = _start(v, index, mask, EACH)
-    x_at, s_at, v_at, byte = index * x_next, index, index, bits
+    of_x = index * x_next
     for _ in range(T):
-        current = tl.load(x + x_at, mask=mask, other=0.0).to(tl.float32)
+        current = tl.load(x + of_x, mask=mask, other=0.0).to(tl.float32)
         h = _charge(current, state, tau, to, LEAKS, LEARNS)
         fired = h >= threshold
         s = fired.to(tl.float32)
         state = _reset(h, s, threshold, to, SOFT)
-        tl.store(spikes + s_at, s.to(spikes.dtype.element_ty), mask=mask)
+        tl.store(spikes + index, s.to(spikes.dtype.element_ty), mask=mask)
         if BITS:
-            store_bits(byte, (fired & mask).to(tl.int32), groups, n, 1)
-            byte += n // 8
+            store_bits(bits, (fired & mask).to(tl.int32), groups, n, 1)
+            bits += n // 8
         if V_SEQ:
-            tl.store(v_seq + v_at, state, mask=mask)
-        x_at += x_step
-        s_at += s_step
-        v_at += v_step
+            tl.store(v_seq + index, state, mask=mask)
+            v_seq += v_step
+        x += x_step
+        spikes += s_step
     tl.store(v_last + index, state, mask=mask)
 
 
@@ -175,51 +175,53 @@ def backward(
     to = tl.cast(to, tl.float32)
     alpha = tl.cast(alpha, tl.float32)
     lane = tl.arange(0, SIZE)
-    program = tl.program_id(0).to(tl.int64)
+    of_x, of_s, of_v = lane.to(tl.int64) * x_next, lane.to(tl.int64) * s_next, lane.to(tl.int64) * v_next
+    last = tl.cast(T, tl.int64) - 1
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
-        index = tl.cast(block, tl.int64) * SIZE + lane
-        mask = index < n
-        start = _start(v, index, mask, EACH)
-        state = start
-        x_at, g_at = index * x_next, index
+        base = tl.cast(block, tl.int64) * SIZE
+        mask = lane < tl.minimum(n - base, SIZE).to(tl.int32)
+        state = _start(v, base + lane, mask, EACH)
         if OWN:
-            membranes, h_at, h_step = own, program * T * SIZE + lane, SIZE
+            membranes, h_step = own + tl.program_id(0).to(tl.int64) * T * SIZE, SIZE
         else:
-            membranes, h_at, h_step = g_x, index, g_step
+            membranes, h_step = g_x + base, g_step
+        x_row, h_row = x + base * x_next, membranes
         for _ in range(T):
-            current = tl.load(x + x_at, mask=mask, other=0.0).to(tl.float32)
+            current = tl.load(x_row + of_x, mask=mask, other=0.0).to(tl.float32)
             h = _charge(current, state, tau, to, LEAKS, LEARNS)
-            tl.store(membranes + h_at, h, mask=mask)
+            tl.store(h_row + lane, h, mask=mask)
             state = _reset(h, (h >= threshold).to(tl.float32), threshold, to, SOFT)
-            x_at += x_step
-            h_at += h_step
-            g_at += g_step
+            x_row += x_step
+            h_row += h_step
         if V_LAST:
-            tl.store(v_last + index, state, mask=mask)
+            tl.store(v_last + base + lane, state, mask=mask)
         tl.debug_barrier()
-        s_at = index * s_next + (tl.cast(T, tl.int64) - 1) * s_step
-        v_at = index * v_next + (tl.cast(T, tl.int64) - 1) * v_step
-        carry = tl.zeros(index.shape, tl.float32)
-        of_tau = tl.zeros(index.shape, tl.float32)
+        x_row, h_row = x + base * x_next + last * x_step, membranes + last * h_step
+        g_row = g_x + base + last * g_step
+        carry = tl.zeros(lane.shape, tl.float32)
+        of_tau = tl.zeros(lane.shape, tl.float32)
+        if OF_SPIKES:
+            s_row = g_s + base * s_next + last * s_step
+        if OF_V:
+            v_row = g_v + base * v_next + last * v_step
         if OF_V == FINAL:
-            carry = tl.load(g_v + v_at, mask=mask, other=0.0)
+            carry = tl.load(v_row + of_v, mask=mask, other=0.0)
         for step in range(T):
-            x_at -= x_step
-            h_at -= h_step
-            g_at -= g_step
-            h = tl.load(membranes + h_at, mask=mask, other=0.0)
-            of_s = tl.zeros(index.shape, tl.float32)
+            h = tl.load(h_row + lane, mask=mask, other=0.0)
+            g_spike = tl.zeros(lane.shape, tl.float32)
             if OF_SPIKES:
-                of_s = tl.load(g_s + s_at, mask=mask, other=0.0).to(tl.float32)
+                g_spike = tl.load(s_row + of_s, mask=mask, other=0.0).to(tl.float32)
+                s_row -= s_step
             if OF_V == ALL:
-                carry = tl.load(g_v + v_at, mask=mask, other=0.0) + carry
+                carry = tl.load(v_row + of_v, mask=mask, other=0.0) + carry
+                v_row -= v_step
             elif LEARNS or LEAKS == NO_LEAK:
                 carry = carry + 0.0
             k = slope(h - threshold, alpha, SURROGATE)
             if LEARNS or LEAKS == NO_LEAK:
-                g_h = _through_reset(of_s, carry, h, k, threshold, to, SOFT, DETACH)
+                g_h = _through_reset(g_spike, carry, h, k, threshold, to, SOFT, DETACH)
             else:
-                g_h = _through_reset_fused(of_s, carry, h, k, threshold, to, SOFT, DETACH)
+                g_h = _through_reset_fused(g_spike, carry, h, k, threshold, to, SOFT, DETACH)
             share = g_h
             if LEARNS:
                 share = g_h * tau
@@ -230,20 +232,22 @@ def backward(
                 share = g_h * (1.0 / tau)
                 carry = g_h * (1.0 - 1.0 / tau)
             if OF_TAU:
-                before = start
                 if step + 1 < T:
-                    h = tl.load(membranes + h_at - h_step, mask=mask, other=0.0)
+                    h = tl.load(h_row - h_step + lane, mask=mask, other=0.0)
                     before = _reset(h, (h >= threshold).to(tl.float32), threshold, to, SOFT)
+                else:
+                    before = _start(v, base + lane, mask, EACH)
                 pull = -(before - to)
                 if LEAKS == LEAK_AND_INPUT:
-                    pull = tl.load(x + x_at, mask=mask, other=0.0).to(tl.float32) - (before - to)
+                    pull = tl.load(x_row + of_x, mask=mask, other=0.0).to(tl.float32) - (before - to)
                 of_tau = of_tau + g_h * pull
             g_current = share if LEAKS == LEAK_AND_INPUT else g_h
-            tl.store(g_x + g_at, g_current.to(g_x.dtype.element_ty), mask=mask)
-            s_at -= s_step
-            v_at -= v_step
+            tl.store(g_row + lane, g_current.to(g_x.dtype.element_ty), mask=mask)
+            x_row -= x_step
+            h_row -= h_step
+            g_row -= g_step
         if OF_START:
-            tl.store(g_start + index, carry, mask=mask)
+            tl.store(g_start + base + lane, carry, mask=mask)
         if OF_TAU:
-            tl.store(g_tau + index, of_tau, mask=mask)
+            tl.store(g_tau + base + lane, of_tau, mask=mask)
         tl.debug_barrier()
