@@ -1,9 +1,12 @@
 """Steps on the grid under Triton's interpreter: there and back to the bit as the specification."""
 
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
+from triton.runtime import interpreter
 
 from snn_reversible_plugin.grid import decays
 from snn_reversible_plugin.grid.step import on_triton, reference
@@ -71,6 +74,40 @@ def test_units_of_every_kind_are_rounded_and_rebuilt(beta, reset):
     units = torch.cat((anywhere, halves, halves + 1, halves - 1, ends)).clamp(-bound, bound)
     u = units.double().div(SCALE).float()
     check(step_of(beta, reset, 0.75, 0.3), u, torch.zeros_like(u), 0.75)
+
+
+def preimages_at_a_boundary(e: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decays p / 2^e, and the lowest units that become values whose quotient by p is next to an integer."""
+    betas, units = [], []
+    for seed in range(n):
+        generator = random.Random(seed)
+        p = 2 * generator.randrange(2**22, 2**23) + 1
+        rest = generator.choice([-2, -1, 0, 1, 2])
+        v = (rest + 2 ** (e - 1)) * pow(2, -e, p) % p - generator.choice([0, p])
+        wanted = v * 2**e - 2 ** (e - 1)
+        lowest = -(-wanted // p)
+        if abs(lowest) < 2**24:
+            betas.append(p / 2**e)
+            units.append(lowest)
+    return torch.tensor(betas), torch.tensor(units).double().div(SCALE).float()
+
+
+@pytest.mark.parametrize("units_off", [-2, -1, 0, 1, 2])
+@pytest.mark.parametrize("e", [24, 26])
+def test_quotients_next_to_an_integer(monkeypatch, e, units_off):
+    """On a GPU a division may be off by two units in the last place."""
+
+    def divide(builder, left, right):
+        quotient = left.data / right.data
+        moved = (quotient.view(np.int32) + np.int32(units_off)).view(np.float32)
+        return interpreter.TensorHandle(np.where(quotient == 0, quotient, moved), left.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fdiv", divide)
+    betas, lowest = preimages_at_a_boundary(e, 4000)
+    assert len(lowest) > 400
+    for units in (0, 1, -1):
+        u = lowest + units / SCALE
+        check(step_of(betas, decays.NONE, 0.75), u, torch.zeros_like(u), 0.75)
 
 
 @pytest.mark.parametrize("reset", RESETS)
