@@ -7,7 +7,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from test_examples import EXAMPLES, nmnist_folder  # noqa: F401
+from tests.examples.test_examples import EXAMPLES, nmnist_folder  # noqa: F401
 
 SMALL = "--epochs 2 --steps 2 --batch 8 --limit 24 --save-every 2 --device cpu"
 

@@ -20,7 +20,7 @@ from snn_reversible_plugin.data import (  # noqa: E402
     event_frames,
 )
 
-NMNIST = Path(os.environ.get("SRP_NMNIST", Path(__file__).parents[1] / "../shared/data/nmnist")).resolve()
+NMNIST = Path(os.environ.get("SRP_NMNIST", Path(__file__).parents[2] / "../shared/data/nmnist")).resolve()
 
 
 def test_a_bright_edge_moving_over_pixels_fires_on_then_off_behind_it():

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from benchmarks import block_accuracy
 from benchmarks.block_accuracy import ARMS, main
-from test_examples import nmnist_folder  # noqa: F401
+from tests.examples.test_examples import nmnist_folder  # noqa: F401
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from torch import nn
 from snn_reversible_plugin.blocks import RevSBlock, RevSSequence
 from snn_reversible_plugin.models import RevSResNet
 from snn_reversible_plugin.reports.flips import counting_flips
-from test_blocks import Loop, chain, step
+from tests.blocks.test_chain import Loop, chain, step
 
 
 def deep(bits, depth=200):

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import snn_reversible_plugin as srp
 from snn_reversible_plugin.data import DigitSaccades
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 SMALL = {
     "spikingjelly_training": "--epochs 2 --steps 5 --batch 8 --channels 4 --limit 16",
     "snntorch_training": "--epochs 2 --steps 5 --batch 8 --limit 16",

@@ -15,7 +15,7 @@ import snn_reversible_plugin as srp
 from against_stock import make_fire, reset
 from snn_reversible_plugin.blocks.wrapped import Wrapped, wrapped_chains
 from snn_reversible_plugin.reports.measure import count_step
-from test_zoo import FIVE, IF, LIF, SMALL, ZOO, multi_step
+from tests.spikingjelly.test_zoo import FIVE, IF, LIF, SMALL, ZOO, multi_step
 from two_processes import together
 
 snntorch = pytest.importorskip("snntorch")

@@ -7,7 +7,7 @@ from torch import nn
 import snn_reversible_plugin as srp
 from snn_reversible_plugin.blocks import RevSSequence
 from snn_reversible_plugin.models import rev_s_resnet24
-from test_blocks import branch
+from tests.blocks.test_chain import branch
 from two_processes import together
 
 WAYS = ["model", "chain", "blocks", "branches", "neurons' neighbours", "half precision"]
