@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from snn_reversible_plugin import tape
 from snn_reversible_plugin.blocks.streams_on_grid import OnGrid, carries_a_membrane
 from snn_reversible_plugin.blocks.surgery import wrap
 from snn_reversible_plugin.blocks.wrapped import run_plainly, wrapped_chains
@@ -35,6 +34,7 @@ from snn_reversible_plugin.modules.swap import (
 )
 from snn_reversible_plugin.modules.tracking import tracked
 from snn_reversible_plugin.neurons.on_grid import switches
+from snn_reversible_plugin.tape import MODES, recording, suspended
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -66,7 +66,7 @@ class Recorded(SwappedClass):
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling() or switches.by_autograd():
                 return stock_forward(self, *args, **kwargs)
-            with tape.recording(settings_of(self).mode):
+            with recording(settings_of(self).mode):
                 return stock_forward(self, *args, **kwargs)
 
         cls.forward = forward  # type: ignore[attr-defined]
@@ -76,7 +76,7 @@ class Recorded(SwappedClass):
         compiled = torch.compiler.is_compiling() or getattr(self, "_compiled_call_impl", None) is not None
         if compiled or switches.by_autograd():
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        with tape.recording(settings_of(self).mode):  # type: ignore[arg-type]
+        with recording(settings_of(self).mode):  # type: ignore[arg-type]
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
 
@@ -86,7 +86,7 @@ class Skipped(SwappedClass):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        with tape.suspended():
+        with suspended():
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
 
@@ -136,8 +136,8 @@ def convert_to_reversible(
         True
     """
     check_model(model)
-    if mode not in tape.MODES:
-        raise ValueError(f"mode must be one of {tape.MODES}, not {mode!r}")
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {MODES}, not {mode!r}")
     if arithmetic not in ARITHMETICS:
         raise ValueError(f"arithmetic must be one of {ARITHMETICS}, not {arithmetic!r}")
     skipped = skipped_modules(model, skip)
@@ -274,11 +274,11 @@ def reversible(model: nn.Module, *, mode: str | None = None, check: bool = False
         >>> loss.backward()
     """
     check_model(model)
-    with tape.recording(mode or settings_of(model).mode, check=check) as recorder:
-        if not check or recorder is None:
+    with recording(mode or settings_of(model).mode, check=check) as tape:
+        if not check or tape is None:
             yield
             return
-        with tracked(model, recorder):
+        with tracked(model, tape):
             yield
 
 

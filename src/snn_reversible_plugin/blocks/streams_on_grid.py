@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from snn_reversible_plugin import tape
 from snn_reversible_plugin.blocks.residual import find_branches
 from snn_reversible_plugin.blocks.streams import BITS, SUMS, ResidualSums, is_stream, snapped, stream_sum
 from snn_reversible_plugin.grid import snap
 from snn_reversible_plugin.modules.kinds import is_spiking
 from snn_reversible_plugin.modules.registry import StaysStock
 from snn_reversible_plugin.modules.swap import NAME, SwappedClass
+from snn_reversible_plugin.tape import current
 
 
 def carries_a_membrane(block: nn.Module) -> bool:
@@ -80,22 +80,19 @@ def _autocasts(x: Tensor) -> bool:
 
 @contextmanager
 def _on_grid(name: str, x: Tensor) -> Iterator[Tensor]:
-    recorder = tape.current()
-    if recorder is None:
+    tape = current()
+    if tape is None:
         x = snap(x, BITS)
         with _Sums(x):
             yield x
         return
-    sums = ResidualSums(recorder, name)
-    outer, recorder.overriding = recorder.overriding, recorder.overriding | dict.fromkeys(SUMS, sums)
-    try:
+    sums = ResidualSums(name)
+    with tape.overriding(dict.fromkeys(SUMS, sums)):
         if not is_stream(x):
             x = snap(x, BITS)
             with tape.paused():
-                sums.start(x)
+                sums.start(tape, x)
         yield x
-    finally:
-        recorder.overriding = outer
 
 
 class _Sums(TorchDispatchMode):

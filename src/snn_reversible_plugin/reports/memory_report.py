@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from snn_reversible_plugin import convert, tape
+from snn_reversible_plugin import convert
 from snn_reversible_plugin.blocks.streams import Stream
 from snn_reversible_plugin.modules.as_it_ran import unchanged
 from snn_reversible_plugin.modules.swap import stock_type
@@ -22,6 +22,7 @@ from snn_reversible_plugin.modules.tracking import tracked
 from snn_reversible_plugin.neurons.on_grid.timeline import Spikes, State
 from snn_reversible_plugin.reports.measure import StepCost
 from snn_reversible_plugin.reports.trial import Loss, as_converted, costs, loss_of, megabytes
+from snn_reversible_plugin.tape import recording
 from snn_reversible_plugin.tape.handles import Handle, Kept, Packed, Replayed
 
 if TYPE_CHECKING:
@@ -156,9 +157,9 @@ def memory_report(model: nn.Module, *inputs: Any, loss: Loss | None = None) -> M
         ):
             loss_of(model(*inputs), loss)
         by_tape = _SavedByTape(model, inputs)
-        with unchanged(model), tape.recording(settings.mode, observer=by_tape) as recorder:
-            assert recorder is not None
-            with tracked(model, recorder):
+        with unchanged(model), recording(settings.mode, observer=by_tape) as tape:
+            assert tape is not None
+            with tracked(model, tape):
                 step = loss_of(model(*inputs), loss)
                 held, treatments = by_tape.count()
                 del step

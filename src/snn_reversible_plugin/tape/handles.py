@@ -145,7 +145,7 @@ class Passing(Handle):
 
     __slots__ = ()
 
-    def held(self) -> Handle | None:
+    def leads_to(self) -> Handle | None:
         """The handle to store; None where what it needs is gone."""
         raise NotImplementedError
 

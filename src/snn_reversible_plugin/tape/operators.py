@@ -27,7 +27,7 @@ class Kind(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Operator:
     """How the tape treats one operator.
 
     ``work`` is 1 for convolutions and matrix products. ``mutated`` lists the positions or names of the
@@ -114,18 +114,18 @@ _OPAQUE = frozenset(
     ]
 )
 
-_plans: dict[Any, Plan] = {}
+_operators: dict[Any, Operator] = {}
 
 
-def plan_of(func: Any) -> Plan:
-    """The plan of an ``OpOverload``, made once for each."""
-    plan = _plans.get(func)
-    if plan is None:
-        plan = _plans[func] = _make_plan(func)
-    return plan
+def operator_of(func: Any) -> Operator:
+    """What is known of an ``OpOverload``, read off once for each."""
+    operator = _operators.get(func)
+    if operator is None:
+        operator = _operators[func] = _read_off(func)
+    return operator
 
 
-def _make_plan(func: Any) -> Plan:
+def _read_off(func: Any) -> Operator:
     schema = func._schema
     name = schema.name.partition("::")[2].rstrip("_")
     mutated = tuple(
@@ -142,12 +142,12 @@ def _make_plan(func: Any) -> Plan:
     if mutated:
         # The second return of an operator like `_native_batch_norm_legit` is no alias of the first.
         inplace = replayable and mutated == (0,) and len(schema.returns) == 1
-        return Plan(Kind.MUTATING, work, mutated, inplace, binary, atomic)
+        return Operator(Kind.MUTATING, work, mutated, inplace, binary, atomic)
     if not replayable:
-        return Plan(Kind.OPAQUE, binary=binary)
+        return Operator(Kind.OPAQUE, binary=binary)
     if name in _NORMS:
-        return Plan(Kind.NORM)
+        return Operator(Kind.NORM)
     if any(ret.alias_info is not None for ret in schema.returns):
-        return Plan(Kind.VIEW, cheap=True)
+        return Operator(Kind.VIEW, cheap=True)
     constant = func in (aten.zeros_like.default, aten.ones_like.default, aten.full_like.default)
-    return Plan(Kind.PURE, work, atomic=atomic, cheap=name == "_to_copy", constant=constant)
+    return Operator(Kind.PURE, work, atomic=atomic, cheap=name == "_to_copy", constant=constant)

@@ -108,7 +108,7 @@ class NewCharged(Passing):
     def __init__(self, timeline: Timeline, t: int) -> None:
         self.timeline, self.t = timeline, t
 
-    def held(self) -> State:
+    def leads_to(self) -> State:
         return Charged(self.timeline, self.t)
 
 
@@ -175,21 +175,19 @@ def step(plan: Plan, x: Tensor, v: Tensor, beta: Tensor | None) -> tuple[Tensor,
     Raises:
         OverflowError: the membrane left the range in which the grid is exact.
     """
-    recorder = tape.current()
     needs = x.requires_grad or v.requires_grad or (beta is not None and beta.requires_grad)
-    if recorder is not None and (recorder.suspended or not needs or not tape.may_record()):
-        recorder = None
-    timeline = None if recorder is None else continued(v, plan)
+    recorded = needs and tape.is_recording()
+    timeline = continued(v, plan) if recorded else None
     handle = None
-    if recorder is not None:
-        handle = recorder.hold(x) if rests_on_a_state(look_up(x)) else recorder.pack(x)
+    if recorded:
+        handle = tape.keep(x) if rests_on_a_state(look_up(x)) else tape.pack(x)
     with tape.paused():
         if timeline is None:
             v = snap(v, plan.bits)
             if not is_dense(v):
                 v = v.contiguous()
             tape.mark_opaque(v)
-        if recorder is not None and timeline is None:
+        if recorded and timeline is None:
             timeline = Timeline(plan, v, plan.name)
             timeline.fired([])
         reaches: list[Any] = []
@@ -205,8 +203,8 @@ def step(plan: Plan, x: Tensor, v: Tensor, beta: Tensor | None) -> tuple[Tensor,
             tape.mark_opaque(after)
             tape.mark_spikes(s)
         else:
-            assert recorder is not None and handle is not None
-            timeline.step(handle, recorder.hold(after), reach, sinks[1])
+            assert handle is not None
+            timeline.step(handle, tape.keep(after), reach, sinks[1])
             timeline.fired(sinks[2])
             enter(after, NewState(timeline, t))
             enter(s, NewSpikes(timeline, t))

@@ -309,16 +309,14 @@ def step(
     Raises:
         OverflowError: the state left the range in which the grid is exact.
     """
-    recorder = tape.current()
     needs = current.requires_grad or u.requires_grad or beta.requires_grad or threshold.requires_grad
-    if recorder is not None and (recorder.suspended or not needs or not tape.may_record()):
-        recorder = None
-    timeline = None if recorder is None else continued(u, plan)
+    recorded = needs and tape.is_recording()
+    timeline = continued(u, plan) if recorded else None
     starts = timeline is None
     handle = None
-    if recorder is not None:
+    if recorded:
         keeps = not trusted and rests_on_a_state(look_up(current))
-        handle = recorder.hold(current) if keeps else recorder.pack(current)
+        handle = tape.keep(current) if keeps else tape.pack(current)
     with tape.paused():
         bits = None if timeline is None else timeline.newest_bits
         if starts:
@@ -330,15 +328,15 @@ def step(
             bits = steps_on(u.device).fire(
                 flat(u, u.stride()), plan.flat_theta, False, flat(like(u), u.stride())
             )
-        if starts and recorder is not None:
+        if starts and recorded:
             timeline = Timeline(plan, u, plan.name)
             timeline.fired([bits] if fires else [])
         spikes = like(u) if fires else None
         state, pieces, reach, fired = _charge(plan, u, current, beta, threshold, bits, timeline, spikes)
         reach = watched(reach, plan.name, plan.bits)
         if timeline is not None:
-            assert recorder is not None and handle is not None
-            timeline.step(handle, recorder.hold(state), reach, pieces)
+            assert handle is not None
+            timeline.step(handle, tape.keep(state), reach, pieces)
             t = timeline.length  # one object for all handles
             enter(state, NewState(timeline, t))
         else:

@@ -225,7 +225,7 @@ class NewState(_Newly):
 
     __slots__ = ()
 
-    def held(self) -> Handle | None:
+    def leads_to(self) -> Handle | None:
         timeline = self.ref()
         return None if timeline is None else State(timeline, self.t)
 
@@ -239,7 +239,7 @@ class NewSpikes(_Newly):
         super().__init__(timeline, t)
         self.made: Callable[[], Spikes | None] | None = None
 
-    def held(self) -> Handle | None:
+    def leads_to(self) -> Handle | None:
         timeline = self.ref()
         if timeline is None:
             return Packed()
@@ -255,7 +255,7 @@ class NewBits(_Newly):
 
     __slots__ = ()
 
-    def held(self) -> Handle | None:
+    def leads_to(self) -> Handle | None:
         timeline = self.ref()
         return None if timeline is None else Bits(timeline.records, self.t)
 
