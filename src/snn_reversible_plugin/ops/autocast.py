@@ -39,6 +39,11 @@ class Autocast:
         }
         self._cache = torch.is_autocast_cache_enabled()
 
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """The dtype in which each type of device computes, of those where autocast was on."""
+        return self._dtypes
+
     def again(self, *, cache: bool = True) -> AbstractContextManager[Any]:
         """Context manager: autocast as it was; without ``cache`` no cast is kept for later operations."""
         kinds = [kind for kind in self._devices if kind in self._dtypes or torch.is_autocast_enabled(kind)]

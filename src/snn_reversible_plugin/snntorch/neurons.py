@@ -15,7 +15,7 @@ from typing import Any
 import snntorch
 from torch import Tensor
 
-from snn_reversible_plugin.neurons.leaky.call import AFTER, BEFORE, NONE, SUBTRACT
+from snn_reversible_plugin.grid.decays import AFTER, BEFORE, NONE, SUBTRACT
 from snn_reversible_plugin.neurons.leaky.reference import (
     AlphaCharge,
     LapicqueCharge,

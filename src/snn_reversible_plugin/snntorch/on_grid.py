@@ -19,15 +19,15 @@ from torch import Tensor
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.grid.decays import NONE
 from snn_reversible_plugin.modules.swap import LAST_RESET, SwappedClass
-from snn_reversible_plugin.neurons.leaky.call import Derivative
 from snn_reversible_plugin.neurons.on_grid import switches
 from snn_reversible_plugin.neurons.on_grid.leaky import Fired, plan_of, reference, step
+from snn_reversible_plugin.neurons.surrogates import Surrogate
 from snn_reversible_plugin.snntorch import neurons
 from snn_reversible_plugin.snntorch.steps import (
     Spec,
-    derivative_for,
     is_ungraded,
     mechanism_of,
+    surrogate_of,
 )
 from snn_reversible_plugin.snntorch.types import row_of
 
@@ -49,15 +49,15 @@ def why_not(neuron: Any, spec: Spec) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _settings(neuron: Any, spec: Spec) -> str | tuple[str, Derivative]:
-    """The reset and the surrogate's derivative, or why there is no step on the grid."""
+def _settings(neuron: Any, spec: Spec) -> str | tuple[str, Surrogate]:
+    """The reset and the surrogate, or why there is no step on the grid."""
     reset = mechanism_of(neuron, spec)
     if reset is None:
         return "its charge or its states are not those of the stock class"
     if spec is neurons.LAPICQUE and neuron.C.requires_grad:
         return "its constants are learned"
-    derivative = derivative_for(neuron)
-    if derivative is None:
+    surrogate = surrogate_of(neuron)
+    if surrogate is None:
         return "its surrogate is not one of snnTorch's own deterministic ones"
     if neuron.inhibition:
         return "it inhibits its neighbours"
@@ -67,7 +67,7 @@ def _settings(neuron: Any, spec: Spec) -> str | tuple[str, Derivative]:
         return "its reset has no delay"
     if neuron.threshold.dtype is torch.float64:
         return "it is float64"
-    return reset, derivative
+    return reset, surrogate
 
 
 class OnGrid(SwappedClass):
@@ -115,7 +115,7 @@ class OnGrid(SwappedClass):
 
 
 def _forward(
-    neuron: Any, spec: Spec, reset: str, derivative: Derivative, input_: Tensor, *given: Any, **named: Any
+    neuron: Any, spec: Spec, reset: str, surrogate: Surrogate, input_: Tensor, *given: Any, **named: Any
 ) -> Any:
     for name in spec.states[len(given) :]:
         given += (named.pop(name, None),)
@@ -132,10 +132,10 @@ def _forward(
     found = []
     synaptic = "syn" in spec.states
     if synaptic:
-        current, _, _ = _integrate(neuron, "syn", NONE, derivative, current, states["syn"], neuron.alpha)
+        current, _, _ = _integrate(neuron, "syn", NONE, surrogate, current, states["syn"], neuron.alpha)
         found.append(current)
     mem, spikes, fired = _integrate(
-        neuron, "mem", reset, derivative, current, states["mem"], beta, trusted=synaptic
+        neuron, "mem", reset, surrogate, current, states["mem"], beta, trusted=synaptic
     )
     if isinstance(fired, Fired):
         LAST_RESET.set(neuron, fired)
@@ -173,7 +173,7 @@ def _integrate(
     neuron: Any,
     name: str,
     reset: str,
-    derivative: Derivative,
+    surrogate: Surrogate,
     current: Tensor,
     u: Tensor,
     beta: Tensor,
@@ -184,7 +184,7 @@ def _integrate(
     if switches.by_autograd():
         spike_grad = neuron.spike_grad if fires else None
         return reference(current, u, beta, threshold, reset, spike_grad, switches.bits_of(neuron))
-    plan = plan_of(neuron, name, beta, reset, derivative, u)
+    plan = plan_of(neuron, name, beta, reset, surrogate, u)
     return step(plan, current, u, beta, threshold, fires=fires, trusted=trusted)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.grid.decays import NONE, Step, decay_of
 from snn_reversible_plugin.modules.swap import SwappedClass, parts_of
-from snn_reversible_plugin.neurons.integrate_fire.reference import Rule, Surrogate
+from snn_reversible_plugin.neurons.integrate_fire.reference import Rule
 from snn_reversible_plugin.neurons.on_grid import switches
 from snn_reversible_plugin.neurons.on_grid.integrate_fire import Plan, reference, step
 from snn_reversible_plugin.spikingjelly.surrogates import as_autograd, is_heaviside
@@ -147,7 +147,7 @@ def _plan(module: Any, kind: Any, beta: Tensor | None) -> Plan:
     plan = Plan(
         Step(decay, theta * scale, NONE, scale, gain),
         rule,
-        Surrogate(None, as_autograd(function)),
+        as_autograd(function),
         factor,
         name,
         bits,

@@ -24,15 +24,11 @@ from snn_reversible_plugin.neurons.rerun import (
     differentiable_once,
     shadow,
 )
+from snn_reversible_plugin.neurons.witness import Witness
 from snn_reversible_plugin.ops.autocast import Autocast
 from snn_reversible_plugin.ops.chunks import cuts
 from snn_reversible_plugin.ops.layouts import is_contiguous_in
-from snn_reversible_plugin.spikingjelly.surrogates import (
-    Witness,
-    is_heaviside,
-    is_known,
-    is_uniform,
-)
+from snn_reversible_plugin.spikingjelly.surrogates import is_heaviside, is_known, is_uniform
 from snn_reversible_plugin.spikingjelly.types import row_of
 
 
@@ -46,7 +42,17 @@ class Replayed(SwappedClass):
         stock = super().forward  # type: ignore[misc]
         if not tape.may_record():
             return stock(*args, **kwargs)
-        return replayed(self, Replayed, args, kwargs)  # type: ignore[arg-type]
+        learns = not torch.jit.is_tracing() and is_learning(self, args, kwargs)  # type: ignore[arg-type]
+        run = replayed if learns else as_stock
+        return run(self, Replayed, args, kwargs)  # type: ignore[arg-type]
+
+
+def as_stock(module: nn.Module, mixin: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The forward that ``mixin`` stands in front of, as it is, for a call that no gradient goes through."""
+    with tape.paused():
+        out = super(mixin, module).forward(*args, **kwargs)
+    _mark(module, out, _fires(module))
+    return out
 
 
 def replayed(module: nn.Module, mixin: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -55,11 +61,6 @@ def replayed(module: nn.Module, mixin: Any, args: tuple[Any, ...], kwargs: dict[
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return super(mixin, module).forward(*args, **kwargs)
 
-    if torch.jit.is_tracing() or not _is_learning(module, args, kwargs):
-        with tape.paused():
-            out = call(module, *args, **kwargs)
-        _mark(module, out, _fires(module))
-        return out
     row = row_of(module)
     known = (row.fires or row.graded) and is_known(_surrogate(module))
     if known and not kwargs and len(args) == 1:
@@ -88,7 +89,8 @@ def _fires(module: nn.Module) -> bool:
     return row_of(module).fires and is_heaviside(_surrogate(module))
 
 
-def _is_learning(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def is_learning(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a gradient could go through a call: to its input, its states, or what it holds."""
     memories = module.__dict__.get("_memories", {})
     for value in (*args, *kwargs.values(), *memories.values()):
         for tensor in value if isinstance(value, (tuple, list)) else (value,):

@@ -23,8 +23,10 @@ from snn_reversible_plugin import convert
 from snn_reversible_plugin.grid.step import steps_on
 from snn_reversible_plugin.modules.swap import NAME
 from snn_reversible_plugin.neurons.on_grid import timeline
+from snn_reversible_plugin.neurons.surrogates import by_autograd, in_one_pass
+from snn_reversible_plugin.neurons.witness import same_bits
 from snn_reversible_plugin.reports.measure import count_step
-from snn_reversible_plugin.snntorch.surrogates import derivative_of, in_one_pass
+from snn_reversible_plugin.snntorch.surrogates import known_surrogate
 from snn_reversible_plugin.spikingjelly import surrogates as sj_surrogates
 from snntorch_against_stock import equal, make, one_thread_fixture  # noqa: F401
 
@@ -490,11 +492,12 @@ def test_a_charged_membrane_out_of_range_is_seen_though_the_reset_brings_it_back
 def test_closed_forms_have_the_bits_of_autograd(name: str, alpha: float) -> None:
     function = getattr(sj_surrogate, name)(alpha=alpha)
     u, grad = torch.randn(2, 5000)
-    expected = sj_surrogates.by_autograd(function)(grad, u)
+    expected = by_autograd(function)(grad, u)
     with torch.inference_mode():
-        vjp = sj_surrogates.as_autograd(function)
-    assert torch.equal(vjp(grad, u.clone()), expected)
-    assert sj_surrogates._equal_to_autograd(name, alpha) is vjp
+        known = sj_surrogates.as_autograd(function)
+    assert same_bits(known.vjp(grad, u.clone()), expected)
+    assert known.name in (f"spikingjelly.{name}", f"spikingjelly.{name}.backward")
+    assert known.parameters == (("alpha", alpha),)
 
 
 def test_fewer_bits_reach_farther() -> None:
@@ -658,18 +661,18 @@ def test_the_spikes_of_the_last_reset_are_kept_as_bits() -> None:
 @pytest.mark.parametrize("threshold", [0.7, torch.linspace(-1, 2, 5003)])
 def test_surrogates_in_one_pass(factory: Any, parameter: float, threshold: Any) -> None:
     pytest.importorskip("numba")
-    derivative = derivative_of(factory(parameter))
-    assert derivative is not None
-    write = in_one_pass(derivative)
+    known = known_surrogate(factory(parameter))
+    assert known is not None
+    write = in_one_pass(known)
     assert write is not None
     mem, grad = 3 * torch.randn(5003), torch.randn(5003)
     mem[:5] = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.7, 1e38])
     out = torch.empty_like(mem)
     write(mem, threshold, grad, out)
-    assert equal(out.view(torch.int32), derivative(mem - threshold, grad).view(torch.int32))
+    assert equal(out.view(torch.int32), known.vjp(grad, mem - threshold).view(torch.int32))
 
 
 def test_surrogates_that_nothing_is_compiled_for() -> None:
     for factory in (surrogate.sigmoid, surrogate.straight_through_estimator):
-        derivative = derivative_of(factory())
-        assert derivative is not None and in_one_pass(derivative) is None
+        known = known_surrogate(factory())
+        assert known is not None and in_one_pass(known) is None

@@ -22,7 +22,7 @@ from snn_reversible_plugin import tape
 from snn_reversible_plugin.grid import decay, snap
 from snn_reversible_plugin.grid.decays import Step
 from snn_reversible_plugin.grid.step import steps_on
-from snn_reversible_plugin.neurons.integrate_fire.reference import Rule, Surrogate, fire_reset_vjp
+from snn_reversible_plugin.neurons.integrate_fire.reference import Rule, fire_reset_vjp
 from snn_reversible_plugin.neurons.on_grid.timeline import (
     NewSpikes,
     NewState,
@@ -33,6 +33,7 @@ from snn_reversible_plugin.neurons.on_grid.timeline import (
     watched,
 )
 from snn_reversible_plugin.neurons.rerun import differentiable_once
+from snn_reversible_plugin.neurons.surrogates import Surrogate
 from snn_reversible_plugin.ops.layouts import flat, is_dense, like
 from snn_reversible_plugin.tape.handles import Passing
 from snn_reversible_plugin.tape.origins import enter, look_up

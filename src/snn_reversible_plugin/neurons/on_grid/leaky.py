@@ -33,8 +33,8 @@ from snn_reversible_plugin.neurons.on_grid.timeline import (
     rests_on_a_state,
     watched,
 )
+from snn_reversible_plugin.neurons.surrogates import Surrogate, in_one_pass
 from snn_reversible_plugin.ops.layouts import flat, is_dense, like
-from snn_reversible_plugin.snntorch.surrogates import Derivative, in_one_pass
 from snn_reversible_plugin.tape.origins import enter, look_up
 
 
@@ -47,7 +47,7 @@ class Plan:
     """
 
     step: Step
-    derivative: Derivative
+    surrogate: Surrogate
     beta: Tensor
     theta: Tensor
     flat_theta: Any
@@ -99,12 +99,12 @@ class Plan:
             pieces.extend(found)
         return reach, fired
 
-    def surrogate(self, mem: Tensor, g: Tensor) -> Tensor:
+    def fire_vjp(self, mem: Tensor, g: Tensor) -> Tensor:
         """The gradient of a membrane from that of its spikes."""
-        write = in_one_pass(self.derivative) if mem.device.type == "cpu" else None
+        write = in_one_pass(self.surrogate) if mem.device.type == "cpu" else None
         stride = mem.stride()
         if write is None or g.stride() != stride or g.dtype is not torch.float32:
-            return self.derivative(mem - self.theta, g)
+            return self.surrogate.vjp(g, mem - self.theta)
         out = like(mem)
         write(flat(mem, stride), self.flat_theta, flat(g, stride), flat(out, stride))
         return out
@@ -120,7 +120,7 @@ _plans: weakref.WeakKeyDictionary[Any, dict[str, Plan]] = weakref.WeakKeyDiction
 
 
 def plan_of(
-    neuron: Any, state: str, beta: Tensor, reset: str, derivative: Derivative, example: Tensor
+    neuron: Any, state: str, beta: Tensor, reset: str, surrogate: Surrogate, example: Tensor
 ) -> Plan:
     """The plan of one of a neuron's states; made again when a parameter or a setting changed.
 
@@ -132,7 +132,7 @@ def plan_of(
     threshold, bits = neuron.threshold, switches.bits_of(neuron)
     each = bool(beta.numel() > 1 or threshold.numel() > 1)
     versions = (
-        id(beta), beta._version, id(threshold), threshold._version, reset, derivative, bits, example.device,
+        id(beta), beta._version, id(threshold), threshold._version, reset, surrogate, bits, example.device,
         (example.shape, example.stride()) if each else None,
     )  # fmt: skip
     plans = _plans.get(neuron)
@@ -153,7 +153,7 @@ def plan_of(
         flat_theta: Any = float(theta) if theta.numel() == 1 else _each(theta, example)
         scale = 2.0**bits
         step = Step(decay_of(factor, low, high, name), flat_theta * scale, reset, scale)
-    plan = plans[state] = Plan(step, derivative, clamped, theta, flat_theta, name, versions, bits)
+    plan = plans[state] = Plan(step, surrogate, clamped, theta, flat_theta, name, versions, bits)
     return plan
 
 
@@ -240,7 +240,7 @@ class Firing(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         mem, *threshold = ctx.saved_tensors
         plan: Plan = ctx._forward_cls.plan
-        of_mem = plan.surrogate(mem, g)
+        of_mem = plan.fire_vjp(mem, g)
         to_mem = ctx.needs_input_grad[1]
         of_threshold = [(-of_mem).sum_to_size(one.shape).to(one.dtype) for one in threshold]
         return None, of_mem if to_mem else None, *of_threshold
