@@ -24,7 +24,7 @@ from snn_reversible_plugin.neurons.rerun import (
     differentiable_once,
     shadow,
 )
-from snn_reversible_plugin.neurons.witness import Witness
+from snn_reversible_plugin.neurons.witness import Witness, alone
 from snn_reversible_plugin.ops.autocast import Autocast
 from snn_reversible_plugin.ops.chunks import cuts
 from snn_reversible_plugin.ops.layouts import is_contiguous_in
@@ -117,12 +117,20 @@ def _mark(module: nn.Module, out: Any, binary: bool) -> None:
 
 # -- in chunks ---------------------------------------------------------------------------------------
 
+Run = Callable[[Tensor, tuple[Any, ...]], tuple[Tensor, ...]]
+"""A forward as a function of currents [T, ...] and states: spikes of all steps, and the states after."""
+
 
 class _Chunked(torch.autograd.Function):
-    """``run(x_seq, states) -> outputs`` on one stretch of neurons after the other."""
+    """``run(x_seq, states) -> outputs`` on one stretch of neurons after the other.
+
+    ``reached``: of each output, whether x_seq reaches it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x_seq: Tensor, run: Callable[..., Any], states: Any, parts: list[slice]) -> Any:
+    def forward(
+        ctx: Any, x_seq: Tensor, run: Run, states: Any, parts: list[slice], reached: tuple[bool, ...]
+    ) -> Any:
         ctx.set_materialize_grads(False)
         ctx.run, ctx.states, ctx.parts, ctx.autocast = run, states, parts, Autocast()
         ctx.save_for_backward(x_seq)
@@ -139,6 +147,8 @@ class _Chunked(torch.autograd.Function):
                     ]
                 for index, (output, result) in enumerate(zip(outputs, results, strict=True)):
                     _rows(output, index)[..., part] = result
+        if not all(reached):
+            ctx.mark_non_differentiable(*(o for o, yes in zip(outputs, reached, strict=True) if not yes))
         return tuple(outputs)
 
     @staticmethod
@@ -146,31 +156,32 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         (x_seq,) = ctx.saved_tensors
         owned = tape.owns(x_seq) and x_seq.is_contiguous()
+        # What is saved is part of the forward's graph, and a gradient must not be.
+        x_seq = x_seq.detach()
         given = [(index, grad) for index, grad in enumerate(grads) if grad is not None]
         if not given:
-            return None, None, None, None
+            return None, None, None, None, None
         # The first output has time steps, whose stride is free.
         plain = [is_contiguous_in(g, range(int(i == 0), g.dim()), zeros=True) for i, g in given]
         if not all(plain):
             # Stock's gradient would be laid out after this one.
-            return _vjp(ctx, x_seq, ctx.states, given), None, None, None
+            return _vjp(ctx, x_seq, ctx.states, given), None, None, None, None
         g_x = x_seq if owned else torch.empty_like(x_seq)
         x2, g2 = x_seq.view(x_seq.shape[0], -1), g_x.view(x_seq.shape[0], -1)
         rows = [(index, _rows(grad, index)) for index, grad in given]
         for part in ctx.parts:
             cut = [(index, row[..., part]) for index, row in rows]
             g2[:, part] = _vjp(ctx, _stretch(x2, part), _cut(ctx.states, part), cut)
-        return g_x, None, None, None
+        return g_x, None, None, None, None
 
 
 def _vjp(ctx: Any, x_seq: Tensor, states: Any, given: list[tuple[int, Tensor]]) -> Tensor:
     x_seq = x_seq.detach().requires_grad_()
     with torch.enable_grad(), ctx.autocast.again():
         results = ctx.run(x_seq, states)
-    pairs = [(results[index], grad) for index, grad in given if results[index].requires_grad]
-    outputs, grads = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    (g_x,) = torch.autograd.grad(outputs, x_seq, grads, allow_unused=True)
-    return torch.zeros_like(x_seq) if g_x is None else g_x
+    outputs, grads = [results[index] for index, _ in given], [grad for _, grad in given]
+    (g_x,) = torch.autograd.grad(outputs, x_seq, grads)
+    return g_x
 
 
 def _rows(tensor: Tensor, index: int) -> Tensor:
@@ -215,15 +226,32 @@ def _in_chunks(module: Any, x_seq: Any) -> Any:
             return NotImplemented
     frozen: Any = shadow(module)
     names = tuple(module._memories)
+    function = frozen.surrogate_function
 
     def run(x_seq: Tensor, states: tuple[Any, ...]) -> tuple[Tensor, ...]:
         (spikes,), updated = frozen.functional_forward((x_seq,), states)
         return (spikes, *updated)
 
-    uniform = is_uniform(frozen.surrogate_function) and not row.exponential
+    uniform = is_uniform(function) and not row_of(module).exponential
     parts = cuts(math.prod(shape), device, uniform)
-    spikes, *updated = _Chunked.apply(x_seq, run, states, parts)
+    settings = (
+        type(module), len(x_seq), module.v_reset is None, module.detach_reset, type(function),
+        getattr(function, "spiking", True), tuple(map(type, states)),
+    )  # fmt: skip
+    if settings not in _reached:
+        _reached[settings] = _outputs_reached(run, x_seq, states)
+    spikes, *updated = _Chunked.apply(x_seq, run, states, parts, _reached[settings])
     for name, state in zip(names, updated, strict=True):
         module._memories[name] = state
     module.v_seq = None
     return spikes
+
+
+_reached: dict[Any, tuple[bool, ...]] = {}
+
+
+def _outputs_reached(run: Run, x_seq: Tensor, states: Any) -> tuple[bool, ...]:
+    """Which outputs have a gradient in stock; a first spike may depend on another state only."""
+    with alone():
+        one = x_seq.detach().reshape(len(x_seq), -1)[:, :1].requires_grad_()
+        return tuple(output.requires_grad for output in run(one, _cut(states, slice(0, 1))))

@@ -348,7 +348,8 @@ class _Work:
         if self.rule.decay_input:
             pull = torch.sub(x, pull, out=self.k)
         total = torch.mul(g_h, pull, out=self.s).sum()
-        return (total if self.rule.decay_input else total.neg_()).to(self.q.dtype)
+        # Stock adds up negative terms, and no sum of zeros is -0.
+        return (total if self.rule.decay_input else total.neg_().add_(0.0)).to(self.q.dtype)
 
     def charge_vjp(self, g_h: Tensor, out: Tensor, above: Tensor | None) -> Tensor:
         """x's gradient into out; returns that of the membrane before the step. Uses k carry.
