@@ -7,8 +7,6 @@ Source: Lei et al., arXiv 2308.08649; the equations are in :mod:`.coupled`.
 
 from __future__ import annotations
 
-import functools
-import threading
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from snn_reversible_plugin import tape
-from snn_reversible_plugin.grid import check_range, stream_dtype
+from snn_reversible_plugin.grid import stream_dtype, watch
 from snn_reversible_plugin.neurons.coupled.in_place import Remainders, backward, forward, inverse
 from snn_reversible_plugin.neurons.coupled.reference import (
     Firing,
@@ -80,7 +78,7 @@ class _Sequence(torch.autograd.Function):
             y_seq, s, remainders, g_y, g_s, call.rule, call.firing, leak,
             wants_leak=ctx.needs_input_grad[2], dtype=ctx.dtype, owned=owned,
         )  # fmt: skip
-        _check_later(call, grads.reached)
+        _watch(call, grads.reached)
         return grads.x_seq, grads.g_s if ctx.needs_input_grad[1] else None, grads.leak, None, None
 
 
@@ -177,7 +175,7 @@ class _Step(torch.autograd.Function):
         )  # fmt: skip
         if ctx.before is not None and ctx.before.after is step:
             ctx.before.put(grads.s)
-        _check_later(call, grads.reached)
+        _watch(call, grads.reached)
         return grads.x_seq, grads.g_s if ctx.needs_input_grad[1] else None, grads.leak, None, None
 
 
@@ -254,27 +252,8 @@ def _states_of(s: Tensor | None) -> _States | None:
     return states
 
 
-_local = threading.local()
-
-
-def _check_later(call: Call, reached: Tensor) -> None:
-    """Look at the reach when this backward is over: one wait for the device for all calls."""
-    task = torch._C._current_graph_task_id()
-    if getattr(_local, "task", None) != task:
-        _local.task, _local.reaches = task, []
-        engine = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
-        engine.queue_callback(functools.partial(_check_all, _local.reaches))
-    _local.reaches.append((call, reached))
-
-
-def _check_all(reaches: list[tuple[Call, Tensor]]) -> None:
-    groups: dict[tuple[int, torch.dtype, torch.device], list[tuple[Call, Tensor]]] = {}
-    for call, reached in reaches:
-        groups.setdefault((call.rule.bits, reached.dtype, reached.device), []).append((call, reached))
-    reaches.clear()
-    for (bits, _, _), group in groups.items():
-        names = [f"an output or a state of {call.name}{_growth(call.rule)}" for call, _ in group]
-        check_range(names, [reached for _, reached in group], bits)
+def _watch(call: Call, reached: Tensor) -> None:
+    watch(f"an output or a state of {call.name}{_growth(call.rule)}", reached, call.rule.bits)
 
 
 def _growth(rule: Rule) -> str:
