@@ -447,11 +447,18 @@ class Times(nn.Module):
         return x * self.factor
 
 
-@pytest.mark.parametrize("value", [200.0, float("inf"), float("nan")])
-def test_leaving_the_range_is_refused_in_the_backward(value):
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (200.0, r"reaches .*bits=16.*256.*fewer bits"),
+        (float("inf"), "is infinite|holds NaN"),
+        (float("nan"), "holds NaN"),
+    ],
+)
+def test_leaving_the_range_is_refused_in_the_backward(value, said):
     model = RevSSequence([RevSBlock(Times(1), Times(-1), dim=1) for _ in range(6)])
     out = model(torch.full((1, 2), value))
-    with pytest.raises(OverflowError, match=r"reaches .*bits=16.*256.*fewer bits"):
+    with pytest.raises(OverflowError, match=said):
         out.sum().backward()
 
 

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.blocks.second_run import BranchRun, How
 from snn_reversible_plugin.blocks.undo import Flips, Rebuild, Undo, difference, flipped
-from snn_reversible_plugin.grid import add_snapped, check_bits, check_range, reach, snap
+from snn_reversible_plugin.grid import add_snapped, check_bits, reach, snap, watch
 from snn_reversible_plugin.modules.kinds import load_adapters
 from snn_reversible_plugin.modules.states import Key, fresh_states, state_tensors
 from snn_reversible_plugin.ops.layouts import with_strides
@@ -37,7 +37,7 @@ from snn_reversible_plugin.tape.handles import checksum
 #    its outputs, so that accumulation, DistributedDataParallel, hooks and `torch.autograd.grad` see what
 #    they see of any module.
 # 3. Each rebuilt stream gets the strides of the forward's: a kernel may round by layout.
-# 4. The range is checked on what is rebuilt, at the end (grid, note 3): one wait for the device a chain.
+# 4. The range is checked on what is rebuilt (grid, note 3), when the whole backward is over (grid.range).
 # 5. What the second run reads by reference (parameters, statistics of norms in evaluation) must be
 #    unchanged; version counters say so. They don't see `parameter.data = ...`.
 
@@ -303,7 +303,8 @@ class _Chain(torch.autograd.Function):
         wanted = {id(p) for p, on in zip(run.parameters, ctx.needs_input_grad[3:], strict=False) if on}
         totals: dict[int, Tensor] = {}
         a = with_strides(a, run.strides[-1])
-        reaches = [reach(a), reach(b)]
+        for name, output in (("first", a), ("second", b)):
+            _watch(run, f"the output's {name} stream", output)
         flips: dict[str, Flips] = {}
         for index in range(len(run.branches) - 1, -1, -1):
             branch = run.branches[index]
@@ -311,7 +312,7 @@ class _Chain(torch.autograd.Function):
             parameters = list({id(p): p for p in branch.parameters() if id(p) in wanted}.values())
             # The first two undone are the outputs themselves, if those were a pair.
             owned = run.dim is not None or index < len(run.branches) - 2
-            undo = Undo(run.strides[index], run.bits, owned, partial(_see, run, index, reaches))
+            undo = Undo(run.strides[index], run.bits, owned, partial(_see, run, index))
             if index or run.check:  # nobody reads the chain's first input stream
                 undo.stream = b
             streams = [g_b, g_a]
@@ -326,7 +327,6 @@ class _Chain(torch.autograd.Function):
             if run.check:
                 flips[branch.name] = flipped(branch.name, branch.spikes, spikes)
         run.chain._inspected = True
-        _check_reaches(run, reaches)
         if run.original is not None:
             run.chain.last_rebuild = difference((a, b), run.original, flips)
         g_streams = (None if g is None else g.to(ctx.dtype) for g in (g_a, g_b))
@@ -390,8 +390,13 @@ def _entered(x1: Tensor, x2: Tensor, bits: int | None) -> Streams:
     return (x1.clone(), x2.clone()) if bits is None else (snap(x1, bits), snap(x2, bits))
 
 
-def _see(run: _Run, index: int, reaches: list[Tensor], rebuilt: Tensor) -> None:
-    reaches.append(reach(rebuilt))
+def _watch(run: _Run, name: str, stream: Tensor) -> None:
+    if run.bits is not None:
+        watch(f"RevSSequence: {name}", reach(stream), run.bits)
+
+
+def _see(run: _Run, index: int, rebuilt: Tensor) -> None:
+    _watch(run, f"the stream that {run.branches[index].name} is added to", rebuilt)
     if not run.check or run.bits is None:
         return
     if not torch.equal(checksum(rebuilt), run.checksums[index]):
@@ -399,11 +404,3 @@ def _see(run: _Run, index: int, reaches: list[Tensor], rebuilt: Tensor) -> None:
             f"{run.branches[index].name}: the rebuilt input differs from the forward's. The branch is not "
             "deterministic, reads something that has changed, or a stream left the grid's range."
         )
-
-
-def _check_reaches(run: _Run, reaches: list[Tensor]) -> None:
-    if run.bits is None:
-        return
-    names = ["the output's first stream", "the output's second stream"]
-    names += [f"the stream that {branch.name} is added to" for branch in reversed(run.branches)]
-    check_range([f"RevSSequence: {name}" for name in names[: len(reaches)]], reaches, run.bits)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from snn_reversible_plugin.grid import check_range, reach
+from snn_reversible_plugin.grid import reach, watch
 from snn_reversible_plugin.ops.layouts import with_strides
 from snn_reversible_plugin.tape.handles import Handle, Replayed
 from snn_reversible_plugin.tape.operators import Kind, Operator, aten, operator_of
@@ -286,20 +286,5 @@ def _down_to_work(handle: Handle) -> Iterator[Replayed]:
         handle = below[0]
 
 
-_reaches: dict[int, list[tuple[str, torch.Tensor]]] = {}
-
-
 def _watch(where: str | None, stream: torch.Tensor) -> None:
-    task = torch._C._current_graph_task_id()
-    if task not in _reaches:
-        _reaches[task] = []
-        if task != -1:
-            torch.autograd.Variable._execution_engine.queue_callback(lambda: _check(task))  # type: ignore[attr-defined]
-    _reaches[task].append((where or "a residual stream", reach(stream)))
-    if task == -1:
-        _check(task)
-
-
-def _check(task: int) -> None:
-    found = _reaches.pop(task)
-    check_range([name for name, _ in found], [value for _, value in found], BITS)
+    watch(where or "a residual stream", reach(stream), BITS)

@@ -473,7 +473,7 @@ def test_leaving_the_range_names_the_neuron_and_the_remedy() -> None:
         srp.convert_to_reversible(net)
         with pytest.raises(OverflowError, match=r"lif1 \(\w+\).*reaches .*below 256"):
             net(x_of() * 1e4)
-        with pytest.raises(OverflowError, match="reaches nan"):
+        with pytest.raises(OverflowError, match="holds NaN"):
             net(x_of() * float("nan"))
         net(x_of())
 

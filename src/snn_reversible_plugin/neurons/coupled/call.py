@@ -7,8 +7,6 @@ Source: Lei et al., arXiv 2308.08649; the equations are in :mod:`.reference`.
 
 from __future__ import annotations
 
-import functools
-import threading
 from typing import Any
 
 import torch
@@ -16,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from snn_reversible_plugin import tape
-from snn_reversible_plugin.grid import check_range, stream_dtype
+from snn_reversible_plugin.grid import stream_dtype, watch
 from snn_reversible_plugin.neurons.coupled.in_place import Stepped, backward, forward, inverse
 from snn_reversible_plugin.neurons.coupled.reference import Constants, Node, couple
 
@@ -69,7 +67,7 @@ class _Sequence(torch.autograd.Function):
             after, g_y, g_s, node._replace(leak=leak),
             wants_leak=ctx.needs_input_grad[2], dtype=ctx.dtype, owned=owned,
         )  # fmt: skip
-        _check_later(node, grads.reached)
+        _watch(node, grads.reached)
         return grads.x_seq, grads.g_s if ctx.needs_input_grad[1] else None, grads.leak, None, None
 
 
@@ -162,7 +160,7 @@ class _Step(torch.autograd.Function):
         grads = backward(after, g_y, g_s, step.node, wants_leak=ctx.needs_input_grad[2], dtype=ctx.dtype)
         if ctx.before is not None and ctx.before.after is step:
             ctx.before.put(grads.s)
-        _check_later(step.node, grads.reached)
+        _watch(step.node, grads.reached)
         return grads.x_seq, grads.g_s if ctx.needs_input_grad[1] else None, grads.leak, None, None
 
 
@@ -238,27 +236,9 @@ def _states_of(s: Tensor | None) -> _States | None:
     return states
 
 
-_local = threading.local()
-
-
-def _check_later(node: Node, reached: Tensor) -> None:
-    """Look at the reach when this backward is over: one wait for the device for all calls."""
-    task = torch._C._current_graph_task_id()
-    if getattr(_local, "task", None) != task:
-        _local.task, _local.reaches = task, []
-        engine = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
-        engine.queue_callback(functools.partial(_check_all, _local.reaches))
-    _local.reaches.append((node, reached))
-
-
-def _check_all(reaches: list[tuple[Node, Tensor]]) -> None:
-    groups: dict[tuple[int, torch.dtype, torch.device], list[tuple[Node, Tensor]]] = {}
-    for node, reached in reaches:
-        groups.setdefault((node.constants.bits, reached.dtype, reached.device), []).append((node, reached))
-    reaches.clear()
-    for (bits, _, _), group in groups.items():
-        names = [f"an output or a state of {node.name}{_growth(node.constants)}" for node, _ in group]
-        check_range(names, [reached for _, reached in group], bits)
+def _watch(node: Node, reached: Tensor) -> None:
+    bits = node.constants.bits
+    watch(f"an output or a state of {node.name}{_growth(node.constants)}", reached, bits)
 
 
 def _growth(constants: Constants) -> str:
