@@ -76,7 +76,7 @@ def _on_grid(module: nn.Module) -> type[nn.Module]:
         reason = on_grid.why_not(module, spec) or ""
     if reason:
         raise StaysStock(reason)
-    return swapped_class(on_grid.OnGrid, type(module))
+    return swapped_class(on_grid.NeuronOnGrid, type(module))
 
 
 def _refuse(module: nn.Module) -> type[nn.Module]:
