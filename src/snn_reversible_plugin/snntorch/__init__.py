@@ -66,7 +66,7 @@ def _on_grid(module: nn.Module) -> type[nn.Module]:
     reason = "its equations are not written for the grid" if spec is None else on_grid.why_not(module, spec)
     if reason is not None:
         raise StaysStock(reason)
-    return swapped_class(on_grid.OnGrid, type(module))
+    return swapped_class(on_grid.NeuronOnGrid, type(module))
 
 
 for _cls, _row in ROWS.items():

@@ -63,7 +63,7 @@ def _on_grid(module: nn.Module) -> type[nn.Module]:
     reason = on_grid.why_not(module, dynamics_of(type(module)))
     if reason is not None:
         raise StaysStock(reason)
-    return swapped_class(on_grid.OnGrid, type(module))
+    return swapped_class(on_grid.NodeOnGrid, type(module))
 
 
 for _cls, _row in ROWS.items():
