@@ -8,7 +8,7 @@ a :class:`State`, a place on it. Source: design section 6.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -184,6 +184,13 @@ class State(Handle):
         flat, records = self.timeline.state(self.t), self.timeline.records
         return self.verified(flat.as_strided(records.size, records.stride), "rebuilding its state"), False
 
+    def stored(self, seen: set[int]) -> int:
+        return self.timeline.records.stored(seen)
+
+    def relies_on(self) -> Iterable[Handle]:
+        newest = self.timeline.newest
+        return self.timeline.currents if newest is None else (*self.timeline.currents, newest)
+
 
 class Spikes(Handle):
     """The spikes of a step, out of the records."""
@@ -197,6 +204,9 @@ class Spikes(Handle):
     def get(self, last: bool) -> tuple[Tensor, bool]:
         spikes = fired(self.records, self.t).as_strided(self.records.size, self.records.stride)
         return self.verified(spikes, "unpacking its spikes"), True
+
+    def stored(self, seen: set[int]) -> int:
+        return self.records.stored(seen)
 
 
 class Bits(Spikes):
