@@ -10,7 +10,7 @@ Source: design section 5; this package's own. The grid is :mod:`snn_reversible_p
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -61,6 +61,9 @@ class Stream(Replayed):
     @property
     def treatment(self) -> str:  # type: ignore[override]
         return "reversed" if self.anchor is None else self.anchor.treatment
+
+    def relies_on(self) -> Iterable[Handle]:
+        return self.operands() if self.anchor is None else (self.anchor,)
 
     def need(self) -> None:
         super().need()

@@ -70,7 +70,7 @@ class _SpikingJelly(Framework):
     """Stateful modules derive from ``MemoryModule``, which keeps its states in a table of its own."""
 
     name = "spikingjelly"
-    neuron_bases = frozenset({"BaseNode", "SimpleBaseNode"})
+    neuron_bases = frozenset({"BaseNode", "SimpleBaseNode", "SpikingRNNCellBase"})
     has_step_modes = True
     records = ("v_seq", "state_seqs")
 

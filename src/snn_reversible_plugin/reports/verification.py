@@ -80,7 +80,9 @@ class Verification:
         table.add_row("flipped spikes", "", f"{self.flipped_spikes} of {self.spikes}")
         table.add_row("held", megabytes(self.stock.held), megabytes(self.converted.held))
         table.add_row("peak", megabytes(self.stock.peak), megabytes(self.converted.peak))
-        table.add_row("step time", f"{self.stock.seconds:.3f} s", f"{self.converted.seconds:.3f} s")
+        table.add_row(
+            "time of a training step", f"{self.stock.seconds:.3f} s", f"{self.converted.seconds:.3f} s"
+        )
         for arithmetic in sorted(set(self.guarantees.values())):
             names = [name or "model" for name, kind in self.guarantees.items() if kind == arithmetic]
             table.add_row(f"{arithmetic} arithmetic", "", ", ".join(names))

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from snn_reversible_plugin import ops
 from snn_reversible_plugin.ops.autocast import without_autocast
-from snn_reversible_plugin.ops.layouts import is_dense
+from snn_reversible_plugin.ops.layouts import is_dense, storage_key
 
 # NOTE [When a rebuilt value is let go]
 #
@@ -92,6 +92,14 @@ class Handle:
         """The value for somebody who announced no need: nothing is counted, nothing cached."""
         return self.get(False)[0]
 
+    def stored(self, seen: set[int]) -> int:
+        """Bytes that it holds and nobody who was asked before: what is counted goes into ``seen``."""
+        return 0
+
+    def relies_on(self) -> Iterable[Handle]:
+        """The handles that its value is rebuilt from."""
+        return ()
+
     def unpack(self) -> torch.Tensor:
         """Serve one need of autograd's."""
         value, owned = self.get(True)
@@ -107,6 +115,19 @@ class Handle:
                 "it reads has changed; leave that module out with skip=, or make it deterministic."
             )
         return value
+
+
+def stored_once(key: int, size: int, seen: set[int]) -> int:
+    """The size of what has this key, if that is not in ``seen`` yet."""
+    if key in seen:
+        return 0
+    seen.add(key)
+    return size
+
+
+def storage_once(tensor: torch.Tensor, seen: set[int]) -> int:
+    """Bytes of a tensor's storage, if it is not in ``seen`` yet."""
+    return stored_once(storage_key(tensor), tensor.untyped_storage().nbytes(), seen)
 
 
 class Kept(Handle):
@@ -135,6 +156,9 @@ class Kept(Handle):
                 "Call backward before changing parameters or inputs, or change a clone."
             )
         return self.tensor, False
+
+    def stored(self, seen: set[int]) -> int:
+        return storage_once(self.tensor, seen)
 
 
 class Passing(Handle):
@@ -178,6 +202,9 @@ class Packed(Handle):
         ops.unpack_bits(self.bits, spikes.as_strided((spikes.numel(),), (1,)))
         return self.verified(spikes, "unpacking its spikes"), True
 
+    def stored(self, seen: set[int]) -> int:
+        return 0 if self.bits is None else storage_once(self.bits, seen)
+
 
 class Replayed(Handle):
     """``func(*args, **kwargs)``, or output ``index`` of it, where handles stand for tensors.
@@ -219,7 +246,11 @@ class Replayed(Handle):
         siblings.append(weakref.ref(one))
         return one
 
+    def relies_on(self) -> Iterable[Handle]:
+        return self.operands()
+
     def operands(self) -> Iterator[Handle]:
+        """The handles among its arguments."""
         for arg in (*self.args, *self.kwargs.values()):
             if isinstance(arg, Handle):
                 yield arg
@@ -366,7 +397,7 @@ def note_ownership(value: torch.Tensor, owned: bool) -> None:
 def owns(tensor: torch.Tensor) -> bool:
     """Whether a backward may overwrite ``tensor``, which it just got from ``ctx.saved_tensors``.
 
-    True once, for a tensor that was rebuilt for this call and is held by nobody else. The storage's
+    True once, for a tensor that was rebuilt for this call and that nobody else refers to. The storage's
     identity is compared, because an address alone comes back after a free.
     """
     ref = _local.__dict__.setdefault("fresh", {}).pop(tensor.data_ptr(), None)

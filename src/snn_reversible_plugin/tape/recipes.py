@@ -12,16 +12,17 @@ from typing import Any
 
 import torch
 
+from snn_reversible_plugin.ops.layouts import is_plain
 from snn_reversible_plugin.tape.handles import Kept, Replayed
 from snn_reversible_plugin.tape.operators import Kind, Operator
-from snn_reversible_plugin.tape.origins import OUTSIDE, is_plain, look_up
+from snn_reversible_plugin.tape.origins import OUTSIDE, look_up
 
 # NOTE [What gets a recipe]
 #
 # 1. Only what an aten operation computed from tensors alone (`operators`). All else is kept.
 # 2. A truth value is one bit by construction: the outputs of comparisons, `bernoulli_`, and the spikes
 #    that a neuron of ours vouches for. That is the only way to be packed.
-# 3. A recipe may not cost more memory than it saves: the tensors that it would newly hold must not be
+# 3. A recipe may not cost more memory than it saves: the tensors that it would newly keep alive must not be
 #    larger than its output, and a small output of a large input is kept.
 # 4. A recipe may not cost more time than allowed: `work`, the convolutions and matrix products down to
 #    something stored, is bounded by the mode, so a long chain gets an anchor now and then by itself.
@@ -57,7 +58,7 @@ def price(
 ) -> Price | None:
     """The price of a recipe, or None where keeping the output is cheaper."""
     work, depth, cheap = operator.work, 0, operator.cheap
-    newly_held = largest = 0
+    newly_kept = largest = 0
     known: dict[int, Any] = {}
     for tensor in tensors_among(operands):
         handle = known[id(tensor)] = look_up(tensor)
@@ -71,13 +72,13 @@ def price(
             depth = max(depth, handle.depth)
             cheap = cheap and handle.cheap
         elif handle is None or (isinstance(handle, Kept) and not handle.anchored):
-            newly_held += tensor.untyped_storage().nbytes()
+            newly_kept += tensor.untyped_storage().nbytes()
     size = 0
     for tensor in outputs:
         if not is_plain(tensor):
             return None
         size = max(size, _bytes(tensor))
-    if work > work_limit or depth >= MAX_DEPTH or newly_held > size:
+    if work > work_limit or depth >= MAX_DEPTH or newly_kept > size:
         return None
     if operator.kind is not Kind.VIEW and size * SMALL_OUTPUT <= largest:
         return None

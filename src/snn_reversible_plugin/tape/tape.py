@@ -25,15 +25,14 @@ from torch.utils._python_dispatch import (
     _push_mode,
 )
 
+from snn_reversible_plugin.ops.layouts import is_plain, storage_key
 from snn_reversible_plugin.tape.handles import Handle, Kept, Packed, Passing, Replayed, checksum
 from snn_reversible_plugin.tape.operators import Kind, Operator, aten, operator_of
 from snn_reversible_plugin.tape.origins import (
     OUTSIDE,
     enter,
     forget_writes,
-    is_plain,
     look_up,
-    storage_key,
     written,
 )
 from snn_reversible_plugin.tape.recipes import WORK_LIMIT, price, tensors_among

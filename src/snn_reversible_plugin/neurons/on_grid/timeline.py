@@ -11,7 +11,7 @@ NeurIPS 2018.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -229,6 +229,13 @@ class State(Handle):
         flat, records = self.timeline.state(self.t), self.timeline.records
         return self.verified(flat.as_strided(records.size, records.stride), "rebuilding its state"), False
 
+    def stored(self, seen: set[int]) -> int:
+        return self.timeline.records.stored(seen)
+
+    def relies_on(self) -> Iterable[Handle]:
+        newest = self.timeline.newest
+        return self.timeline.currents if newest is None else (*self.timeline.currents, newest)
+
 
 class Charged(State):
     """The state of step ``t`` of a timeline before the reset at its end."""
@@ -253,6 +260,9 @@ class Spikes(Handle):
     def get(self, last: bool) -> tuple[Tensor, bool]:
         spikes = spikes_of(self.records, self.t).as_strided(self.records.size, self.records.stride)
         return self.verified(spikes, "unpacking its spikes"), True
+
+    def stored(self, seen: set[int]) -> int:
+        return self.records.stored(seen)
 
 
 class Bits(Spikes):
