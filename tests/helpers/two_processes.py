@@ -2,6 +2,9 @@
 
 A group that something still holds when its process ends may abort that process; so the work's own objects
 go first, and neither process leaves before the other is done.
+
+Both are forked from a server that has imported the frameworks once and never computed anything: two times
+several seconds less for each test than in processes of their own.
 """
 
 import gc
@@ -13,10 +16,18 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing as mp
 
+IMPORTED_ONCE = [
+    "torch.distributed.fsdp",
+    "snntorch",
+    "spikingjelly.activation_based.model",
+    "snn_reversible_plugin",
+]
+
 
 def together(folder: Path, work: Callable[..., Any], *args: Any) -> list[Any]:
     """What ``work(rank, *args)`` returns in each of two processes of a gloo group."""
-    mp.start_processes(_in_group, args=(folder, work, args), nprocs=2, start_method="spawn")
+    mp.set_forkserver_preload(IMPORTED_ONCE)
+    mp.start_processes(_in_group, args=(folder, work, args), nprocs=2, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -1,4 +1,4 @@
-"""Swapped classes and marks: what is behind them is found from the instance, after copies and pickles too."""
+"""Swapped classes and marks: what is behind them is found from the instance, after copies too."""
 
 import copy
 import pickle
@@ -22,6 +22,10 @@ from snn_reversible_plugin.modules.swap import (
 
 
 class Front(SwappedClass):
+    pass
+
+
+class Other(SwappedClass):
     pass
 
 
@@ -60,12 +64,12 @@ def test_a_public_type_that_the_user_chose_is_stock():
 
 
 def test_going_back_keeps_what_the_network_computes():
-    cls = swapped_class(Front, swapped_class(Kept, swapped_class(Front, nn.Linear)))
+    cls = swapped_class(Front, swapped_class(Kept, swapped_class(Other, nn.Linear)))
     module = nn.Linear(2, 2)
     swap.swap(module, cls)
     assert stock_type(module) is swapped_class(Kept, nn.Linear)
     once = without(cls, lambda mixin: mixin is Kept)
-    assert once is swapped_class(Front, swapped_class(Front, nn.Linear))
+    assert once is swapped_class(Front, swapped_class(Other, nn.Linear))
     assert parts_of(nn.Linear) is None
 
 
