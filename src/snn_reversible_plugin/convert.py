@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from snn_reversible_plugin.blocks.streams_on_grid import OnGrid, carries_a_membrane
-from snn_reversible_plugin.blocks.surgery import wrap
+from snn_reversible_plugin.blocks.surgery import wrap_by_conversion
 from snn_reversible_plugin.blocks.wrapped import run_plainly, wrapped_chains
 from snn_reversible_plugin.modules.checks import check_model, skipped_modules
 from snn_reversible_plugin.modules.kinds import is_spiking, load_adapters
@@ -166,7 +166,7 @@ def convert_to_reversible(
             "snnTorch's). For a neuron of your own use register_reversible, or run the model under "
             "snn_reversible_plugin.reversible(model)."
         )
-    if blocks and not (surgery := wrap(model, skip=skip, by_conversion=True)).chains:
+    if blocks and not (surgery := wrap_by_conversion(model, skip)).chains:
         reasons = ", ".join(f"{block.name}: {block.why}" for block in surgery.blocks)
         warnings.warn(f"blocks=True, and no block can be wrapped ({reasons})", stacklevel=2)
     for module, target in swaps:

@@ -4,7 +4,7 @@ The one idea: x_n = x_{n+1} - branch_n, where the branch is replayed from its sp
 backward needs it. On the dyadic grid that is exact, so of all the copies of a stream that a stage of
 blocks makes the last is held and no other. No second stream, no change of architecture.
 
-Source: design section 5; this package's own. The grid is :mod:`snn_reversible_plugin.grid`.
+Source: this package's own. The grid is :mod:`snn_reversible_plugin.grid`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Residual blocks of a stock network whose stream is on the grid, so that it can be undone.
 
 The one idea: the block runs its own forward; only its sums, stream plus branch, are computed on the
-grid, under a tape (which then undoes them, :mod:`.blocks.streams`) as without one. Source:
-design section 5.
+grid, under a tape (which then undoes them, :mod:`.blocks.streams`) as without one. Source: this
+package's own.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The one idea: the difference takes the place of the stream, so that undoing a block allocates next to
 nothing; and what went wrong, if anything, is counted in the field's own unit, spikes that flipped.
-Source: design section 5.
+Source: Zhang and Zhang, AAAI 2024 (arXiv 2312.07922), whose rebuild drifts in floating point.
 """
 
 from __future__ import annotations

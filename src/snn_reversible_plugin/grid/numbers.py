@@ -4,7 +4,7 @@ The one idea: multiples of 2^-bits below 2^(24 - bits) are integers in disguise.
 them, so their sums and differences are exact, and ``(x + s) - s`` is ``x`` bit for bit. Pure functions; how
 far values reach is :mod:`.grid.range`'s to watch.
 
-Source: design section 2; fixed-point reversibility as in MacKay et al., "Reversible Recurrent Neural
+Source: fixed-point reversibility as in MacKay et al., "Reversible Recurrent Neural
 Networks", NeurIPS 2018, and Maclaurin et al., ICML 2015, without their integer arithmetic.
 """
 

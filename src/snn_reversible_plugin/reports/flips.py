@@ -2,7 +2,7 @@
 
 The one idea: check mode for every reversible chain of a model, switched on for the time of a training step.
 On the grid the count is zero; for streams in plain floating point (``bits=None``), the published method,
-it shows how far the rebuild has drifted. Source: design section 2.
+it shows how far the rebuild has drifted. Source: docs/exactness.md.
 """
 
 from __future__ import annotations
