@@ -26,7 +26,7 @@ LONGER = {
     "blocks/chain.py": 410,
     "spikingjelly/neurons.py": 525,  # a third of it is docstrings of public types
     "tape/handles.py": 415,
-    "tape/tape.py": 410,
+    "tape/tape.py": 430,
 }
 
 

@@ -21,7 +21,7 @@ PAGE = ROOT / "docs" / "compatibility.md"
 START, END = "<!-- matrix -->\n", "<!-- end of matrix -->\n"
 
 NAMES = ("torch", "Python", "SpikingJelly", "snnTorch", "numba")
-TESTS = ("-m", "core", "-q", "-p", "no:cacheprovider", "-p", "no:randomly")
+TESTS = ("tests", "-m", "core", "-p", "no:cacheprovider")
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from snn_reversible_plugin.modules.registry import StaysStock, reversible_type, 
 from snn_reversible_plugin.modules.swap import (
     NAME,
     SETTINGS,
+    STRICT,
     SwappedClass,
     stock_classes,
     swap,
@@ -227,6 +228,8 @@ def _put_on_grid(module: nn.Module, name: str, settings: Settings) -> None:
         return
     swap(module, target)
     NAME.set(module, name)
+    if settings.arithmetic == "grid":
+        STRICT.set(module, True)
 
 
 def restore(model: M) -> M:
@@ -243,6 +246,7 @@ def restore(model: M) -> M:
         unswap(module)
         SETTINGS.clear(module)
         NAME.clear(module)
+        STRICT.clear(module)
     for chain in wrapped_chains(model):
         if chain.by_conversion:
             chain.remove()

@@ -18,7 +18,13 @@ from snn_reversible_plugin.grid.decays import NONE
 from snn_reversible_plugin.modules.swap import LAST_RESET
 from snn_reversible_plugin.neurons.on_grid import switches
 from snn_reversible_plugin.neurons.on_grid.leaky import Fired, Leaky, leaky
-from snn_reversible_plugin.neurons.on_grid.neuron import OnGrid, check_input, constants_of
+from snn_reversible_plugin.neurons.on_grid.neuron import (
+    OffGrid,
+    OnGrid,
+    check_dtypes,
+    constants_of,
+    value_of,
+)
 from snn_reversible_plugin.neurons.on_grid.step import Stepped, step
 from snn_reversible_plugin.neurons.surrogates import Surrogate
 from snn_reversible_plugin.snntorch import neurons
@@ -77,6 +83,12 @@ class NeuronOnGrid(OnGrid):
         spec = spec_of(self)
         return "its equations are not written for the grid" if spec is None else _settings(self, spec)
 
+    def states_on_grid(self: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """Those that are passed, and those that the neuron holds."""
+        spec = spec_of(self)
+        names = () if spec is None else spec.states
+        return (*args[1:], *kwargs.values(), *(getattr(self, name) for name in names))
+
     def step_on_grid(self: Any, settings: Any, input_: Tensor, *given: Any, **named: Any) -> Any:
         """One step of all states."""
         spec = spec_of(self)
@@ -130,13 +142,16 @@ def _given(neuron: Any, spec: Spec, given: tuple[Any, ...], named: dict[str, Any
 
 def _before(neuron: Any, spec: Spec, input_: Tensor, given: tuple[Any, ...]) -> dict[str, Tensor]:
     """The states before the step: passed, or the neuron's own, or zeros where the shape changed."""
-    check_input(neuron, input_)
     states = {}
     for name, state in zip(spec.states, given, strict=True):
         state = getattr(neuron, name) if state is None else state
         if state.shape != input_.shape:
-            state = torch.zeros_like(input_, dtype=torch.float32)
+            # As stock's: where these and the input are half precision, so is the state that they make.
+            state = torch.zeros_like(input_)
         states[name] = state
+    check_dtypes(input_, neuron.threshold.float(), *states.values())
+    if torch.result_type(input_, states[spec.states[-1]]) is not torch.float32:
+        raise OffGrid(f"A step on the grid takes float32 states, not {input_.dtype}.")
     return states
 
 
@@ -168,7 +183,7 @@ def _integrate(
     parameters = beta, threshold
     each = bool(beta.numel() > 1 or threshold.numel() > 1)
     versions = (
-        id(beta), beta._version, id(threshold), threshold._version, settings, bits, u.device,
+        value_of(beta), value_of(threshold), settings, bits, u.device,
         (u.shape, u.stride()) if each else None,
     )  # fmt: skip
     constants = constants_of(neuron, name, versions, _constants, neuron, name, settings, parameters, u)
@@ -191,7 +206,7 @@ def _constants(
 def _circuit(neuron: Any) -> tuple[Tensor, Tensor]:
     """The decay and the input's factor of an RC circuit; one object as long as its constants stay."""
     given = (neuron.R, neuron.C, neuron.time_step)
-    versions = tuple((id(value), getattr(value, "_version", None)) for value in given)
+    versions = tuple(value_of(value) if isinstance(value, Tensor) else value for value in given)
     beta, gain, _ = constants_of(neuron, "circuit", versions, _circuit_of, given)
     return beta, gain
 

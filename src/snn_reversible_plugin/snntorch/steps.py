@@ -12,7 +12,6 @@ Source: the ``forward`` methods in ``snntorch/_neurons``, version 1.0.
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -232,17 +231,11 @@ def surrogate_of(neuron: nn.Module) -> Surrogate | None:
     return known_surrogate(neuron.spike_grad)
 
 
-_factors: weakref.WeakKeyDictionary[nn.Module, tuple[Tensor, int, bool]] = weakref.WeakKeyDictionary()
-
-
 def is_ungraded(neuron: Any) -> bool:
     """Whether the factor of a neuron's spikes is known to be 1, without waiting for a device."""
     factor: Tensor = neuron.graded_spikes_factor
-    known = _factors.get(neuron)
-    if known is None or known[0] is not factor or known[1] != factor._version or factor.requires_grad:
-        constant = factor.device.type == "cpu" and not factor.requires_grad and not factor.dim()
-        known = _factors[neuron] = factor, factor._version, constant and factor.item() == 1
-    return known[2]
+    constant = factor.device.type == "cpu" and not factor.requires_grad and not factor.dim()
+    return constant and factor.item() == 1
 
 
 def _reset_now(neuron: Any, spikes: Tensor, mem: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ Source: ``spikingjelly.activation_based.neuron`` 2.0.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from snn_reversible_plugin.neurons.integrate_fire.reference import Rule
 from snn_reversible_plugin.neurons.on_grid import switches
 from snn_reversible_plugin.neurons.on_grid.integrate_fire import IntegrateFire, integrate_fire
-from snn_reversible_plugin.neurons.on_grid.neuron import OnGrid, check_input, constants_of
+from snn_reversible_plugin.neurons.on_grid.neuron import OffGrid, OnGrid, constants_of, value_of
 from snn_reversible_plugin.neurons.on_grid.step import step
 from snn_reversible_plugin.spikingjelly.surrogates import as_autograd, is_heaviside
 from snn_reversible_plugin.spikingjelly.types import ROWS, dynamics_of
@@ -34,16 +35,21 @@ def why_not(module: Any, kind: Any) -> str | None:
         return "its equations are not written for the grid"
     if not is_heaviside(module.surrogate_function or _SIGMOID):
         return "its surrogate is not one of SpikingJelly's own spiking ones"
+    if not _is_finite(module.v_threshold):
+        return f"its threshold is {module.v_threshold}"
     if (
-        not isinstance(module.v_threshold, float)
-        or not (module.v_reset is None or isinstance(module.v_reset, float))
+        not (module.v_reset is None or _is_finite(module.v_reset))
         or module._neuron_precision is not None
-        or (kind is neuron.LIFNode and not isinstance(module.tau, float))
+        or (kind is neuron.LIFNode and not _is_finite(module.tau))
         or module.store_v_seq
         or len(module._memories) != 1
     ):
         return "it has settings that are not written for the grid"
     return None
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 class NodeOnGrid(OnGrid):
@@ -60,16 +66,22 @@ class NodeOnGrid(OnGrid):
         leak = (self.tau, bool(self.decay_input)) if kind is neuron.LIFNode else None
         return (
             self.v_threshold, self.v_reset, bool(self.detach_reset), leak, function,
-            getattr(function, "alpha", None), None if w is None else (id(w), w._version),
+            getattr(function, "alpha", None), None if w is None else value_of(w),
             switches.bits_of(self),
         )  # fmt: skip
+
+    def states_on_grid(self: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """The membrane."""
+        return (self._memories["v"],)
 
     def step_on_grid(self: Any, settings: Any, *args: Any, **kwargs: Any) -> Any:
         """One step; stock deals with other arguments than one plain tensor."""
         if len(args) != 1 or kwargs or type(args[0]) not in (Tensor, nn.Parameter):
             return NotImplemented
         (x,) = args
-        check_input(self, x)
+        if x.dtype is not torch.float32:
+            # Stock gives spikes and membranes the input's dtype.
+            raise OffGrid(f"A step on the grid takes float32, not {x.dtype}.")
         v = self._memories["v"]
         if not isinstance(v, Tensor) or v.shape != x.shape:
             start = v if isinstance(v, float) else (self.v_reset or 0.0)

@@ -33,7 +33,8 @@ class Operator:
     ``work`` is 1 for convolutions and matrix products. ``mutated`` lists the positions or names of the
     arguments written to; ``inplace`` says that it is the first alone, so that the operator on a copy is
     a recipe. ``atomic``: on CUDA its result depends on the order of atomic additions. ``cheap``: a view or
-    a cast. ``constant``: it fills a tensor like its argument with one number.
+    a cast. ``constant``: it fills a tensor like its argument with one number. ``allocates``: what it makes
+    is often filled by somebody else.
     """
 
     kind: Kind
@@ -44,6 +45,7 @@ class Operator:
     atomic: bool = False
     cheap: bool = False
     constant: bool = False
+    allocates: bool = False
 
 
 _WORK = frozenset(
@@ -108,9 +110,27 @@ _OPAQUE = frozenset(
         "lift",
         "lift_fresh",
         "_cudnn_rnn",
+        "miopen_rnn",
+        "mkldnn_rnn_layer",  # gives its workspace only where a gradient is recorded
         "resize",
         "record_stream",
         "set",
+    ]
+)
+
+# Inside an autograd function these often make room for a kernel that torch doesn't see: cupy's, numpy's.
+_ALLOCATE = frozenset(
+    [
+        "zeros",
+        "ones",
+        "full",
+        "zeros_like",
+        "ones_like",
+        "full_like",
+        "new_zeros",
+        "new_ones",
+        "new_full",
+        "clone",
     ]
 )
 
@@ -150,4 +170,5 @@ def _read_off(func: Any) -> Operator:
     if any(ret.alias_info is not None for ret in schema.returns):
         return Operator(Kind.VIEW, cheap=True)
     constant = func in (aten.zeros_like.default, aten.ones_like.default, aten.full_like.default)
-    return Operator(Kind.PURE, work, atomic=atomic, cheap=name == "_to_copy", constant=constant)
+    cheap, allocates = name == "_to_copy", name in _ALLOCATE
+    return Operator(Kind.PURE, work, atomic=atomic, cheap=cheap, constant=constant, allocates=allocates)

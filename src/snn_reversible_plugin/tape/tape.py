@@ -13,7 +13,7 @@ a function to run again; a recipe is one operation, so a loop that the user wrot
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -73,6 +73,7 @@ class Tape(TorchDispatchMode):
         self._outside: dict[Any, weakref.ref[Kept]] = {}
         self._kept_by_storage: dict[int, list[weakref.ref[Kept]]] = {}
         self._latest_view: tuple[torch.Tensor | None, Kept | None] = None, None
+        self._just_kept: list[Kept] = []  # packed since the last operation
         self._last_product: tuple[Replayed, torch.Tensor, int] | None = None
 
     # What the verbs of this package are made of.
@@ -87,6 +88,8 @@ class Tape(TorchDispatchMode):
                 known.materialize(tensor)
         handle = self._relied_on(tensor, known)
         handle.need()
+        if isinstance(handle, Kept):
+            self._just_kept.append(handle)
         if self._check or self._observer is not None:
             self._label(handle, tensor)
             if self._observer is not None:
@@ -140,6 +143,7 @@ class Tape(TorchDispatchMode):
     def finish(self) -> None:
         """Forget what only a forward needs: whatever autograd saved keeps its tape alive."""
         self._outside.clear()
+        self._just_kept.clear()
         self._kept_by_storage.clear()
         self._latest_view = None, None
         if self._last_product is not None:  # of a block that is rebuilt; see recipes, note 9
@@ -177,8 +181,8 @@ class Tape(TorchDispatchMode):
             else:
                 self._enter(tensor, recipe.output(index, siblings), base)
 
-    def before_write(self, tensor: torch.Tensor) -> None:
-        """Save what would be lost: something is about to write into a tensor."""
+    def before_write(self, tensor: torch.Tensor, spared: Sequence[Kept] = ()) -> None:
+        """Save what would be lost: something is about to write into a tensor, with ``spared`` in mind."""
         handle = look_up(tensor)
         if isinstance(handle, Packed):
             handle.materialize(tensor)
@@ -186,7 +190,7 @@ class Tape(TorchDispatchMode):
             return
         for ref in self._kept_by_storage.pop(storage_key(tensor), ()):
             kept = ref()
-            if kept is not None and kept.anchored:
+            if kept is not None and kept.anchored and not any(kept is one for one in spared):
                 kept.spill()
 
     # The recording mode.
@@ -201,6 +205,7 @@ class Tape(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._paused or torch._C._current_graph_task_id() != self._graph_task:
             return func(*args, **kwargs)
+        just_kept, self._just_kept = self._just_kept, []
         if self._rules and not (types or self._suspended):
             rule = self._rules.get(func)
             out = None if rule is None else rule(self, func, args, kwargs)
@@ -208,11 +213,16 @@ class Tape(TorchDispatchMode):
                 return out
         operator = operator_of(func)
         if operator.kind is Kind.MUTATING:
-            return self._run_mutating(func, operator, types, args, kwargs)
+            # What an operation fills beside its result (the noise of rrelu), autograd saved a moment ago,
+            # for the value that it will have.
+            spared = () if operator.inplace else just_kept
+            return self._run_mutating(func, operator, types, args, kwargs, spared)
         out = func(*args, **kwargs)
         if operator.kind is Kind.VIEW and look_up(args[0]) is OUTSIDE:
             return out
-        if types or self._suspended or operator.kind is Kind.OPAQUE:
+        # Without grad mode, a user's autograd function runs: what it allocates, a kernel may fill unseen.
+        unseen = operator.allocates and not torch.is_grad_enabled()
+        if types or self._suspended or unseen or operator.kind is Kind.OPAQUE:
             self._enter_unknown(operator, out)
         elif operator.constant:
             self._record_constant(func, args, out)
@@ -223,7 +233,13 @@ class Tape(TorchDispatchMode):
         return out
 
     def _run_mutating(
-        self, func: Any, operator: Operator, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        func: Any,
+        operator: Operator,
+        types: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        spared: Sequence[Kept],
     ) -> Any:
         mutated = list(
             tensors_among(
@@ -237,7 +253,7 @@ class Tape(TorchDispatchMode):
             if isinstance(before, Handle) and not (isinstance(before, Kept) and not before.anchored):
                 recipe = self._recipe(func, operator, args, kwargs, [args[0]])
         for tensor in mutated:
-            self.before_write(tensor)
+            self.before_write(tensor, spared)
         out = func(*args, **kwargs)
         for tensor in mutated:
             if recipe is not None:

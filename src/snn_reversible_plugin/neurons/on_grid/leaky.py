@@ -180,7 +180,7 @@ class Leaky(Constants):
     def reference(self, current: Tensor, state: Tensor, parameters: Parameters) -> Stepped:
         """The step as operations that autograd differentiates."""
         (beta, threshold), reset, bits = parameters, self.step.reset, self.bits
-        u, fired = snap(state, bits), None
+        u, fired, threshold = snap(state, bits), None, threshold.float()
         if self.fire is not None:
             fired = (u - snap(threshold, bits)).detach().gt(0).float()
         v = decay((1 - fired) * u if reset == BEFORE else u, beta.clamp(0, 1), bits)  # type: ignore[operator]
@@ -225,6 +225,8 @@ def leaky(
         else:
             low, high = (float(end) for end in torch.aminmax(clamped))
         theta = snap(threshold.float(), bits)
+        if not bool(theta.isfinite().all()):
+            raise ValueError(f"{name}: a threshold that is not finite can't be on the grid.")
         flat_theta: Any = float(theta) if theta.numel() == 1 else _each(theta, example)
     scale = 2.0**bits
     charge = Step(decay_of(factor, low, high, name), flat_theta * scale, reset, scale)

@@ -20,7 +20,7 @@ from torch import Tensor
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.grid import snap
 from snn_reversible_plugin.grid.decays import NONE, Step
-from snn_reversible_plugin.grid.range import check_step
+from snn_reversible_plugin.grid.range import check_step, reach
 from snn_reversible_plugin.neurons.on_grid import switches
 from snn_reversible_plugin.neurons.on_grid.timeline import (
     REMEDY,
@@ -151,7 +151,9 @@ def step(
         OverflowError: the state left the range in which the grid is exact; on a device, from the backward.
     """
     if switches.by_autograd():
-        return constants.reference(current, state, parameters)
+        stepped = constants.reference(current, state, parameters)
+        _checked(constants, (reach(stepped.state),))
+        return stepped
     needs = any(tensor.requires_grad for tensor in (current, state, *parameters))
     recorded = needs and tape.is_recording()
     timeline = handle = None
@@ -162,12 +164,12 @@ def step(
     with tape.paused():
         before = _before(constants, state, timeline, recorded)
         charged = constants.charge(current, before, parameters)
-        reach = _checked(constants, charged.reaches)
+        unknown = _checked(constants, charged.reaches)
         (_, _, timeline, t), state = before, charged.state
         if timeline is None or handle is None:
             tape.mark_opaque(state)
         else:
-            timeline.step(handle, tape.keep(state), charged.lost, charged.fired, reach)
+            timeline.step(handle, tape.keep(state), charged.lost, charged.fired, unknown)
             enter(state, NewState(timeline, t))
         spikes = constants.let_fire(charged, parameters)
         if spikes is not None and timeline is not None:
@@ -196,8 +198,8 @@ def _checked(constants: Constants, reaches: Sequence[Any]) -> Tensor | None:
     A charged state counts too: it may be back in range after the reset, but what came before it is lost.
     """
     unknown = None
-    for reach in reaches:
-        later = check_step(reach, constants.name, constants.bits, REMEDY)
+    for one in reaches:
+        later = check_step(one, constants.name, constants.bits, REMEDY)
         if later is not None:
             unknown = later if unknown is None else torch.maximum(unknown, later)
     return unknown
