@@ -170,7 +170,6 @@ class Silent:
             "does not work without arguments (missing a required argument: 'width')",
         ),
         ("own_models:nothing", "8,4,2", "made a int"),
-        ("own_models:no_neuron", "3", "has no spiking neuron"),
         ("own_models:build", "8,four", "'8,four' is no shape"),
         ("own_models:build", "8,0,2", "'8,0,2' is no shape"),
         ("own_models:build", "", "'' is no shape"),

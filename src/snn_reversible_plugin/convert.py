@@ -108,8 +108,9 @@ def convert_to_reversible(
     Calling it again changes the settings. See :func:`restore`, :func:`memory_report`, :func:`verify`.
 
     Args:
-        model: any ``nn.Module`` with SpikingJelly or snnTorch neurons, or with neurons that
-            :func:`register_reversible` was told of.
+        model: any ``nn.Module``. SpikingJelly's and snnTorch's neurons, and those that
+            :func:`register_reversible` was told of, become reversible; all else is recorded, a network with
+            neurons of your own too, which warns once.
         mode: ``"memory"`` rebuilds in the backward everything that can be rebuilt, ``"speed"`` only what
             needs no convolution or matrix product.
         arithmetic: ``"stock"``: outputs and gradients are stock's bit for bit. ``"auto"``: neurons stepped
@@ -124,10 +125,8 @@ def convert_to_reversible(
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``, or is compiled or scripted.
-        ValueError: an unknown ``mode`` or ``arithmetic``, a ``skip`` name that is not in the model, a model
-            in which no spiking neuron is found, ``"grid"`` where nothing can run on the grid, or
-            ``blocks`` without residual blocks.
-
+        ValueError: an unknown ``mode`` or ``arithmetic``, a ``skip`` name that is not in the model,
+            ``"grid"`` where nothing can run on the grid, or ``blocks`` without residual blocks.
     Example:
         >>> import snn_reversible_plugin as srp
         >>> from torch import nn
@@ -162,10 +161,11 @@ def convert_to_reversible(
         elif spiking:
             settings.stays_stock[name] = reason
     if not (swaps or settings.stays_stock):
-        raise ValueError(
+        warnings.warn(
             f"{type(model).__name__} has no spiking neuron that the converter knows (SpikingJelly's and "
-            "snnTorch's). For a neuron of your own use register_reversible, or run the model under "
-            "snn_reversible_plugin.reversible(model)."
+            "snnTorch's): it is recorded as it is, and what is computed from spikes is replayed. "
+            "memory_report shows what that saves; register_reversible teaches the converter a neuron.",
+            stacklevel=2,
         )
     if blocks and not (surgery := wrap_by_conversion(model, skip)).chains:
         reasons = ", ".join(f"{block.name}: {block.why}" for block in surgery.blocks)

@@ -13,6 +13,7 @@ import functools
 import importlib
 import importlib.util
 import sys
+import warnings
 from typing import Any
 
 from torch import Tensor, nn
@@ -167,8 +168,21 @@ def spikes_of(neuron: nn.Module, output: Any) -> Tensor:
 def load_adapters() -> None:
     """Import the adapter of each framework that the program has imported."""
     for framework in FRAMEWORKS:
-        if framework.name in sys.modules:
-            importlib.import_module(f"snn_reversible_plugin.{framework.name}")
+        if framework.name in sys.modules and framework.name not in _unusable:
+            try:
+                importlib.import_module(f"snn_reversible_plugin.{framework.name}")
+            except (ImportError, AttributeError) as error:
+                # One framework's trouble is none of the other's.
+                _unusable.add(framework.name)
+                version = getattr(sys.modules[framework.name], "__version__", "of unknown version")
+                warnings.warn(
+                    f"{framework.name} {version}: its neurons stay stock, because this release lacks what "
+                    f"their reversible types are made of ({error}). The tape records them all the same.",
+                    stacklevel=3,
+                )
+
+
+_unusable: set[str] = set()
 
 
 def register() -> list[str]:

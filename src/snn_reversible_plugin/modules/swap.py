@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 T = TypeVar("T")
 
@@ -118,9 +119,25 @@ def unswap(module: nn.Module) -> None:
 
 def stock_type(module: nn.Module) -> type[nn.Module]:
     """The class that an instance has when it is stock."""
-    cls = without(type(module), _is_no_architecture)
+    cls: type[nn.Module] = type(module)
+    parametrized = is_parametrized(module)
+    if parametrized:
+        (cls,) = cls.__bases__
     marked = _STOCK_TYPE.of(module)
-    return cls if marked is None else without(marked, _is_no_architecture)
+    stock = without(cls if marked is None else marked, _is_no_architecture)
+    if not parametrized:
+        return stock
+    return type(module) if stock is cls else _parametrized(stock, type(module))
+
+
+def _parametrized(stock: type[nn.Module], like: type[nn.Module]) -> type[nn.Module]:
+    """A stock class with the parametrizations that torch put into a subclass of what stood in for it."""
+    own = {
+        name: value
+        for name, value in vars(like).items()
+        if name not in ("__doc__", "__dict__", "__weakref__")
+    }
+    return type(f"Parametrized{stock.__name__}", (stock,), own)
 
 
 def _is_no_architecture(mixin: Any) -> bool:
