@@ -67,7 +67,7 @@ def test_gradients_on_a_reversible_chain_are_stocks(name):
     assert found[name].why_not is None
     assert found[name].gradient_difference == 0 and found["stock"].gradient_scale > 0
     assert found[name].flipped_spikes == 0 and found[name].spikes == found["stock"].spikes > 0
-    # What the peers put by for a second run (states of random number generators) is more than this tiny chain.
+    # What peers put by for a second run (random number states) is more than this tiny chain holds.
     assert name in ("checkpoint", "memopt 1") or found[name].held < found["stock"].held
     assert len(found[name].seconds) == 1 and found[name].time_ratio > 0
 

@@ -149,9 +149,10 @@ def _before(neuron: Any, spec: Spec, input_: Tensor, given: tuple[Any, ...]) -> 
             # As stock's: where these and the input are half precision, so is the state that they make.
             state = torch.zeros_like(input_)
         states[name] = state
-    check_dtypes(input_, neuron.threshold.float(), *states.values())
-    if torch.result_type(input_, states[spec.states[-1]]) is not torch.float32:
-        raise OffGrid(f"A step on the grid takes float32 states, not {input_.dtype}.")
+    if any(tensor.dtype is not torch.float32 for tensor in (input_, *states.values())):
+        check_dtypes(input_, *states.values())
+        if torch.result_type(input_, states[spec.states[-1]]) is not torch.float32:
+            raise OffGrid(f"A step on the grid takes float32 states, not {input_.dtype}.")
     return states
 
 
