@@ -28,6 +28,7 @@ from snn_reversible_plugin.neurons.leaky.reference import (
     LeakyCharge,
     SynapticCharge,
 )
+from snn_reversible_plugin.neurons.on_grid.neuron import value_of
 from snn_reversible_plugin.neurons.surrogates import Surrogate
 from snn_reversible_plugin.snntorch.surrogates import known_surrogate
 
@@ -235,7 +236,7 @@ def is_ungraded(neuron: Any) -> bool:
     """Whether the factor of a neuron's spikes is known to be 1, without waiting for a device."""
     factor: Tensor = neuron.graded_spikes_factor
     constant = factor.device.type == "cpu" and not factor.requires_grad and not factor.dim()
-    return constant and factor.item() == 1
+    return constant and value_of(factor) == 1
 
 
 def _reset_now(neuron: Any, spikes: Tensor, mem: Tensor) -> Tensor:

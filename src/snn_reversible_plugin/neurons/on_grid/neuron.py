@@ -149,9 +149,12 @@ def value_of(parameter: Tensor) -> Any:
     moves no version; on a device, which is not waited for, its version and address."""
     if parameter.device.type != "cpu":
         return id(parameter), parameter._version, parameter.data_ptr()
-    if parameter.numel() == 1:
-        return parameter.item()
-    return parameter.detach().contiguous().view(torch.uint8).numpy().tobytes()
+    with (
+        torch._C._DisableTorchDispatch()
+    ):  # a look is nothing to record, and below Python a tenth of the time
+        if parameter.numel() == 1:
+            return parameter.item()
+        return parameter.detach().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 _constants: weakref.WeakKeyDictionary[Any, dict[str, tuple[Any, Any]]] = weakref.WeakKeyDictionary()
