@@ -14,7 +14,7 @@ BENCH_ARGS ?=
 export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 1099511627776
 
-.PHONY: help venv demo test lint format types docs unit bench quick clean
+.PHONY: help venv demo test full matrix lint format types docs unit bench quick clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -46,6 +46,11 @@ types: $(STAMP)  ## mypy
 
 unit: $(STAMP)  ## pytest alone; choose with PYTEST_ARGS="-k data"
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+full: test matrix  ## all that and what is heavy: every supported version
+
+matrix:  ## the fast tests in every supported version, one environment at a time: docs/compatibility.md (uv)
+	$(PYTHON) tools/matrix.py
 
 docs: $(STAMP)  ## the site in out/site; a warning fails
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet

@@ -6,7 +6,6 @@ import gc
 import math
 import statistics
 import time
-import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -23,40 +22,6 @@ from .methods import CannotRun, Training, check_rebuilds, prepare, rebuild_error
 from .workloads import Workload
 
 MIB = 2**20
-
-
-class OverBudget(Exception):
-    """The step allocated more than it was allowed to."""
-
-
-class Ledger(AllocationCounter):
-    """An allocation counter that remembers each birth and death, and may set a limit."""
-
-    def __init__(self, limit: float = math.inf) -> None:
-        super().__init__()
-        self.limit = limit
-        self._events: list[tuple[int, int]] = []
-        self._births: dict[int, int] = {}
-        self._deaths: list[weakref.ref[torch.UntypedStorage]] = []
-
-    def _born(self, storage: torch.UntypedStorage) -> None:
-        super()._born(storage)
-        events, birth, size = self._events, len(self._deaths), storage.nbytes()
-        self._births[storage._cdata] = birth
-        events.append((birth, size))
-        self._deaths.append(weakref.ref(storage, lambda _: events.append((birth, -size))))
-        if self.live > self.limit:
-            raise OverBudget
-
-    def peak_beyond(self, tensors: Iterable[torch.Tensor]) -> int:
-        """The most bytes alive at any time, without the storages of ``tensors``, alive now."""
-        left_out = {self._births.get(tensor.untyped_storage()._cdata) for tensor in tensors}
-        live = peak = 0
-        for birth, change in self._events:
-            if birth not in left_out:
-                live += change
-                peak = max(peak, live)
-        return peak
 
 
 @dataclass
@@ -181,28 +146,25 @@ def count(training: Training, x: torch.Tensor, result: Result) -> None:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         result.counted_by = "cuda"
-    with Ledger() as ledger:
+    with AllocationCounter() as counter:
         if training.loss_of is None:
             training.run(x)
         else:
             loss = training.loss_of(x)
-            result.held = torch.cuda.memory_allocated() - before if x.is_cuda else ledger.live
+            result.held = torch.cuda.memory_allocated() - before if x.is_cuda else counter.live
             loss.backward()
     gradients = [p.grad for p in training.model.parameters() if p.grad is not None]
-    result.peak_beyond_gradients = ledger.peak_beyond(gradients)
-    result.peak = torch.cuda.max_memory_allocated() - before if x.is_cuda else ledger.peak
+    result.peak_beyond_gradients = counter.peak_beyond(gradients)
+    result.peak = torch.cuda.max_memory_allocated() - before if x.is_cuda else counter.peak
 
 
 def peak_within(training: Training, x: torch.Tensor, limit: float) -> int | None:
-    """The peak of one step in bytes, None if it passes the limit: the step is given up there."""
+    """The peak of one step in bytes, None if it passes the limit."""
     training.model.zero_grad()
     gc.collect()
-    try:
-        with Ledger(limit) as ledger:
-            training.run(x)
-    except OverBudget:
-        return None
-    return ledger.peak
+    with AllocationCounter() as counter:
+        training.run(x)
+    return counter.peak if counter.peak <= limit else None
 
 
 def seconds(run: Callable[[], None], cuda: bool) -> float:

@@ -1,7 +1,6 @@
 """The largest batch, or number of time steps, whose training step stays within a given memory.
 
-Each try is one real step under a counter that gives up as soon as the limit is passed, so no process limit
-is needed and no try costs more than the budget.
+Each try is one real step whose peak the allocator counts, so no process limit is needed.
 """
 
 from __future__ import annotations

@@ -1,14 +1,46 @@
 """Fixtures of every test: a fixed seed, and one thread for each worker that runs beside others."""
 
 import os
+import platform
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
+
+# What every supported version has to pass: the mechanisms, and each framework's neurons, in two minutes.
+CORE = (
+    "grid/test_grid.py", "ops/test_bits.py", "tape/test_tape.py", "test_convert.py", "test_import.py",
+    "neurons/integrate_fire/test_gradients.py", "neurons/on_grid/test_reversal.py",
+    "spikingjelly/test_neurons.py", "snntorch/test_neurons.py", "snntorch/test_convert.py",
+)  # fmt: skip
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers beside each other that each take all cores are slower than workers with one thread.
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+
+
+def pytest_report_header() -> str:
+    """The versions that a run is about."""
+    found = {"Python": platform.python_version()}
+    for name, package in (
+        ("torch", "torch"), ("SpikingJelly", "spikingjelly"), ("snnTorch", "snntorch"), ("numba", "numba"),
+    ):  # fmt: skip
+        try:
+            found[name] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return "versions: " + ", ".join(f"{name} {version}" for name, version in found.items())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is core."""
+    here = Path(__file__).parent
+    core = {here / name for name in CORE}
+    for item in items:
+        if item.path in core:
+            item.add_marker(pytest.mark.core)
 
 
 @pytest.fixture(autouse=True)

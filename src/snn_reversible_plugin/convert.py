@@ -17,24 +17,25 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from snn_reversible_plugin import tape
 from snn_reversible_plugin.blocks.streams_on_grid import OnGrid, carries_a_membrane
-from snn_reversible_plugin.blocks.surgery import wrap
+from snn_reversible_plugin.blocks.surgery import wrap_by_conversion
 from snn_reversible_plugin.blocks.wrapped import run_plainly, wrapped_chains
 from snn_reversible_plugin.modules.checks import check_model, skipped_modules
 from snn_reversible_plugin.modules.kinds import is_spiking, load_adapters
-from snn_reversible_plugin.modules.registry import (
-    StaysStock,
+from snn_reversible_plugin.modules.registry import StaysStock, reversible_type, type_on_grid
+from snn_reversible_plugin.modules.swap import (
+    NAME,
+    SETTINGS,
+    STRICT,
     SwappedClass,
-    reversible_type,
     stock_classes,
     swap,
     swapped_class,
-    type_on_grid,
     unswap,
 )
 from snn_reversible_plugin.modules.tracking import tracked
 from snn_reversible_plugin.neurons.on_grid import switches
+from snn_reversible_plugin.tape import MODES, recording, suspended
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -66,7 +67,7 @@ class Recorded(SwappedClass):
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling() or switches.by_autograd():
                 return stock_forward(self, *args, **kwargs)
-            with tape.recording(settings_of(self).mode):
+            with recording(settings_of(self).mode):
                 return stock_forward(self, *args, **kwargs)
 
         cls.forward = forward  # type: ignore[attr-defined]
@@ -76,7 +77,7 @@ class Recorded(SwappedClass):
         compiled = torch.compiler.is_compiling() or getattr(self, "_compiled_call_impl", None) is not None
         if compiled or switches.by_autograd():
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        with tape.recording(settings_of(self).mode):  # type: ignore[arg-type]
+        with recording(settings_of(self).mode):  # type: ignore[arg-type]
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
 
@@ -86,7 +87,7 @@ class Skipped(SwappedClass):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        with tape.suspended():
+        with suspended():
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
 
@@ -107,8 +108,9 @@ def convert_to_reversible(
     Calling it again changes the settings. See :func:`restore`, :func:`memory_report`, :func:`verify`.
 
     Args:
-        model: any ``nn.Module`` with SpikingJelly or snnTorch neurons, or with neurons that
-            :func:`register_reversible` was told of.
+        model: any ``nn.Module``. SpikingJelly's and snnTorch's neurons, and those that
+            :func:`register_reversible` was told of, become reversible; all else is recorded, a network with
+            neurons of your own too, which warns once.
         mode: ``"memory"`` rebuilds in the backward everything that can be rebuilt, ``"speed"`` only what
             needs no convolution or matrix product.
         arithmetic: ``"stock"``: outputs and gradients are stock's bit for bit. ``"auto"``: neurons stepped
@@ -123,10 +125,8 @@ def convert_to_reversible(
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``, or is compiled or scripted.
-        ValueError: an unknown ``mode`` or ``arithmetic``, a ``skip`` name that is not in the model, a model
-            in which no spiking neuron is found, ``"grid"`` where nothing can run on the grid, or
-            ``blocks`` without residual blocks.
-
+        ValueError: an unknown ``mode`` or ``arithmetic``, a ``skip`` name that is not in the model,
+            ``"grid"`` where nothing can run on the grid, or ``blocks`` without residual blocks.
     Example:
         >>> import snn_reversible_plugin as srp
         >>> from torch import nn
@@ -136,8 +136,8 @@ def convert_to_reversible(
         True
     """
     check_model(model)
-    if mode not in tape.MODES:
-        raise ValueError(f"mode must be one of {tape.MODES}, not {mode!r}")
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {MODES}, not {mode!r}")
     if arithmetic not in ARITHMETICS:
         raise ValueError(f"arithmetic must be one of {ARITHMETICS}, not {arithmetic!r}")
     skipped = skipped_modules(model, skip)
@@ -161,12 +161,13 @@ def convert_to_reversible(
         elif spiking:
             settings.stays_stock[name] = reason
     if not (swaps or settings.stays_stock):
-        raise ValueError(
+        warnings.warn(
             f"{type(model).__name__} has no spiking neuron that the converter knows (SpikingJelly's and "
-            "snnTorch's). For a neuron of your own use register_reversible, or run the model under "
-            "snn_reversible_plugin.reversible(model)."
+            "snnTorch's): it is recorded as it is, and what is computed from spikes is replayed. "
+            "memory_report shows what that saves; register_reversible teaches the converter a neuron.",
+            stacklevel=2,
         )
-    if blocks and not (surgery := wrap(model, skip=skip, by_conversion=True)).chains:
+    if blocks and not (surgery := wrap_by_conversion(model, skip)).chains:
         reasons = ", ".join(f"{block.name}: {block.why}" for block in surgery.blocks)
         warnings.warn(f"blocks=True, and no block can be wrapped ({reasons})", stacklevel=2)
     for module, target in swaps:
@@ -188,7 +189,7 @@ def convert_to_reversible(
     for module in skipped:
         swap(module, swapped_class(Skipped, type(module)))
     swap(model, swapped_class(Recorded, type(model)))
-    model.__dict__["_srp_settings"] = settings
+    SETTINGS.set(model, settings)
     return model
 
 
@@ -212,7 +213,7 @@ def _put_streams_on_grid(model: nn.Module, skipped: set[int]) -> int:
     }
     for name, module in blocks.items():
         swap(module, swapped_class(OnGrid, type(module)))
-        module.__dict__["_srp_name"] = name
+        NAME.set(module, name)
     return len(blocks)
 
 
@@ -226,7 +227,9 @@ def _put_on_grid(module: nn.Module, name: str, settings: Settings) -> None:
         settings.off_grid[name] = "its equations are not written for the grid"
         return
     swap(module, target)
-    module.__dict__["_srp_name"] = name
+    NAME.set(module, name)
+    if settings.arithmetic == "grid":
+        STRICT.set(module, True)
 
 
 def restore(model: M) -> M:
@@ -241,8 +244,9 @@ def restore(model: M) -> M:
     """
     for module in model.modules():
         unswap(module)
-        module.__dict__.pop("_srp_settings", None)
-        module.__dict__.pop("_srp_name", None)
+        SETTINGS.clear(module)
+        NAME.clear(module)
+        STRICT.clear(module)
     for chain in wrapped_chains(model):
         if chain.by_conversion:
             chain.remove()
@@ -274,11 +278,11 @@ def reversible(model: nn.Module, *, mode: str | None = None, check: bool = False
         >>> loss.backward()
     """
     check_model(model)
-    with tape.recording(mode or settings_of(model).mode, check=check) as recorder:
-        if not check or recorder is None:
+    with recording(mode or settings_of(model).mode, check=check) as tape:
+        if not check or tape is None:
             yield
             return
-        with tracked(model, recorder):
+        with tracked(model, tape):
             yield
 
 
@@ -317,11 +321,4 @@ def is_on_grid(module: nn.Module) -> bool:
 
 def settings_of(model: nn.Module) -> Settings:
     """The settings of a converted model; the defaults for any other."""
-    settings: Settings = model.__dict__.get("_srp_settings") or Settings()
-    return settings
-
-
-def stock_class(module: nn.Module) -> type[nn.Module]:
-    """The class that a module has when it is stock."""
-    with stock_classes([module]):
-        return type(module)
+    return SETTINGS.of(model) or Settings()

@@ -9,8 +9,8 @@ from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 
 import snn_reversible_plugin as srp
-from snn_reversible_plugin.blocks import RevSBlock, RevSSequence
-from snn_reversible_plugin.blocks import second_run as halves
+from snn_reversible_plugin import snntorch as snntorch_types
+from snn_reversible_plugin.blocks import RevSBlock, RevSSequence, second_run
 from snn_reversible_plugin.modules.states import reset_states
 from snn_reversible_plugin.reports.measure import count_step
 from two_processes import together
@@ -19,6 +19,15 @@ NEURONS = {
     "if": lambda: neuron.IFNode(step_mode="m"),
     "lif": lambda: neuron.LIFNode(step_mode="m", detach_reset=True, surrogate_function=surrogate.ATan()),
     "plif": lambda: neuron.ParametricLIFNode(step_mode="m", v_reset=None),
+}
+
+SNNTORCH = {
+    "Leaky": lambda: snntorch.Leaky(0.8, init_hidden=True, learn_beta=True, learn_threshold=True),
+    "Lapicque": lambda: snntorch.Lapicque(0.8, init_hidden=True, reset_mechanism="zero"),
+    "Synaptic": lambda: snntorch.Synaptic(0.9, 0.8, init_hidden=True, learn_alpha=True),
+    "Alpha": lambda: snntorch.Alpha(0.9, 0.8, init_hidden=True, reset_mechanism="zero"),
+    "RLeaky": lambda: snntorch.RLeaky(0.8, linear_features=3, init_hidden=True),
+    "RSynaptic": lambda: snntorch.RSynaptic(0.9, 0.8, all_to_all=False, V=0.5, init_hidden=True),
 }
 
 
@@ -39,12 +48,12 @@ def chain(depth=3, bits=16, states="carry", check=False, **kwargs):
 
 
 class Loop(nn.Module):
-    """snnTorch over time steps: a linear layer and a Leaky that keeps its own state."""
+    """snnTorch over time steps: a linear layer and a neuron that keeps its own state."""
 
-    def __init__(self, width=3):
+    def __init__(self, kind="Leaky"):
         super().__init__()
-        self.fc = nn.Linear(width, width)
-        self.lif = snntorch.Leaky(beta=0.8, init_hidden=True, learn_beta=True, learn_threshold=True)
+        self.fc = nn.Linear(3, 3)
+        self.lif = SNNTORCH[kind]()
 
     def forward(self, x):
         return torch.stack([self.fc(self.lif(step)) for step in x])
@@ -96,12 +105,31 @@ def test_spikingjelly_equals_the_plain_run(node, states, converted):
     assert model.last_rebuild.flipped_bits == 0
 
 
-@pytest.mark.parametrize("small", [0, halves.SMALL])
+@pytest.mark.parametrize("small", [0, second_run.SMALL])
 @pytest.mark.parametrize("states", ["carry", "reset"])
 def test_snntorch_equals_the_plain_run(states, small, monkeypatch):
-    monkeypatch.setattr(halves, "SMALL", small)
+    monkeypatch.setattr(second_run, "SMALL", small)
     model = RevSSequence([RevSBlock(Loop(), Loop()) for _ in range(3)], states=states, check=True)
     against_plain(model, torch.randn(4, 2, 6))
+
+
+@pytest.mark.parametrize("small", [0, second_run.SMALL])
+@pytest.mark.parametrize("states", ["carry", "reset"])
+@pytest.mark.parametrize("name", list(SNNTORCH))
+def test_stock_snntorch_neurons_run_as_their_reversible_types(name, states, small, monkeypatch):
+    monkeypatch.setattr(second_run, "SMALL", small)
+    torch.manual_seed(0)
+    blocks = [RevSBlock(Loop(name), Loop(name)) for _ in range(2)]
+    model, seen = RevSSequence(blocks, states=states, check=True), []
+    against_plain(model, torch.randn(4, 2, 6))
+    assert model.last_rebuild.flipped_bits == model.last_rebuild.flipped_spikes == 0
+    stock = getattr(snntorch, name)
+    neurons = [module for module in model.modules() if isinstance(module, stock)]
+    for one in neurons:
+        one.register_forward_pre_hook(lambda one, _: seen.append(type(one)))
+    model(torch.randn(4, 2, 6)).sum().backward()
+    assert seen == 2 * len(neurons) * 4 * [getattr(snntorch_types, f"Rev{name}")]
+    assert [type(one) for one in neurons] == len(neurons) * [stock]
 
 
 def one_layer(node="lif"):
@@ -109,11 +137,11 @@ def one_layer(node="lif"):
     return nn.Sequential(NEURONS[node](), conv, layer.BatchNorm2d(8, step_mode="m"))
 
 
-@pytest.mark.parametrize("small", [0, halves.SMALL])
+@pytest.mark.parametrize("small", [0, second_run.SMALL])
 @pytest.mark.parametrize("states", ["carry", "reset"])
 @pytest.mark.parametrize("node", list(NEURONS))
 def test_branches_of_one_layer_equal_the_plain_run(node, states, small, monkeypatch):
-    monkeypatch.setattr(halves, "SMALL", small)
+    monkeypatch.setattr(second_run, "SMALL", small)
     blocks = [RevSBlock(one_layer(node), one_layer(node)) for _ in range(3)]
     model = RevSSequence(blocks, states=states, check=True)
     against_plain(model, torch.randn(5, 2, 16, 4, 3), calls=2 if states == "carry" else 1)
@@ -122,16 +150,16 @@ def test_branches_of_one_layer_equal_the_plain_run(node, states, small, monkeypa
 
 def test_without_a_tape_one_layer_peaks_no_higher_than_a_stream(monkeypatch):
     def peak(small):
-        monkeypatch.setattr(halves, "SMALL", small)
+        monkeypatch.setattr(second_run, "SMALL", small)
         model = RevSSequence([RevSBlock(one_layer(), one_layer()) for _ in range(2)], states="reset")
         x = torch.randn(4, 2, 16, 16, 16)
         model(x).sum().backward()
         return count_step(lambda: model(x).sum())[1]
 
-    assert peak(halves.SMALL) <= peak(0) + 4 * 2 * 8 * 16 * 16 * 4
+    assert peak(second_run.SMALL) <= peak(0) + 4 * 2 * 8 * 16 * 16 * 4
 
 
-def test_stock_neurons_are_analytic_while_a_half_runs_and_stock_again_afterwards():
+def test_stock_neurons_are_analytic_while_a_branch_runs_and_stock_again_afterwards():
     seen = []
     nodes = [neuron.LIFNode(step_mode="m"), neuron.QIFNode(step_mode="m"), neuron.IFNode(step_mode="m")]
     for node in nodes:
@@ -151,12 +179,15 @@ def test_stock_neurons_are_analytic_while_a_half_runs_and_stock_again_afterwards
     assert type(nodes[0]) is neuron.LIFNode
 
 
-def test_snntorch_stepped_from_outside_hands_its_states_on():
+@pytest.mark.parametrize("name", list(SNNTORCH))
+def test_snntorch_stepped_from_outside_hands_its_states_on(name):
+    torch.manual_seed(0)
+
     class Single(Loop):
         def forward(self, x):
             return self.fc(self.lif(x))
 
-    model = RevSSequence([RevSBlock(Single(), Single(), dim=1) for _ in range(3)], check=True)
+    model = RevSSequence([RevSBlock(Single(name), Single(name), dim=1) for _ in range(3)], check=True)
     against_plain(model, torch.randn(2, 6) * 2, calls=4)
 
 
@@ -205,7 +236,7 @@ class Scale(nn.Module):
 def test_modes_and_what_is_written_in_place_at_the_end_of_a_branch(end, states, mode):
     model = chain(depth=2, states=states)
     for block in model.blocks:
-        block.f, block.g = (nn.Sequential(half, *copy.deepcopy(end)) for half in (block.f, block.g))
+        block.f, block.g = (nn.Sequential(branch, *copy.deepcopy(end)) for branch in (block.f, block.g))
     model.mode = mode
     against_plain(srp.convert_to_reversible(model, mode=mode), torch.randn(3, 2, 4, 5, 5))
 
@@ -332,8 +363,8 @@ def test_each_branch_runs_twice_a_step():
     runs = []
     model = chain(states="reset")
     for block in model.blocks:
-        for half in (block.f, block.g):
-            half.register_forward_hook(lambda *_: runs.append(1))
+        for branch in (block.f, block.g):
+            branch.register_forward_hook(lambda *_: runs.append(1))
     model(torch.randn(2, 1, 4, 3, 3)).sum().backward()
     assert len(runs) == 2 * 2 * 3
 
@@ -416,11 +447,18 @@ class Times(nn.Module):
         return x * self.factor
 
 
-@pytest.mark.parametrize("value", [200.0, float("inf"), float("nan")])
-def test_leaving_the_range_is_refused_in_the_backward(value):
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (200.0, r"reaches .*bits=16.*256.*fewer bits"),
+        (float("inf"), "is infinite|holds NaN"),
+        (float("nan"), "holds NaN"),
+    ],
+)
+def test_leaving_the_range_is_refused_in_the_backward(value, said):
     model = RevSSequence([RevSBlock(Times(1), Times(-1), dim=1) for _ in range(6)])
     out = model(torch.full((1, 2), value))
-    with pytest.raises(OverflowError, match=r"reaches .*bits=16.*256.*fewer bits"):
+    with pytest.raises(OverflowError, match=said):
         out.sum().backward()
 
 

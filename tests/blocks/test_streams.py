@@ -19,6 +19,7 @@ from spikingjelly.activation_based.model import (
 import snn_reversible_plugin as srp
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.blocks.streams import Stream
+from snn_reversible_plugin.modules.swap import NAME, swap, swapped_class
 from snn_reversible_plugin.reports.measure import count_step
 from snn_reversible_plugin.tape.origins import look_up
 
@@ -312,7 +313,6 @@ class Reads(nn.Module):
 
 def test_a_branch_that_leads_back_to_the_stream_keeps_it(device):
     from snn_reversible_plugin.blocks.streams_on_grid import OnGrid
-    from snn_reversible_plugin.modules.registry import swap, swapped_class
 
     def make():
         torch.manual_seed(0)
@@ -323,7 +323,7 @@ def test_a_branch_that_leads_back_to_the_stream_keeps_it(device):
     def on_grid(model):
         for block in (model[1], model[2]):
             swap(block, swapped_class(OnGrid, Reads))
-            block.__dict__["_srp_name"] = "a block"
+            NAME.set(block, "a block")
         return model
 
     expected = gradients(on_grid(make()), batch(device))
@@ -344,7 +344,7 @@ def test_an_exception_in_a_block_leaves_nothing_behind(device):
     with srp.reversible(model):
         with pytest.raises(RuntimeError):
             model.blocks(torch.randn(2, 1, 9, 4, 4, device=device))
-        assert not tape.current().overriding
+        assert not tape.current()._rules
     assert tape.current() is None
     equal(
         gradients(model, batch(device)),
@@ -363,7 +363,7 @@ def test_only_what_is_a_sum_is_touched_and_restore_undoes_it(device):
     restored = srp.restore(srp.convert_to_reversible(build("branch + x", device), arithmetic="grid"))
     equal(gradients(build("branch + x", device), x), gradients(restored, x))
     srp.restore(model)
-    assert all(type(block) is Block and "_srp_name" not in block.__dict__ for block in model.blocks)
+    assert all(type(block) is Block and NAME.of(block) is None for block in model.blocks)
 
 
 def test_check_mode_compares_what_is_undone(device):

@@ -712,5 +712,8 @@ class TestConversion:
         with pytest.raises(ValueError, match="no residual block"):
             srp.convert_to_reversible(vgg, blocks=True)
         assert attributes(vgg) == before
-        with pytest.raises(ValueError, match="no spiking neuron"):
+        with (
+            pytest.warns(UserWarning, match="no spiking neuron"),
+            pytest.raises(ValueError, match="no residual block"),
+        ):
             srp.convert_to_reversible(nn.Sequential(nn.Linear(2, 2)), blocks=True)

@@ -1,5 +1,6 @@
 """The grid: exact to undo, idempotent, transparent to gradients."""
 
+import gc
 import math
 import sys
 from fractions import Fraction
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from snn_reversible_plugin import grid
 from snn_reversible_plugin.grid import decays
+from snn_reversible_plugin.grid.range import check_step
 from snn_reversible_plugin.grid.step import reference as steps_torch
 from snn_reversible_plugin.neurons.on_grid.remainders import Remainders
 from snn_reversible_plugin.ops import forms
@@ -80,11 +82,94 @@ def test_a_hundred_thousand_sums_are_undone():
     assert same_bits(x, start)
 
 
-@pytest.mark.parametrize("value", [256.0, -256.0, float("inf"), -float("inf"), float("nan"), 1e30])
-def test_leaving_the_range_names_stream_value_and_remedy(value):
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (256.0, r"reaches 256, .*bits=16.*below 256 .*fewer bits"),
+        (-256.0, r"reaches 256, .*bits=16.*below 256 .*fewer bits"),
+        (1e30, r"reaches 1e\+30, .*bits=16.*below 256 .*fewer bits"),
+        (math.inf, r"is infinite, .*torch\.isinf"),
+        (-math.inf, r"is infinite, .*torch\.isinf"),
+        (math.nan, r"holds NaN, .*torch\.isnan"),
+    ],
+)
+def test_leaving_the_range_names_stream_value_and_remedy(value, said):
     reaches = [grid.reach(torch.tensor([1.0, -2.0])), grid.reach(torch.tensor([0.0, value]))]
-    with pytest.raises(OverflowError, match=r"block 1: x2 reaches .*bits=16.*fewer bits"):
+    with pytest.raises(OverflowError, match=f"block 1: x2 {said}"):
         grid.check_range(["block 0: x1", "block 1: x2"], reaches, 16)
+    with pytest.raises(OverflowError, match=f"block 1: x2 {said}"):
+        grid.watch("block 1: x2", reaches[1], 16)  # no backward runs
+    for number in (float(reaches[1]), reaches[1]):
+        with pytest.raises(OverflowError, match=f"lif {said.replace('fewer bits', 'lower them')}"):
+            check_step(number, "lif", 16, "lower them")
+
+
+class Watching(torch.autograd.Function):
+    """Hands in a reach in its backward, and does there what it is told."""
+
+    @staticmethod
+    def forward(ctx, x, name, value, then):
+        ctx.call = name, value, then
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        name, value, then = ctx.call
+        grid.watch(name, torch.tensor(value), 16)
+        return g if then is None else then(g), None, None, None
+
+
+def _watching(*calls):
+    x = torch.zeros(2, requires_grad=True)
+    y = x
+    for call in reversed(calls):  # the first is the backward's first
+        y = Watching.apply(y, *call)
+    return x, y.sum()
+
+
+def test_a_backward_is_looked_at_once_when_it_is_over(monkeypatch):
+    looks = []
+    check = grid.range._check
+    monkeypatch.setattr(grid.range, "_check", lambda found: (looks.append(len(found)), check(found)))
+    x, loss = _watching(("a", 1.0, None), ("b", 2.0, None))
+    loss.backward()
+    assert looks == [2] and torch.equal(x.grad, torch.ones(2))
+    x, loss = _watching(("a", 1.0, None), ("b", 300.0, None), ("c", math.nan, None))
+    with pytest.raises(OverflowError, match="b reaches 300"):
+        loss.backward()
+    assert looks == [2, 3] and torch.equal(x.grad, torch.ones(2))  # all of it ran
+
+
+def test_a_backward_inside_a_backward_has_its_own_look():
+    def inner(g):
+        with torch.enable_grad():
+            _, loss = _watching(("inner", 300.0, None))
+        with pytest.raises(OverflowError, match="inner reaches 300"):
+            loss.backward()
+        return g
+
+    _, loss = _watching(("outer", 1.0, inner), ("outer", 2.0, None))
+    loss.backward()
+    _, loss = _watching(("outer", 1.0, inner), ("outer", 400.0, None))
+    with pytest.raises(OverflowError, match="outer reaches 400"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_backward_that_broke_off_leaves_no_reach_behind(error):
+    def broken(_g):
+        raise error
+
+    for _ in range(3):
+        _, loss = _watching(("before", 300.0, None), ("broken", 1.0, broken))
+        with pytest.raises(error):
+            loss.backward()
+        del loss
+    gc.collect()
+    assert not list(grid.range._looks.values())
+    _, loss = _watching(("after", 1.0, None))
+    loss.backward()
+    assert not list(grid.range._looks.values())
 
 
 def test_the_last_value_in_range_passes_and_so_does_an_empty_stream():

@@ -7,7 +7,8 @@ from spikingjelly.activation_based import base, functional, neuron, surrogate
 from torch import nn
 
 from snn_reversible_plugin import tape
-from snn_reversible_plugin.modules.registry import reversible_type, swap
+from snn_reversible_plugin.modules.registry import reversible_type
+from snn_reversible_plugin.modules.swap import swap
 from snn_reversible_plugin.spikingjelly import RevIFNode, RevLIFNode, RevParametricLIFNode
 
 REV = {

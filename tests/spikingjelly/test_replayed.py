@@ -14,7 +14,8 @@ from torch import nn
 
 import snn_reversible_plugin as srp
 from snn_reversible_plugin import tape
-from snn_reversible_plugin.modules.registry import StaysStock, SwappedClass, reversible_type
+from snn_reversible_plugin.modules.registry import StaysStock, reversible_type
+from snn_reversible_plugin.modules.swap import SwappedClass
 from snn_reversible_plugin.spikingjelly import register
 from spikingjelly_against_stock import (
     LOSSES,

@@ -20,6 +20,7 @@ from spikingjelly.activation_based.model import (  # noqa: E402
     spiking_vgg,
 )
 
+from snn_reversible_plugin.convert import settings_of  # noqa: E402
 from snn_reversible_plugin.reports.measure import count_step  # noqa: E402
 
 LIF = {"spiking_neuron": neuron.LIFNode, "surrogate_function": surrogate.ATan(), "detach_reset": True}
@@ -155,7 +156,7 @@ def test_spikingjelly_recurrent_cells(kind):
             return self.fc(self.rnn(x_seq)[0])
 
     converted = assert_trains_like_stock(Net, (torch.rand(5, 8, 12),))
-    assert converted._srp_settings.stays_stock
+    assert settings_of(converted).stays_stock
 
 
 @pytest.mark.parametrize("arithmetic", ASSERT_ALIKE)

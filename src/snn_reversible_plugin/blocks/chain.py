@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from snn_reversible_plugin import tape
-from snn_reversible_plugin.blocks.second_run import Half
+from snn_reversible_plugin.blocks.second_run import BranchRun, How
 from snn_reversible_plugin.blocks.undo import Flips, Rebuild, Undo, difference, flipped
-from snn_reversible_plugin.grid import add_snapped, check_bits, check_range, reach, snap
+from snn_reversible_plugin.grid import add_snapped, check_bits, reach, snap, watch
 from snn_reversible_plugin.modules.kinds import load_adapters
 from snn_reversible_plugin.modules.states import Key, fresh_states, state_tensors
 from snn_reversible_plugin.ops.layouts import with_strides
@@ -37,12 +37,12 @@ from snn_reversible_plugin.tape.handles import checksum
 #    its outputs, so that accumulation, DistributedDataParallel, hooks and `torch.autograd.grad` see what
 #    they see of any module.
 # 3. Each rebuilt stream gets the strides of the forward's: a kernel may round by layout.
-# 4. The range is checked on what is rebuilt, at the end (grid, note 3): one wait for the device a chain.
+# 4. The range is checked on what is rebuilt (grid, note 3), when the whole backward is over (grid.range).
 # 5. What the second run reads by reference (parameters, statistics of norms in evaluation) must be
 #    unchanged; version counters say so. They don't see `parameter.data = ...`.
 
 Streams = tuple[Tensor, Tensor]
-HALVES = ("f", "g")
+BRANCHES = ("f", "g")
 
 
 class RevSBlock(nn.Module):
@@ -52,7 +52,7 @@ class RevSBlock(nn.Module):
     :class:`RevSSequence` it keeps nothing.
 
     Args:
-        f, g: branches, any modules that map half a state to a tensor of the same shape.
+        f, g: branches, any modules that map one stream to a tensor of the same shape.
         dim: the dimension that splits into the two streams, 2 for ``[T, N, C, ...]``, 1 for ``[N, C]``.
         bits: of the grid that the streams live on, so that they must stay below 2^(24 - bits); None for
             streams in plain floating point, which drift: for comparison.
@@ -84,13 +84,13 @@ class RevSBlock(nn.Module):
     def extra_repr(self) -> str:
         return f"dim={self.dim}, bits={self.bits}"
 
-    def forward(self, x: Tensor | Streams, half: str | None = None) -> Tensor | Streams:
-        if half is not None:  # a chain undoes a block half by half
-            return getattr(self, half)(x)  # type: ignore[no-any-return]
+    def forward(self, x: Tensor | Streams, branch: str | None = None) -> Tensor | Streams:
+        if branch is not None:  # a chain undoes a block branch by branch
+            return getattr(self, branch)(x)  # type: ignore[no-any-return]
         split = isinstance(x, Tensor)
         x1, x2 = _entered(*_split(x, self.dim, "RevSBlock"), self.bits)
-        halves = [(_where(0, self, name), getattr(self, name)) for name in HALVES]
-        y1, y2 = _plain(halves, x1, x2, self.bits)
+        branches = [(_where(0, self, name), getattr(self, name)) for name in BRANCHES]
+        y1, y2 = _plain(branches, x1, x2, self.bits)
         return torch.cat((y1, y2), self.dim) if split else (y1, y2)
 
 
@@ -174,12 +174,12 @@ class RevSSequence(nn.Module):
                 outs = self._reversibly(blocks, x1, x2, dim if split else None)
                 return outs[0] if split else outs  # type: ignore[return-value]
             # Through the blocks, whose hooks may gather parameters.
-            halves = [
-                (_where(index, block, name), partial(block, half=name))
+            branches = [
+                (_where(index, block, name), partial(block, branch=name))
                 for index, block in enumerate(blocks)
-                for name in HALVES
+                for name in BRANCHES
             ]
-            y1, y2 = _plain(halves, *_entered(x1, x2, blocks[0].bits), blocks[0].bits)
+            y1, y2 = _plain(branches, *_entered(x1, x2, blocks[0].bits), blocks[0].bits)
             return torch.cat((y1, y2), dim) if split else (y1, y2)
 
     def _reversibly(
@@ -211,10 +211,11 @@ class _Run:
         self.chain, self.dim, self.parameters, self.state_keys = chain, dim, parameters, state_keys
         self.bits, self.check = blocks[0].bits, chain.check
         load_adapters()
-        self.halves = [
-            Half(_where(index, block, name), block, name)
+        how = How(chain.mode, observe=chain.check, inspect=chain.check or not chain._inspected)
+        self.branches = [
+            BranchRun(_where(index, block, name), block, name, how)
             for index, block in enumerate(blocks)
-            for name in HALVES
+            for name in BRANCHES
         ]
         self.strides: list[tuple[int, ...]] = []
         self.checksums: list[Tensor] = []
@@ -222,22 +223,22 @@ class _Run:
         self.original: Streams | None = None
 
     def forward(self, x1: Tensor, x2: Tensor) -> tuple[Streams, list[list[Tensor]]]:
-        """Run every half: a and b are the streams, and take turns."""
+        """Run every branch: a and b are the streams, and take turns."""
         a, b = _entered(x1, x2, self.bits)
         if self.check:
             self.original = (a.detach().clone(), b.detach().clone())
         kept = []
         wanted = set(self.state_keys) if self.chain.states == "carry" else set()
         exits: dict[Key, tuple[dict[str, Any], str]] = {}
-        for half in self.halves:
-            half.wanted = set(wanted)
+        for branch in self.branches:
+            branch.wanted = set(wanted)
             self.strides.append(a.stride())
             if self.check:
                 self.checksums.append(checksum(a))
-            a, b = b, _couple(half.name, a, half.first(b, self.check), self.bits)
-            kept.append(half.tensors())
+            a, b = b, _couple(branch.name, a, branch.first(b), self.bits)
+            kept.append(branch.tensors())
             if self.chain.states == "carry":
-                exits.update({(id(table), key): (table, key) for table, key in half.exits()})
+                exits.update({(id(table), key): (table, key) for table, key in branch.exits()})
                 wanted |= set(exits)
         self.strides.append(a.stride())
         self.exits = list(exits.values())
@@ -290,7 +291,7 @@ class _Chain(torch.autograd.Function):
             (a, b), saved = saved[:2], saved[2:]
             g_a, g_b, *g_exits = grads
         else:
-            a, b = (half.clone() for half in saved.pop(0).chunk(2, run.dim))  # the output may go
+            a, b = (stream.clone() for stream in saved.pop(0).chunk(2, run.dim))  # the output may go
             g, *g_exits = grads
             g_a, g_b = (None, None) if g is None else g.chunk(2, run.dim)
         g_states: dict[Key, Tensor] = {
@@ -302,23 +303,21 @@ class _Chain(torch.autograd.Function):
         wanted = {id(p) for p, on in zip(run.parameters, ctx.needs_input_grad[3:], strict=False) if on}
         totals: dict[int, Tensor] = {}
         a = with_strides(a, run.strides[-1])
-        reaches = [reach(a), reach(b)]
+        for name, output in (("first", a), ("second", b)):
+            _watch(run, f"the output's {name} stream", output)
         flips: dict[str, Flips] = {}
-        for index in range(len(run.halves) - 1, -1, -1):
-            half = run.halves[index]
-            # Forward: b = before + snap(half(a)), where `before` and `a` were the streams.
-            parameters = list({id(p): p for p in half.parameters() if id(p) in wanted}.values())
+        for index in range(len(run.branches) - 1, -1, -1):
+            branch = run.branches[index]
+            # Forward: b = before + snap(branch(a)), where `before` and `a` were the streams.
+            parameters = list({id(p): p for p in branch.parameters() if id(p) in wanted}.values())
             # The first two undone are the outputs themselves, if those were a pair.
-            owned = run.dim is not None or index < len(run.halves) - 2
-            undo = Undo(run.strides[index], run.bits, owned, partial(_see, run, index, reaches))
+            owned = run.dim is not None or index < len(run.branches) - 2
+            undo = Undo(run.strides[index], run.bits, owned, partial(_see, run, index))
             if index or run.check:  # nobody reads the chain's first input stream
                 undo.stream = b
             streams = [g_b, g_a]
             del b, g_a
-            g_total, g_parameters, spikes = half.again(
-                a, kept.pop(), parameters, undo, streams, g_states, run.chain.mode,
-                inspect=run.check or not run.chain._inspected, observe=run.check,
-            )  # fmt: skip
+            g_total, g_parameters, spikes = branch.again(a, kept.pop(), parameters, undo, streams, g_states)
             for parameter, g_p in zip(parameters, g_parameters, strict=True):
                 if g_p is not None:
                     total = totals.get(id(parameter))
@@ -326,9 +325,8 @@ class _Chain(torch.autograd.Function):
             a, b = undo.rebuilt, a
             g_a, g_b = g_b, g_total
             if run.check:
-                flips[half.name] = flipped(half.name, half.spikes, spikes)
+                flips[branch.name] = flipped(branch.name, branch.spikes, spikes)
         run.chain._inspected = True
-        _check_reaches(run, reaches)
         if run.original is not None:
             run.chain.last_rebuild = difference((a, b), run.original, flips)
         g_streams = (None if g is None else g.to(ctx.dtype) for g in (g_a, g_b))
@@ -343,10 +341,10 @@ def check_states(states: str) -> None:
 
 
 def _plain(
-    halves: Iterable[tuple[str, Callable[[Tensor], Tensor]]], x1: Tensor, x2: Tensor, bits: int | None
+    branches: Iterable[tuple[str, Callable[[Tensor], Tensor]]], x1: Tensor, x2: Tensor, bits: int | None
 ) -> Streams:
-    for name, half in halves:
-        x1, x2 = x2, _couple(name, x1, half(x2), bits)
+    for name, branch in branches:
+        x1, x2 = x2, _couple(name, x1, branch(x2), bits)
     return x1, x2
 
 
@@ -392,20 +390,17 @@ def _entered(x1: Tensor, x2: Tensor, bits: int | None) -> Streams:
     return (x1.clone(), x2.clone()) if bits is None else (snap(x1, bits), snap(x2, bits))
 
 
-def _see(run: _Run, index: int, reaches: list[Tensor], rebuilt: Tensor) -> None:
-    reaches.append(reach(rebuilt))
+def _watch(run: _Run, name: str, stream: Tensor) -> None:
+    if run.bits is not None:
+        watch(f"RevSSequence: {name}", reach(stream), run.bits)
+
+
+def _see(run: _Run, index: int, rebuilt: Tensor) -> None:
+    _watch(run, f"the stream that {run.branches[index].name} is added to", rebuilt)
     if not run.check or run.bits is None:
         return
     if not torch.equal(checksum(rebuilt), run.checksums[index]):
         raise RuntimeError(
-            f"{run.halves[index].name}: the rebuilt input differs from the forward's. The branch is not "
+            f"{run.branches[index].name}: the rebuilt input differs from the forward's. The branch is not "
             "deterministic, reads something that has changed, or a stream left the grid's range."
         )
-
-
-def _check_reaches(run: _Run, reaches: list[Tensor]) -> None:
-    if run.bits is None:
-        return
-    names = ["the output's first stream", "the output's second stream"]
-    names += [f"the stream that {half.name} is added to" for half in reversed(run.halves)]
-    check_range([f"RevSSequence: {name}" for name in names[: len(reaches)]], reaches, run.bits)

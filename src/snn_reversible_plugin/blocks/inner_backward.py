@@ -25,7 +25,7 @@ from torch import Tensor, nn
 #    returns no gradient for them. Where the chain or the model around it is sharded as a whole, the
 #    parameters are gathered when the chain runs, and there is nothing to do.
 # 3. FSDP takes a module that runs again after its backward for a recomputation of that same backward, and
-#    would neither gather nor reduce for it. The next half of the block, or an earlier call of the chain,
+#    would neither gather nor reduce for it. The next branch of the block, or an earlier call of the chain,
 #    is another run, so the module is set back to where a forward begins.
 
 

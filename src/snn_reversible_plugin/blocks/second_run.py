@@ -1,16 +1,18 @@
-"""A half of a reversible block: one branch, run once without a graph and later again with one.
+"""A branch of a reversible block, run once without a graph and later again with one.
 
 The one idea: the second run has to be the first one again, to the bit. So what a branch reads besides its
 input is written down at the first run and put back for the second: neuron states, random numbers, autocast,
 training flags. What the first run wrote, running statistics and states, the second may not write again.
 
-Source: the two runs of ``torch.utils.checkpoint``; states as in design section 5.
+Source: the two runs of ``torch.utils.checkpoint``; Zhang and Zhang, AAAI 2024 (arXiv 2312.07922), for the
+branches of a reversible spiking block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,12 +27,16 @@ from snn_reversible_plugin.blocks.inner_backward import (
     sharded_parameters,
 )
 from snn_reversible_plugin.blocks.undo import Spikes, observed_spikes
-from snn_reversible_plugin.modules.registry import lean_types, lent_classes
-from snn_reversible_plugin.modules.states import Key, Snapshot, Table, differentiable, put
+from snn_reversible_plugin.modules.as_it_ran import RandomNumbers
+from snn_reversible_plugin.modules.kinds import Table
+from snn_reversible_plugin.modules.registry import lean_types
+from snn_reversible_plugin.modules.states import Key, Snapshot, differentiable, put
+from snn_reversible_plugin.modules.swap import lent_classes
+from snn_reversible_plugin.ops.autocast import Autocast
 
 # NOTE [What makes the second run the first one]
 #
-# 1. A state (`snapshots`) is kept as it was at entry; a fresh neuron's is a number and costs nothing.
+# 1. A state (modules/states.py) is kept as it was at entry; a fresh neuron's is a number and costs nothing.
 # 2. States are inputs and outputs of the chain as far as gradients go. Afterwards modules get back what
 #    they held when the backward began: the user may have moved on.
 # 3. A norm in training writes its running statistics. The second run writes to copies.
@@ -49,40 +55,51 @@ from snn_reversible_plugin.modules.states import Key, Snapshot, Table, different
 SMALL = 1 << 18  # bytes
 
 
-class Half:
+@dataclass(frozen=True)
+class How:
+    """How the branches of a chain run.
+
+    Attributes:
+        mode: of the tape that records the second runs.
+        observe: keep the spikes of both runs, as bits.
+        inspect: in the second run, look for tensors that get a gradient and are no parameters.
+    """
+
+    mode: str = "speed"
+    observe: bool = False
+    inspect: bool = False
+
+
+class BranchRun:
     """One run of a branch: what it read, and how to run it again."""
 
     __slots__ = (
-        "_autocast", "_changed", "_entry", "_lean", "_modes", "_modules", "_rng", "_sharded", "block",
-        "half", "name", "spikes", "wanted",
+        "_autocast", "_block", "_branch", "_changed", "_entry", "_how", "_lean", "_modes", "_modules",
+        "_random", "_sharded", "name", "spikes", "wanted",
     )  # fmt: skip
 
-    def __init__(self, name: str, block: nn.Module, half: str) -> None:
-        self.name, self.block, self.half = name, block, half
-        self._modules = list(getattr(block, half).modules())
+    def __init__(self, name: str, block: nn.Module, branch: str, how: How) -> None:
+        self.name, self._block, self._branch, self._how = name, block, branch, how
+        self._modules = list(getattr(block, branch).modules())
         self._lean = lean_types(self._modules)
         self._sharded = bool(sharded_modules(block))
         self._entry: list[tuple[Table, str, Any]] = []
         self._changed: list[tuple[Table, str]] = []
-        self._rng: list[Tensor] | None = None
+        self._random: RandomNumbers | None = None
         self.wanted: set[Key] = set()  # the entry states that get a gradient
-        self.spikes: Spikes = []
+        self.spikes: Spikes = []  # of the first run
 
-    def first(self, x: Tensor, observe: bool = False) -> Tensor:
-        """Run without a graph. The caller keeps :meth:`tensors`; ``observe`` keeps the spikes, as bits."""
-        before, version, rng = Snapshot(self._modules), x._version, _rng_states(x.device)
+    def first(self, x: Tensor) -> Tensor:
+        """Run without a graph. The caller keeps :meth:`tensors`."""
+        before, version, random = Snapshot(self._modules), x._version, RandomNumbers([x.device])
         self._modes = [module.training for module in self._modules]
-        self._autocast = _autocast_settings(x.device)
+        self._autocast = Autocast(x.device.type)
         # A cast that is cached without a graph would lack it later.
-        with (
-            _autocast(self._autocast, cache=False),
-            lent_classes(self._lean),
-            self._observed(observe) as self.spikes,
-        ):
-            out = self.block(x, half=self.half)
+        with self._autocast.again(cache=False), lent_classes(self._lean), self._observed() as self.spikes:
+            out = self._block(x, branch=self._branch)
         check_output(self.name, out, x, version)
-        if not all(map(torch.equal, rng, _rng_states(x.device))):
-            self._rng = rng
+        if not random.unused():
+            self._random = random
         changes, scratch = before.changes()
         self._changed = [(table, key) for table, key, _ in changes]
         self._entry = changes + scratch
@@ -96,15 +113,14 @@ class Half:
                 if parameter is not None:
                     yield parameter
 
-    def _recording(self, mode: str, x: Tensor) -> Any:
-        if x.numel() * x.element_size() > SMALL:
-            return tape.recording(mode)
+    def _recording(self, x: Tensor) -> Any:
         layers = sum(any(p.dim() > 1 for p in module._parameters.values() if p is not None)
                      for module in self._modules)  # fmt: skip
-        return tape.recording(mode) if layers > 1 else nullcontext()
+        small = x.numel() * x.element_size() <= SMALL
+        return nullcontext() if small and layers <= 1 else tape.recording(self._how.mode)
 
-    def _observed(self, observe: bool) -> Any:
-        return observed_spikes(self._modules) if observe else nullcontext([])
+    def _observed(self) -> Any:
+        return observed_spikes(self._modules) if self._how.observe else nullcontext([])
 
     def tensors(self) -> list[Tensor]:
         """The states at entry that are tensors, to be handed to :meth:`again`."""
@@ -127,9 +143,6 @@ class Half:
         undo: Callable[[Tensor], None],
         streams: list[Tensor | None],
         g_states: dict[Key, Tensor],
-        mode: str = "speed",
-        inspect: bool = False,
-        observe: bool = False,
     ) -> tuple[Tensor | None, list[Tensor | None], Spikes]:
         """Run again, and backward.
 
@@ -141,24 +154,20 @@ class Half:
             streams: the gradients of the output, and what the input has already from the stream; emptied,
                 so that they can go once they are used.
             g_states: gradients of the states; in: at exit, out: at entry.
-            mode: of the tape that records the run.
-            inspect: look for tensors that get a gradient and are no parameters.
-            observe: keep the spikes, as bits.
 
         Returns:
             The input's whole gradient, the parameters' gradients, the spikes.
         """
         leaf = x.detach()
-        managed = sharded_parameters(self.block) if self._sharded else set()
+        managed = sharded_parameters(self._block) if self._sharded else set()
         aliases = {id(p): nn.Parameter(p.detach()) for p in parameters if id(p) not in managed}
-        with ExitStack() as stack:
-            stack.enter_context(_random(self._rng, x.device))
-            entry = stack.enter_context(self._as_it_was(states, aliases))
+        random = nullcontext() if self._random is None else self._random.again()
+        with random, self._as_it_was(states, aliases) as entry:
             outputs, g_outputs = [], []
-            with torch.enable_grad(), _autocast(self._autocast), self._recording(mode, x):
+            with torch.enable_grad(), self._autocast.again(), self._recording(x):
                 leaf.requires_grad_()
-                with lent_classes(self._lean), self._observed(observe) as spikes:
-                    value = self.block(leaf, half=self.half)
+                with lent_classes(self._lean), self._observed() as spikes:
+                    value = self._block(leaf, branch=self._branch)
                 identity = leaf.view_as(leaf)
             for table, key in self.exits():
                 grad = g_states.pop((id(table), key), None)
@@ -174,12 +183,12 @@ class Half:
         if not outputs:
             return None, [None] * len(parameters), spikes
         inputs = [leaf, *aliases.values(), *entry.values()]
-        if inspect and not managed:
+        if self._how.inspect and not managed:
             self._refuse_strangers(value, inputs)
         del value, identity, output, grad
         grads = gradients(outputs, g_outputs, inputs, accumulate=bool(managed))
         if managed:
-            settle(self.block)
+            settle(self._block)
         for state, g in zip(entry, grads[1 + len(aliases) :], strict=True):
             if g is not None:  # a state that the branch only reads has a gradient already
                 g_states[state] = g_states[state] + g if state in g_states else g
@@ -217,9 +226,7 @@ class Half:
             for table, key, value in swapped:
                 table[key] = value
             self._train(modes)
-            for changes in now.changes():
-                for table, key, value in changes:
-                    put(table, key, value)
+            now.put_back()
 
     def _train(self, modes: list[bool]) -> None:
         for module, training in zip(self._modules, modes, strict=True):
@@ -254,50 +261,3 @@ def check_output(name: str, out: Any, x: Tensor, version: int) -> None:
             f"{name} changed its input in place, and the stream still needs it: make its first operation "
             "out of place (inplace=False), or let it work on a clone."
         )
-
-
-def _rng_states(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    if device.type != "cpu":
-        states.append(torch.get_device_module(device).get_rng_state(device))
-    return states
-
-
-def _set_rng_states(states: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if device.type != "cpu":
-        torch.get_device_module(device).set_rng_state(states[1], device)
-
-
-@contextmanager
-def _random(states: list[Tensor] | None, device: torch.device) -> Iterator[None]:
-    if states is None:
-        yield
-        return
-    now = _rng_states(device)
-    _set_rng_states(states, device)
-    try:
-        yield
-    finally:
-        _set_rng_states(now, device)
-
-
-def _autocast_settings(device: torch.device) -> list[tuple[str, bool, torch.dtype, bool]]:
-    return [
-        (
-            kind,
-            torch.is_autocast_enabled(kind),
-            torch.get_autocast_dtype(kind),
-            torch.is_autocast_cache_enabled(),
-        )
-        for kind in dict.fromkeys(("cpu", device.type))
-    ]
-
-
-@contextmanager
-def _autocast(settings: list[tuple[str, bool, torch.dtype, bool]], cache: bool = True) -> Iterator[None]:
-    with ExitStack() as stack:
-        for kind, enabled, dtype, cached in settings:
-            if enabled or torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, dtype, enabled, cached and cache))
-        yield

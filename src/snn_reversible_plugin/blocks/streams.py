@@ -4,24 +4,24 @@ The one idea: x_n = x_{n+1} - branch_n, where the branch is replayed from its sp
 backward needs it. On the dyadic grid that is exact, so of all the copies of a stream that a stage of
 blocks makes the last is held and no other. No second stream, no change of architecture.
 
-Source: design section 5; this package's own. The grid is :mod:`snn_reversible_plugin.grid`.
+Source: this package's own. The grid is :mod:`snn_reversible_plugin.grid`.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 
-from snn_reversible_plugin.grid import check_range, reach
+from snn_reversible_plugin.grid import reach, watch
 from snn_reversible_plugin.ops.layouts import with_strides
 from snn_reversible_plugin.tape.handles import Handle, Replayed
-from snn_reversible_plugin.tape.operators import Kind, Plan, aten, plan_of
+from snn_reversible_plugin.tape.operators import Kind, Operator, aten, operator_of
 from snn_reversible_plugin.tape.origins import enter, look_up, written
-from snn_reversible_plugin.tape.recorder import Tape
+from snn_reversible_plugin.tape.tape import Tape
 
 # NOTE [Undoing a sum]
 #
@@ -40,7 +40,7 @@ from snn_reversible_plugin.tape.recorder import Tape
 #    (grid, note 3), in one wait for the device.
 
 BITS = 16
-SNAP = Plan(Kind.PURE, inplace=True)
+SNAP = Operator(Kind.PURE, inplace=True)
 SUMS = {aten.add.Tensor: False, aten.add_.Tensor: True}  # whether it writes into its first argument
 
 
@@ -61,6 +61,9 @@ class Stream(Replayed):
     @property
     def treatment(self) -> str:  # type: ignore[override]
         return "reversed" if self.anchor is None else self.anchor.treatment
+
+    def relies_on(self) -> Iterable[Handle]:
+        return self.operands() if self.anchor is None else (self.anchor,)
 
     def need(self) -> None:
         super().need()
@@ -186,40 +189,40 @@ class ResidualSums:
     """Runs a block's sums of a stream and a branch on the grid, under a tape, and lets them be undone.
 
     Args:
-        recorder: the tape.
         name: the block's, for errors.
     """
 
-    def __init__(self, recorder: Tape, name: str) -> None:
-        self.recorder, self.name = recorder, name
+    def __init__(self, name: str) -> None:
+        self.name = name
 
-    def start(self, x: torch.Tensor) -> Stream:
+    def start(self, tape: Tape, x: torch.Tensor) -> Stream:
         """Treat a tensor as a residual stream from now on. It has to be on the grid."""
-        recorder, anchor = self.recorder, look_up(x)
-        if recorder.work_limit or not isinstance(anchor, Replayed):
-            anchor = recorder.keep(x, None)
-            anchor.anchored = True
+        anchor = look_up(x)
+        if tape.replays_products or not isinstance(anchor, Replayed):
+            anchor = tape.keep(x)
         stream = Stream(anchor, x.stride(), self.name)
         enter(x, stream)
         return stream
 
-    def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    def __call__(
+        self, tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> torch.Tensor | None:
         """An addition, or None: it is one like any other."""
         at = stream_sum(func, args, kwargs, is_stream)
         if at is None:
             return None
-        recorder, x, before = self.recorder, args[at], look_up(args[at])
+        x, before = args[at], look_up(args[at])
         branch = snapped(args[1 - at])
-        recipe = recorder.recipe(snap_again, SNAP, (args[1 - at],), {}, [branch])
-        recorder.enter_recipe(branch, recipe)
+        tape.record(snap_again, SNAP, (args[1 - at],), {}, branch)
+        recipe = look_up(branch)
         total = x + branch
-        recorder.record(aten.add.Tensor, plan_of(aten.add.Tensor), (x, branch), {}, total)
-        after = self.start(total)
-        if recorder.work_limit and recipe is not None and not leads_to_a_stream(recipe):
+        tape.record(aten.add.Tensor, operator_of(aten.add.Tensor), (x, branch), {}, total)
+        after = self.start(tape, total)
+        if tape.replays_products and recipe is not None and not leads_to_a_stream(recipe):
             before.undo(after, recipe)
         if not SUMS[func]:
             return total  # type: ignore[no-any-return]
-        recorder.before_write(args[0])
+        tape.before_write(args[0])
         args[0].copy_(total)
         enter(args[0], after)
         written(args[0])
@@ -286,20 +289,5 @@ def _down_to_work(handle: Handle) -> Iterator[Replayed]:
         handle = below[0]
 
 
-_reaches: dict[int, list[tuple[str, torch.Tensor]]] = {}
-
-
 def _watch(where: str | None, stream: torch.Tensor) -> None:
-    task = torch._C._current_graph_task_id()
-    if task not in _reaches:
-        _reaches[task] = []
-        if task != -1:
-            torch.autograd.Variable._execution_engine.queue_callback(lambda: _check(task))  # type: ignore[attr-defined]
-    _reaches[task].append((where or "a residual stream", reach(stream)))
-    if task == -1:
-        _check(task)
-
-
-def _check(task: int) -> None:
-    found = _reaches.pop(task)
-    check_range([name for name, _ in found], [value for _, value in found], BITS)
+    watch(where or "a residual stream", reach(stream), BITS)

@@ -1,8 +1,8 @@
 """Residual blocks of a stock network whose stream is on the grid, so that it can be undone.
 
 The one idea: the block runs its own forward; only its sums, stream plus branch, are computed on the
-grid, under a tape (which then undoes them, :mod:`.blocks.streams`) as without one. Source:
-design section 5.
+grid, under a tape (which then undoes them, :mod:`.blocks.streams`) as without one. Source: this
+package's own.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from snn_reversible_plugin import tape
 from snn_reversible_plugin.blocks.residual import find_branches
 from snn_reversible_plugin.blocks.streams import BITS, SUMS, ResidualSums, is_stream, snapped, stream_sum
 from snn_reversible_plugin.grid import snap
 from snn_reversible_plugin.modules.kinds import is_spiking
-from snn_reversible_plugin.modules.registry import StaysStock, SwappedClass
+from snn_reversible_plugin.modules.registry import StaysStock
+from snn_reversible_plugin.modules.swap import NAME, SwappedClass
+from snn_reversible_plugin.tape import current
 
 
 def carries_a_membrane(block: nn.Module) -> bool:
@@ -66,7 +67,8 @@ class OnGrid(SwappedClass):
             or torch._C._functorch.peek_interpreter_stack() is not None
         ):
             return super().__call__(x, *args, **kwargs)  # type: ignore[misc]
-        with _on_grid(self.__dict__.get("_srp_name", type(self).__name__), x) as stream:
+        name = NAME.of(self) or type(self).__name__  # type: ignore[arg-type]
+        with _on_grid(name, x) as stream:
             return super().__call__(stream, *args, **kwargs)  # type: ignore[misc]
 
 
@@ -78,22 +80,19 @@ def _autocasts(x: Tensor) -> bool:
 
 @contextmanager
 def _on_grid(name: str, x: Tensor) -> Iterator[Tensor]:
-    recorder = tape.current()
-    if recorder is None:
+    tape = current()
+    if tape is None:
         x = snap(x, BITS)
         with _Sums(x):
             yield x
         return
-    sums = ResidualSums(recorder, name)
-    outer, recorder.overriding = recorder.overriding, recorder.overriding | dict.fromkeys(SUMS, sums)
-    try:
+    sums = ResidualSums(name)
+    with tape.overriding(dict.fromkeys(SUMS, sums)):
         if not is_stream(x):
             x = snap(x, BITS)
             with tape.paused():
-                sums.start(x)
+                sums.start(tape, x)
         yield x
-    finally:
-        recorder.overriding = outer
 
 
 class _Sums(TorchDispatchMode):

@@ -3,7 +3,7 @@
 The one idea: consecutive residual branches are paired as F and G of two full-width streams; the stream
 enters both, and their mean leaves. A plan is made first, as data, and is all that a dry run makes.
 
-Source: design section 5; Gomez et al., "The Reversible Residual Network", NeurIPS 2017, for two streams in
+Source: Gomez et al., "The Reversible Residual Network", NeurIPS 2017, for two streams in
 place of one; Zhang and Zhang, AAAI 2024 (arXiv 2312.07922), for spiking branches.
 """
 
@@ -18,11 +18,18 @@ from torch import nn
 
 from snn_reversible_plugin.blocks.chain import check_states
 from snn_reversible_plugin.blocks.residual import NO_SHORTCUT, Matcher, consecutive_lists, find_branches
-from snn_reversible_plugin.blocks.wrapped import Branch, WrappedChain, wrapped_chain, wrapped_chains
+from snn_reversible_plugin.blocks.wrapped import (
+    Branch,
+    WrappedChain,
+    without_wrapping,
+    wrapped_chain,
+    wrapped_chains,
+)
 from snn_reversible_plugin.grid import check_bits
 from snn_reversible_plugin.modules.checks import check_model, skipped_modules
 from snn_reversible_plugin.modules.kinds import is_spiking
-from snn_reversible_plugin.modules.registry import StaysStock, stock_classes
+from snn_reversible_plugin.modules.registry import StaysStock
+from snn_reversible_plugin.modules.swap import stock_classes
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -143,46 +150,6 @@ def wrap_residual_blocks(
         >>> report.blocks[2].name, report.blocks[2].why
         ('layer2.0', 'its shortcut is not the identity: it changes the shape')
     """
-    return wrap(
-        model,
-        dry_run=dry_run,
-        matcher=matcher,
-        bits=bits,
-        states=states,
-        skip=skip,
-        consecutive=consecutive,
-    )
-
-
-def unwrap_residual_blocks(model: M) -> M:
-    """Undo :func:`wrap_residual_blocks`, in place: the stock blocks with the parameters as they are now.
-
-    Example:
-        >>> import snn_reversible_plugin as srp
-        >>> from spikingjelly.activation_based import neuron
-        >>> from spikingjelly.activation_based.model import sew_resnet
-        >>> model = sew_resnet.sew_resnet18(cnf="ADD", spiking_neuron=neuron.IFNode, step_mode="m")
-        >>> _ = srp.wrap_residual_blocks(model)
-        >>> type(srp.unwrap_residual_blocks(model).layer1[0]) is sew_resnet.BasicBlock
-        True
-    """
-    for chain in wrapped_chains(model):
-        chain.remove()
-    return model
-
-
-def wrap(
-    model: nn.Module,
-    *,
-    dry_run: bool = False,
-    matcher: Matcher | None = None,
-    bits: int = 16,
-    states: str = "carry",
-    skip: Sequence[str | type[nn.Module]] = (),
-    consecutive: Sequence[str] = (),
-    by_conversion: bool = False,
-) -> SurgeryReport:
-    """:func:`wrap_residual_blocks`; ``by_conversion`` lets ``restore`` undo it."""
     check_model(model)
     check_bits(bits)
     check_states(states)
@@ -202,7 +169,33 @@ def wrap(
             "your own a method residual_branches, or wrap_residual_blocks a matcher."
         )
     for run in runs:
-        WrappedChain(run.blocks, run.branches, bits, states, by_conversion).install()
+        WrappedChain(run.blocks, run.branches, bits, states).install()
+    return report
+
+
+def unwrap_residual_blocks(model: M) -> M:
+    """Undo :func:`wrap_residual_blocks`, in place: the stock blocks with the parameters as they are now.
+
+    Example:
+        >>> import snn_reversible_plugin as srp
+        >>> from spikingjelly.activation_based import neuron
+        >>> from spikingjelly.activation_based.model import sew_resnet
+        >>> model = sew_resnet.sew_resnet18(cnf="ADD", spiking_neuron=neuron.IFNode, step_mode="m")
+        >>> _ = srp.wrap_residual_blocks(model)
+        >>> type(srp.unwrap_residual_blocks(model).layer1[0]) is sew_resnet.BasicBlock
+        True
+    """
+    for chain in wrapped_chains(model):
+        chain.remove()
+    return model
+
+
+def wrap_by_conversion(model: nn.Module, skip: Sequence[str | type[nn.Module]]) -> SurgeryReport:
+    """:func:`wrap_residual_blocks`, to be undone by ``restore``."""
+    present = set(map(id, wrapped_chains(model)))
+    report = wrap_residual_blocks(model, skip=skip)
+    for chain in wrapped_chains(model):
+        chain.by_conversion |= id(chain) not in present
     return report
 
 
@@ -314,7 +307,8 @@ class _Plan:
             yield _Run(blocks, [branch for c in row[start:stop] for branch in c.branches])
 
     def _decide(self, block: nn.Module, outcome: str, why: str) -> None:
-        self.found[block] = BlockReport(self.names[block] or "model", _stock_name(block), outcome, why)
+        kind = without_wrapping(type(block)).__name__
+        self.found[block] = BlockReport(self.names[block] or "model", kind, outcome, why)
         if outcome == "wrapped":
             self.within_wrapped.update(block.modules())
 
@@ -332,11 +326,6 @@ def _composite(module: nn.Module) -> bool:
 
 def _pairs(branches: Sequence[Branch]) -> Iterator[tuple[Branch, Branch]]:
     return zip(branches[::2], branches[1::2], strict=True)
-
-
-def _stock_name(module: nn.Module) -> str:
-    halves = type(module).__dict__.get("_srp_halves")
-    return type(module).__name__ if halves is None else halves[1].__name__
 
 
 def _named_lists(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:

@@ -2,7 +2,7 @@
 
 The one idea: the difference takes the place of the stream, so that undoing a block allocates next to
 nothing; and what went wrong, if anything, is counted in the field's own unit, spikes that flipped.
-Source: design section 5.
+Source: Zhang and Zhang, AAAI 2024 (arXiv 2312.07922), whose rebuild drifts in floating point.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from snn_reversible_plugin import ops, tape
 from snn_reversible_plugin.grid import sub_snapped_
-from snn_reversible_plugin.modules.kinds import is_spiking
+from snn_reversible_plugin.modules.kinds import is_spiking, spikes_of
 from snn_reversible_plugin.ops.layouts import is_dense, with_strides
 
 Spikes = list[tuple[Tensor, int]]  # of each call of a neuron: its spikes as bits, and how many there are
@@ -103,8 +103,8 @@ def observed_spikes(modules: Iterable[nn.Module]) -> Iterator[Spikes]:
     """The spikes of every neuron among the modules, of both frameworks, in the order of the calls."""
     found: Spikes = []
 
-    def hook(_neuron: nn.Module, _inputs: Any, output: Any) -> None:
-        spikes = output if isinstance(output, Tensor) else output[0]
+    def hook(neuron: nn.Module, _inputs: Any, output: Any) -> None:
+        spikes = spikes_of(neuron, output)
         with tape.paused(), torch.no_grad():
             found.append((ops.pack_bits(spikes.detach().reshape(-1)), spikes.numel()))
 

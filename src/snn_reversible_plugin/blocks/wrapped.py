@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from snn_reversible_plugin.blocks.chain import RevSBlock, RevSSequence
-from snn_reversible_plugin.modules.registry import SwappedClass, swap, swapped_class
+from snn_reversible_plugin.modules.swap import WRAPPED_CHAIN, SwappedClass, swap, swapped_class, without
 
 # NOTE [A chain that runs inside its first block]
 #
@@ -32,8 +32,6 @@ from snn_reversible_plugin.modules.registry import SwappedClass, swap, swapped_c
 #    pass warns of it.
 # 3. The chain holds submodules that it was given once. A submodule that was replaced since would be run in
 #    its old form, so the blocks' modules are compared before each run.
-
-_ATTRIBUTE = "_srp_wrapped_chain"
 
 
 class Branch(nn.Sequential):
@@ -87,14 +85,14 @@ class WrappedChain:
     def install(self) -> None:
         """Let the blocks run as the chain."""
         for block in self.blocks:
-            block.__dict__[_ATTRIBUTE] = self
+            WRAPPED_CHAIN.set(block, self)
             swap(block, swapped_class(Wrapped, type(block)))
 
     def remove(self) -> None:
         """Let the blocks run as themselves again."""
         for block in self.blocks:
-            del block.__dict__[_ATTRIBUTE]
-            block.__class__ = _without_wrapping(type(block))
+            WRAPPED_CHAIN.clear(block)
+            block.__class__ = without_wrapping(type(block))
 
     def branches(self) -> list[Branch]:
         """F and G of each pair in turn."""
@@ -186,12 +184,14 @@ class Wrapped(SwappedClass):
     is_architecture = True
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.__dict__[_ATTRIBUTE].run(self, x)  # type: ignore[no-any-return]
+        chain = wrapped_chain(self)  # type: ignore[arg-type]
+        assert chain is not None
+        return chain.run(self, x)  # type: ignore[arg-type]
 
 
 def wrapped_chain(module: nn.Module) -> WrappedChain | None:
     """The chain that a block belongs to."""
-    return module.__dict__.get(_ATTRIBUTE)
+    return WRAPPED_CHAIN.of(module)
 
 
 def wrapped_chains(model: nn.Module) -> list[WrappedChain]:
@@ -221,6 +221,6 @@ def run_plainly(model: nn.Module) -> Iterator[None]:
             chain.reversible = reversible
 
 
-def _without_wrapping(cls: type[nn.Module]) -> type[nn.Module]:
-    mixin, base = cls._srp_halves  # type: ignore[attr-defined]
-    return base if mixin is Wrapped else swapped_class(mixin, _without_wrapping(base))  # type: ignore[no-any-return]
+def without_wrapping(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class of a block that runs as itself."""
+    return without(cls, lambda mixin: mixin is Wrapped)

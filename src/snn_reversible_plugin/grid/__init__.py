@@ -3,16 +3,15 @@
 from snn_reversible_plugin.grid.numbers import (
     add_snapped,
     check_bits,
-    check_range,
     decay,
     limit,
-    reach,
     remainder,
     snap,
     stream_dtype,
     sub_snapped_,
     undecay,
 )
+from snn_reversible_plugin.grid.range import check_range, reach, watch
 
 __all__ = [
     "add_snapped",
@@ -26,4 +25,5 @@ __all__ = [
     "stream_dtype",
     "sub_snapped_",
     "undecay",
+    "watch",
 ]

@@ -1,7 +1,7 @@
 """What undoing ``v = floor(beta * u + 1/2)`` on integers needs to know of beta.
 
 The one idea: beta is a float32 and u an integer below 2^24, so their product fits a float64 exactly, and
-whether a value has one preimage or several can be decided without a doubt. Source: design section 2;
+whether a value has one preimage or several can be decided without a doubt. Source:
 MacKay et al., "Reversible Recurrent Neural Networks", NeurIPS 2018.
 """
 

@@ -2,15 +2,14 @@
 
 The one idea: multiples of 2^-bits below 2^(24 - bits) are integers in disguise. Float32 holds every one of
 them, so their sums and differences are exact, and ``(x + s) - s`` is ``x`` bit for bit. Pure functions; how
-far a stream reaches is collected on its device and looked at once, when somebody asks.
+far values reach is :mod:`.grid.range`'s to watch.
 
-Source: design section 2; fixed-point reversibility as in MacKay et al., "Reversible Recurrent Neural
+Source: fixed-point reversibility as in MacKay et al., "Reversible Recurrent Neural
 Networks", NeurIPS 2018, and Maclaurin et al., ICML 2015, without their integer arithmetic.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,7 +28,6 @@ from snn_reversible_plugin.grid.decays import MARGIN
 # 4. A sum that cancels is +0, so a stream may not hold -0: `snap` makes none. NaN and infinity are out
 #    of range.
 
-_REMEDY = "Use fewer bits (each one less doubles the range), or normalize the branches."
 _PRECISION = {torch.float32: 24, torch.float64: 53}
 
 
@@ -176,41 +174,3 @@ def check_bits(bits: int, dtype: torch.dtype = torch.float32) -> None:
         raise ValueError(
             f"bits must be an integer from 0 to {_PRECISION[dtype] - 1} for {dtype}, not {bits!r}"
         )
-
-
-def reach(stream: Tensor) -> Tensor:
-    """The largest magnitude in a stream, on its device, without waiting for it; NaN if it holds one."""
-    if stream.numel() == 0:
-        return stream.new_zeros(())
-    low, high = torch.aminmax(stream.detach())
-    return torch.maximum(low.neg_(), high)
-
-
-def check_range(names: Sequence[str], reaches: Sequence[Tensor], bits: int, remedy: str = _REMEDY) -> None:
-    """Raise if a stream left the range in which the grid is exact. Waits for the device, once.
-
-    Args:
-        names: what each stream is, for the error.
-        reaches: what :func:`reach` returned for each.
-        bits: the grid's.
-        remedy: the error's last sentence.
-
-    Raises:
-        OverflowError: naming the first stream that left, its magnitude, and what to do.
-
-    Example:
-        >>> import torch
-        >>> check_range(["block 3: x1"], [reach(torch.tensor([300.0]))], bits=16)
-        Traceback (most recent call last):
-        ...
-        OverflowError: block 3: x1 reaches 300, and with bits=16 a grid is exact below 256 ...
-    """
-    if not reaches:
-        return
-    bound = limit(bits, reaches[0].dtype)
-    for name, value in zip(names, torch.stack(list(reaches)).tolist(), strict=True):
-        if not value < bound:
-            raise OverflowError(
-                f"{name} reaches {value:g}, and with bits={bits} a grid is exact below {bound:g} only: "
-                f"what came before it can't be rebuilt. {remedy}"
-            )

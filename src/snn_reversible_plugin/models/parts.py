@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snn_reversible_plugin.modules.kinds import is_spiking
+from snn_reversible_plugin.modules.kinds import framework_of, is_spiking
 
 Neuron = str | Callable[[], nn.Module]
 SPIKINGJELLY = {"if": "IFNode", "lif": "LIFNode", "plif": "ParametricLIFNode"}
@@ -76,8 +76,8 @@ def _framework(extra: str, package: str) -> Callable[[str], Any]:
 
 
 def _over_steps(neuron: nn.Module) -> nn.Module:
-    home = {cls.__module__.partition(".")[0] for cls in type(neuron).__mro__}
-    return EachStep(neuron) if is_spiking(neuron) and "snntorch" in home else neuron
+    framework = framework_of(neuron) if is_spiking(neuron) else None
+    return neuron if framework is None or framework.has_step_modes else EachStep(neuron)
 
 
 class EachStep(nn.Module):

@@ -1,54 +1,88 @@
-"""Running a model as if it had not run: buffers, neuron states, gradients and random numbers put back."""
+"""Running something as it ran, or as if it had not run.
+
+The one idea: whatever a run reads besides its input and its parameters is written down before, and put
+back: random numbers here, tables in :mod:`.states`, autocast in :mod:`...ops.autocast`. Source:
+``torch.utils.checkpoint``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from snn_reversible_plugin.modules.states import OF_TORCH, Contents, Snapshot, cut_inside, tables_of
+
+
+class RandomNumbers:
+    """The states of the random number generators at the time it is made: the CPU's, and some devices'.
+
+    Example:
+        >>> first = RandomNumbers()
+        >>> drawn = torch.rand(2)
+        >>> with first.again():
+        ...     torch.equal(torch.rand(2), drawn)
+        True
+        >>> first.unused()
+        False
+    """
+
+    __slots__ = ("_devices", "_states")
+
+    def __init__(self, devices: Iterable[torch.device] = ()) -> None:
+        self._devices = sorted(
+            {device for device in devices if device.type not in ("cpu", "meta")}, key=str
+        )
+        self._states = self._read()
+
+    def unused(self) -> bool:
+        """Whether no generator has moved on since."""
+        return all(map(torch.equal, self._states, self._read()))
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Context manager: the same numbers are drawn; afterwards generators go on from where they were."""
+        now = self._read()
+        self._set(self._states)
+        try:
+            yield
+        finally:
+            self._set(now)
+
+    def _read(self) -> list[Tensor]:
+        of_devices = (torch.get_device_module(device).get_rng_state(device) for device in self._devices)
+        return [torch.get_rng_state(), *of_devices]
+
+    def _set(self, states: list[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        for device, state in zip(self._devices, states[1:], strict=True):
+            torch.get_device_module(device).set_rng_state(state, device)
 
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Context manager: on leaving, the model is as it was on entering.
 
-    Inside, states that carry a graph are cut from it: it may have been freed by a backward.
-    Put back are buffers, tensors among the attributes, SpikingJelly's ``_memories``, gradients, and the
-    random number generators. Parameters are taken to be only read.
+    Inside, states that carry a graph are cut from it: it may have been freed by a backward. Put back are
+    buffers, attributes, lists and dictionaries among them, neuron states, gradients, and the random
+    number generators. Parameters are taken to be only read.
     """
-    saved: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    before = Snapshot(model.modules(), buffers=True)
+    contents = Contents(model.modules(), tensors=True)
     for module in model.modules():
-        tables = [module._buffers, module.__dict__]
-        if isinstance(module.__dict__.get("_memories"), dict):
-            tables.append(module.__dict__["_memories"])
-        for table in tables:
-            saved.append((table, {key: _copied(value) for key, value in table.items()}))
-            for key, value in table.items():
-                if isinstance(value, torch.Tensor) and value.grad_fn is not None:
-                    table[key] = value.detach()
+        for table in tables_of(module):
+            for key in [key for key in table if key not in OF_TORCH]:
+                cut_inside(table, key)
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    devices = {p.device for p in model.parameters() if p.is_cuda}
     for parameter, _ in gradients:
         parameter.grad = None
     try:
-        with torch.random.fork_rng(devices=sorted(devices, key=str)):
+        with RandomNumbers(parameter.device for parameter, _ in gradients).again():
             yield
     finally:
-        for table, values in saved:
-            for key in [key for key in table if key not in values]:
-                del table[key]
-            for key, (original, copy) in values.items():
-                if copy is not None and not torch.equal(original.detach(), copy):
-                    with torch.no_grad():
-                        original.copy_(copy)
-                table[key] = original
+        before.put_back()
+        contents.put_back()
         for parameter, gradient in gradients:
             parameter.grad = gradient
-
-
-def _copied(value: Any) -> tuple[Any, torch.Tensor | None]:
-    if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
-        return value, value.detach().clone()
-    return value, None

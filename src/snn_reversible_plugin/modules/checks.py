@@ -13,13 +13,14 @@ def check_model(model: Any) -> None:
     """Refuse what the tape can't record."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected an nn.Module, not {type(model).__name__}")
+    # A part that is scripted is ordinary autograd to the tape.
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            f"{type(model).__name__} is a scripted module: the tape works on eager operations. Convert the "
+            "Python model it was scripted from."
+        )
     for name, module in model.named_modules():
         where = repr(name) if name else type(model).__name__
-        if isinstance(module, torch.jit.ScriptModule):
-            raise TypeError(
-                f"{where} is a scripted module: the tape works on eager operations. Convert the Python "
-                "model it was scripted from."
-            )
         if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
             raise TypeError(
                 f"{where} is compiled: the tape works on eager operations. Convert the model without "

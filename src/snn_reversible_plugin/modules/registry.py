@@ -1,19 +1,20 @@
 """Which reversible type stands in for which stock neuron.
 
-The one idea: the converter knows no framework. Adapters put their neuron types here, the converter
-asks here, and a neuron that nobody answers for stays stock. Conversion swaps an instance's class, so
-a reversible type has to subclass the stock type of the instance it takes over and may add no state
-of its own.
+The one idea: the converter knows no framework. Adapters put their neuron types here, a row a type, the
+converter asks here, and a neuron that nobody answers for stays stock. Conversion swaps an instance's class,
+so a reversible type has to subclass the stock type of the instance it takes over and may add no state
+of its own. Source: the configs of ``torchao.quantization.quantize_``, a registry from type to handler.
 """
 
 from __future__ import annotations
 
-import copyreg
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import nn
+
+from snn_reversible_plugin.modules.swap import Lent, SwappedClass
 
 Chooser = Callable[[nn.Module], type[nn.Module]]
 T = TypeVar("T", bound="type[nn.Module] | Chooser")
@@ -25,6 +26,53 @@ _reversible: set[type[nn.Module]] = set()
 
 class StaysStock(Exception):
     """Raised by an adapter for a neuron that it can't make reversible; the text says why."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What an adapter knows of one neuron type.
+
+    Attributes:
+        name: of the class in its framework's namespace.
+        equations: what the adapter's own step or sequence takes; None where only stock's code knows.
+        stays: why neurons of this type, and of types derived from it, stay stock; empty where they don't.
+        fires: the first output is the surrogate's, untouched: zeros and ones, if those are what it gives.
+        graded: outputs are whole numbers, signed, or values: known not to be spikes.
+        pointwise: every element goes its own way, nothing is learned, states have the input's shape.
+        exponential: its own equation has an exponential, whose last bit may hang on the chunk it is in.
+        family: the row also answers for types derived from this one that have no row.
+        on_grid: its step is written for the grid.
+    """
+
+    name: str
+    equations: Any = None
+    stays: str = ""
+    fires: bool = False
+    graded: bool = False
+    pointwise: bool = False
+    exponential: bool = False
+    family: bool = False
+    on_grid: bool = False
+
+
+def rows_of(namespace: Any, rows: Iterable[Row]) -> dict[type[nn.Module], Row]:
+    """The rows by class. Releases differ in what they have: a row without a class is left out.
+
+    Example:
+        >>> list(rows_of(nn, [Row("ReLU", fires=True), Row("NotYetThere")]))
+        [<class 'torch.nn.modules.activation.ReLU'>]
+    """
+    found = ((getattr(namespace, row.name, None), row) for row in rows)
+    return {cls: row for cls, row in found if isinstance(cls, type)}
+
+
+def stays_stock(why: str) -> Chooser:
+    """The answer for types that stay stock, for :func:`register_reversible`."""
+
+    def refuse(_module: nn.Module) -> type[nn.Module]:
+        raise StaysStock(why)
+
+    return refuse
 
 
 def register_reversible(stock_type: type[nn.Module], *, subclasses: bool = False) -> Callable[[T], T]:
@@ -124,127 +172,18 @@ def reversible_type(module: nn.Module) -> type[nn.Module] | None:
     return None
 
 
-class SwappedClass:
-    """Mixin of classes made at run time to stand in front of a stock class.
-
-    Such a class can't be found by name, so pickling and ``copy.deepcopy`` go through
-    :func:`swapped_class`, which makes it again from its two halves. Where ``is_architecture`` is true, the
-    class is what the network computes, and going back to stock keeps it.
-    """
-
-    is_architecture = False
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced = super().__reduce_ex__(protocol)
-        cls = type(self)
-        if reduced[0] is copyreg.__newobj__ and reduced[1][0] is cls:  # type: ignore[attr-defined]
-            mixin, stock_type = cls._srp_halves
-            return (_new_swapped, (mixin, stock_type, *reduced[1][1:]), *reduced[2:])
-        return reduced
-
-
-_swapped: dict[tuple[type, type], type[nn.Module]] = {}
-
-
-def swapped_class(mixin: type, stock_type: type[nn.Module]) -> type[nn.Module]:
-    """The class ``mixin`` in front of ``stock_type``, made once for each pair."""
-    halves = (mixin, stock_type)
-    if halves not in _swapped:
-        _swapped[halves] = type(
-            f"{mixin.__name__}{stock_type.__name__}",
-            (mixin, stock_type),
-            {"_srp_halves": (mixin, stock_type), "__module__": mixin.__module__},
-        )
-    return _swapped[halves]
-
-
-# A class made by swapped_class says itself what it stands in front of. A public neuron type looks the
-# same whether the user or the converter chose it, so there the instance carries a mark.
-_MARK = "_srp_stock_type"
-
-
-def marked_stock_type(module: nn.Module) -> type[nn.Module] | None:
-    """The stock class that an instance of a public reversible type was converted from."""
-    return module.__dict__.get(_MARK)
-
-
-def mark_stock_type(module: nn.Module, stock_type: type[nn.Module] | None) -> None:
-    """Set or clear that mark."""
-    module.__dict__.pop(_MARK, None)
-    if stock_type is not None:
-        module.__dict__[_MARK] = stock_type
-
-
-def swap(module: nn.Module, target: type[nn.Module]) -> None:
-    """Let ``target`` stand in for the class of a live instance."""
-    if "_srp_halves" not in target.__dict__:
-        mark_stock_type(module, type(module))
-    module.__class__ = target
-
-
-def unswap(module: nn.Module) -> None:
-    """Give an instance its stock class back, through however many swaps."""
-    while True:
-        stock_type = _unswapped(type(module))
-        if stock_type is not type(module):
-            module.__class__ = stock_type
-        elif (marked := marked_stock_type(module)) is not None:
-            module.__class__ = marked
-            mark_stock_type(module, None)
-        else:
-            return
-
-
-def _unswapped(cls: type[nn.Module]) -> type[nn.Module]:
-    halves = cls.__dict__.get("_srp_halves")
-    if halves is None:
-        return cls
-    mixin, stock_type = halves
-    return swapped_class(mixin, _unswapped(stock_type)) if mixin.is_architecture else _unswapped(stock_type)
-
-
-@contextmanager
-def stock_classes(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, these instances have their stock classes."""
-    classes = [(module, type(module), marked_stock_type(module)) for module in modules]
-    for module, _, _ in classes:
-        unswap(module)
-    try:
-        yield
-    finally:
-        for module, cls, marked in classes:
-            module.__class__ = cls
-            mark_stock_type(module, marked)
-
-
-Lent = tuple[nn.Module, type[nn.Module], type[nn.Module]]  # an instance, its class, and another one
-
-
 def lean_types(modules: Iterable[nn.Module]) -> list[Lent]:
-    """The stock neurons among the modules that have a type with an analytic backward, and that type."""
-    lean: list[Lent] = []
+    """The stock neurons among the modules that have a lean type, and that type.
+
+    A reversible type is lean (its attribute ``lean`` is true) if it has a backward of its own and computes
+    what the stock type does, bit for bit, with or without a tape: it may stand in for a while, unasked.
+    """
+    lent: list[Lent] = []
     for module in modules:
         try:
             target = reversible_type(module)
         except StaysStock:
             continue
-        if target not in (None, type(module)) and getattr(target, "treatment", None) == "analytic":
-            lean.append((module, type(module), target))  # type: ignore[arg-type]
-    return lean
-
-
-@contextmanager
-def lent_classes(swaps: Iterable[Lent]) -> Iterator[None]:
-    """Inside, these instances have another class."""
-    try:
-        for module, _, target in swaps:
-            module.__class__ = target
-        yield
-    finally:
-        for module, stock_type, _ in swaps:
-            module.__class__ = stock_type
-
-
-def _new_swapped(mixin: type, stock_type: type[nn.Module], *args: Any) -> nn.Module:
-    cls = swapped_class(mixin, stock_type)
-    return cls.__new__(cls, *args)
+        if target not in (None, type(module)) and getattr(target, "lean", False):
+            lent.append(Lent(module, type(module), target))  # type: ignore[arg-type]
+    return lent

@@ -1,7 +1,8 @@
-"""What modules hold besides parameters: neuron states, and whatever else a run may change.
+"""What modules hold besides parameters, above all states: found, copied, put back, cut from a graph.
 
 The one idea: a state is found by comparing. Copies of the modules' tables before a run and the tables after
-it tell what the run replaced, without a list of names. Source: design section 5.
+it tell what the run replaced, without a list of names. Source: the state tables of SpikingJelly's
+``MemoryModule`` and snnTorch's buffers (:mod:`.kinds`).
 """
 
 from __future__ import annotations
@@ -11,39 +12,64 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from snn_reversible_plugin.modules.kinds import is_spiking
+from snn_reversible_plugin.modules.kinds import (
+    Table,
+    framework_of,
+    is_neuron,
+    is_spiking,
+)
 
 # NOTE [Which tables]
 #
-# 1. A state is what SpikingJelly's `_memories` and the buffers of snnTorch's neurons hold, and any
-#    tensor or number among a module's attributes that is another object after the run (a user's
-#    `self.v`).
+# 1. A state is what the framework's table of states holds, and any tensor or number among a module's
+#    attributes that is another object after the run (a user's `self.v`).
 # 2. A neuron's other attributes are scratch: nothing in there is read by its next step.
+# 3. Other modules' buffers are statistics. A run as it was writes to copies of them (a branch that runs
+#    again) or puts them back, if they are asked for.
 
 Key = tuple[int, str]
-Table = dict[str, Any]
 Change = tuple[Table, str, Any]  # where, and the value then
 MISSING: Any = object()
+OF_TORCH = frozenset(nn.Module().__dict__)  # attributes that every module has
 _STATE = (Tensor, int, float, type(None))
 
 
+def states_of(module: nn.Module) -> Table | None:
+    """The table in which a module of a known framework keeps its states; None if it keeps none."""
+    framework = framework_of(module)
+    return None if framework is None else framework.states_of(module)
+
+
+def holds_states(module: nn.Module) -> bool:
+    """Whether a module is a neuron, or another of a framework's modules with states."""
+    return is_neuron(module) or states_of(module) is not None
+
+
+def tables_of(module: nn.Module) -> list[Table]:
+    """Where a module holds what is no parameter and no module."""
+    states = states_of(module)
+    tables = [module._buffers, module.__dict__]
+    return tables if states is None or states is module._buffers else [*tables, states]
+
+
 class Snapshot:
-    """Tables of modules as they are now."""
+    """Tables of modules as they are now; with ``buffers`` also those of modules that are no neurons."""
 
     __slots__ = ("_tables",)
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._tables = [(table, table.copy(), kind) for table, kind in _tables(modules)]
+    def __init__(self, modules: Iterable[nn.Module], *, buffers: bool = False) -> None:
+        self._tables = [(table, table.copy(), kind) for table, kind in _tables(modules, buffers)]
 
     def changes(self) -> tuple[list[Change], list[Change]]:
         """What is another object now, with its value then: states and attributes, and scratch."""
         changed: list[Change] = []
         scratch: list[Change] = []
         for table, values, kind in self._tables:
-            same = list(table) == list(values) and all(map(operator.is_, table.values(), values.values()))
-            if same:
+            if list(table) == list(values) and all(map(operator.is_, table.values(), values.values())):
                 continue
             for key in {**values, **table}:
                 then, now = values.get(key, MISSING), table.get(key, MISSING)
@@ -62,16 +88,25 @@ class Snapshot:
             and (id(table), key) not in changed
         ]
 
+    def put_back(self) -> None:
+        """Give every table the objects that it held."""
+        for table, values, _ in self._tables:
+            # As they are stored: a final membrane that nobody has read need not be computed.
+            if list(table) == list(values) and all(map(operator.is_, dict.values(table), values.values())):
+                continue
+            for key in [key for key in table if key not in values]:
+                dict.__delitem__(table, key)
+            table.update(values)
 
-def _tables(modules: Iterable[nn.Module]) -> Iterator[tuple[Table, str]]:
+
+def _tables(modules: Iterable[nn.Module], buffers: bool) -> Iterator[tuple[Table, str]]:
     for module in modules:
-        memories = module.__dict__.get("_memories")
-        spiking = is_spiking(module)
+        spiking, states = is_spiking(module), states_of(module)
         yield module.__dict__, "scratch" if spiking else "attributes"
-        if isinstance(memories, dict):
-            yield memories, "states"
-        if spiking:
-            yield module._buffers, "states"
+        if states is not None:
+            yield states, "states"
+        if buffers and states is not module._buffers:
+            yield module._buffers, "statistics"
 
 
 def put(table: Table, key: str, value: Any) -> None:
@@ -82,15 +117,80 @@ def put(table: Table, key: str, value: Any) -> None:
         table[key] = value
 
 
+class Contents:
+    """What is inside the containers that modules hold, and with ``tensors`` inside their tensors."""
+
+    __slots__ = ("_copies",)
+
+    def __init__(self, modules: Iterable[nn.Module], *, tensors: bool = False) -> None:
+        copies: dict[int, tuple[Any, Any]] = {}
+        for module in modules:
+            tables = tables_of(module)
+            for table in tables:
+                for key, value in table.items():
+                    if key not in OF_TORCH and not any(value is other for other in tables):
+                        _copy(value, copies, tensors)
+        self._copies = list(copies.values())
+
+    def put_back(self) -> None:
+        """Give every container and tensor the content that it had."""
+        for value, content in self._copies:
+            if isinstance(value, list):
+                value[:] = content
+            elif isinstance(value, dict):
+                value.clear()
+                value.update(content)
+            elif not torch.equal(value.detach(), content):
+                with torch.no_grad():
+                    value.copy_(content)
+
+
+def _copy(value: Any, copies: dict[int, tuple[Any, Any]], tensors: bool) -> None:
+    if id(value) in copies:
+        return
+    if isinstance(value, Tensor):
+        if tensors and not isinstance(value, nn.Parameter):
+            copies[id(value)] = value, value.detach().clone()
+        return
+    if isinstance(value, (list, dict)):
+        copies[id(value)] = value, value.copy()
+    if isinstance(value, (list, tuple, dict)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            _copy(inner, copies, tensors)
+
+
+def has_graph(value: Any) -> bool:
+    """Whether a value is a tensor that was computed from others."""
+    return isinstance(value, Tensor) and value.grad_fn is not None
+
+
+def cut(value: Any) -> Any:
+    """A state, or a nested one, without its graph. A leaf (a learned initial state) stays as it is."""
+    return tree_map(lambda leaf: leaf.detach() if has_graph(leaf) else leaf, value)
+
+
+def cut_inside(container: Any, key: Any) -> None:
+    """Cut what ``container[key]`` holds, in place, since others may hold the same list."""
+    value = container[key]
+    if isinstance(value, Tensor):
+        if value.grad_fn is not None:
+            container[key] = value.detach()
+    elif isinstance(value, list):
+        for index in range(len(value)):
+            cut_inside(value, index)
+    elif isinstance(value, dict):
+        for inner in value:
+            cut_inside(value, inner)
+    elif isinstance(value, tuple):
+        container[key] = cut(value)
+
+
 def reset_states(module: nn.Module) -> None:
-    """Make the neurons of both frameworks fresh."""
+    """Make the modules inside that have states fresh."""
     for inner in module.modules():
-        if isinstance(inner.__dict__.get("_memories"), dict):
-            inner.reset()  # type: ignore[operator]
-        elif is_spiking(inner):
-            for name in ("mem", "syn", "syn_exc", "syn_inh", "spk"):
-                if isinstance(state := inner._buffers.get(name), Tensor):
-                    inner._buffers[name] = state.new_zeros(())
+        framework = framework_of(inner)
+        if framework is not None and framework.states_of(inner) is not None:
+            framework.reset(inner)
 
 
 @contextmanager
@@ -107,7 +207,7 @@ def state_tensors(module: nn.Module) -> list[tuple[Key, Tensor]]:
     """The states, as they are, that have a gradient."""
     return [
         ((id(table), key), value)
-        for table, kind in _tables(module.modules())
+        for table, kind in _tables(module.modules(), False)
         if kind != "scratch"
         for key, value in table.items()
         if differentiable(value) and value.requires_grad

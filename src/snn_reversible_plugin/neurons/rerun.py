@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +22,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from snn_reversible_plugin import tape
+from snn_reversible_plugin.modules.as_it_ran import RandomNumbers
+from snn_reversible_plugin.modules.kinds import RECORDS
+from snn_reversible_plugin.modules.states import states_of
+from snn_reversible_plugin.ops.autocast import Autocast
 
 # NOTE [What a second run may rely on]
 #
@@ -36,29 +40,6 @@ from snn_reversible_plugin import tape
 #    saved until the first run is over, and for good if that happened.
 # 5. Double backward works as in stock: the unpacked tensors are leaves of nothing, autograd puts
 #    them back into their place in the graph.
-
-
-class Autocast:
-    """The autocast state at the time it is made, to be had again later."""
-
-    __slots__ = ("dtypes",)
-
-    def __init__(self) -> None:
-        self.dtypes = {
-            kind: torch.get_autocast_dtype(kind)
-            for kind in ("cpu", "cuda")
-            if torch.is_autocast_enabled(kind)
-        }
-
-    def again(self) -> AbstractContextManager[Any]:
-        on = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
-        if not on and not self.dtypes:
-            return nullcontext()
-        stack = ExitStack()
-        for kind in ("cpu", "cuda"):
-            dtype = self.dtypes.get(kind)
-            stack.enter_context(torch.autocast(kind, dtype, enabled=dtype is not None))
-        return stack
 
 
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -114,9 +95,9 @@ class Rerun:
         self.call, self.name = call, type(module).__name__
         self.tensors: list[Tensor] = []
         self.shadow = shadow(module)
-        memories = self.shadow.__dict__.get("_memories", {})
-        for key, value in memories.items():
-            memories[key] = self._slotted(value)
+        states = states_of(self.shadow) or {}
+        for key, value in states.items():
+            states[key] = self._slotted(value)
         self.args = tuple(self._slotted(arg) for arg in args)
         self.kwargs = {key: self._slotted(arg) for key, arg in kwargs.items()}
         anchor = torch.empty(0, requires_grad=True)
@@ -127,7 +108,7 @@ class Rerun:
         self.count = 0
         self.kept: list[tuple[Tensor, int]] | None = [] if careful else None
         self.values: list[Tensor | None] | None = None
-        self.random = _Random(self.tensors) if careful else None
+        self.random = RandomNumbers(tensor.device for tensor in self.tensors) if careful else None
 
     def _slotted(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -176,9 +157,9 @@ class Rerun:
             return saved[value.index] if isinstance(value, _Slot) else value
 
         module = shadow(self.shadow)
-        memories = module.__dict__.get("_memories", {})
-        for key, value in memories.items():
-            memories[key] = unslotted(value)
+        states = states_of(module) or {}
+        for key, value in states.items():
+            states[key] = unslotted(value)
         values: list[Tensor | None] = []
 
         def pack(tensor: Tensor) -> None:
@@ -214,28 +195,6 @@ def _no_second_backward(_packed: Any) -> Tensor:
     raise AssertionError("this graph is only built, never run")
 
 
-class _Random:
-    """The states of the random number generators before a run."""
-
-    def __init__(self, tensors: list[Tensor]) -> None:
-        self.devices = sorted({tensor.get_device() for tensor in tensors if tensor.is_cuda})
-        self.states = self._read()
-
-    def _read(self) -> list[Tensor]:
-        return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self.devices)]
-
-    def unused(self) -> bool:
-        return all(map(torch.equal, self.states, self._read()))
-
-    def again(self) -> AbstractContextManager[Any]:
-        stack = ExitStack()
-        stack.enter_context(torch.random.fork_rng(devices=self.devices))
-        torch.set_rng_state(self.states[0])
-        for device, state in zip(self.devices, self.states[1:], strict=True):
-            torch.cuda.set_rng_state(state, device)
-        return stack
-
-
 def shadow(module: nn.Module) -> nn.Module:
     """An instance with the module's attributes and tensors, but attribute tables of its own."""
     twin: nn.Module = object.__new__(type(module))
@@ -243,18 +202,18 @@ def shadow(module: nn.Module) -> nn.Module:
     for key, value in attributes.items():
         if isinstance(value, (dict, list, set)):
             attributes[key] = copy.copy(value)
-    # Records of past steps: no step reads them, and they would be held.
-    for record in ("v_seq", "state_seqs"):
+    # No step reads them, and they would be held.
+    for record in RECORDS:
         if attributes.get(record) is not None:
             attributes[record] = None
-    for table in ("_memories", "_modules"):
-        entries = attributes.get(table, {})
-        for key, value in entries.items():
-            if isinstance(value, nn.Module):
-                entries[key] = shadow(value)
-            elif isinstance(value, (dict, list, set)):
-                entries[key] = copy.copy(value)
     object.__setattr__(twin, "__dict__", attributes)
+    tables: tuple[dict[str, Any], ...] = (states_of(twin) or {}, twin._modules)
+    for table in tables:
+        for key, value in table.items():
+            if isinstance(value, nn.Module):
+                table[key] = shadow(value)
+            elif isinstance(value, (dict, list, set)):
+                table[key] = copy.copy(value)
     return twin
 
 
@@ -263,7 +222,7 @@ def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
     for inner in module.modules():
         for table in (inner._parameters, inner._buffers, inner.__dict__):
             for key, value in table.items():
-                if isinstance(value, Tensor) and key != "v_seq":
+                if isinstance(value, Tensor) and key not in RECORDS:
                     yield value
 
 

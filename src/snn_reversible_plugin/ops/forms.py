@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-BITS, GRID_STEP, SHORT_SEQUENCE = "bits", "grid step", "short sequence"
+BITS, GRID_STEP, SHORT_SEQUENCE, SEQUENCE = "bits", "grid step", "short sequence", "sequence"
 
 
 class Form(NamedTuple):
@@ -32,12 +32,15 @@ class Form(NamedTuple):
 
 
 FORMS = (
+    Form(BITS, "cuda", ("triton",), "ops.bits.on_triton"),
     Form(BITS, "cpu", ("numpy",), "ops.bits.on_numpy"),
     Form(BITS, "any", (), "ops.bits.reference"),
+    Form(GRID_STEP, "cuda", ("triton",), "grid.step.on_triton"),
     Form(GRID_STEP, "cpu", ("numpy", "numba"), "grid.step.on_numba"),
     Form(GRID_STEP, "cpu", ("numpy",), "grid.step.on_numpy"),
     Form(GRID_STEP, "any", (), "grid.step.reference"),
     Form(SHORT_SEQUENCE, "cpu", ("numpy", "numba"), "neurons.integrate_fire.kernels"),
+    Form(SEQUENCE, "cuda", ("triton",), "neurons.integrate_fire.on_triton"),
 )
 
 

@@ -14,6 +14,16 @@ import torch
 from torch import Tensor
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor has a storage of its own kind: not sparse, not opaque."""
+    return tensor.layout is torch.strided
+
+
+def storage_key(tensor: Tensor) -> int:
+    """Identifies a live storage."""
+    return tensor.untyped_storage()._cdata
+
+
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one stretch of memory, in whatever order of dimensions."""
     expected = 1

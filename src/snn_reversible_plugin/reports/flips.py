@@ -2,7 +2,7 @@
 
 The one idea: check mode for every reversible chain of a model, switched on for the time of a training step.
 On the grid the count is zero; for streams in plain floating point (``bits=None``), the published method,
-it shows how far the rebuild has drifted. Source: design section 2.
+it shows how far the rebuild has drifted. Source: docs/exactness.md.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class FlipCount:
 
     @property
     def chains(self) -> dict[str, Rebuild]:
-        """The :class:`~.rebuilt.Rebuild` of every chain that a backward has gone through."""
+        """The :class:`~.undo.Rebuild` of every chain that a backward has gone through."""
         found = {name: chain.last_rebuild for name, chain in self._chains.items()}
         return {name: rebuild for name, rebuild in found.items() if rebuild is not None}
 

@@ -1,22 +1,46 @@
-"""Measuring what a training step holds and what it peaks at, by counting allocations.
+"""Measuring what a training step holds and what it peaks at, by the allocators' own count.
 
-On a GPU CUDA's caching allocator keeps the count. On the CPU a dispatch mode counts every storage that
-an operation returns, from its birth to its death; resident set size would be noise. Counted are
-storages born inside the measurement, so parameters and inputs are not, and gradients are.
+The one idea: an allocator knows of every byte that a kernel asks it for, also of workspaces that no
+operation returns. On a GPU CUDA's caching allocator keeps statistics. On the CPU the allocator tells the
+profiler of each block that it hands out and gets back; resident set size would be noise. Counted is what
+was born inside the measurement, so parameters and inputs are not, and gradients are.
+
+Source: ``torch.profiler`` with ``profile_memory``.
 """
 
 from __future__ import annotations
 
 import gc
+import os
+import threading
 import time
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch._C._profiler import _EventType
+from torch.autograd.profiler import profile
+
+# NOTE [What the count on the CPU sees]
+#
+# 1. Every block of PyTorch's CPU allocator: tensors, and the workspaces of kernels, oneDNN's too. Not what
+#    a library takes from the C heap by itself (MKL's packing buffers, numpy's temporaries), nor what the
+#    profiler writes down.
+# 2. What the thread does that entered the counter, and the threads of autograd's engine that work for it.
+#    Work that a Python thread of the user's does beside it isn't seen: a profiler is a thread's own.
+# 3. Blocks go by address. The allocator reports the death of a block that it has once reported, also in a
+#    later measurement, when the address belongs to another block. So a death counts only where the birth
+#    was seen, and a birth at the address of a live block ends that one: somebody freed it unseen.
+# 4. The profiler hands out events when it stops, so it is stopped and started again whenever somebody asks.
+#    That is how counters nest: all that are on share one profiler.
+# 5. Some builds of the profiler's library write lines to stderr at each start and stop. Its level of
+#    logging is read once, when it is first used, and is the user's where the user has set it.
+
+_LOG_LEVEL = "KINETO_LOG_LEVEL"
+_SILENT = "99"
 
 
 @dataclass(frozen=True)
@@ -29,49 +53,177 @@ class StepCost:
     seconds: float
 
 
-class AllocationCounter(TorchDispatchMode):
-    """Counts the bytes of live storages that were born while it is on.
+class AllocationCounter:
+    """Counts the bytes that the CPU's allocator has given out, and not got back, since the counter is on.
+
+    Counters nest. What is counted is what the thread that entered does, and autograd for it.
+
+    Raises:
+        RuntimeError: another profiler is on.
 
     Example:
         >>> import torch
         >>> with AllocationCounter() as counter:
         ...     x = torch.zeros(256)
+        ...     counter.live
+        ...     del x
+        1024
         >>> counter.live, counter.peak
-        (1024, 1024)
+        (0, 1024)
     """
 
     def __init__(self) -> None:
-        super().__init__()
-        self.live = 0
-        self.peak = 0
-        self._seen: dict[int, Any] = {}
+        self._live = self._peak = self._births = 0
+        self._blocks: dict[int, tuple[int, int]] = {}  # address: number of its birth, bytes
+        self._changes: list[tuple[int, int]] = []  # number of the birth, bytes
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        known = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if _counts(t)}
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(out):
-            if _counts(tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in known and storage._cdata not in self._seen:
-                    self._born(storage)
-        return out
+    def __enter__(self) -> AllocationCounter:
+        _events.add(self)
+        return self
 
-    def _born(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+    def __exit__(self, *exc: object) -> None:
+        _events.remove(self)
 
-        def died(_ref: object) -> None:
-            del self._seen[key]
-            self.live -= size
+    @property
+    def live(self) -> int:
+        """Bytes alive now, or when the counter was left."""
+        _events.deliver(self)
+        return self._live
 
-        self._seen[key] = weakref.ref(storage, died)
-        self.live += size
-        self.peak = max(self.peak, self.live)
+    @property
+    def peak(self) -> int:
+        """The most bytes that were alive at any time."""
+        _events.deliver(self)
+        return self._peak
+
+    def peak_beyond(self, tensors: Iterable[torch.Tensor]) -> int:
+        """The most bytes that were alive at any time, without the storages of ``tensors``, alive now."""
+        _events.deliver(self)
+        addresses = (tensor.untyped_storage().data_ptr() for tensor in tensors)
+        left_out = {self._blocks[address][0] for address in addresses if address in self._blocks}
+        live = peak = 0
+        for birth, change in self._changes:
+            if birth not in left_out:
+                live += change
+                peak = max(peak, live)
+        return peak
+
+    def count(self, address: int, size: int) -> None:
+        """Take note of one event of the allocator's: ``size`` is negative where a block is given back."""
+        birth, lost = self._blocks.pop(address, (-1, 0))
+        if lost:
+            self._change(birth, -lost)
+        if size > 0:
+            self._blocks[address] = self._births, size
+            self._change(self._births, size)
+            self._births += 1
+
+    def _change(self, birth: int, size: int) -> None:
+        self._changes.append((birth, size))
+        self._live += size
+        self._peak = max(self._peak, self._live)
 
 
-def _counts(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.layout is torch.strided
+class _Events(threading.local):
+    """The allocator's events on one thread, for all counters that are on there."""
+
+    def __init__(self) -> None:
+        self._counters: list[AllocationCounter] = []
+        self._profile: Any = None
+
+    def add(self, counter: AllocationCounter) -> None:
+        self._stop()
+        self._counters.append(counter)
+        try:
+            self._start()
+        except BaseException:
+            self._counters.remove(counter)
+            raise
+
+    def remove(self, counter: AllocationCounter) -> None:
+        self._stop()
+        self._counters.remove(counter)
+        if self._counters:
+            self._start()
+
+    def deliver(self, counter: AllocationCounter) -> None:
+        """Bring a counter up to date."""
+        if counter in self._counters:
+            self._stop()
+            self._start()
+
+    def _start(self) -> None:
+        if torch.autograd._profiler_enabled():
+            raise RuntimeError(
+                "memory can't be counted while a profiler is on: the count is the profiler's. "
+                "Leave torch.profiler.profile first."
+            )
+        with _quiet_start():
+            self._profile = profile(profile_memory=True).__enter__()
+
+    def _stop(self) -> None:
+        running, self._profile = self._profile, None
+        if running is None:
+            return
+        running.__exit__(None, None, None)
+        for address, size in _allocations(running.kineto_results.experimental_event_tree()):
+            for counter in self._counters:
+                counter.count(address, size)
+
+
+_events = _Events()
+
+
+@contextmanager
+def _quiet_start() -> Iterator[None]:
+    """See note 5."""
+    if _LOG_LEVEL in os.environ:
+        yield
+        return
+    os.environ[_LOG_LEVEL] = _SILENT
+    try:
+        yield
+    finally:
+        del os.environ[_LOG_LEVEL]
+
+
+def _allocations(roots: list[Any]) -> Iterator[tuple[int, int]]:
+    """Address and bytes of what the CPU's allocator gave and got back, in the order of time."""
+    found = []
+    waiting = roots[::-1]
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children[::-1]
+        if event.tag == _EventType.Allocation and event.extra_fields.device.type == "cpu":
+            found.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+    found.sort(key=itemgetter(0))  # threads by time; what happened at once on one thread stays in order
+    return ((address, size) for _, address, size in found)
+
+
+class CudaStatistics:
+    """The same count on a GPU, by the statistics of CUDA's caching allocator: of the current device."""
+
+    def __enter__(self) -> CudaStatistics:
+        self._before = 0
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+    @property
+    def live(self) -> int:
+        """Bytes alive now."""
+        return torch.cuda.memory_allocated() - self._before
+
+    @property
+    def peak(self) -> int:
+        """The most bytes that were alive at any time."""
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - self._before
 
 
 def time_step(loss_of: Callable[[], torch.Tensor]) -> float:
@@ -87,20 +239,12 @@ def time_step(loss_of: Callable[[], torch.Tensor]) -> float:
 def count_step(loss_of: Callable[[], torch.Tensor]) -> tuple[int, int]:
     """Bytes held between one forward and its backward, and bytes at the peak of both."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    with AllocationCounter() as counter:
+    with AllocationCounter() as on_cpu, CudaStatistics() as on_cuda:
         loss = loss_of()
-        if loss.is_cuda:
-            held = torch.cuda.memory_allocated() - before
-            loss.backward()
-            torch.cuda.synchronize()
-            return held, torch.cuda.max_memory_allocated() - before
+        counter = on_cuda if loss.is_cuda else on_cpu
         held = counter.live
         loss.backward()
-    return held, counter.peak
+        return held, counter.peak
 
 
 def measure_step(loss_of: Callable[[], torch.Tensor]) -> StepCost:

@@ -1,7 +1,9 @@
-"""``memory_report``: what autograd saves in each module, stock, and what the tape stores instead.
+"""``memory_report``: what each module holds for the backward, stock and converted.
 
-Bytes are counted by storage, as the allocator sees them: what lives anyway (parameters, buffers, inputs)
-is free, and what several modules share is counted where it is saved first.
+The one idea: *held* are bytes that live between forward and backward. For a module they are those of the
+storages that autograd, or a handle in place of a tensor, keeps alive: what lives anyway (parameters,
+buffers, inputs) is free, and what several modules share is counted where it is saved first. For the whole
+step the allocator counts, so there what modules return is in, too.
 """
 
 from __future__ import annotations
@@ -14,14 +16,15 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from snn_reversible_plugin import convert, tape
-from snn_reversible_plugin.blocks.streams import Stream
+from snn_reversible_plugin import convert
 from snn_reversible_plugin.modules.as_it_ran import unchanged
+from snn_reversible_plugin.modules.swap import stock_type
 from snn_reversible_plugin.modules.tracking import tracked
-from snn_reversible_plugin.neurons.on_grid.timeline import Spikes, State
+from snn_reversible_plugin.ops.layouts import storage_key
 from snn_reversible_plugin.reports.measure import StepCost
 from snn_reversible_plugin.reports.trial import Loss, as_converted, costs, loss_of, megabytes
-from snn_reversible_plugin.tape.handles import Handle, Kept, Packed, Replayed
+from snn_reversible_plugin.tape import recording
+from snn_reversible_plugin.tape.handles import Handle, storage_once
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,11 +32,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class ModuleReport:
-    """One module's row: what autograd saved in its forward, stock and under the tape.
+    """One module's row: ``stock_bytes`` and ``bytes`` held by what its forward saves, stock and converted.
 
     ``treatment`` counts the saved tensors by what became of them. ``neuron`` says how a spiking neuron
-    runs and with which guarantee, or why it stayed stock; it is empty for other modules. Bytes that
-    several modules share are counted where they were first saved.
+    runs and with which guarantee, or why it stayed stock; it is empty for other modules.
     """
 
     name: str
@@ -46,7 +48,7 @@ class ModuleReport:
 
 @dataclass
 class MemoryReport:
-    """Bytes by module, and the price of a whole training step. Made by :func:`memory_report`."""
+    """Bytes held by module, and the price of a whole training step. Made by :func:`memory_report`."""
 
     modules: list[ModuleReport]
     stock: StepCost
@@ -62,11 +64,11 @@ class MemoryReport:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(title=f"Saved for the backward, mode {self.mode!r}")
+        table = Table(title=f"Held for the backward, mode {self.mode!r}")
         for heading in ("module", "type", "treatment", "neuron"):
             table.add_column(heading, overflow="fold")
         table.add_column("stock", justify="right", no_wrap=True)
-        table.add_column("now", justify="right", no_wrap=True)
+        table.add_column("converted", justify="right", no_wrap=True)
         for row in self.modules:
             kinds = ", ".join(f"{count} {kind}" for kind, count in row.treatment.items())
             table.add_row(
@@ -84,11 +86,11 @@ class MemoryReport:
                 megabytes(after),
             )
         ratio = self.converted.seconds / self.stock.seconds
-        table.add_row("[bold]step time", "", f"{ratio:.2f}x stock", "", "", "")
+        table.add_row("[bold]time of a training step", "", f"{ratio:.2f}x stock", "", "", "")
         Console().print(table)
 
     def plot(self) -> Figure:
-        """A bar chart of bytes by module, stock beside now. Needs the extra ``plot``.
+        """A bar chart of bytes held by module, stock beside converted. Needs the extra ``plot``.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -112,18 +114,18 @@ class MemoryReport:
             [row.bytes / 1e6 for row in self.modules],
             height=0.4,
             color="tab:blue",
-            label=f"reversible, held {megabytes(self.converted.held)}",
+            label=f"converted, held {megabytes(self.converted.held)}",
         )
         axes.set_yticks(list(places), [row.name for row in self.modules])
         axes.invert_yaxis()
-        axes.set_xlabel("MB saved for the backward")
+        axes.set_xlabel("MB held for the backward")
         axes.legend()
         return figure
 
 
 @torch.enable_grad()
 def memory_report(model: nn.Module, *inputs: Any, loss: Loss | None = None) -> MemoryReport:
-    """Measure, module by module, what autograd saves stock and what the tape stores instead.
+    """Measure, module by module, what is held between forward and backward, stock and converted.
 
     The model is left as it was: buffers, neuron states, gradients, random numbers.
 
@@ -155,9 +157,9 @@ def memory_report(model: nn.Module, *inputs: Any, loss: Loss | None = None) -> M
         ):
             loss_of(model(*inputs), loss)
         by_tape = _SavedByTape(model, inputs)
-        with unchanged(model), tape.recording(settings.mode, observer=by_tape) as recorder:
-            assert recorder is not None
-            with tracked(model, recorder):
+        with unchanged(model), recording(settings.mode, observer=by_tape) as tape:
+            assert tape is not None
+            with tracked(model, tape):
                 step = loss_of(model(*inputs), loss)
                 held, treatments = by_tape.count()
                 del step
@@ -166,10 +168,10 @@ def memory_report(model: nn.Module, *inputs: Any, loss: Loss | None = None) -> M
             name = name or "model"
             row = ModuleReport(
                 name,
-                convert.stock_class(module).__name__,
+                stock_type(module).__name__,
                 _about_neuron(name, module, settings),
                 dict(treatments.get(name, {})),
-                by_stock.bytes[name],
+                by_stock.held[name],
                 held[name],
             )
             if row.stock_bytes or row.bytes or row.treatment or row.neuron:
@@ -191,7 +193,7 @@ def _about_neuron(name: str, module: nn.Module, settings: convert.Settings) -> s
 def _storages(model: nn.Module, inputs: tuple[Any, ...]) -> set[int]:
     """What lives anyway."""
     tensors = [*model.parameters(), *model.buffers(), *tree_leaves(inputs)]
-    return {t.untyped_storage()._cdata for t in tensors if isinstance(t, torch.Tensor)}
+    return {storage_key(t) for t in tensors if isinstance(t, torch.Tensor)}
 
 
 class _SavedByStock:
@@ -199,69 +201,37 @@ class _SavedByStock:
 
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
         self.where: str | None = None
-        self.bytes: Counter[str] = Counter()
-        self._free = _storages(model, inputs)
+        self.held: Counter[str] = Counter()
+        self._seen = _storages(model, inputs)
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._free:
-            self._free.add(storage._cdata)
-            self.bytes[self.where or "model"] += storage.nbytes()
+        self.held[self.where or "model"] += storage_once(tensor, self._seen)
         return tensor.detach()
 
 
 class _SavedByTape:
-    """Counts what the handles that autograd was given rely on, each storage once, when the forward is over:
-    a stream is not undone before the sum after it is known."""
+    """Asks the handles that autograd was given what they hold, each thing once, when the forward is over: a
+    stream is not undone before the sum after it is known."""
 
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._free = _storages(model, inputs)
+        self._seen = _storages(model, inputs)
         self._packed: list[tuple[str, Handle]] = []
 
     def packed(self, where: str | None, tensor: torch.Tensor, handle: Handle) -> None:
         self._packed.append((where or "model", handle))
 
     def count(self) -> tuple[Counter[str], dict[str, Counter[str]]]:
-        """Bytes, and the number of each treatment, by module."""
+        """Bytes held, and the number of each treatment, by module."""
         treatments: dict[str, Counter[str]] = {}
-        for where, handle in self._packed:
-            treatments.setdefault(where, Counter())[handle.treatment] += 1
         held: Counter[str] = Counter()
-        seen: dict[int, Any] = {}
-        for where, handle in self._packed:
-            waiting: list[Handle] = [handle]
+        seen = self._seen  # storages and handles: no two that live have one address
+        for where, packed in self._packed:
+            treatments.setdefault(where, Counter())[packed.treatment] += 1
+            waiting = [packed]
             while waiting:
                 handle = waiting.pop()
                 if id(handle) not in seen:
-                    seen[id(handle)] = handle
-                    held[where] += self._bytes(handle, seen)
-                    waiting += _needs(handle)
+                    seen.add(id(handle))
+                    held[where] += handle.stored(seen)
+                    waiting += handle.relies_on()
         return held, treatments
-
-    def _bytes(self, handle: Handle, seen: dict[int, Any]) -> int:
-        if isinstance(handle, Spikes | State):
-            records = handle.records if isinstance(handle, Spikes) else handle.timeline.records
-            if id(records) in seen:
-                return 0
-            seen[id(records)] = records
-            return records.nbytes
-        if isinstance(handle, Packed) and handle.bits is not None:
-            return handle.bits.untyped_storage().nbytes()
-        if isinstance(handle, Kept):
-            storage = handle.tensor.untyped_storage()
-            if storage._cdata not in self._free:
-                self._free.add(storage._cdata)
-                return storage.nbytes()
-        return 0
-
-
-def _needs(handle: Handle) -> list[Handle]:
-    """What a handle relies on in turn."""
-    if isinstance(handle, Stream) and handle.anchor is not None:
-        return [handle.anchor]
-    if isinstance(handle, Replayed):
-        return list(handle.operands())
-    if isinstance(handle, State):
-        newest = handle.timeline.newest
-        return [*handle.timeline.currents, *([] if newest is None else [newest])]
-    return []

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from snn_reversible_plugin import convert, tape
 from snn_reversible_plugin.modules.as_it_ran import unchanged
-from snn_reversible_plugin.modules.kinds import is_spiking
+from snn_reversible_plugin.modules.kinds import is_spiking, spikes_of
 from snn_reversible_plugin.reports.measure import StepCost
 from snn_reversible_plugin.reports.trial import Loss, as_converted, costs, loss_of, megabytes
 
@@ -80,7 +80,9 @@ class Verification:
         table.add_row("flipped spikes", "", f"{self.flipped_spikes} of {self.spikes}")
         table.add_row("held", megabytes(self.stock.held), megabytes(self.converted.held))
         table.add_row("peak", megabytes(self.stock.peak), megabytes(self.converted.peak))
-        table.add_row("step time", f"{self.stock.seconds:.3f} s", f"{self.converted.seconds:.3f} s")
+        table.add_row(
+            "time of a training step", f"{self.stock.seconds:.3f} s", f"{self.converted.seconds:.3f} s"
+        )
         for arithmetic in sorted(set(self.guarantees.values())):
             names = [name or "model" for name, kind in self.guarantees.items() if kind == arithmetic]
             table.add_row(f"{arithmetic} arithmetic", "", ", ".join(names))
@@ -171,10 +173,9 @@ class _Run:
 def _run(model: nn.Module, inputs: tuple[Any, ...], loss: Loss | None) -> _Run:
     spikes: list[torch.Tensor] = []
 
-    def watch(_module: nn.Module, _inputs: Any, output: Any) -> None:
+    def watch(module: nn.Module, _inputs: Any, output: Any) -> None:
         with tape.paused(), torch.no_grad():
-            first = tree_leaves(output)[0]
-            spikes.append(first.ne(0))
+            spikes.append(spikes_of(module, output).ne(0))
 
     watched = [module for module in model.modules() if is_spiking(module)]
     hooks = [module.register_forward_hook(watch) for module in watched]

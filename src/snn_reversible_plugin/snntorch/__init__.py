@@ -17,7 +17,16 @@ except ModuleNotFoundError as error:
         "snn_reversible_plugin.snntorch needs snnTorch: pip install snn-reversible-plugin[snntorch]"
     ) from error
 
-from snn_reversible_plugin.snntorch import types as types
+from torch import nn
+
+from snn_reversible_plugin.modules.registry import (
+    StaysStock,
+    register_on_grid,
+    register_reversible,
+    stays_stock,
+)
+from snn_reversible_plugin.modules.swap import swapped_class
+from snn_reversible_plugin.snntorch import on_grid
 from snn_reversible_plugin.snntorch.coupled import CoupledLIF
 from snn_reversible_plugin.snntorch.neurons import (
     RevAlpha,
@@ -27,6 +36,8 @@ from snn_reversible_plugin.snntorch.neurons import (
     RevRSynaptic,
     RevSynaptic,
 )
+from snn_reversible_plugin.snntorch.steps import mechanism_of
+from snn_reversible_plugin.snntorch.types import ROWS, Anchored
 
 __all__ = [
     "CoupledLIF",
@@ -40,6 +51,34 @@ __all__ = [
 ]
 
 
+_NEURON_TYPES = (RevLeaky, RevLapicque, RevSynaptic, RevAlpha, RevRLeaky, RevRSynaptic)
+_reversible: dict[type, type[nn.Module]] = {cls.__bases__[0]: cls for cls in _NEURON_TYPES}
+
+
+def _choose(module: nn.Module) -> type[nn.Module]:
+    if mechanism_of(module, ROWS[type(module)].equations) is None:
+        return swapped_class(Anchored, type(module))
+    return _reversible[type(module)]
+
+
+def _on_grid(module: nn.Module) -> type[nn.Module]:
+    spec = on_grid.spec_of(module)
+    reason = "its equations are not written for the grid" if spec is None else on_grid.why_not(module, spec)
+    if reason is not None:
+        raise StaysStock(reason)
+    return swapped_class(on_grid.NeuronOnGrid, type(module))
+
+
+for _cls, _row in ROWS.items():
+    if _row.stays:
+        register_reversible(_cls, subclasses=True)(stays_stock(_row.stays))
+    else:
+        register_reversible(_cls)(_choose)
+        register_on_grid(_cls)(_on_grid)
+for _rev in _NEURON_TYPES:
+    register_reversible(_rev)(_rev)
+
+
 def register() -> None:
     """Put the reversible neuron types into the ``snntorch`` namespace.
 
@@ -50,5 +89,5 @@ def register() -> None:
         >>> snntorch.RevLeaky(beta=0.9).beta
         tensor(0.9000)
     """
-    for reversible in (RevLeaky, RevLapicque, RevSynaptic, RevAlpha, RevRLeaky, RevRSynaptic, CoupledLIF):
+    for reversible in (*_NEURON_TYPES, CoupledLIF):
         setattr(snntorch, reversible.__name__, reversible)

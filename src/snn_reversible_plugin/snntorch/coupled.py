@@ -1,12 +1,11 @@
 """snnTorch's form of the coupled node: ``spk, mem = node(input_, mem)``, in the user's own loop.
 
-The one idea: everything is in :mod:`.neurons.coupled.call`; here are settings, and a membrane
-that snnTorch's resets know. Source: Lei et al., arXiv 2308.08649.
+The one idea: everything is in :mod:`.neurons.coupled`; here is a membrane that snnTorch's resets know.
+Source: Lei et al., arXiv 2308.08649.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import snntorch
@@ -16,17 +15,19 @@ from torch import Tensor, nn
 
 from snn_reversible_plugin.grid import stream_dtype
 from snn_reversible_plugin.modules.registry import register_reversible
-from snn_reversible_plugin.neurons.coupled.call import Call, run_step
-from snn_reversible_plugin.neurons.coupled.reference import Firing, rule_of
-from snn_reversible_plugin.snntorch.surrogates import derivative_of
+from snn_reversible_plugin.neurons.coupled.call import run_step
+from snn_reversible_plugin.neurons.coupled.module import Coupled, as_it_is, leak_parameter
+from snn_reversible_plugin.neurons.coupled.reference import constants_of
+from snn_reversible_plugin.neurons.surrogates import Surrogate
+from snn_reversible_plugin.snntorch.surrogates import in_dtype, known_surrogate
 
 
-class CoupledLIF(snntorch.Leaky):
+class CoupledLIF(Coupled, snntorch.Leaky):
     """The reversible node of Lei et al. for snnTorch: ``spk, mem = node(input_, mem)``.
 
     Equations, guarantee, memory, settings and errors are those of
     :class:`.spikingjelly.coupled.CoupledLIF`, in the paper's notation: ``beta``
-    couples the halves, and the membrane's decay is ``1 - 1 / tau``. What is returned first is not binary
+    couples the groups, and the membrane's decay is ``1 - 1 / tau``. What is returned first is not binary
     but ``O + beta X``. It subclasses ``Leaky`` for ``snntorch.utils.reset``, ``reset_hidden`` and
     ``detach_hidden`` to find it, and shares no equation with it. It fires where the membrane is *above* the
     threshold, as snnTorch does.
@@ -53,8 +54,6 @@ class CoupledLIF(snntorch.Leaky):
     """
 
     mem: Tensor
-    treatment = "reversed in time"
-    arithmetic = "grid"
 
     def __init__(
         self,
@@ -69,30 +68,23 @@ class CoupledLIF(snntorch.Leaky):
         learn_tau: bool = False,
         bits: int = 16,
     ) -> None:
-        if learn_tau and not (math.isfinite(tau) and tau > 1):
-            raise ValueError(f"CoupledLIF: tau={tau!r}: to be learned it has to start above 1")
-        rule = rule_of(
+        constants = constants_of(
             "CoupledLIF", tau=None if learn_tau else tau, alpha=alpha, beta=beta, v_threshold=threshold,
             bits=bits, detach_reset=detach_reset,
         )  # fmt: skip
+        w = leak_parameter(tau, "CoupledLIF") if learn_tau else None
         nn.Module.__init__(self)
         snntorch.SpikingNeuron.instances.append(self)
-        self.rule, self.init_hidden, self.output = rule, init_hidden, output
+        self.constants, self.init_hidden, self.output = constants, init_hidden, output
         self.spike_grad = spike_grad or surrogate.atan()
-        self.w = nn.Parameter(torch.as_tensor(-math.log(tau - 1))) if learn_tau else None
+        self.w = w
         self._init_mem()
-
-    @property
-    def tau(self) -> float:
-        """The time constant as it is now."""
-        return 1 / (self.rule.leak if self.w is None else float(self.w.detach().sigmoid()))  # type: ignore[operator]
 
     def reset_mem(self) -> Tensor:
         """A fresh membrane, of the next input's shape."""
         self.mem = self.mem.new_zeros(0)
         return self.mem
 
-    @torch.compiler.disable
     def forward(self, input_: Tensor, mem: Tensor | None = None) -> Any:
         """One time step."""
         if mem is not None and self.init_hidden:
@@ -102,51 +94,27 @@ class CoupledLIF(snntorch.Leaky):
         # As in snnTorch, a membrane that is fresh or left over from another batch size means zeros.
         if state.shape == (0,) or (mem is None and state.shape != input_.shape):
             state = None
-        dtype = stream_dtype(input_.dtype)
-        firing = firing_of(self.spike_grad, dtype)
-        leak = None if self.w is None else self.w.sigmoid().to(dtype)
-        call = Call(self.rule, firing, f"CoupledLIF on {tuple(input_.shape)}")
-        spk, self.mem = run_step(input_, state, call, leak)
+        known = surrogate_of(self.spike_grad, stream_dtype(input_.dtype))
+        spk, self.mem = self._run(run_step, input_, state, known)
         return spk if self.init_hidden and not self.output else (spk, self.mem)
 
     def extra_repr(self) -> str:
-        rule = self.rule
-        return (
-            f"tau={self.tau:g}, alpha={rule.alpha:g}, beta={rule.beta:g}, threshold={rule.v_threshold:g}, "
-            f"detach_reset={rule.detach_reset}, bits={rule.bits}"
-        )
+        return self._settings("threshold")
 
 
-_UNIFORM = {
-    factory().__code__
-    for factory in (surrogate.atan, surrogate.fast_sigmoid, surrogate.straight_through_estimator)
-}
-
-
-def firing_of(spike_grad: Any, dtype: torch.dtype) -> Firing:
+def surrogate_of(spike_grad: Any, dtype: torch.dtype) -> Surrogate:
     """A snnTorch surrogate for the coupled node.
 
     Raises:
         ValueError: it is none of snnTorch's own, or a random one.
     """
-    known = derivative_of(spike_grad)
+    known = known_surrogate(spike_grad)
     if known is None:
         raise ValueError(
             f"CoupledLIF can't undo a step with the surrogate {spike_grad!r}: it must be one of "
             "snntorch.surrogate's that draw no random numbers."
         )
-    derivative = known
-
-    def fire(u: Tensor) -> Tensor:
-        return spike_grad(u).to(dtype)  # type: ignore[no-any-return]
-
-    def vjp(grad: Tensor, u: Tensor) -> Tensor:
-        # snnTorch's spikes are float32 in any network, and so is their gradient.
-        return derivative(u, grad.to(torch.float32)).to(dtype)
-
-    return Firing(fire, vjp, True, spike_grad.__code__ in _UNIFORM)
+    return in_dtype(known, dtype)
 
 
-@register_reversible(CoupledLIF, subclasses=True)
-def _as_it_is(module: nn.Module) -> type[nn.Module]:
-    return type(module)
+register_reversible(CoupledLIF, subclasses=True)(as_it_is)

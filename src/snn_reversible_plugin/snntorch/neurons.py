@@ -15,7 +15,7 @@ from typing import Any
 import snntorch
 from torch import Tensor
 
-from snn_reversible_plugin.neurons.leaky.call import AFTER, BEFORE, NONE, SUBTRACT
+from snn_reversible_plugin.grid.decays import AFTER, BEFORE, NONE, SUBTRACT
 from snn_reversible_plugin.neurons.leaky.reference import (
     AlphaCharge,
     LapicqueCharge,
@@ -123,6 +123,7 @@ class RevLeaky(snntorch.Leaky):
 
     treatment = "analytic step"
     arithmetic = "stock"
+    lean = True
 
     def forward(self, input_: Tensor, mem: Tensor | None = None) -> Any:
         """One time step."""
@@ -147,6 +148,7 @@ class RevLapicque(snntorch.Lapicque):
 
     treatment = "analytic step"
     arithmetic = "stock"
+    lean = True
 
     def forward(self, input_: Tensor, mem: Tensor | None = None) -> Any:
         """One time step."""
@@ -172,6 +174,7 @@ class RevSynaptic(snntorch.Synaptic):
 
     treatment = "analytic step"
     arithmetic = "stock"
+    lean = True
 
     def forward(self, input_: Tensor, syn: Tensor | None = None, mem: Tensor | None = None) -> Any:
         """One time step."""
@@ -184,6 +187,7 @@ class RevAlpha(snntorch.Alpha):
 
     treatment = "analytic step"
     arithmetic = "stock"
+    lean = True
 
     def forward(
         self,
@@ -204,6 +208,7 @@ class RevRLeaky(snntorch.RLeaky):
 
     treatment = "analytic step"
     arithmetic = "stock"
+    lean = True
 
     def forward(self, input_: Tensor, spk: Tensor | None = None, mem: Tensor | None = None) -> Any:
         """One time step."""
@@ -216,6 +221,7 @@ class RevRSynaptic(snntorch.RSynaptic):
 
     treatment = "analytic step"
     arithmetic = "stock"
+    lean = True
 
     def forward(
         self,

@@ -12,7 +12,6 @@ Source: the ``forward`` methods in ``snntorch/_neurons``, version 1.0.
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,22 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from snn_reversible_plugin import tape
-from snn_reversible_plugin.neurons.leaky.call import (
-    AFTER,
-    NONE,
-    Charging,
-    Derivative,
-    Firing,
-    fired,
-    plan_of,
-)
+from snn_reversible_plugin.grid.decays import AFTER, NONE
+from snn_reversible_plugin.neurons.leaky.call import Charging, Firing, fired, kind_of
 from snn_reversible_plugin.neurons.leaky.reference import (
     Charge,
     LapicqueCharge,
     LeakyCharge,
     SynapticCharge,
 )
-from snn_reversible_plugin.snntorch.surrogates import derivative_of
+from snn_reversible_plugin.neurons.on_grid.neuron import value_of
+from snn_reversible_plugin.neurons.surrogates import Surrogate
+from snn_reversible_plugin.snntorch.surrogates import known_surrogate
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -87,10 +81,10 @@ def analytic(neuron: Any, spec: Spec, current: Tensor, given: tuple[Tensor | Non
     parameters = [getattr(neuron, name) for name in spec.parameters]
     if not all(_fits(parameter, mem) for parameter in (threshold, *parameters)):
         return None
-    derivative = derivative_for(neuron)
+    surrogate = surrogate_of(neuron)
     delayed = not spec.undelayed or neuron.reset_delay
     reset = None
-    if derivative is None:
+    if surrogate is None:
         _set_states(neuron, spec.states, states)  # methods of the user's own may look
         reset = neuron.mem_reset(mem)
         if reset.dtype is not torch.float32 or reset.shape != mem.shape or reset.requires_grad:
@@ -112,21 +106,21 @@ def analytic(neuron: Any, spec: Spec, current: Tensor, given: tuple[Tensor | Non
             if not delayed:
                 tape.mark_spikes(reset)
         constants = [mem, reset]
-        plan = plan_of(spec.charge, mechanism, derivative is not None and delayed)
+        kind = kind_of(spec.charge, mechanism, surrogate is not None and delayed)
         if spec.charge is SynapticCharge and mechanism != AFTER:
             alpha, beta = parameters
-            leaky = plan_of(LeakyCharge, mechanism, plan.recompute)
+            leaky = kind_of(LeakyCharge, mechanism, kind.recompute)
             syn = Charging.apply(_SYN, constants, threshold, *currents, states[-2], alpha)
             charged = [syn, Charging.apply(leaky, constants, threshold, syn, mem, beta)]
         else:
             x = spec.arrange(currents, states, parameters)
             if mechanism == AFTER:
                 x = spec.arrange(again, states, parameters) + x
-            result = Charging.apply(plan, constants, threshold, *x)
+            result = Charging.apply(kind, constants, threshold, *x)
             charged = [result] if isinstance(result, Tensor) else list(result)
         tape.mark_opaque(*charged)
-        if derivative is not None and not neuron.inhibition:
-            spikes = Firing.apply(derivative, charged[-1], threshold)
+        if surrogate is not None and not neuron.inhibition:
+            spikes = Firing.apply(surrogate, charged[-1], threshold)
             tape.mark_spikes(spikes)
         ungraded = is_ungraded(neuron)
     neuron.reset = reset
@@ -149,7 +143,7 @@ def _set_states(neuron: Any, names: tuple[str, ...], states: list[Tensor]) -> No
         setattr(neuron, name, state)
 
 
-_SYN = plan_of(LeakyCharge, NONE, True)
+_SYN = kind_of(LeakyCharge, NONE, True)
 
 
 def mechanism_of(neuron: Any, spec: Spec) -> str | None:
@@ -230,25 +224,19 @@ def _fits_recurrent(layer: Any, state: Tensor) -> bool:
     return isinstance(layer, nn.Linear) or (one_to_one and _fits(layer.V, state))
 
 
-def derivative_for(neuron: nn.Module) -> Derivative | None:
-    """The surrogate's derivative; None where firing has to be left to the neuron's own methods."""
+def surrogate_of(neuron: nn.Module) -> Surrogate | None:
+    """Its surrogate; None where firing has to be left to the neuron's own methods."""
     overridden = "fire" in neuron.__dict__ or "mem_reset" in neuron.__dict__
     if overridden or not _inherits(type(neuron), snntorch.SpikingNeuron, "fire", "mem_reset"):
         return None
-    return derivative_of(neuron.spike_grad)
-
-
-_factors: weakref.WeakKeyDictionary[nn.Module, tuple[Tensor, int, bool]] = weakref.WeakKeyDictionary()
+    return known_surrogate(neuron.spike_grad)
 
 
 def is_ungraded(neuron: Any) -> bool:
     """Whether the factor of a neuron's spikes is known to be 1, without waiting for a device."""
     factor: Tensor = neuron.graded_spikes_factor
-    known = _factors.get(neuron)
-    if known is None or known[0] is not factor or known[1] != factor._version or factor.requires_grad:
-        constant = factor.device.type == "cpu" and not factor.requires_grad and not factor.dim()
-        known = _factors[neuron] = factor, factor._version, constant and factor.item() == 1
-    return known[2]
+    constant = factor.device.type == "cpu" and not factor.requires_grad and not factor.dim()
+    return constant and value_of(factor) == 1
 
 
 def _reset_now(neuron: Any, spikes: Tensor, mem: Tensor) -> Tensor:

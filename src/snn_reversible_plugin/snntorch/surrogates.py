@@ -12,43 +12,43 @@ Source: the ``backward`` methods in ``snntorch/surrogate.py``, version 1.0.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
 from types import CodeType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from snntorch import surrogate
 from torch import Tensor
 
-from snn_reversible_plugin.grid.step import steps_on
-from snn_reversible_plugin.neurons.leaky.call import Derivative
+from snn_reversible_plugin.neurons.surrogates import Surrogate, describes
 
 
-def _atan(shift: Tensor, grad: Tensor, alpha: float) -> Tensor:
-    shift.mul_(math.pi / 2 * alpha).pow_(2).add_(1)
-    return shift.reciprocal_().mul_(alpha / 2).mul_(grad)
+def _atan(grad: Tensor, u: Tensor, alpha: float) -> Tensor:
+    u.mul_(math.pi / 2 * alpha).pow_(2).add_(1)
+    return u.reciprocal_().mul_(alpha / 2).mul_(grad)
 
 
-def _fast_sigmoid(shift: Tensor, grad: Tensor, slope: float) -> Tensor:
-    shift.abs_().mul_(slope).add_(1.0).pow_(2)
+def _fast_sigmoid(grad: Tensor, u: Tensor, slope: float) -> Tensor:
+    u.abs_().mul_(slope).add_(1.0).pow_(2)
     # Where layouts differ, the original's result has the gradient's.
-    return torch.div(grad, shift, out=shift) if _alike(grad, shift) else grad.clone() / shift
+    return torch.div(grad, u, out=u) if _alike(grad, u) else grad.clone() / u
 
 
-def _sigmoid(shift: Tensor, grad: Tensor, slope: float) -> Tensor:
-    shift.mul_(-slope).exp_()
-    above = (grad if _alike(grad, shift) else grad.clone()) * slope
-    return above.to(shift.dtype).mul_(shift).div_(shift.add_(1).pow_(2))
+def _sigmoid(grad: Tensor, u: Tensor, slope: float) -> Tensor:
+    u.mul_(-slope).exp_()
+    above = (grad if _alike(grad, u) else grad.clone()) * slope
+    return above.to(u.dtype).mul_(u).div_(u.add_(1).pow_(2))
 
 
-def _straight_through_estimator(shift: Tensor, grad: Tensor) -> Tensor:
+def _straight_through_estimator(grad: Tensor, u: Tensor) -> Tensor:
     return grad.clone()
 
 
-def _alike(grad: Tensor, shift: Tensor) -> bool:
-    return grad.stride() == shift.stride()
+def _alike(grad: Tensor, u: Tensor) -> bool:
+    return grad.stride() == u.stride()
 
 
 class _Context:
@@ -61,29 +61,44 @@ class _Context:
 
 
 def _by_stock(function: Any, *names: str) -> Callable[..., Tensor]:
-    def derivative(shift: Tensor, grad: Tensor, **parameters: float) -> Tensor:
+    def derivative(grad: Tensor, u: Tensor, **parameters: float) -> Tensor:
         context = _Context()
-        function.forward(context, shift, *(parameters[name] for name in names))
+        function.forward(context, u, *(parameters[name] for name in names))
         result = function.backward(context, grad)
         return result[0] if isinstance(result, tuple) else result
 
     return derivative
 
 
-_KNOWN: dict[CodeType, Callable[..., Tensor]] = {
-    surrogate.atan().__code__: _atan,
-    surrogate.fast_sigmoid().__code__: _fast_sigmoid,
-    surrogate.sigmoid().__code__: _sigmoid,
-    surrogate.straight_through_estimator().__code__: _straight_through_estimator,
-    surrogate.triangular().__code__: _by_stock(surrogate.Triangular, "threshold"),
-    surrogate.heaviside().__code__: _by_stock(surrogate.Heaviside),
-    surrogate.spike_rate_escape().__code__: _by_stock(surrogate.SpikeRateEscape, "beta", "slope"),
-    surrogate.SFS().__code__: _by_stock(surrogate.SparseFastSigmoid, "slope", "B"),
+class _Known(NamedTuple):
+    """One of snnTorch's own: its name there, its derivative, and :attr:`Surrogate.uniform`."""
+
+    name: str
+    derivative: Callable[..., Tensor]
+    uniform: bool = False
+
+
+_KNOWN: dict[CodeType, _Known] = {
+    surrogate.atan().__code__: _Known("atan", _atan, uniform=True),
+    surrogate.fast_sigmoid().__code__: _Known("fast_sigmoid", _fast_sigmoid, uniform=True),
+    surrogate.sigmoid().__code__: _Known("sigmoid", _sigmoid),
+    surrogate.straight_through_estimator().__code__: _Known(
+        "straight_through_estimator", _straight_through_estimator, uniform=True
+    ),
+    surrogate.triangular().__code__: _Known("triangular", _by_stock(surrogate.Triangular, "threshold")),
+    surrogate.heaviside().__code__: _Known("heaviside", _by_stock(surrogate.Heaviside)),
+    surrogate.spike_rate_escape().__code__: _Known(
+        "spike_rate_escape", _by_stock(surrogate.SpikeRateEscape, "beta", "slope")
+    ),
+    surrogate.SFS().__code__: _Known("SFS", _by_stock(surrogate.SparseFastSigmoid, "slope", "B")),
 }
 
 
-def derivative_of(spike_grad: Any) -> Derivative | None:
-    """The derivative of a surrogate that fires where ``shift > 0``; None if it isn't a known one."""
+def known_surrogate(spike_grad: Any) -> Surrogate | None:
+    """What is known of a surrogate that fires where ``u > 0``; None if it isn't one of snnTorch's.
+
+    As there, its outputs, and so the gradients that come to it, are float32 in any network.
+    """
     code = getattr(spike_grad, "__code__", None)
     if code not in _KNOWN:
         return None
@@ -93,27 +108,6 @@ def derivative_of(spike_grad: Any) -> Derivative | None:
             return None
     # The types are part of the key: 25 and 25.0 are equal, but a kernel may round them apart.
     return _trusted(spike_grad.__code__, values, tuple(map(type, values)), _Unkeyed(spike_grad))
-
-
-@functools.cache
-def in_one_pass(derivative: Derivative) -> Callable[..., None] | None:
-    """``write(mem, threshold, grad, out)`` for a derivative, flat and float32 on the CPU, to the same bits.
-
-    None where nothing is compiled for it.
-    """
-    if not isinstance(derivative, functools.partial):
-        return None
-    form = steps_on(torch.device("cpu"))
-    compiled = {_atan: "atan", _fast_sigmoid: "fast_sigmoid"}.get(derivative.func)
-    write = getattr(form, compiled, None) if compiled is not None else None
-    if write is None:
-        return None
-    write = functools.partial(write, **derivative.keywords)
-    mem, grad = torch.linspace(-3, 4, 1001), torch.linspace(-1, 2, 1001).sin_()
-    out = torch.empty_like(mem)
-    write(mem, 0.7, grad, out)
-    same = torch.equal(out, derivative(mem - 0.7, grad))
-    return write if same else None
 
 
 class _Unkeyed:
@@ -132,15 +126,23 @@ class _Unkeyed:
 @functools.lru_cache(maxsize=256)
 def _trusted(
     code: CodeType, values: tuple[float, ...], types: tuple[type, ...], spike_grad: _Unkeyed
-) -> Derivative | None:
-    derivative = _KNOWN[code]
-    if values:
-        derivative = functools.partial(derivative, **dict(zip(code.co_freevars, values, strict=True)))
-    with torch.inference_mode(False), torch.enable_grad():
-        shift = torch.linspace(-3, 3, 101, dtype=torch.float32, device="cpu").requires_grad_()
-        grad = torch.linspace(-1, 2, 101, dtype=torch.float32, device="cpu").sin_()
-        spikes = spike_grad.value(shift)
-        (expected,) = torch.autograd.grad(spikes, shift, grad)
-    with torch.no_grad():
-        same = torch.equal(derivative(shift.detach().clone(), grad), expected)
-        return derivative if same and torch.equal(spikes, (shift > 0).float()) else None
+) -> Surrogate | None:
+    name, derivative, uniform = _KNOWN[code]
+    parameters = tuple(zip(code.co_freevars, values, strict=True))
+    if parameters:
+        derivative = functools.partial(derivative, **dict(parameters))
+    found = Surrogate(
+        derivative, strict=True, uniform=uniform, name=f"snntorch.{name}", parameters=parameters
+    )
+    return found if describes(found, spike_grad.value, torch.float32) else None
+
+
+def in_dtype(known: Surrogate, dtype: torch.dtype) -> Surrogate:
+    """The same for gradients in a network's own dtype, which snnTorch casts to float32 and back."""
+    if dtype is torch.float32:
+        return known
+
+    def vjp(grad: Tensor, u: Tensor) -> Tensor:
+        return known.vjp(grad.to(torch.float32), u).to(dtype)
+
+    return dataclasses.replace(known, vjp=vjp, name=None, parameters=())

@@ -1,13 +1,13 @@
 """SpikingJelly: reversible neuron types, and what the converter puts in place of stock ones.
 
 The one idea: ``IFNode``, ``LIFNode`` and ``ParametricLIFNode`` have a backward of their own
-(:mod:`.nodes`), every other neuron whose forward can be run twice is replayed (:mod:`.generic`), and
-what can't be stays stock, with the reason below. Source: ``spikingjelly.activation_based.neuron`` 2.0.
+(:mod:`.neurons`), every other neuron whose forward can be run twice is replayed (:mod:`.replayed`), and
+what can't be stays stock, for the reason in its row (:mod:`.types`).
+
+Source: ``spikingjelly.activation_based.neuron`` 2.0.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 from torch import nn
 
@@ -25,8 +25,9 @@ from snn_reversible_plugin.modules.registry import (
     StaysStock,
     register_on_grid,
     register_reversible,
-    swapped_class,
+    stays_stock,
 )
+from snn_reversible_plugin.modules.swap import swapped_class
 from snn_reversible_plugin.spikingjelly import on_grid
 from snn_reversible_plugin.spikingjelly.coupled import CoupledLIF
 from snn_reversible_plugin.spikingjelly.neurons import (
@@ -36,77 +37,44 @@ from snn_reversible_plugin.spikingjelly.neurons import (
     RevLIFNode,
     RevParametricLIFNode,
 )
-from snn_reversible_plugin.spikingjelly.replayed import Replayed, dynamics_of, origin_of
+from snn_reversible_plugin.spikingjelly.replayed import Replayed
+from snn_reversible_plugin.spikingjelly.types import ROWS, dynamics_of, own_entries, row_of
 
 __all__ = ["CoupledLIF", "RevIFNode", "RevLIFNode", "RevParametricLIFNode", "register"]
 
-_ANALYTIC: dict[type, type[nn.Module]] = {
-    neuron.IFNode: RevIFNode,
-    neuron.LIFNode: RevLIFNode,
-    neuron.ParametricLIFNode: RevParametricLIFNode,
-}
-
-# Neurons that are not run a second time, and why.
-_STOCK: dict[type[nn.Module], str] = {
-    neuron.MPBNBaseNode: "its forward updates batch-norm statistics",
-    neuron.NoisyBaseNode: "its forward moves on in a sequence of noise",
-    neuron.NoisyNonSpikingBaseNode: "its forward moves on in a sequence of noise",
-    neuron.ILCBaseNode: "its forward writes into its input",
-    neuron.STBIFNode: "it is for inference and has no gradient",
-    neuron.DSRIFNode: "its own backward needs its input only, which the tape stores anyway",
-    neuron.DSRLIFNode: "its own backward needs its input only, which the tape stores anyway",
-    neuron.NonSpikingBaseNode: "its equation is linear, so autograd keeps nothing of it",
-}
-_REPLAYED: tuple[type[nn.Module], ...] = (
-    neuron.BaseNode, neuron.SimpleBaseNode, neuron.ActivationAwareIFNode, neuron.GatedLIFNode,
-    neuron.PSN, neuron.MaskedPSN, neuron.SlidingPSN, neuron.FewSpikeNode, neuron.FlexSN,
-)  # fmt: skip
-
-
-# Through these a neuron is called; a functional forward has no side effects by SpikingJelly's contract.
-_ENTRIES = {"__call__", "forward", "functional_forward", "single_step_forward", "multi_step_forward"}
+_NEURON_TYPES = (RevIFNode, RevLIFNode, RevParametricLIFNode)
 
 
 def _choose(module: nn.Module) -> type[nn.Module]:
-    cls: Any = type(module)
     if isinstance(module, Analytic):
-        return cls
-    own = _ENTRIES & origin_of(cls)[1]
-    if own:
+        return type(module)  # type: ignore[return-value]
+    if own := own_entries(type(module)):
         raise StaysStock(
             f"it has a {min(own)} of its own, which may do more than its equations; write them as "
             "single_step_functional_forward to have it replayed"
         )
-    for child in module.modules():
-        if isinstance(child, nn.modules.batchnorm._BatchNorm):
-            raise StaysStock("its forward updates batch-norm statistics")
-    return swapped_class(Reversible if dynamics_of(cls) in _ANALYTIC else Replayed, cls)
-
-
-def _refuse(module: nn.Module) -> type[nn.Module]:
-    for cls in type(module).__mro__:
-        if cls in _STOCK:
-            raise StaysStock(_STOCK[cls])
-    raise AssertionError(f"{type(module).__name__} is not among the neurons that stay stock")
-
-
-for _cls in _REPLAYED:
-    register_reversible(_cls, subclasses=True)(_choose)
-for _cls in _STOCK:
-    register_reversible(_cls, subclasses=True)(_refuse)
-for _cls, _rev in _ANALYTIC.items():
-    register_reversible(_cls)(_rev)
+    if any(isinstance(child, nn.modules.batchnorm._BatchNorm) for child in module.modules()):
+        raise StaysStock("its forward updates batch-norm statistics")
+    known = row_of(module).equations is not None
+    return swapped_class(Reversible if known else Replayed, type(module))
 
 
 def _on_grid(module: nn.Module) -> type[nn.Module]:
     reason = on_grid.why_not(module, dynamics_of(type(module)))
     if reason is not None:
         raise StaysStock(reason)
-    return swapped_class(on_grid.OnGrid, type(module))
+    return swapped_class(on_grid.NodeOnGrid, type(module))
 
 
-for _cls in _ANALYTIC:
-    register_on_grid(_cls)(_on_grid)
+for _cls, _row in ROWS.items():
+    if _row.stays:
+        register_reversible(_cls, subclasses=True)(stays_stock(_row.stays))
+    elif _row.family:
+        register_reversible(_cls, subclasses=True)(_choose)
+    if _row.on_grid:
+        register_on_grid(_cls)(_on_grid)
+for _rev in _NEURON_TYPES:
+    register_reversible(dynamics_of(_rev))(_rev)
 
 
 def register() -> None:
@@ -120,5 +88,5 @@ def register() -> None:
         >>> neuron.RevLIFNode is adapter.RevLIFNode
         True
     """
-    for cls in (*_ANALYTIC.values(), CoupledLIF):
+    for cls in (*_NEURON_TYPES, CoupledLIF):
         setattr(neuron, cls.__name__, cls)

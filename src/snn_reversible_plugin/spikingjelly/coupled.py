@@ -1,37 +1,30 @@
 """SpikingJelly's form of the coupled node: a module with a memory and two step modes.
 
-The one idea: everything is in :mod:`.neurons.coupled.call`; here are settings, a membrane
-that ``functional.reset_net`` knows, and which surrogate functions the node can do with.
+The one idea: everything is in :mod:`.neurons.coupled`; here are a membrane that ``functional.reset_net``
+knows, and which surrogate functions the node can do with.
 Source: Lei et al., arXiv 2308.08649.
 """
 
 from __future__ import annotations
 
-import functools
-import math
 from typing import Any
 
 import torch
 from spikingjelly.activation_based import base, surrogate
-from torch import Tensor, nn
+from torch import Tensor
 
 from snn_reversible_plugin.grid import stream_dtype
 from snn_reversible_plugin.modules.registry import register_reversible
-from snn_reversible_plugin.neurons.coupled.call import Call, run_sequence, run_step
-from snn_reversible_plugin.neurons.coupled.reference import Firing, rule_of
+from snn_reversible_plugin.neurons.coupled.call import run_sequence, run_step
+from snn_reversible_plugin.neurons.coupled.module import Coupled, Run, as_it_is, leak_parameter
+from snn_reversible_plugin.neurons.coupled.reference import constants_of
+from snn_reversible_plugin.neurons.surrogates import Surrogate
 from snn_reversible_plugin.ops.chunks import chunk_size
-from snn_reversible_plugin.spikingjelly.surrogates import (
-    by_autograd,
-    derivative,
-    fused_alpha,
-    is_heaviside,
-    is_uniform,
-    proved,
-)
+from snn_reversible_plugin.spikingjelly.surrogates import as_autograd, is_heaviside, proved
 
 
-class CoupledLIF(base.MemoryModule):
-    r"""The reversible node of Lei et al.: two halves of the channels, coupled so that time can be undone.
+class CoupledLIF(Coupled, base.MemoryModule):
+    r"""The reversible node of Lei et al.: two groups of channels, coupled so that time can be undone.
 
     With inputs :math:`X = (X_1, X_2)`, states :math:`S = (S_1, S_2)` and the Heaviside step :math:`H`::
 
@@ -82,9 +75,6 @@ class CoupledLIF(base.MemoryModule):
         (torch.Size([100, 8, 6]), torch.Size([8, 6]))
     """
 
-    treatment = "reversed in time"
-    arithmetic = "grid"
-
     def __init__(
         self,
         tau: float = 2.0,
@@ -98,87 +88,55 @@ class CoupledLIF(base.MemoryModule):
         bits: int = 16,
     ) -> None:
         super().__init__()
-        if learn_tau and not (math.isfinite(tau) and tau > 1):
-            raise ValueError(f"CoupledLIF: tau={tau!r}: to be learned it has to start above 1")
-        self.rule = rule_of(
+        self.w = leak_parameter(tau, "CoupledLIF") if learn_tau else None
+        self.constants = constants_of(
             "CoupledLIF", tau=None if learn_tau else tau, alpha=alpha, beta=beta, v_threshold=v_threshold,
             bits=bits, detach_reset=detach_reset,
         )  # fmt: skip
-        self.w = nn.Parameter(torch.as_tensor(-math.log(tau - 1))) if learn_tau else None
         self.surrogate_function = surrogate_function or surrogate.ATan()
         self.step_mode = step_mode
         self.register_memory("v", 0.0)
-
-    @property
-    def tau(self) -> float:
-        """The time constant as it is now."""
-        return 1 / (self.rule.leak if self.w is None else float(self.w.detach().sigmoid()))  # type: ignore[operator]
 
     def single_step_functional_forward(
         self, inputs: tuple[Any, ...], states: tuple[Any, ...]
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """One time step from explicit states, (v,) of shape [N, C, ...] or a number for all."""
-        return self._run(run_step, inputs[0], inputs[0], states)
+        return self._from(run_step, inputs[0], inputs[0].shape, states[0])
 
     def multi_step_functional_forward(
         self, inputs: tuple[Any, ...], states: tuple[Any, ...]
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """All time steps from explicit states."""
-        return self._run(run_sequence, inputs[0], inputs[0][:1].squeeze(0), states)
+        return self._from(run_sequence, inputs[0], inputs[0].shape[1:], states[0])
 
-    @torch.compiler.disable
-    def _run(self, run: Any, x: Tensor, step: Tensor, states: tuple[Any, ...]) -> Any:
+    def _from(self, run: Run, x: Tensor, shape: torch.Size, v: Any) -> Any:
         dtype = stream_dtype(x.dtype)
-        v = states[0]
         if not isinstance(v, Tensor):
-            v = None if v == 0 else torch.full_like(step, v, dtype=dtype)
-        firing = firing_of(self.surrogate_function, dtype, x.device, step.shape)
-        leak = None if self.w is None else self.w.sigmoid().to(dtype)
-        y, v = run(x, v, Call(self.rule, firing, f"CoupledLIF on {tuple(step.shape)}"), leak)
+            v = None if v == 0 else torch.full(shape, v, dtype=dtype, device=x.device)
+        y, v = self._run(run, x, v, surrogate_of(self.surrogate_function, dtype, x.device, shape))
         return (y,), (v,)
 
     def extra_repr(self) -> str:
-        rule = self.rule
-        return (
-            f"tau={self.tau:g}, alpha={rule.alpha:g}, beta={rule.beta:g}, "
-            f"v_threshold={rule.v_threshold:g}, detach_reset={rule.detach_reset}, bits={rule.bits}, "
-            f"{super().extra_repr()}"
-        )
+        return f"{self._settings('v_threshold')}, {super().extra_repr()}"
 
 
-def firing_of(function: Any, dtype: torch.dtype, device: torch.device, shape: torch.Size) -> Firing:
-    """A SpikingJelly surrogate for the coupled node.
+def surrogate_of(function: Any, dtype: torch.dtype, device: torch.device, shape: torch.Size) -> Surrogate:
+    """A SpikingJelly surrogate for the coupled node, whose steps have this shape.
 
     Raises:
         ValueError: it is not known to work element by element and to give zeros and ones.
     """
     if is_heaviside(function):
-        name_and_alpha = fused_alpha(function)
-        formula = None if name_and_alpha is None else _trusted(*name_and_alpha, dtype)
-        return Firing(function, formula or by_autograd(function), False, is_uniform(function))
+        return as_autograd(function, dtype)
     chunk = min(shape.numel() or 1, chunk_size(device))
-    half = torch.Size((shape[0] or 1, shape[1] // 2, *shape[2:]))
-    known = proved(function, half, dtype, device, chunk)
-    if known is None or known.fire is not None:
+    group = torch.Size((shape[0] or 1, shape[1] // 2, *shape[2:]))
+    known = proved(function, group, dtype, device, chunk)
+    if known is None or not known.spikes:
         raise ValueError(
             f"CoupledLIF can't undo a step with the surrogate {function!r}: it must be element-wise, "
             "deterministic, and give zeros and ones. Take one of spikingjelly's with spiking=True."
         )
-    return Firing(function, known.vjp, None, known.uniform)
+    return known
 
 
-@functools.cache
-def _trusted(name: str, alpha: float, dtype: torch.dtype) -> Any:
-    """The derivative in one buffer, if it is that of the surrogate itself to the bit."""
-    formula = derivative(name, alpha)
-    with torch.inference_mode(False), torch.enable_grad():
-        u = torch.linspace(-3, 3, 203, dtype=dtype, device="cpu").requires_grad_()
-        grad = torch.linspace(-1, 2, 203, dtype=dtype, device="cpu").sin_()
-        (expected,) = torch.autograd.grad(getattr(surrogate, name)(alpha=alpha)(u), u, grad)
-    with torch.no_grad():
-        return formula if torch.equal(formula(grad, u.detach().clone()), expected) else None
-
-
-@register_reversible(CoupledLIF, subclasses=True)
-def _as_it_is(module: nn.Module) -> type[nn.Module]:
-    return type(module)
+register_reversible(CoupledLIF, subclasses=True)(as_it_is)

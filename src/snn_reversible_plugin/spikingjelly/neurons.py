@@ -3,8 +3,9 @@
 The one idea: these three are nearly all of practice, and their arithmetic is known, so the backward is
 written out (:mod:`.neurons.integrate_fire.reference`) instead of recorded. Over a sequence only the input
 current is saved, which the tape replays from spikes; stepped one time step at a time, the charged
-membrane, 4 bytes a neuron and step. A configuration whose arithmetic is not known here, and any
-subclass with dynamics of its own, is replayed as a black box (:mod:`.generic`).
+membrane, 4 bytes a neuron and step. :func:`how` says of each call whether that is so; a configuration whose
+arithmetic is not known here, and any subclass with dynamics of its own, is replayed as a black box
+(:mod:`.spikingjelly.replayed`).
 
 Source: SpikingJelly 2.0, ``_ops/{if_,lif,plif}/reference.py``, which is what runs on a CPU, and on a
 GPU where there is no fused kernel.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import functools
 import os
 import weakref
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,27 +25,24 @@ from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import Tensor, nn
 
 from snn_reversible_plugin import tape
-from snn_reversible_plugin.modules.registry import SwappedClass
+from snn_reversible_plugin.modules.swap import SwappedClass
 from snn_reversible_plugin.neurons.final_membrane import FinalMembrane, Memories
 from snn_reversible_plugin.neurons.integrate_fire.in_place import multi_step, multi_step_vjp
 from snn_reversible_plugin.neurons.integrate_fire.reference import (
+    Neuron,
+    OutputGradients,
     Rule,
-    Surrogate,
     Wanted,
     single_step,
     single_step_vjp,
 )
 from snn_reversible_plugin.neurons.rerun import differentiable_once
+from snn_reversible_plugin.neurons.surrogates import Surrogate, by_autograd
+from snn_reversible_plugin.neurons.witness import agree
 from snn_reversible_plugin.ops.chunks import chunk_size
-from snn_reversible_plugin.spikingjelly.replayed import dynamics_of, replayed
-from snn_reversible_plugin.spikingjelly.surrogates import (
-    as_it_is,
-    by_autograd,
-    derivative,
-    fused_alpha,
-    is_uniform,
-    proved,
-)
+from snn_reversible_plugin.spikingjelly.replayed import as_stock, is_learning, replayed
+from snn_reversible_plugin.spikingjelly.surrogates import fused, proved
+from snn_reversible_plugin.spikingjelly.types import ROWS, dynamics_of
 
 # NOTE [What stock runs]
 #
@@ -52,19 +51,20 @@ from snn_reversible_plugin.spikingjelly.surrogates import (
 #    sigmoid of w once. The final membrane is cut from v_seq where that is stored.
 # 2. Otherwise torch code with the surrogate as it is. ParametricLIF takes the sigmoid in every step, so
 #    w gets T gradients one after the other; w is handed over T times for that.
-# 3. The membrane is handed over twice for the same reason (dynamics, note on order, 3).
+# 3. The membrane is handed over twice for the same reason (reference, note on order, 3).
 
 
 class _Call(NamedTuple):
-    """What one call of a neuron does, fixed at the time of the call."""
+    """What one call of a neuron does, fixed at the time of the call. ``neuron`` is without its leak q."""
 
-    rule: Rule
-    surrogate: Surrogate
+    neuron: Neuron
     fused: bool
     store_v_seq: bool = False
 
-    def leak(self, w: Tensor) -> Tensor:
-        return w.float().sigmoid() if self.fused else w.sigmoid()
+    def with_leak(self, w: Tensor | None) -> Neuron:
+        if w is None:
+            return self.neuron
+        return self.neuron._replace(q=w.float().sigmoid() if self.fused else w.sigmoid())
 
     def leak_vjp(self, g_q: list[Tensor], q: Tensor, w: Tensor) -> list[Tensor]:
         """Gradients of w, one each time it was handed over, in the order of autograd's arrivals."""
@@ -77,8 +77,7 @@ class _Call(NamedTuple):
 
 
 def _final_membrane(call: _Call, v: float, x_seq: Tensor, w: Tensor | None = None) -> Tensor:
-    q = None if w is None else call.leak(w)
-    return multi_step(x_seq, v, call.rule, call.surrogate, q)[1]
+    return multi_step(x_seq, v, call.with_leak(w))[1]
 
 
 class _MultiStep(torch.autograd.Function):
@@ -97,8 +96,7 @@ class _MultiStep(torch.autograd.Function):
         ctx.call, ctx.start = call, None if isinstance(v, Tensor) else v
         ctx.save_for_backward(x_seq, v if ctx.start is None else None, ws[0] if ws else None)
         with tape.paused():
-            q = call.leak(ws[0]) if ws else None
-            spikes, v, v_seq = multi_step(x_seq, v, call.rule, call.surrogate, q, call.store_v_seq)
+            spikes, v, v_seq = multi_step(x_seq, v, call.with_leak(ws[0] if ws else None), call.store_v_seq)
             if final is not None:
                 v = final.placeholder(v)
         if v_seq is None:
@@ -117,7 +115,7 @@ class _MultiStep(torch.autograd.Function):
             g_v, g_v_seq = None, g_v
         if g_s is None and g_v is None and g_v_seq is None:
             return None, None, None, None, None, *nothing
-        q = None if w is None else call.leak(w)
+        neuron = call.with_leak(w)
         wanted = Wanted(
             x=ctx.needs_input_grad[0],
             v=ctx.needs_input_grad[1],
@@ -125,14 +123,15 @@ class _MultiStep(torch.autograd.Function):
         )
         final = None if ctx.final is None else ctx.final()
         v_last = None if final is None else final.empty()
-        grads = multi_step_vjp(
-            x_seq, ctx.start if v is None else v, g_s, g_v, g_v_seq, call.rule, call.surrogate, q,
+        # What is saved is part of the forward's graph, and a gradient must not be.
+        found = multi_step_vjp(
+            x_seq.detach(), ctx.start if v is None else v, OutputGradients(g_s, g_v, g_v_seq), neuron,
             wanted, owned=owned, v_last=v_last,
         )  # fmt: skip
         if final is not None and v_last is not None:
             final.keep(v_last)
-        g_ws = call.leak_vjp(grads.q, q, w) if wanted.q else nothing  # type: ignore[arg-type]
-        return grads.x, *grads.v, None, None, *g_ws
+        g_ws = call.leak_vjp(found.q, neuron.q, w) if wanted.q else nothing  # type: ignore[arg-type]
+        return found.x, *found.v, None, None, *g_ws
 
 
 class _SingleStep(torch.autograd.Function):
@@ -145,8 +144,7 @@ class _SingleStep(torch.autograd.Function):
         with tape.paused():
             if not isinstance(v, Tensor):
                 v = torch.full_like(x, v)
-            q = call.leak(ws[0]) if ws else None
-            s, v, h, pull = single_step(x, v, call.rule, call.surrogate, q)
+            s, v, h, pull = single_step(x, v, call.with_leak(ws[0] if ws else None))
         if not ws:
             ctx.save_for_backward(h)
         else:
@@ -161,28 +159,72 @@ class _SingleStep(torch.autograd.Function):
         if g_s is None and g_v is None:
             return (None,) * len(ctx.needs_input_grad)
         w, pull = leak or (None, None)
-        q = None if w is None else call.leak(w)
-        grads = single_step_vjp(h, g_s, g_v, call.rule, call.surrogate, q, pull)
+        neuron = call.with_leak(w)
+        grads = single_step_vjp(h, g_s, g_v, neuron, pull)
         g_vs = grads.v if ctx.needs_input_grad[1] else (None, None)
-        if w is None or q is None:
+        if w is None:
             return grads.x, *g_vs, None
-        return grads.x, *g_vs, None, call.leak_vjp(grads.q, q, w)[0] if grads.q else None
+        return grads.x, *g_vs, None, call.leak_vjp(grads.q, neuron.q, w)[0] if grads.q else None  # type: ignore[arg-type]
+
+
+# -- how a call is run ---------------------------------------------------------------------------------
+
+
+class ByFormula(NamedTuple):
+    """By the written-out forward and backward: what they take beside the input."""
+
+    call: _Call
+    v: Tensor | float
+    w: Tensor | None
+
+
+class ByReplay(NamedTuple):
+    """By stock's own forward, run again in the backward, and why."""
+
+    reason: str
+
+
+class ByStock(NamedTuple):
+    """By stock's own forward as it is, and why."""
+
+    reason: str
+
+
+How = ByFormula | ByReplay | ByStock
+_TEXTS = {ByReplay: "generic replay", ByStock: "stock"}
+# What ran last in place of the formulas, for reports; nothing of a neuron that runs by them.
+_instead: weakref.WeakKeyDictionary[Any, ByReplay | ByStock] = weakref.WeakKeyDictionary()
 
 
 class Analytic:
     """Mixin in front of one of the three neurons."""
 
-    treatment = "analytic"
     arithmetic = "stock"
+    lean = True
+
+    @property
+    def treatment(self) -> str:
+        """What the backward does, for reports; of the last call that recorded a gradient."""
+        instead = _instead.get(self)
+        return "analytic" if instead is None else _TEXTS[type(instead)]
+
+    @property
+    def treatment_reason(self) -> str:
+        """Why the last call's backward was not the written-out one, for reports."""
+        instead = _instead.get(self)
+        return "" if instead is None else instead.reason
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if tape.runs_eagerly() and len(args) == 1 and not kwargs:
-            out = _forward(self, args[0])
-            if out is not NotImplemented:
-                return out
+        chosen = how(self, args, kwargs)
+        if isinstance(chosen, ByFormula):
+            if _instead:
+                _instead.pop(self, None)
+            return _run(self, args[0], chosen)
         if not tape.may_record():
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        return replayed(self, Analytic, args, kwargs)  # type: ignore[arg-type]
+        _instead[self] = chosen
+        run = replayed if isinstance(chosen, ByReplay) else as_stock
+        return run(self, Analytic, args, kwargs)  # type: ignore[arg-type]
 
     def reset(self) -> None:
         """Set the states to their reset values."""
@@ -196,21 +238,51 @@ class Reversible(Analytic, SwappedClass):
     """In front of a subclass that has one of the three neurons' dynamics."""
 
 
-def _forward(module: Any, x: Any) -> Any:
-    """The analytic forward; NotImplemented where stock's arithmetic is not known here."""
+def how(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> How:
+    """How a call of one of the three neurons is run: by the formulas where they are stock's arithmetic.
+
+    Example:
+        >>> import torch
+        >>> from snn_reversible_plugin.spikingjelly.neurons import RevLIFNode, how
+        >>> node, x_seq = RevLIFNode(step_mode="m"), torch.rand(4, 3, requires_grad=True)
+        >>> type(how(node, (x_seq,), {})).__name__
+        'ByFormula'
+        >>> how(node, (x_seq.detach(),), {})
+        ByStock(reason='neither its input nor anything of its own has a gradient')
+    """
+    if not tape.runs_eagerly() or torch.jit.is_tracing():
+        return ByStock("it is traced, by a compiler or a function transform")
+    if len(args) != 1 or kwargs:
+        found: ByFormula | str = "it is called with more than its input"
+    else:
+        found = _unusual(module, args[0]) or _by_formula(module, args[0])
+    if isinstance(found, ByFormula):
+        return found
+    if not torch.is_grad_enabled():
+        return ByStock("no gradient is recorded")
+    if not is_learning(module, args, kwargs):
+        return ByStock("neither its input nor anything of its own has a gradient")
+    return ByReplay(found)
+
+
+def _unusual(module: Any, x: Any) -> str | None:
+    """What is not covered of an input, or of what the neuron is set to do with it."""
     multi = module._step_mode == "m"
-    if (
-        type(x) not in (Tensor, nn.Parameter)
-        or x.dim() < 1 + multi
-        or (multi and x.shape[0] == 0)
-        or not x.is_floating_point()
-        or x.layout is not torch.strided
-        or len(module._memories) != 1
-        or (module.store_v_seq and not multi)
-        or torch.jit.is_tracing()
-    ):
-        return NotImplemented
-    shape = x.shape[1:] if multi else x.shape
+    if type(x) not in (Tensor, nn.Parameter):
+        return f"its input is a {type(x).__name__} and no plain tensor"
+    if x.dim() < 1 + multi or (multi and x.shape[0] == 0):
+        return f"its input has no {'time steps' if multi else 'dimensions'}: shape {tuple(x.shape)}"
+    if not x.is_floating_point() or x.layout is not torch.strided:
+        return f"its input is {x.dtype}, {x.layout}"
+    if len(module._memories) != 1:
+        return f"it has states beside v: {', '.join(module._memories)}"
+    if module.store_v_seq and not multi:
+        return "store_v_seq is on, and it takes one step at a time"
+    return None
+
+
+def _by_formula(module: Any, x: Tensor) -> ByFormula | str:
+    shape = x.shape[1:] if module._step_mode == "m" else x.shape
     v = module._memories.get("v")
     if isinstance(v, Tensor):
         if v.shape != shape:
@@ -218,28 +290,33 @@ def _forward(module: Any, x: Any) -> Any:
         elif v.dtype != x.dtype or v.device != x.device:
             v = v.to(dtype=x.dtype, device=x.device)
     elif not isinstance(v, float):
-        return NotImplemented
+        return f"its membrane is a {type(v).__name__}"
     kind = dynamics_of(type(module))
     w = module.w if kind is neuron.ParametricLIFNode else None
-    graph = torch.is_grad_enabled()
-    if graph and not (
+    if torch.is_grad_enabled() and not (
         x.requires_grad
         or (isinstance(v, Tensor) and v.requires_grad)
         or (isinstance(w, Tensor) and w.requires_grad)
     ):
-        return NotImplemented
+        return "what learns in it is neither its input nor its state"
     call = _call(module, kind, shape, x, w)
-    if call is None:
-        return NotImplemented
+    return call if isinstance(call, str) else ByFormula(call, v, w)
+
+
+def _run(module: Any, x: Tensor, chosen: ByFormula) -> Tensor:
+    call, start, w = chosen
+    v: Any = start
     again = v if isinstance(v, Tensor) else None
+    ws: tuple[Tensor, ...] = ()
     final = None
-    if not multi:
+    if module._step_mode != "m":
         ws = () if w is None else (w,)
         s, v = _SingleStep.apply(x, v, again, call, *ws)
         v_seq = None
     else:
         ws = () if w is None else (w,) * (1 if call.fused else x.shape[0])
-        if graph and tape.may_promise() and not isinstance(v, Tensor) and not call.store_v_seq:
+        promises = torch.is_grad_enabled() and tape.may_promise()
+        if promises and not isinstance(v, Tensor) and not call.store_v_seq:
             final = FinalMembrane(partial(_final_membrane, call, v), *map(tape.handle_of, (x, *ws[:1])))
         s, *states = _MultiStep.apply(x, v, again, call, final, *ws)
         v_seq = states[-1] if call.store_v_seq else None
@@ -249,7 +326,7 @@ def _forward(module: Any, x: Any) -> Any:
             if call.fused:
                 v = v_seq[-1].clone()
         module.v_seq = v_seq
-    if call.surrogate.fire is None:
+    if call.neuron.surrogate.spikes:
         tape.mark_spikes(s)
     else:
         tape.mark_opaque(s)
@@ -264,93 +341,104 @@ def _forward(module: Any, x: Any) -> Any:
     return s
 
 
-def _call(module: Any, kind: type | None, shape: torch.Size, x: Tensor, w: Tensor | None) -> _Call | None:
-    if kind is neuron.IFNode:
-        tau, decay_input = None, False
-    elif kind is neuron.LIFNode:
-        tau, decay_input = module.tau, bool(module.decay_input)
-        if not isinstance(tau, float):
-            return None
-    elif kind is neuron.ParametricLIFNode:
-        tau, decay_input = None, bool(module.decay_input)
-        if not isinstance(w, Tensor) or w.dim() or w.device != x.device:
-            return None
-    else:
-        return None
-    v_threshold, v_reset = module.v_threshold, module.v_reset
-    if (
-        not isinstance(v_threshold, float)
-        or not (v_reset is None or isinstance(v_reset, float))
-        or module._neuron_precision is not None
-    ):
-        return None
-    rule = Rule(tau, decay_input, v_threshold, v_reset, bool(module.detach_reset))
+def _call(module: Any, kind: type | None, shape: torch.Size, x: Tensor, w: Tensor | None) -> _Call | str:
+    """What the formulas need of a neuron, or why they are not stock's arithmetic as it is set."""
+    rule = _rule(module, kind, x, w)
+    if isinstance(rule, str):
+        return rule
     function = module.surrogate_function
-    fused = fused_alpha(function) if x.dtype is torch.float32 else None
+    known = fused(function) if x.dtype is torch.float32 else None
     if w is not None and w.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        fused = None
-    if not _runs_torch(kind, x.device, fused is not None):
-        return None
-    if not _agrees(kind, decay_input, v_reset is None, rule.detach_reset, fused and fused[0]):
-        return None
-    known: Surrogate | None
-    if fused is not None:
-        known = Surrogate(None, derivative(*fused), is_uniform(function))
-    else:
+        known = None
+    if not _runs_torch(kind, x.device, known is not None):  # type: ignore[arg-type]
+        return f"stock runs a kernel of its own on {x.device.type}"
+    name = None if known is None else known.name.rpartition(".")[2]  # type: ignore[union-attr]
+    if not _agrees(kind, rule.decay_input, rule.v_reset is None, rule.detach_reset, name):  # type: ignore[arg-type]
+        return "the installed SpikingJelly computes it in another order"
+    is_fused = known is not None
+    if known is None:
         chunk = min(shape.numel(), chunk_size(x.device))
         known = proved(function, shape, x.dtype, x.device, chunk)
     if known is None:
-        return None
-    return _Call(rule, known, fused is not None, bool(module.store_v_seq))
+        return f"its surrogate {type(function).__name__} is not known to work element by element"
+    return _Call(Neuron(rule, known), is_fused, bool(module.store_v_seq))
+
+
+def _rule(module: Any, kind: type | None, x: Tensor, w: Tensor | None) -> Rule | str:
+    tau, decay_input = None, False
+    if kind is neuron.LIFNode:
+        tau, decay_input = module.tau, bool(module.decay_input)
+        if not isinstance(tau, float):
+            return f"its tau is a {type(tau).__name__}"
+    elif kind is neuron.ParametricLIFNode:
+        decay_input = bool(module.decay_input)
+        if not isinstance(w, Tensor) or w.dim() or w.device != x.device:
+            return "its w is not one number on the input's device"
+    elif kind is not neuron.IFNode:
+        return "its dynamics are its own"
+    v_threshold, v_reset = module.v_threshold, module.v_reset
+    if not isinstance(v_threshold, float):
+        return f"its v_threshold is a {type(v_threshold).__name__}"
+    if not (v_reset is None or isinstance(v_reset, float)):
+        return f"its v_reset is a {type(v_reset).__name__}"
+    if module._neuron_precision is not None:
+        return "it has a precision of its own"
+    return Rule(tau, decay_input, v_threshold, v_reset, bool(module.detach_reset))
 
 
 def _runs_torch(kind: type, device: torch.device, fused: bool) -> bool:
     """Whether stock runs torch code here, rather than a kernel or an error message."""
     if device.type == "cpu":
         return True
-    short = {neuron.IFNode: "IF", neuron.LIFNode: "LIF", neuron.ParametricLIFNode: "PLIF"}[kind]
-    choice = os.environ.get(f"SJ_{short}_CUDA_IMPLEMENTATION", "auto")
+    choice = os.environ.get(f"SJ_{ROWS[kind].equations}_CUDA_IMPLEMENTATION", "auto")
     return device.type == "cuda" and not fused and choice == "auto"
 
 
 @functools.cache
-def _agrees(kind: type, decay_input: bool, soft: bool, detach_reset: bool, fused: str | None) -> bool:
+def _agrees(kind: type, decay_input: bool, soft: bool, detach_reset: bool, name: str | None) -> bool:
     """Whether the installed SpikingJelly computes what is written out here; tried once for each case.
 
-    Another version may do its arithmetic in another order; then stock's own code is replayed.
+    Another version may do its arithmetic in another order; then stock's own code is replayed. ``name``: of
+    the surrogate, in a fused operator; None: the surrogate is called as it is.
     """
-    rule = Rule(
-        1.7 if kind is neuron.LIFNode else None, decay_input, 0.9, None if soft else -0.3, detach_reset
-    )
-    function = getattr(surrogate, fused or "ATan")(alpha=1.3)
-    vjp = derivative(fused, 1.3) if fused else by_autograd(function)
-    known = Surrogate(None, vjp)
-    dtype = torch.float32 if fused else torch.float64
-    grid = torch.arange(60, dtype=dtype, device="cpu")
-    x_seq = torch.sin(grid).mul_(3).view(3, 20).requires_grad_()
-    g_s, g_v, v = torch.cos(grid).view(3, 20), torch.sin(grid[:20] + 1), torch.cos(grid[:20] * 2)
-    options = (rule.v_threshold, rule.v_reset, function, detach_reset)
-    with (
-        tape.paused(),
-        torch.enable_grad(),
-        torch.autocast("cpu", enabled=False),
-        torch.autograd.graph.saved_tensors_hooks(as_it_is, as_it_is),
-    ):
-        q = None
+    tau = 1.7 if kind is neuron.LIFNode else None
+    rule = Rule(tau, decay_input, 0.9, None if soft else -0.3, detach_reset)
+    function = getattr(surrogate, name or "ATan")(alpha=1.3)
+    dtype = torch.float64 if name is None else torch.float32
+
+    def sample() -> tuple[Tensor, Tensor, OutputGradients, Tensor]:
+        grid = torch.arange(60, dtype=dtype, device="cpu")
+        x_seq, w = (
+            torch.sin(grid).mul_(3).view(3, 20),
+            torch.full((), 0.4, device="cpu", dtype=torch.float32),
+        )
+        grads = OutputGradients(torch.cos(grid).view(3, 20), torch.sin(grid[:20] + 1))
+        return x_seq, torch.cos(grid[:20] * 2), grads, w
+
+    def stocks() -> Sequence[Tensor]:
+        x_seq, v, grads, w = sample()
+        x_seq.requires_grad_()
+        options = (rule.v_threshold, rule.v_reset, function, detach_reset)
         if kind is neuron.IFNode:
             s, v_last, _ = functional.if_multi_step(x_seq, v, *options)
         elif kind is neuron.LIFNode:
-            s, v_last, _ = functional.lif_multi_step(x_seq, v, rule.tau, decay_input, *options)
+            s, v_last, _ = functional.lif_multi_step(x_seq, v, tau, decay_input, *options)
         else:
-            w = torch.full((), 0.4, dtype=torch.float32, device="cpu")
-            q = w.sigmoid()
             s, v_last, _ = functional.plif_multi_step(x_seq, v, w, decay_input, *options)
-        (g_x,) = torch.autograd.grad((s, v_last), x_seq, (g_s, g_v))
+        return s, v_last, *torch.autograd.grad((s, v_last), x_seq, grads[:2])
+
+    def ours() -> Sequence[Tensor]:
+        x_seq, v, grads, w = sample()
+        known = Surrogate(by_autograd(function)) if name is None else fused(function)
+        assert known is not None
+        own = Neuron(rule, known, w.sigmoid() if kind is neuron.ParametricLIFNode else None)
         with torch.no_grad():
-            own = multi_step(x_seq, v, rule, known, q)
-            grads = multi_step_vjp(x_seq, v, g_s, g_v, None, rule, known, q)
-    assert grads.x is not None
-    return torch.equal(own[0], s) and torch.equal(own[1], v_last) and torch.equal(grads.x, g_x)
+            s, v_last, _ = multi_step(x_seq, v, own)
+            g_x = multi_step_vjp(x_seq, v, grads, own).x
+        assert g_x is not None
+        return s, v_last, g_x
+
+    return agree(ours, stocks)
 
 
 class RevIFNode(Analytic, neuron.IFNode):

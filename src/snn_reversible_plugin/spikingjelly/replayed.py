@@ -2,9 +2,10 @@
 
 The one idea: for a neuron whose arithmetic this package does not know, stock's code is the only
 authority, so it is what runs, both times. In chunks where each element is known to go its own way,
-which keeps what autograd saves of the second run small; as a black box otherwise.
+which keeps what autograd saves of the second run small; as a black box otherwise. Which are known is
+in :mod:`.types`.
 
-Source: the neurons of ``spikingjelly.activation_based.neuron`` 2.0, read one by one for the tables.
+Source: the neurons of ``spikingjelly.activation_based.neuron`` 2.0.
 """
 
 from __future__ import annotations
@@ -14,77 +15,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 
 from snn_reversible_plugin import tape
-from snn_reversible_plugin.modules.registry import SwappedClass
+from snn_reversible_plugin.modules.swap import SwappedClass
 from snn_reversible_plugin.neurons.rerun import (
-    Autocast,
     Rerun,
     differentiable_once,
     shadow,
 )
+from snn_reversible_plugin.neurons.witness import Witness, alone
+from snn_reversible_plugin.ops.autocast import Autocast
 from snn_reversible_plugin.ops.chunks import cuts
 from snn_reversible_plugin.ops.layouts import is_contiguous_in
-from snn_reversible_plugin.spikingjelly.surrogates import (
-    Witness,
-    is_heaviside,
-    is_known,
-    is_uniform,
-)
-
-# Every element on its own, nothing learnable, states of the input's shape.
-_POINTWISE = {
-    neuron.IFNode, neuron.LIFNode, neuron.QIFNode, neuron.EIFNode, neuron.IzhikevichNode,
-    neuron.TernaryIFNode, neuron.TernaryLIFNode, neuron.RAFNode, neuron.CUBALIFNode,
-    neuron.HalfThresholdIFNode, neuron.ILIFNode,
-}  # fmt: skip
-# The first output is the surrogate's, untouched.
-_FIRES = _POINTWISE - {neuron.TernaryIFNode, neuron.TernaryLIFNode, neuron.ILIFNode} | {
-    neuron.ParametricLIFNode, neuron.KLIFNode, neuron.GatedLIFNode, neuron.ComplementaryLIFNode,
-    neuron.ActivationAwareIFNode, neuron.SimpleIFNode, neuron.SimpleLIFNode, neuron.SLTTLIFNode,
-    neuron.OTTTLIFNode, neuron.PSN, neuron.MaskedPSN, neuron.SlidingPSN,
-}  # fmt: skip
-# Graded, signed or arbitrary outputs.
-_GRADED = {
-    neuron.TernaryIFNode, neuron.TernaryLIFNode, neuron.ILIFNode, neuron.FewSpikeNode,
-    neuron.HGNode, neuron.OutlierAwareThresholdNode,
-}  # fmt: skip
-_KNOWN = _FIRES | _GRADED
-# What a subclass may define over a neuron and still have that neuron's dynamics.
-_HARMLESS = {
-    "__init__", "__module__", "__doc__", "__qualname__", "__annotations__", "__firstlineno__",
-    "__static_attributes__", "__dict__", "__weakref__", "__repr__", "__str__", "__annotate_func__",
-    "__annotations_cache__", "__reduce_ex__", "__reduce__", "extra_repr", "reset",
-}  # fmt: skip
-
-
-def dynamics_of(cls: type) -> Any:
-    """The SpikingJelly class whose dynamics an instance has; None if a subclass overrides any."""
-    if cls not in _dynamics:
-        _dynamics[cls] = _dynamics_of(cls)
-    return _dynamics[cls]
-
-
-_dynamics: dict[type, type | None] = {}
-
-
-def _dynamics_of(cls: type) -> type | None:
-    base, own = origin_of(cls)
-    return None if base is None or own & (set(dir(base)) - _HARMLESS) else base
-
-
-def origin_of(cls: type) -> tuple[type | None, set[str]]:
-    """The SpikingJelly class that a class is or derives from, and what a user's classes define over it."""
-    own: set[str] = set()
-    for base in cls.__mro__:
-        package = base.__module__.partition(".")[0]
-        if package == "spikingjelly":
-            return base, own
-        if package != __name__.partition(".")[0]:
-            own |= vars(base).keys()
-    return None, own
+from snn_reversible_plugin.spikingjelly.surrogates import is_heaviside, is_known, is_uniform
+from snn_reversible_plugin.spikingjelly.types import row_of
 
 
 class Replayed(SwappedClass):
@@ -97,7 +42,17 @@ class Replayed(SwappedClass):
         stock = super().forward  # type: ignore[misc]
         if not tape.may_record():
             return stock(*args, **kwargs)
-        return replayed(self, Replayed, args, kwargs)  # type: ignore[arg-type]
+        learns = not torch.jit.is_tracing() and is_learning(self, args, kwargs)  # type: ignore[arg-type]
+        run = replayed if learns else as_stock
+        return run(self, Replayed, args, kwargs)  # type: ignore[arg-type]
+
+
+def as_stock(module: nn.Module, mixin: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The forward that ``mixin`` stands in front of, as it is, for a call that no gradient goes through."""
+    with tape.paused():
+        out = super(mixin, module).forward(*args, **kwargs)
+    _mark(module, out, _fires(module))
+    return out
 
 
 def replayed(module: nn.Module, mixin: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -106,12 +61,8 @@ def replayed(module: nn.Module, mixin: Any, args: tuple[Any, ...], kwargs: dict[
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return super(mixin, module).forward(*args, **kwargs)
 
-    if torch.jit.is_tracing() or not _is_learning(module, args, kwargs):
-        with tape.paused():
-            out = call(module, *args, **kwargs)
-        _mark(module, out, _fires(module))
-        return out
-    known = dynamics_of(type(module)) in _KNOWN and is_known(_surrogate(module))
+    row = row_of(module)
+    known = (row.fires or row.graded) and is_known(_surrogate(module))
     if known and not kwargs and len(args) == 1:
         out = _in_chunks(module, args[0])
         if out is not NotImplemented:
@@ -135,10 +86,11 @@ def _surrogate(module: nn.Module) -> Any:
 
 def _fires(module: nn.Module) -> bool:
     """Whether the first output is zeros and ones by construction."""
-    return dynamics_of(type(module)) in _FIRES and is_heaviside(_surrogate(module))
+    return row_of(module).fires and is_heaviside(_surrogate(module))
 
 
-def _is_learning(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def is_learning(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a gradient could go through a call: to its input, its states, or what it holds."""
     memories = module.__dict__.get("_memories", {})
     for value in (*args, *kwargs.values(), *memories.values()):
         for tensor in value if isinstance(value, (tuple, list)) else (value,):
@@ -165,12 +117,20 @@ def _mark(module: nn.Module, out: Any, binary: bool) -> None:
 
 # -- in chunks ---------------------------------------------------------------------------------------
 
+Run = Callable[[Tensor, tuple[Any, ...]], tuple[Tensor, ...]]
+"""A forward as a function of currents [T, ...] and states: spikes of all steps, and the states after."""
+
 
 class _Chunked(torch.autograd.Function):
-    """``run(x_seq, states) -> outputs`` on one stretch of neurons after the other."""
+    """``run(x_seq, states) -> outputs`` on one stretch of neurons after the other.
+
+    ``reached``: of each output, whether x_seq reaches it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x_seq: Tensor, run: Callable[..., Any], states: Any, parts: list[slice]) -> Any:
+    def forward(
+        ctx: Any, x_seq: Tensor, run: Run, states: Any, parts: list[slice], reached: tuple[bool, ...]
+    ) -> Any:
         ctx.set_materialize_grads(False)
         ctx.run, ctx.states, ctx.parts, ctx.autocast = run, states, parts, Autocast()
         ctx.save_for_backward(x_seq)
@@ -187,6 +147,8 @@ class _Chunked(torch.autograd.Function):
                     ]
                 for index, (output, result) in enumerate(zip(outputs, results, strict=True)):
                     _rows(output, index)[..., part] = result
+        if not all(reached):
+            ctx.mark_non_differentiable(*(o for o, yes in zip(outputs, reached, strict=True) if not yes))
         return tuple(outputs)
 
     @staticmethod
@@ -194,31 +156,32 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         (x_seq,) = ctx.saved_tensors
         owned = tape.owns(x_seq) and x_seq.is_contiguous()
+        # What is saved is part of the forward's graph, and a gradient must not be.
+        x_seq = x_seq.detach()
         given = [(index, grad) for index, grad in enumerate(grads) if grad is not None]
         if not given:
-            return None, None, None, None
+            return None, None, None, None, None
         # The first output has time steps, whose stride is free.
         plain = [is_contiguous_in(g, range(int(i == 0), g.dim()), zeros=True) for i, g in given]
         if not all(plain):
             # Stock's gradient would be laid out after this one.
-            return _vjp(ctx, x_seq, ctx.states, given), None, None, None
+            return _vjp(ctx, x_seq, ctx.states, given), None, None, None, None
         g_x = x_seq if owned else torch.empty_like(x_seq)
         x2, g2 = x_seq.view(x_seq.shape[0], -1), g_x.view(x_seq.shape[0], -1)
         rows = [(index, _rows(grad, index)) for index, grad in given]
         for part in ctx.parts:
             cut = [(index, row[..., part]) for index, row in rows]
             g2[:, part] = _vjp(ctx, _stretch(x2, part), _cut(ctx.states, part), cut)
-        return g_x, None, None, None
+        return g_x, None, None, None, None
 
 
 def _vjp(ctx: Any, x_seq: Tensor, states: Any, given: list[tuple[int, Tensor]]) -> Tensor:
     x_seq = x_seq.detach().requires_grad_()
     with torch.enable_grad(), ctx.autocast.again():
         results = ctx.run(x_seq, states)
-    pairs = [(results[index], grad) for index, grad in given if results[index].requires_grad]
-    outputs, grads = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    (g_x,) = torch.autograd.grad(outputs, x_seq, grads, allow_unused=True)
-    return torch.zeros_like(x_seq) if g_x is None else g_x
+    outputs, grads = [results[index] for index, _ in given], [grad for _, grad in given]
+    (g_x,) = torch.autograd.grad(outputs, x_seq, grads)
+    return g_x
 
 
 def _rows(tensor: Tensor, index: int) -> Tensor:
@@ -237,8 +200,9 @@ def _cut(states: Any, part: slice) -> tuple[Any, ...]:
 
 def _in_chunks(module: Any, x_seq: Any) -> Any:
     """Outputs of a multi-step call in chunks; NotImplemented where that would not be stock's result."""
+    row = row_of(module)
     if (
-        dynamics_of(type(module)) not in _POINTWISE
+        not row.pointwise
         or module.step_mode != "m"
         or module.store_v_seq
         or type(x_seq) not in (Tensor, nn.Parameter)
@@ -262,16 +226,32 @@ def _in_chunks(module: Any, x_seq: Any) -> Any:
             return NotImplemented
     frozen: Any = shadow(module)
     names = tuple(module._memories)
+    function = frozen.surrogate_function
 
     def run(x_seq: Tensor, states: tuple[Any, ...]) -> tuple[Tensor, ...]:
         (spikes,), updated = frozen.functional_forward((x_seq,), states)
         return (spikes, *updated)
 
-    # EIF has an exponential in its own equation.
-    uniform = is_uniform(frozen.surrogate_function) and not isinstance(module, neuron.EIFNode)
+    uniform = is_uniform(function) and not row_of(module).exponential
     parts = cuts(math.prod(shape), device, uniform)
-    spikes, *updated = _Chunked.apply(x_seq, run, states, parts)
+    settings = (
+        type(module), len(x_seq), module.v_reset is None, module.detach_reset, type(function),
+        getattr(function, "spiking", True), tuple(map(type, states)),
+    )  # fmt: skip
+    if settings not in _reached:
+        _reached[settings] = _outputs_reached(run, x_seq, states)
+    spikes, *updated = _Chunked.apply(x_seq, run, states, parts, _reached[settings])
     for name, state in zip(names, updated, strict=True):
         module._memories[name] = state
     module.v_seq = None
     return spikes
+
+
+_reached: dict[Any, tuple[bool, ...]] = {}
+
+
+def _outputs_reached(run: Run, x_seq: Tensor, states: Any) -> tuple[bool, ...]:
+    """Which outputs have a gradient in stock; a first spike may depend on another state only."""
+    with alone():
+        one = x_seq.detach().reshape(len(x_seq), -1)[:, :1].requires_grad_()
+        return tuple(output.requires_grad for output in run(one, _cut(states, slice(0, 1))))

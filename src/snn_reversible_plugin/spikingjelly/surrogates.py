@@ -15,17 +15,17 @@ from __future__ import annotations
 import functools
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from spikingjelly.activation_based import surrogate
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from snn_reversible_plugin.modules import tracking
-from snn_reversible_plugin.neurons.integrate_fire.reference import Surrogate
-from snn_reversible_plugin.neurons.rerun import Autocast
+from snn_reversible_plugin.neurons.surrogates import Surrogate, Vjp, by_autograd, describes
+from snn_reversible_plugin.neurons.witness import Watched, watched
+from snn_reversible_plugin.ops.autocast import Autocast
 
 # What a surrogate derivative multiplies the gradient with, in place of u. SpikingJelly runs these in
 # float32 for the surrogates named here, and the surrogate's own backward otherwise; the operations are
@@ -84,8 +84,13 @@ _NOT_HEAVISIDE = ("MultiLevelSpikeCount",)
 _RANDOM = ("PoissonPass",)
 
 
-def fused_alpha(function: Any) -> tuple[str, float] | None:
-    """Name and alpha of a surrogate that SpikingJelly has kernels for in float32, else None."""
+def fused(function: Any) -> Surrogate | None:
+    """A surrogate that SpikingJelly has kernels for in float32, with their rounding; None for others."""
+    known = _name_and_alpha(function)
+    return None if known is None else _closed_form(*known)
+
+
+def _name_and_alpha(function: Any) -> tuple[str, float] | None:
     if function is None:
         return "Sigmoid", 4.0
     cls = type(function)
@@ -97,8 +102,8 @@ def fused_alpha(function: Any) -> tuple[str, float] | None:
     return cls.__name__, float(alpha)
 
 
-def derivative(name: str, alpha: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """``vjp(grad, u)`` of one of those surrogates, with the rounding of SpikingJelly's reference."""
+@functools.lru_cache(maxsize=256)
+def _closed_form(name: str, alpha: float) -> Surrogate:
     formula = _DERIVATIVES[name]
 
     def vjp(grad: Tensor, u: Tensor) -> Tensor:
@@ -106,51 +111,40 @@ def derivative(name: str, alpha: float) -> Callable[[Tensor, Tensor], Tensor]:
         # Stock's product is laid out as the gradient is.
         return factor.mul_(grad) if grad.stride() == factor.stride() else grad * factor
 
-    return vjp
+    return _named(f"spikingjelly.{name}", vjp, name, alpha)
 
 
-def by_autograd(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    """``vjp(grad, u)`` of any function, as autograd computes it."""
-    autocast = Autocast()
+@functools.lru_cache(maxsize=256)
+def _own_backward(name: str, alpha: float) -> Surrogate:
+    """The order of operations of the surrogate's own class, which is not that of the kernels."""
+    backward = getattr(surrogate, name).backward
 
     def vjp(grad: Tensor, u: Tensor) -> Tensor:
-        u = u.detach().requires_grad_()
-        with torch.enable_grad(), autocast.again():
-            s = function(u)
-        return torch.autograd.grad(s, u, grad)[0]
+        return backward(grad, u, alpha)  # type: ignore[no-any-return]
 
-    return vjp
+    return _named(f"spikingjelly.{name}.backward", vjp, name, alpha)
 
 
-def as_autograd(function: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    """``vjp(grad, u)`` of one of SpikingJelly's own surrogates, with the bits of :func:`by_autograd`.
+def _named(full_name: str, vjp: Vjp, name: str, alpha: float) -> Surrogate:
+    return Surrogate(vjp, uniform=name in _UNIFORM, name=full_name, parameters=(("alpha", alpha),))
+
+
+def as_autograd(function: Any, dtype: torch.dtype = torch.float32) -> Surrogate:
+    """One of SpikingJelly's own spiking surrogates, with the gradient that autograd gives, to the bit.
 
     A closed form is taken where one is known, and gives these bits on a sample.
     """
-    known = fused_alpha(function)
-    vjp = None if known is None else _equal_to_autograd(*known)
-    return by_autograd(function) if vjp is None else vjp
+    known = _name_and_alpha(function)
+    found = None if known is None else _equal_to_autograd(*known, dtype)
+    return found or Surrogate(by_autograd(function or surrogate.Sigmoid()), uniform=is_uniform(function))
 
 
-@functools.cache
-def _equal_to_autograd(name: str, alpha: float) -> Callable[[Tensor, Tensor], Tensor] | None:
-    cls = getattr(surrogate, name)
-
-    def by_its_own(grad: Tensor, u: Tensor) -> Tensor:
-        return cls.backward(grad, u, alpha)  # type: ignore[no-any-return]
-
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-        torch.autocast("cpu", enabled=False),
-        torch.autograd.graph.saved_tensors_hooks(as_it_is, as_it_is),
-    ):
-        generator = torch.Generator().manual_seed(0)
-        u, grad = torch.randn(2, 4096, generator=generator, device="cpu", dtype=torch.float32)
-        expected = by_autograd(cls(alpha=alpha))(grad, u)
-        for vjp in (derivative(name, alpha), by_its_own):
-            if torch.equal(vjp(grad, u.clone()), expected):
-                return vjp
+@functools.lru_cache(maxsize=256)
+def _equal_to_autograd(name: str, alpha: float, dtype: torch.dtype) -> Surrogate | None:
+    function = getattr(surrogate, name)(alpha=alpha)
+    for candidate in (_closed_form(name, alpha), _own_backward(name, alpha)):
+        if describes(candidate, function, dtype):
+            return candidate
     return None
 
 
@@ -164,16 +158,18 @@ def proved(
     if function is None:
         function = surrogate.Sigmoid()
     known = _library(function)
-    uniform = known is not None and is_uniform(function)
-    if known is None:
-        known, uniform = _watched_once(function, shape, dtype, device, chunk)
-    if known is None:
+    if known is not None:
+        fire = None if known == "heaviside" else function
+        return Surrogate(by_autograd(function), fire, uniform=is_uniform(function))
+    pointwise, binary, uniform = _watched_once(function, shape, dtype, device, chunk)
+    if not pointwise:
         return None
-    return Surrogate(None if known == "heaviside" else function, by_autograd(function), uniform)
+    # It may fire above the threshold, or from it on: only the function knows.
+    return Surrogate(by_autograd(function), function, binary=binary, uniform=uniform)
 
 
 def is_uniform(function: Any) -> bool:
-    """Whether a surrogate of SpikingJelly's own is ``uniform`` in the sense of :class:`Surrogate`."""
+    """Whether one of SpikingJelly's own is ``uniform`` in the sense of :class:`Surrogate`."""
     name = "Sigmoid" if function is None else type(function).__name__
     return name in _UNIFORM and function.spiking
 
@@ -214,125 +210,13 @@ def _is_hooked(module: torch.nn.Module) -> bool:
 
 # -- watching a surrogate that a user wrote ----------------------------------------------------------
 
-aten = torch.ops.aten
-_ELEMENTWISE = {
-    aten.detach.default, aten.alias.default, aten._to_copy.default, aten.clone.default,
-    aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.copy_.default,
-    aten.fill_.Scalar, aten.zero_.default, aten.scalar_tensor.default, aten.lift_fresh.default,
-    aten.masked_fill_.Scalar, aten.masked_fill.Scalar,
-}  # fmt: skip
-# Correctly rounded, or not rounding at all.
-_ROUNDED = {
-    "add", "sub", "rsub", "mul", "div", "neg", "abs", "reciprocal", "sqrt", "square", "ge", "gt",
-    "le", "lt", "eq", "ne", "where", "clamp", "clamp_min", "clamp_max", "relu",
-    "threshold_backward", "hardtanh", "hardtanh_backward", "sign", "sgn", "minimum", "maximum",
-    "floor", "ceil", "round", "trunc", "logical_and", "logical_or", "logical_not", "logical_xor",
-    "bitwise_and", "bitwise_or", "bitwise_not", "isnan", "index_put",
-}  # fmt: skip
-# What these make of zeros and ones is zeros and ones.
-_BINARY = {
-    aten.detach.default, aten.alias.default, aten._to_copy.default, aten.clone.default,
-    aten.view.default, aten._unsafe_view.default, aten.stack.default, aten.cat.default,
-    aten.select.int, aten.slice.Tensor, aten.unbind.int, aten.unsqueeze.default, aten.squeeze.dim,
-    aten.permute.default, aten.transpose.int, aten.expand.default,
-}  # fmt: skip
-
-
-class Witness(TorchDispatchMode):
-    """Watches operations: which tensors hold zeros and ones, and whether all were pointwise on ``u``."""
-
-    def __init__(self, *inputs: Tensor) -> None:
-        super().__init__()
-        self.shape = inputs[0].shape if inputs else None
-        self.pointwise = self.uniform = True
-        self.trace: list[Any] = []
-        # By storage, for autograd hands out what it saved as new tensors; held, so that none is reused.
-        self._made = {_storage(tensor): tensor for tensor in inputs}
-        self._binary: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-
-    def is_binary(self, tensor: Any) -> bool:
-        """Whether a tensor that was made under this mode holds zeros and ones by construction."""
-        if not isinstance(tensor, Tensor):
-            return False
-        ref, version = self._binary.get(id(tensor), (None, 0))
-        return ref is not None and ref() is tensor and tensor._version == version
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        tensors = list(_tensors((*args, *kwargs.values())))
-        binary = func in _BINARY and bool(tensors) and all(map(self._zero_or_one, tensors))
-        out = func(*args, **kwargs)
-        outputs = list(_tensors((out,)))
-        if self.shape is not None and self.pointwise:
-            self._check(func, args, kwargs, tensors, outputs)
-        for tensor in outputs:
-            if (binary or tensor.dtype is torch.bool) and not func._schema.is_mutable:
-                self._binary[id(tensor)] = weakref.ref(tensor), tensor._version
-        return out
-
-    def _zero_or_one(self, tensor: Tensor) -> bool:
-        return tensor.dtype is torch.bool or self.is_binary(tensor)
-
-    def _check(
-        self,
-        func: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        tensors: list[Tensor],
-        outputs: list[Tensor],
-    ) -> None:
-        # A tensor that the surrogate brings along could be per channel, or learn.
-        self.pointwise = (
-            all(_storage(tensor) in self._made for tensor in tensors)
-            and all(tensor.shape in (self.shape, ()) for tensor in (*tensors, *outputs))
-            and torch.Tag.nondeterministic_seeded not in func.tags
-            and (torch.Tag.pointwise in func.tags or func in _ELEMENTWISE or self._masks(func, args))
-        )
-        name = func._schema.name.partition("::")[2].rstrip("_")
-        self.uniform = self.uniform and (
-            func in _ELEMENTWISE
-            or (name in _ROUNDED and kwargs.get("alpha", 1) == 1)
-            or (name == "pow" and args[1] == 2)
-        )
-        self._made.update((_storage(tensor), tensor) for tensor in outputs)
-        self.trace.append((func, *(_constant(arg) for arg in (*args, *kwargs.items()))))
-
-    def _masks(self, func: Any, args: tuple[Any, ...]) -> bool:
-        """``x[mask] = number``, which works element by element."""
-        if func is not aten.index_put_.default or args[2].dim() or len(args[1]) != 1:
-            return False
-        mask = args[1][0]
-        return isinstance(mask, Tensor) and mask.dtype is torch.bool and mask.shape == self.shape
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (tuple, list)):
-            yield from _tensors(value)
-
-
-def _constant(arg: Any) -> Any:
-    if isinstance(arg, Tensor):
-        return arg.dim() == 0
-    return tuple(map(_constant, arg)) if isinstance(arg, (tuple, list)) else arg
-
-
-_Proof = tuple[str | None, bool]
-_NO_PROOF: _Proof = (None, False)
-_proofs: weakref.WeakKeyDictionary[Any, dict[Any, _Proof]] = weakref.WeakKeyDictionary()
+_NO_PROOF: Watched = (False, False, False)
+_proofs: weakref.WeakKeyDictionary[Any, dict[Any, Watched]] = weakref.WeakKeyDictionary()
 
 
 def _watched_once(
     function: Any, shape: torch.Size, dtype: torch.dtype, device: torch.device, chunk: int
-) -> _Proof:
+) -> Watched:
     if isinstance(function, torch.nn.Module) and _is_hooked(function):
         return _NO_PROOF
     settings = tuple(
@@ -340,46 +224,21 @@ def _watched_once(
         for name, value in getattr(function, "__dict__", {}).items()
         if isinstance(value, (bool, int, float, str))
     )
-    key = (settings, shape, dtype, device, chunk)
+    autocast = Autocast()  # it may change what an operation computes in
+    key = (settings, shape, dtype, device, chunk, *autocast.dtypes.items())
     try:
         proofs = _proofs.setdefault(function, {})
     except TypeError:  # no weak reference to it: it could be another function at the next call
         return _NO_PROOF
+
+    def call(u: Tensor) -> Tensor:
+        with autocast.again():
+            return function(u)  # type: ignore[no-any-return]
+
     if key not in proofs:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             try:
-                proofs[key] = _watched(function, (shape, (chunk,)), dtype, device)
+                proofs[key] = watched(call, (shape, (chunk,)), dtype, device)
             except Exception:  # it does not take these numbers, or not these shapes
                 proofs[key] = _NO_PROOF
     return proofs[key]
-
-
-def _watched(function: Any, shapes: Any, dtype: torch.dtype, device: torch.device) -> _Proof:
-    """Watch a surrogate on a step as it is, and on a chunk: the same pointwise operations, or None."""
-    traces, binary, uniform = [], True, True
-    for shape in shapes:
-        u = torch.linspace(-2.0, 2.0, math.prod(shape), device=device).to(dtype)
-        u = u.reshape(shape).requires_grad_()
-        grad = torch.ones_like(u)
-        witness = Witness(u, grad)
-        # Autograd may keep what it saves here as it is; no tape should see it.
-        hooks = torch.autograd.graph.saved_tensors_hooks(as_it_is, as_it_is)
-        with hooks, torch.enable_grad(), witness:
-            s = function(u)
-            if not (isinstance(s, Tensor) and s.requires_grad and s.shape == u.shape):
-                return _NO_PROOF
-            binary = binary and witness.is_binary(s)
-            (g,) = torch.autograd.grad(s, u, grad, allow_unused=True)
-        changed = u._version or grad._version
-        if g is None or s.dtype != u.dtype or changed or not witness.pointwise:
-            return _NO_PROOF
-        uniform = uniform and witness.uniform
-        traces.append(witness.trace)
-    if traces[0] != traces[1]:
-        return _NO_PROOF
-    return "heaviside" if binary else "pointwise", uniform
-
-
-def as_it_is(tensor: Tensor) -> Tensor:
-    """A pack or unpack hook that does nothing, for graphs that are gone at once."""
-    return tensor

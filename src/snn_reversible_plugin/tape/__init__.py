@@ -1,32 +1,68 @@
-"""Turning the tape on and off, and what a neuron says to it.
+"""The tape: what autograd saves is stored as a handle that can rebuild it. These verbs are all of it.
 
 A neuron is an autograd function that saves its input with ``ctx.save_for_backward``, as any other; under
 :class:`recording` that stores a handle. It does its arithmetic under :func:`paused`, vouches for its
-spikes with :func:`mark_spikes`, and may overwrite what it :func:`owns`.
+spikes with :func:`mark_spikes`, and may overwrite what it :func:`owns`. Files: ``tape`` records,
+``recipes`` decides what is worth a recipe, ``operators`` knows which operators can run again, ``handles``
+rebuild, ``origins`` leads from a live tensor to its handle.
+
+Example:
+    The history of one tensor. A comparison gives a truth value, of which bits are stored; the cast to float
+    and the product are written down, and hold nothing but what leads to those bits and to the weight.
+
+    >>> import torch
+    >>> from snn_reversible_plugin import tape
+    >>> from snn_reversible_plugin.tape.origins import look_up
+    >>> x, weight = torch.arange(8.0).reshape(2, 4), torch.ones(4, 3, requires_grad=True)
+    >>> with tape.recording():
+    ...     spikes = x.gt(2.5).float()
+    ...     current = spikes @ weight
+    ...     loss = (current * current).sum()  # the product saves `current`, and gets its handle
+    >>> handle = look_up(current)
+    >>> handle, handle.func, [operand.treatment for operand in handle.operands()]
+    (<...Replayed ...>, <OpOverload(op='aten.mm', overload='default')>, ['replayed', 'kept'])
+    >>> (cast,) = [one for one in handle.operands() if one.treatment == "replayed"]
+    >>> [bits.treatment for bits in cast.operands()]
+    ['packed']
+
+    The tensors may go. The backward unpacks the bits, casts, multiplies, and lets the values go again.
+
+    >>> expected = 2 * spikes.t() @ current.detach()
+    >>> del spikes, current
+    >>> loss.backward()
+    >>> torch.equal(weight.grad, expected), handle.cache
+    (True, None)
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 
-from snn_reversible_plugin.tape.handles import Handle, Packed, owns, unpack
+from snn_reversible_plugin.tape.handles import Handle, Kept, Packed, owns, peek, unpack
 from snn_reversible_plugin.tape.origins import enter
-from snn_reversible_plugin.tape.recorder import WORK_LIMIT, Observer, OffStack, Tape
+from snn_reversible_plugin.tape.recipes import WORK_LIMIT
+from snn_reversible_plugin.tape.tape import Observer, OffStack, Rule, Tape
 
 __all__ = [
     "MODES",
     "current",
     "handle_of",
+    "is_recording",
+    "keep",
     "mark_opaque",
     "mark_spikes",
     "may_promise",
     "may_record",
+    "overriding",
     "owns",
+    "pack",
     "paused",
+    "peek",
     "recording",
     "runs_eagerly",
     "suspended",
@@ -38,7 +74,7 @@ _local = threading.local()
 
 
 def current() -> Tape | None:
-    """The tape that records on this thread, if any."""
+    """The tape of this thread, if any."""
     return getattr(_local, "tape", None)
 
 
@@ -53,6 +89,9 @@ class recording:
             matrix product.
         check: compare each rebuilt tensor with a checksum from the forward.
         observer: is told of each saved tensor.
+
+    Raises:
+        ValueError: an unknown mode.
     """
 
     __slots__ = ("_hooks", "_tape", "check", "mode", "observer")
@@ -98,24 +137,22 @@ def may_record() -> bool:
     return torch.is_grad_enabled() and runs_eagerly()
 
 
+def is_recording() -> bool:
+    """Whether a tape records what is computed here, and a graph is being built that will want it."""
+    tape = current()
+    return tape is not None and not tape.keeps_everything and may_record()
+
+
 def may_promise() -> bool:
     """Whether a tape records what outlives this call: it does not in a block that a backward rebuilds."""
-    recorder = current()
-    return recorder is not None and not recorder.suspended and recorder.graph_task == -1
+    tape = current()
+    return tape is not None and not tape.keeps_everything and not tape.in_backward
 
 
-@contextmanager
-def suspended() -> Iterator[None]:
+def suspended() -> AbstractContextManager[None]:
     """Inside, the tape keeps everything: for a part of a network that must not be replayed."""
     tape = current()
-    if tape is None:
-        yield
-        return
-    tape.suspended += 1
-    try:
-        yield
-    finally:
-        tape.suspended -= 1
+    return nullcontext() if tape is None else tape.suspended()
 
 
 def paused() -> OffStack:
@@ -123,20 +160,39 @@ def paused() -> OffStack:
 
     What they make counts as coming from outside, until :func:`mark_spikes` or :func:`mark_opaque`.
     """
-    recorder = current()
-    if recorder is not None:
-        recorder.last_product = (
-            None  # a neuron takes room, and what comes before it isn't the end of a block
-        )
-    return OffStack(recorder)
+    tape = current()
+    return OffStack(None) if tape is None else tape.paused()
+
+
+@contextmanager
+def overriding(rules: dict[Any, Rule]) -> Iterator[None]:
+    """Inside, rules run these operators in place of the tape, where there is one."""
+    tape = current()
+    if tape is None:
+        yield
+        return
+    with tape.overriding(rules):
+        yield
+
+
+def pack(tensor: torch.Tensor) -> Handle:
+    """What autograd would be given to store a tensor: for one who will ``unpack`` it, once.
+
+    Under a tape, as :func:`handle_of` and :func:`keep`.
+    """
+    return _tape().pack(tensor)
 
 
 def handle_of(tensor: torch.Tensor) -> Handle:
-    """A handle of a tensor, under a tape: for one who may have to compute something again."""
-    recorder = current()
-    assert recorder is not None
-    with OffStack(recorder):
-        return recorder.handle_of(tensor)
+    """A handle for one who may have to compute something again, and then looks at it by :func:`peek`."""
+    tape = _tape()
+    with OffStack(tape):
+        return tape.handle_of(tensor)
+
+
+def keep(tensor: torch.Tensor) -> Kept:
+    """A handle that keeps a tensor as it is now, for one who must not rebuild it."""
+    return _tape().keep(tensor)
 
 
 def mark_spikes(spikes: torch.Tensor) -> None:
@@ -146,7 +202,14 @@ def mark_spikes(spikes: torch.Tensor) -> None:
 
 
 def mark_opaque(*tensors: torch.Tensor) -> None:
-    """Say that tensors were computed under :class:`paused`: they have no recipe, and cost memory."""
+    """Say that tensors were computed under :func:`paused`: they have no recipe, and cost memory."""
     if current() is not None:
         for tensor in tensors:
             enter(tensor, None)
+
+
+def _tape() -> Tape:
+    tape = current()
+    if tape is None:
+        raise RuntimeError("no tape records on this thread: ask tape.is_recording() first")
+    return tape

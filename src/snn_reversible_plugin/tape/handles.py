@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from snn_reversible_plugin import ops
-from snn_reversible_plugin.ops.layouts import is_dense
+from snn_reversible_plugin.ops.autocast import without_autocast
+from snn_reversible_plugin.ops.layouts import is_dense, storage_key
 
 # NOTE [When a rebuilt value is let go]
 #
@@ -91,6 +92,14 @@ class Handle:
         """The value for somebody who announced no need: nothing is counted, nothing cached."""
         return self.get(False)[0]
 
+    def stored(self, seen: set[int]) -> int:
+        """Bytes that it holds and nobody who was asked before: what is counted goes into ``seen``."""
+        return 0
+
+    def relies_on(self) -> Iterable[Handle]:
+        """The handles that its value is rebuilt from."""
+        return ()
+
     def unpack(self) -> torch.Tensor:
         """Serve one need of autograd's."""
         value, owned = self.get(True)
@@ -106,6 +115,19 @@ class Handle:
                 "it reads has changed; leave that module out with skip=, or make it deterministic."
             )
         return value
+
+
+def stored_once(key: int, size: int, seen: set[int]) -> int:
+    """The size of what has this key, if that is not in ``seen`` yet."""
+    if key in seen:
+        return 0
+    seen.add(key)
+    return size
+
+
+def storage_once(tensor: torch.Tensor, seen: set[int]) -> int:
+    """Bytes of a tensor's storage, if it is not in ``seen`` yet."""
+    return stored_once(storage_key(tensor), tensor.untyped_storage().nbytes(), seen)
 
 
 class Kept(Handle):
@@ -135,6 +157,9 @@ class Kept(Handle):
             )
         return self.tensor, False
 
+    def stored(self, seen: set[int]) -> int:
+        return storage_once(self.tensor, seen)
+
 
 class Passing(Handle):
     """Leads to a handle without keeping alive what that one needs.
@@ -144,7 +169,7 @@ class Passing(Handle):
 
     __slots__ = ()
 
-    def held(self) -> Handle | None:
+    def leads_to(self) -> Handle | None:
         """The handle to store; None where what it needs is gone."""
         raise NotImplementedError
 
@@ -176,6 +201,9 @@ class Packed(Handle):
         spikes = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.bits.device)
         ops.unpack_bits(self.bits, spikes.as_strided((spikes.numel(),), (1,)))
         return self.verified(spikes, "unpacking its spikes"), True
+
+    def stored(self, seen: set[int]) -> int:
+        return 0 if self.bits is None else storage_once(self.bits, seen)
 
 
 class Replayed(Handle):
@@ -218,7 +246,11 @@ class Replayed(Handle):
         siblings.append(weakref.ref(one))
         return one
 
+    def relies_on(self) -> Iterable[Handle]:
+        return self.operands()
+
     def operands(self) -> Iterator[Handle]:
+        """The handles among its arguments."""
         for arg in (*self.args, *self.kwargs.values()):
             if isinstance(arg, Handle):
                 yield arg
@@ -335,20 +367,14 @@ def unpack(handle: Handle) -> torch.Tensor:
             "double backward (create_graph=True) through a reversible model is not supported: the tape "
             "rebuilds values, not their graph. Run that part under snn_reversible_plugin.stock(model)."
         )
-    return _without_autocast(handle.unpack)
+    with without_autocast():  # what autocast cast in the forward was recorded as operations of its own
+        return handle.unpack()
 
 
 def peek(handle: Handle) -> torch.Tensor:
     """What a handle stands for, outside of a backward."""
-    return _without_autocast(handle.peek)
-
-
-def _without_autocast(rebuild: Callable[[], torch.Tensor]) -> torch.Tensor:
-    if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
-        return rebuild()
-    # What autocast cast in the forward was recorded as operations of its own.
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        return rebuild()
+    with without_autocast():
+        return handle.peek()
 
 
 _local = threading.local()
@@ -371,7 +397,7 @@ def note_ownership(value: torch.Tensor, owned: bool) -> None:
 def owns(tensor: torch.Tensor) -> bool:
     """Whether a backward may overwrite ``tensor``, which it just got from ``ctx.saved_tensors``.
 
-    True once, for a tensor that was rebuilt for this call and is held by nobody else. The storage's
+    True once, for a tensor that was rebuilt for this call and that nobody else refers to. The storage's
     identity is compared, because an address alone comes back after a free.
     """
     ref = _local.__dict__.setdefault("fresh", {}).pop(tensor.data_ptr(), None)

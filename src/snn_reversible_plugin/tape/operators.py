@@ -27,13 +27,14 @@ class Kind(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Operator:
     """How the tape treats one operator.
 
     ``work`` is 1 for convolutions and matrix products. ``mutated`` lists the positions or names of the
     arguments written to; ``inplace`` says that it is the first alone, so that the operator on a copy is
     a recipe. ``atomic``: on CUDA its result depends on the order of atomic additions. ``cheap``: a view or
-    a cast. ``constant``: it fills a tensor like its argument with one number.
+    a cast. ``constant``: it fills a tensor like its argument with one number. ``allocates``: what it makes
+    is often filled by somebody else.
     """
 
     kind: Kind
@@ -44,6 +45,7 @@ class Plan:
     atomic: bool = False
     cheap: bool = False
     constant: bool = False
+    allocates: bool = False
 
 
 _WORK = frozenset(
@@ -108,24 +110,42 @@ _OPAQUE = frozenset(
         "lift",
         "lift_fresh",
         "_cudnn_rnn",
+        "miopen_rnn",
+        "mkldnn_rnn_layer",  # gives its workspace only where a gradient is recorded
         "resize",
         "record_stream",
         "set",
     ]
 )
 
-_plans: dict[Any, Plan] = {}
+# Inside an autograd function these often make room for a kernel that torch doesn't see: cupy's, numpy's.
+_ALLOCATE = frozenset(
+    [
+        "zeros",
+        "ones",
+        "full",
+        "zeros_like",
+        "ones_like",
+        "full_like",
+        "new_zeros",
+        "new_ones",
+        "new_full",
+        "clone",
+    ]
+)
+
+_operators: dict[Any, Operator] = {}
 
 
-def plan_of(func: Any) -> Plan:
-    """The plan of an ``OpOverload``, made once for each."""
-    plan = _plans.get(func)
-    if plan is None:
-        plan = _plans[func] = _make_plan(func)
-    return plan
+def operator_of(func: Any) -> Operator:
+    """What is known of an ``OpOverload``, read off once for each."""
+    operator = _operators.get(func)
+    if operator is None:
+        operator = _operators[func] = _read_off(func)
+    return operator
 
 
-def _make_plan(func: Any) -> Plan:
+def _read_off(func: Any) -> Operator:
     schema = func._schema
     name = schema.name.partition("::")[2].rstrip("_")
     mutated = tuple(
@@ -142,12 +162,13 @@ def _make_plan(func: Any) -> Plan:
     if mutated:
         # The second return of an operator like `_native_batch_norm_legit` is no alias of the first.
         inplace = replayable and mutated == (0,) and len(schema.returns) == 1
-        return Plan(Kind.MUTATING, work, mutated, inplace, binary, atomic)
+        return Operator(Kind.MUTATING, work, mutated, inplace, binary, atomic)
     if not replayable:
-        return Plan(Kind.OPAQUE, binary=binary)
+        return Operator(Kind.OPAQUE, binary=binary)
     if name in _NORMS:
-        return Plan(Kind.NORM)
+        return Operator(Kind.NORM)
     if any(ret.alias_info is not None for ret in schema.returns):
-        return Plan(Kind.VIEW, cheap=True)
+        return Operator(Kind.VIEW, cheap=True)
     constant = func in (aten.zeros_like.default, aten.ones_like.default, aten.full_like.default)
-    return Plan(Kind.PURE, work, atomic=atomic, cheap=name == "_to_copy", constant=constant)
+    cheap, allocates = name == "_to_copy", name in _ALLOCATE
+    return Operator(Kind.PURE, work, atomic=atomic, cheap=cheap, constant=constant, allocates=allocates)

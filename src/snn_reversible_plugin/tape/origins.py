@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from snn_reversible_plugin.ops.layouts import is_plain, storage_key
 from snn_reversible_plugin.tape.handles import Handle
 
 OUTSIDE: Any = object()
@@ -91,13 +92,3 @@ def written(tensor: torch.Tensor) -> None:
 def forget_writes() -> None:
     """Start a recording afresh: storages have come and gone since the last one."""
     _writes.clear()
-
-
-def storage_key(tensor: torch.Tensor) -> int:
-    """Identifies a live storage."""
-    return tensor.untyped_storage()._cdata
-
-
-def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has a storage of its own kind: not sparse, not opaque."""
-    return tensor.layout is torch.strided

@@ -13,15 +13,22 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from snn_reversible_plugin.modules.kinds import is_spiking
-
-_OF_TORCH = frozenset(nn.Module().__dict__)
-_CONTAINERS = (list, tuple, dict)
+from snn_reversible_plugin.modules.kinds import framework_of, is_multi_step, is_neuron
+from snn_reversible_plugin.modules.states import (
+    OF_TORCH,
+    Contents,
+    Snapshot,
+    cut_inside,
+    has_graph,
+    holds_states,
+    states_of,
+)
 
 # What a module holds: for each place and name the value, and a stamp that changes with its content.
 _Held = dict[tuple[int, str], tuple[Any, Any]]
+
+_CUT = (Tensor, list, tuple, dict)
 
 _EITHER_WAY = (
     "Take the start of the states out of forward, or write forward(x, *states) -> (output, *states) and "
@@ -29,108 +36,54 @@ _EITHER_WAY = (
 )
 
 
-def cut(value: Any) -> Any:
-    """A state, or a nested one, without its graph. A leaf (a learned initial state) stays as it is."""
-    return tree_map(lambda leaf: leaf.detach() if _has_graph(leaf) else leaf, value)
-
-
-def _has_graph(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.grad_fn is not None
-
-
 def _tables(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     return module._buffers, module.__dict__
 
 
 def _entries(table: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    return ((key, value) for key, value in table.items() if key not in _OF_TORCH)
+    return ((key, value) for key, value in table.items() if key not in OF_TORCH)
 
 
 class CarriedStates:
     """The states that the modules of a model hold between two calls."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._tables = [table for module in model.modules() for table in _tables(module)]
+        self._modules = list(model.modules())
+        self._tables = [table for module in self._modules for table in _tables(module)]
         # A value that someone computed before the sequence (a weight that was quantized once, say) is no
         # state of a step; a neuron's is.
         self._before: dict[int, Any] = {}
-        for module in model.modules():
+        for module in self._modules:
             if not holds_states(module):
                 for table in _tables(module):
                     for _, value in _entries(table):
-                        if _has_graph(value):
+                        if has_graph(value):
                             self._before[id(value)] = value
 
     def cut(self) -> None:
         """Cut every state from the graph of the steps before."""
         for table in self._tables:
-            for key, value in table.items():
-                if isinstance(value, Tensor):
-                    if value.grad_fn is not None and id(value) not in self._before:
-                        table[key] = value.detach()
-                elif isinstance(value, _CONTAINERS) and key not in _OF_TORCH:
-                    _cut_inside(table, key)
+            for key, value in _entries(table):
+                if isinstance(value, _CUT) and id(value) not in self._before:
+                    cut_inside(table, key)
 
     @contextmanager
     def restored_on_error(self) -> Iterator[None]:
         """An exception inside leaves the states that were there on entering."""
-        saved = [
-            (table, {key: (value, _shallow(value)) for key, value in _entries(table)})
-            for table in self._tables
-        ]
+        before, contents = Snapshot(self._modules, buffers=True), Contents(self._modules)
         try:
             yield
         except BaseException:
-            for table, entries in saved:
-                for key in [key for key, _ in _entries(table) if key not in entries]:
-                    del table[key]
-                for key, (value, content) in entries.items():
-                    if isinstance(value, list):
-                        value[:] = content
-                    elif isinstance(value, dict):
-                        value.clear()
-                        value.update(content)
-                    table[key] = value
+            before.put_back()
+            contents.put_back()
             raise
-
-
-def _shallow(value: Any) -> Any:
-    return value.copy() if isinstance(value, (list, dict)) else None
-
-
-def _cut_inside(container: Any, key: Any) -> None:
-    """Cut what ``container[key]`` holds, in place, since others may hold the same list."""
-    value = container[key]
-    if isinstance(value, Tensor):
-        if value.grad_fn is not None:
-            container[key] = value.detach()
-    elif isinstance(value, list):
-        for index in range(len(value)):
-            _cut_inside(value, index)
-    elif isinstance(value, dict):
-        for inner in value:
-            _cut_inside(value, inner)
-    elif isinstance(value, tuple):
-        container[key] = cut(value)
-
-
-def holds_states(module: nn.Module) -> bool:
-    """Whether a module is a neuron, or another of SpikingJelly's modules with a memory."""
-    return _is_neuron(module) or isinstance(module.__dict__.get("_memories"), dict)
-
-
-def _is_neuron(module: nn.Module) -> bool:
-    """Also those of SpikingJelly's that are not derived from one of its base neurons."""
-    home = "spikingjelly.activation_based.neuron."
-    return is_spiking(module) or any(cls.__module__.startswith(home) for cls in type(module).__mro__)
 
 
 def refuse_time_mixing(model: nn.Module, states_given: bool) -> None:
     """Refuse modules whose result at one step needs the other steps' inputs."""
     for name, module in model.named_modules():
-        modes = getattr(module, "supported_step_mode", lambda: ())()
-        container = isinstance(module, nn.Sequential) or "ThresholdDependent" in type(module).__name__
-        if (tuple(modes) == ("m",) and not container) or (
+        framework = framework_of(module)
+        if (framework is not None and framework.is_never_stepped(module)) or (
             isinstance(module, nn.RNNBase) and not states_given
         ):
             raise ValueError(
@@ -169,7 +122,7 @@ class Watch:
         for module, name in self._neurons.items():
             if not self._calls[module] or self._states_given:
                 continue
-            if _is_neuron(module) and not self._changed(module):
+            if is_neuron(module) and not self._changed(module):
                 raise ValueError(
                     f"{name}: a {type(module).__name__}"
                     f"{_in_step_mode(module)} carries no state from one call to the next, so "
@@ -190,7 +143,7 @@ class Watch:
     @staticmethod
     def _held(module: nn.Module) -> _Held:
         held: _Held = {}
-        for place, table in enumerate((*_tables(module), module.__dict__.get("_memories") or {})):
+        for place, table in enumerate((*_tables(module), states_of(module) or {})):
             for key, value in table.items():
                 if isinstance(value, Tensor):
                     held[place, key] = value, 0 if value.is_inference() else value._version
@@ -207,10 +160,10 @@ class Watch:
         name = self._neurons[module]
         self._calls[module] += 1
         inputs = args[0] if args else None
-        multi_step = getattr(module, "step_mode", "s") == "m"
-        if multi_step and isinstance(inputs, Tensor) and inputs.dim() and inputs.shape[0] != 1:
+        steps = inputs.shape[0] if isinstance(inputs, Tensor) and inputs.dim() else 1
+        if steps != 1 and is_multi_step(module):
             raise ValueError(
-                f"{name} got {inputs.shape[0]} time steps where x_seq had one: the model's forward makes "
+                f"{name} got {steps} time steps where x_seq had one: the model's forward makes "
                 "a sequence of its own. Give the sequence as x_seq, to a model that takes one."
             )
         if self._states_given:
@@ -223,7 +176,8 @@ class Watch:
             )
         held = self._held(module)
         given = [value for value in (*args[1:], *kwargs.values()) if isinstance(value, Tensor)]
-        if is_spiking(module) and hasattr(module, "init_hidden") and given:
+        framework = framework_of(module)
+        if framework is not None and framework.takes_states and given:
             anew = self._left and any(
                 value.numel() and value.untyped_storage().data_ptr() not in self._storages
                 for value in given

@@ -20,12 +20,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from snn_reversible_plugin.modules.as_it_ran import unchanged
-from snn_reversible_plugin.training.carried import (
-    CarriedStates,
-    Watch,
-    cut,
-    refuse_time_mixing,
-)
+from snn_reversible_plugin.modules.kinds import is_multi_step
+from snn_reversible_plugin.modules.states import cut
+from snn_reversible_plugin.ops.autocast import without_autocast
+from snn_reversible_plugin.training.carried import CarriedStates, Watch, refuse_time_mixing
 
 # NOTE [What a step is, and what is cut]
 #
@@ -133,10 +131,9 @@ def sltt_backward(
     if k is not None and k < steps:
         device = "cpu" if generator is None else generator.device
         chosen = set(torch.randperm(steps, generator=generator, device=device)[:k].tolist())
-    carried = CarriedStates(model)
-    walk = _Walk(model, x_seq, steps, chosen, states, step_mode or _step_mode_of(model), carried)
+    walk = _Walk(model, x_seq, chosen, states, step_mode or _step_mode_of(model))
     scale: Callable[[Tensor], Tensor] = scaler.scale if scaler is not None else lambda loss: loss
-    with carried.restored_on_error(), _fresh_casts():
+    with walk.carried.restored_on_error(), _fresh_casts():
         if loss_on == "mean":
             return _loss_of_mean(walk, loss_fn, scale)
         return _loss_of_steps(walk, loss_fn, target_seq, scale)
@@ -149,17 +146,15 @@ class _Walk:
         self,
         model: nn.Module,
         x_seq: Any,
-        steps: int,
         chosen: set[int],
         states: tuple[Any, ...] | None,
         step_mode: str,
-        carried: CarriedStates,
     ) -> None:
-        self.model, self.x_seq, self.steps = model, x_seq, steps
+        self.model, self.x_seq, self.steps = model, x_seq, len(x_seq)
         self.chosen, self.last_chosen = chosen, max(chosen)
         self.first_states, self.states = states, states
         self.multi_step = step_mode == "m"
-        self.carried = carried
+        self.carried = CarriedStates(model)
 
     def run(self, with_graph: bool, each: Callable[[int, Any], None]) -> None:
         """Run all steps; ``each(t, output)`` is called inside the step's context, before the cut."""
@@ -214,7 +209,7 @@ def _loss_of_steps(walk: _Walk, loss_fn: Any, target_seq: Any, scale: Any) -> SL
         _check_loss(loss)
         if loss.requires_grad and torch.is_grad_enabled():
             trained = True
-            with _no_autocast():
+            with without_autocast():
                 scale(loss / walk.steps).backward()
         loss = loss.detach()
         total = loss if total is None else total + loss
@@ -238,7 +233,7 @@ def _loss_of_mean(walk: _Walk, loss_fn: Any, scale: Any) -> SLTTResult:
     _check_loss(loss)
     if not loss.requires_grad:
         raise ValueError(_NO_GRADIENT)
-    with _no_autocast():
+    with without_autocast():
         scale(loss).backward()
     gradients = [leaf.grad for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
     trained = False
@@ -254,7 +249,7 @@ def _loss_of_mean(walk: _Walk, loss_fn: Any, scale: Any) -> SLTTResult:
         ]
         if found:
             trained = True
-            with _no_autocast():
+            with without_autocast():
                 torch.autograd.backward([leaf for leaf, _ in found], [grad for _, grad in found])
 
     walk.run(True, each)
@@ -304,15 +299,6 @@ def _fresh_casts() -> Iterator[None]:
         torch.clear_autocast_cache()
 
 
-@contextmanager
-def _no_autocast() -> Iterator[None]:
-    if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
-        yield
-        return
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        yield
-
-
 _NO_GRADIENT = (
     "no loss of a step that is back-propagated has a gradient: are all parameters frozen, or does loss_fn "
     "detach the output?"
@@ -328,7 +314,7 @@ def _check_loss(loss: Any) -> None:
 
 
 def _step_mode_of(model: nn.Module) -> str:
-    return "m" if any(getattr(module, "step_mode", "s") == "m" for module in model.modules()) else "s"
+    return "m" if any(map(is_multi_step, model.modules())) else "s"
 
 
 def _check(

@@ -16,13 +16,14 @@ from torch import nn
 
 import snn_reversible_plugin as srp
 from snn_reversible_plugin import snntorch, spikingjelly
+from snn_reversible_plugin.convert import settings_of
 from snn_reversible_plugin.grid import snap
 from snn_reversible_plugin.neurons.coupled import in_place as coupled_sweeps
 from snn_reversible_plugin.neurons.coupled import reference as coupled
 from snn_reversible_plugin.neurons.coupled.call import run_sequence
 from snn_reversible_plugin.reports.measure import AllocationCounter, count_step
-from snn_reversible_plugin.snntorch.coupled import firing_of as firing_of_snntorch
-from snn_reversible_plugin.spikingjelly.coupled import firing_of as firing_of_spikingjelly
+from snn_reversible_plugin.snntorch.coupled import surrogate_of as surrogate_of_snntorch
+from snn_reversible_plugin.spikingjelly.coupled import surrogate_of as surrogate_of_spikingjelly
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 SHAPES = [(1, 1, 2), (5, 3, 4), (4, 2, 6, 3, 5), (3, 1, 2, 1, 7), (3, 0, 4), (2, 70, 8, 16, 16)]
@@ -65,8 +66,8 @@ TORCH = {
 }
 
 
-def rule_of(tau=2.0, alpha=0.0, beta=0.5, v_threshold=1.0, bits=16, detach_reset=False):
-    return coupled.rule_of(
+def constants_of(tau=2.0, alpha=0.0, beta=0.5, v_threshold=1.0, bits=16, detach_reset=False):
+    return coupled.constants_of(
         "node",
         tau=tau,
         alpha=alpha,
@@ -77,8 +78,9 @@ def rule_of(tau=2.0, alpha=0.0, beta=0.5, v_threshold=1.0, bits=16, detach_reset
     )
 
 
-def firing(dtype=torch.float32):
-    return firing_of_spikingjelly(surrogate.ATan(), dtype, torch.device("cpu"), torch.Size([1, 2]))
+def node_of(constants, dtype=torch.float32):
+    known = surrogate_of_spikingjelly(surrogate.ATan(), dtype, torch.device("cpu"), torch.Size([1, 2]))
+    return coupled.Node(constants, known, "node")
 
 
 def same_bits(a, b):
@@ -95,7 +97,7 @@ def plain(node, x_seq, s=None):
         return function(u) if function is not None else node.spike_grad(u).to(u.dtype)
 
     leak = None if node.w is None else node.w.sigmoid().to(dtype)
-    return coupled.sequence(x_seq, s, node.rule, coupled.Firing(fire, None, None), leak)
+    return coupled.sequence(x_seq, s, node.constants, fire, leak)
 
 
 def plain_loop(node, x_seq, s=None):
@@ -173,17 +175,18 @@ def inputs(shape, dtype=torch.float32):
 )
 def test_steps_are_undone_bit_for_bit(seed, tau, shift, alpha, bits, threshold, size, dtype, shape):
     torch.manual_seed(seed)
-    rule = rule_of(tau, alpha, 2.0**-shift, threshold, bits)
+    constants = constants_of(tau, alpha, 2.0**-shift, threshold, bits)
     x_seq = torch.randn(shape, dtype=dtype) * size
     s = snap(torch.randn(shape[1:], dtype=dtype), bits)
-    y_seq, s_out, remainders = coupled_sweeps.forward(x_seq, s, rule, firing(dtype))
-    undone = coupled_sweeps.inverse(y_seq, s_out, remainders, rule, firing(dtype))
+    node = node_of(constants, dtype)
+    after = coupled_sweeps.forward(x_seq, s, node)
+    undone = coupled_sweeps.inverse(after, node)
     if undone.reached < 2.0 ** (24 - bits):
         assert same_bits(undone.x_seq, snap(x_seq, bits - shift))
         assert same_bits(undone.s, s)
-    expected_y, expected_s = coupled.sequence(x_seq, s, rule, firing(dtype))
-    assert same_bits(y_seq, expected_y)
-    assert same_bits(s_out, expected_s)
+    expected_y, expected_s = coupled.sequence(x_seq, s, constants, surrogate.ATan())
+    assert same_bits(after.y_seq, expected_y)
+    assert same_bits(after.s, expected_s)
 
 
 @pytest.mark.parametrize(
@@ -192,28 +195,31 @@ def test_steps_are_undone_bit_for_bit(seed, tau, shift, alpha, bits, threshold, 
 )
 @pytest.mark.parametrize("steps", [1000, pytest.param(5000, marks=pytest.mark.slow)])
 def test_thousands_of_steps_are_undone_bit_for_bit(steps, tau, beta, bits):
-    rule = rule_of(tau, beta=beta, bits=bits)
+    constants = constants_of(tau, beta=beta, bits=bits)
     x_seq = 1 + 2 * torch.randn(steps, 2, 6)
-    s = snap(torch.randn(2, 6), rule.bits)
-    y_seq, s_out, remainders = coupled_sweeps.forward(x_seq, s, rule, firing())
-    spikes, _, _ = coupled_sweeps.forward(x_seq, s, rule, firing(), coupled=False)
+    s = snap(torch.randn(2, 6), constants.bits)
+    node = node_of(constants)
+    after = coupled_sweeps.forward(x_seq, s, node)
+    spikes = coupled_sweeps.forward(x_seq, s, node, coupled=False).y_seq
     assert 0.01 < spikes.mean() < 0.95
-    undone = coupled_sweeps.inverse(y_seq, s_out, remainders, rule, firing())
-    assert undone.reached < 2.0 ** (24 - rule.bits)
-    assert same_bits(undone.x_seq, snap(x_seq, rule.bits - rule.shift))
+    undone = coupled_sweeps.inverse(after, node)
+    assert undone.reached < 2.0 ** (24 - constants.bits)
+    assert same_bits(undone.x_seq, snap(x_seq, constants.bits - constants.shift))
     assert same_bits(undone.s, s)
 
 
 def test_each_remainder_is_needed():
-    rule = rule_of(beta=0.25)
+    constants = constants_of(beta=0.25)
     x_seq = torch.randn(20, 1, 4)
-    y_seq, s_out, ((part, stored),) = coupled_sweeps.forward(x_seq, None, rule, firing())
+    node = node_of(constants)
+    after = coupled_sweeps.forward(x_seq, None, node)
+    ((part, stored),) = after.remainders
     assert stored.shape == (20, 2, 1) and stored.dtype is torch.uint8
     for t in (0, 13):
         for place in (0, 1):
             spoiled = stored.clone()
             spoiled[t, place] ^= 1
-            undone = coupled_sweeps.inverse(y_seq, s_out, [(part, spoiled)], rule, firing())
+            undone = coupled_sweeps.inverse(after._replace(remainders=[(part, spoiled)]), node)
             assert undone.s[0, 0] != 0
 
 
@@ -440,7 +446,8 @@ def test_leaving_the_range_is_an_error_of_the_backward(framework, value, run):
     x_seq = torch.randn(5, 3, 4)
     x_seq[2, 1, 3] = value
     node = framework.CoupledLIF()
-    with pytest.raises(OverflowError, match=r"CoupledLIF on \(3, 4\) reaches .*bits=16.*fewer bits"):
+    said = r"reaches .*bits=16.*fewer bits" if math.isfinite(value) else "(is infinite|holds NaN), "
+    with pytest.raises(OverflowError, match=rf"CoupledLIF on \(3, 4\) {said}"):
         outcome(run, node, x_seq)
     outcome(run, node, x_seq.clamp(-100, 100).nan_to_num())
 
@@ -579,7 +586,7 @@ def test_in_a_converted_network(learn_tau, mode):
     x_seq = torch.rand(6, 2, 2, 8, 8)
     model = network(learn_tau=learn_tau)
     converted = srp.convert_to_reversible(copy.deepcopy(model), mode=mode)
-    assert not converted.__dict__["_srp_settings"].stays_stock
+    assert not settings_of(converted).stays_stock
     expected = training_step(model, x_seq)
     assert_same(training_step(converted, x_seq), expected)
     assert_same(training_step(converted, x_seq, check=True), training_step(model, x_seq))
@@ -738,8 +745,6 @@ def test_registered_by_name():
 
 def test_run_sequence_is_public_to_other_frameworks():
     x_seq = torch.randn(4, 2, 4, requires_grad=True)
-    fire = firing_of_snntorch(st_surrogate.atan(), torch.float32)
-    from snn_reversible_plugin.neurons.coupled.call import Call
-
-    y_seq, s = run_sequence(x_seq, None, Call(rule_of(), fire, "mine"))
-    assert_same((y_seq, s), coupled.sequence(x_seq, None, rule_of(), fire))
+    known = surrogate_of_snntorch(st_surrogate.atan(), torch.float32)
+    y_seq, s = run_sequence(x_seq, None, coupled.Node(constants_of(), known, "mine"))
+    assert_same((y_seq, s), coupled.sequence(x_seq, None, constants_of(), st_surrogate.atan()))

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from snn_reversible_plugin.neurons.integrate_fire import in_place as sweeps
 from snn_reversible_plugin.neurons.integrate_fire import reference as dynamics
-from snn_reversible_plugin.neurons.integrate_fire.reference import Rule, Surrogate, Wanted
+from snn_reversible_plugin.neurons.integrate_fire.reference import Neuron, OutputGradients, Rule, Wanted
+from snn_reversible_plugin.neurons.surrogates import Surrogate
 from snn_reversible_plugin.ops import chunks as cuts
 from snn_reversible_plugin.reports.measure import AllocationCounter
 
@@ -44,8 +45,8 @@ def smooth_vjp(grad, u):
     return torch.ops.aten.sigmoid_backward(grad, s)
 
 
-BINARY = Surrogate(None, triangle, uniform=True)
-SMOOTH = Surrogate(torch.sigmoid, smooth_vjp)
+BINARY = Surrogate(triangle, uniform=True)
+SMOOTH = Surrogate(smooth_vjp, torch.sigmoid)
 FIRE = {BINARY: Spike.apply, SMOOTH: torch.sigmoid}
 
 
@@ -83,20 +84,19 @@ def problem(rule, shape=(4, 3, 5), dtype=torch.float32, learnable=False):
 
 def assert_same(x_seq, v, rule, surrogate, q, given_grads, owned=False):
     expected, grads = by_autograd(x_seq, v, rule, surrogate, q, *given_grads)
+    neuron = Neuron(rule, surrogate, q)
     for run, vjp, how in (
         (dynamics.sequence, dynamics.sequence_vjp, {}),
         (sweeps.multi_step, sweeps.multi_step_vjp, {"owned": owned}),
     ):
-        got = run(x_seq, v, rule, surrogate, q, True)
+        got = run(x_seq, v, neuron, True)
         assert all(map(torch.equal, got, expected))
-        assert all(map(torch.equal, run(x_seq, v, rule, surrogate, q, False)[:2], expected))
+        assert all(map(torch.equal, run(x_seq, v, neuron, False)[:2], expected))
         found = vjp(
             x_seq.clone(memory_format=torch.preserve_format),
             v,
-            *given_grads,
-            rule,
-            surrogate,
-            q,
+            OutputGradients(*given_grads),
+            neuron,
             ALL,
             **how,
         )
@@ -162,7 +162,7 @@ def test_short_sequences_are_compiled_with_the_same_bits(rule, threshold, shape,
     )
     calls, run = [], kernels.backward
     monkeypatch.setattr(kernels, "backward", lambda *args: calls.append(run(*args)))
-    rule, surrogate = rule._replace(v_threshold=threshold), Surrogate(None, atan, uniform=True)
+    neuron = Neuron(rule._replace(v_threshold=threshold), Surrogate(atan, uniform=True))
     torch.manual_seed(0)
     x_seq = torch.randn(shape).mul_(2)
     x_seq.view(-1)[:6] = torch.tensor([math.nan, math.inf, -math.inf, -0.0, threshold, 0.0])
@@ -172,13 +172,13 @@ def test_short_sequences_are_compiled_with_the_same_bits(rule, threshold, shape,
         layouts.append(tuple(t.movedim(-3, -1).contiguous().movedim(-1, -3) for t in tensors))
     for (x, g_s, g_v, start), value in itertools.product(layouts, (0.0, 0.3, None)):
         v = start if value is None else value
-        s, after, _ = dynamics.sequence(x, v, rule, surrogate)
-        found = sweeps.multi_step(x, v, rule, surrogate)
+        s, after, _ = dynamics.sequence(x, v, neuron)
+        found = sweeps.multi_step(x, v, neuron)
         assert same_bits(s, found[0])
         assert same_bits(after, found[1])
         for g_out, g_last in ((g_s, g_v), (g_s, None), (torch.ones(()).expand(shape), g_v)):
-            grads = (g_out, g_last, None, rule, surrogate)
-            expected = dynamics.sequence_vjp(x, v, *grads, None, sweeps.ONLY_X).x
+            grads = (OutputGradients(g_out, g_last), neuron)
+            expected = dynamics.sequence_vjp(x, v, *grads, sweeps.ONLY_X).x
             calls.clear()
             assert same_bits(expected, sweeps.multi_step_vjp(x, v, *grads).x)
             owned, last = x.clone(), torch.empty_like(after)
@@ -193,26 +193,27 @@ def test_a_constant_start_is_a_tensor_of_that_value():
         x_seq, v, rule, _, g_s, g_v, _ = problem(rule)
         v.fill_(value)
         for a, b in zip(
-            sweeps.multi_step(x_seq, value, rule, BINARY)[:2],
-            sweeps.multi_step(x_seq, v, rule, BINARY)[:2],
+            sweeps.multi_step(x_seq, value, Neuron(rule, BINARY))[:2],
+            sweeps.multi_step(x_seq, v, Neuron(rule, BINARY))[:2],
             strict=True,
         ):
             assert torch.equal(a, b)
         grads = [
-            sweeps.multi_step_vjp(x_seq, start, g_s, g_v, None, rule, BINARY).x for start in (value, v)
+            sweeps.multi_step_vjp(x_seq, start, OutputGradients(g_s, g_v), Neuron(rule, BINARY)).x
+            for start in (value, v)
         ]
         assert torch.equal(*grads)
 
 
 def test_an_owned_current_becomes_its_gradient():
     x_seq, v, rule, _, g_s, _, _ = problem(RULES[-1])
-    kept = x_seq.clone()
-    sweeps.multi_step_vjp(x_seq, v, g_s, None, None, rule, BINARY)
+    kept, given = x_seq.clone(), (OutputGradients(g_s), Neuron(rule, BINARY))
+    sweeps.multi_step_vjp(x_seq, v, *given)
     assert torch.equal(x_seq, kept)
-    grads = sweeps.multi_step_vjp(x_seq, v, g_s, None, None, rule, BINARY, owned=True)
+    grads = sweeps.multi_step_vjp(x_seq, v, *given, owned=True)
     assert grads.x is x_seq
     overlapping = kept[:1].expand(kept.shape)
-    grads = sweeps.multi_step_vjp(overlapping, v, g_s, None, None, rule, BINARY, owned=True)
+    grads = sweeps.multi_step_vjp(overlapping, v, *given, owned=True)
     assert grads.x is not overlapping
 
 
@@ -221,25 +222,27 @@ def test_memory_beyond_the_results_is_a_few_chunks(rule, monkeypatch):
     monkeypatch.setattr(cuts, "chunk_size", lambda device: 1024)
     x_seq = torch.randn(8, 64, 1024)
     g_s, size, step = torch.randn_like(x_seq), x_seq.numel() * 4, x_seq[0].numel() * 4
-    rule_surrogate = Surrogate(None, lambda grad, u: u.abs_().reciprocal_().mul_(grad), uniform=True)
+    surrogate = Surrogate(lambda grad, u: u.abs_().reciprocal_().mul_(grad), uniform=True)
+    neuron = Neuron(rule, surrogate)
     with AllocationCounter() as counter:
-        kept = sweeps.multi_step(x_seq, 0.0, rule, rule_surrogate)
+        kept = sweeps.multi_step(x_seq, 0.0, neuron)
     assert counter.peak < size + step + 12 * 4096
     del kept
     with AllocationCounter() as counter:
-        sweeps.multi_step_vjp(x_seq, 0.0, g_s, None, None, rule, rule_surrogate, owned=True)
+        sweeps.multi_step_vjp(x_seq, 0.0, OutputGradients(g_s), neuron, owned=True)
     assert counter.peak < 12 * 4096
 
 
 def test_single_steps_are_a_sequence():
     for rule, learnable in itertools.product(RULES, [False, True]):
         x_seq, v, rule, q, g_s, g_v, _ = problem(rule, (1, 3, 5), learnable=learnable)
-        s, after, h, pull = dynamics.single_step(x_seq[0], v, rule, BINARY, q)
-        expected = dynamics.sequence(x_seq, v, rule, BINARY, q)
+        neuron = Neuron(rule, BINARY, q)
+        s, after, h, pull = dynamics.single_step(x_seq[0], v, neuron)
+        expected = dynamics.sequence(x_seq, v, neuron)
         assert torch.equal(s, expected[0][0])
         assert torch.equal(after, expected[1])
-        one = dynamics.single_step_vjp(h, g_s[0], g_v, rule, BINARY, q, pull)
-        many = dynamics.sequence_vjp(x_seq, v, g_s, g_v, None, rule, BINARY, q, ALL)
+        one = dynamics.single_step_vjp(h, g_s[0], g_v, neuron, pull)
+        many = dynamics.sequence_vjp(x_seq, v, OutputGradients(g_s, g_v), neuron, ALL)
         assert torch.equal(one.x, many.x[0])
         assert torch.equal(one.v[0], many.v[0])
         assert [g.item() for g in one.q] == [g.item() for g in many.q]
@@ -289,8 +292,9 @@ def test_numbers_that_are_not_finite():
         x_seq, v, rule, q, *grads = problem(rule)
         x_seq[1, 0, 0] = value
         expected, (g_x, *_) = by_autograd(x_seq, v, rule, BINARY, q, *grads)
-        got = sweeps.multi_step(x_seq, v, rule, BINARY, None, True)
-        found = sweeps.multi_step_vjp(x_seq, v, *grads, rule, BINARY)
+        neuron = Neuron(rule, BINARY)
+        got = sweeps.multi_step(x_seq, v, neuron, True)
+        found = sweeps.multi_step_vjp(x_seq, v, OutputGradients(*grads), neuron)
         for a, b in zip((*got, found.x), (*expected, g_x), strict=True):
             assert torch.equal(a.nan_to_num(9), b.nan_to_num(9))
             assert torch.equal(a.isnan(), b.isnan())

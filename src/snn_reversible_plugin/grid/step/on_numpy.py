@@ -147,7 +147,9 @@ def undo(
             assert sn is not None
             np.multiply(sn[part], np.float32(theta) if isinstance(theta, float) else theta[part], out=x)
             w += x
-        at = _undecayed(step.decay, tuple(_of(value, part) for value in beta), w, a, v, several, record, at)
+        at = _undecayed(
+            step.decay, tuple(_of(value, part) for value in beta), w, (a, v, several), record, at
+        )
         if lost is not None:
             v[fired] = lost
         v += 0.0  # -0 + 0 is +0
@@ -201,13 +203,12 @@ def _undecayed(
     decay: Decay,
     of_beta: tuple[Any, ...],
     w: Piece,
-    a: Piece,
-    v: Piece,
-    several: Piece,
+    rows: tuple[Piece, Piece, Piece],
     record: Piece,
     at: int,
 ) -> int:
-    """The preimages of w into v; returns where in the record the next piece begins."""
+    """The preimages of w into v, of the ``rows`` (room, v, truths); returns where the next piece begins."""
+    a, v, several = rows
     _, inverse, offset, spare = of_beta
     if decay.radix == 1:
         np.copyto(v, w)

@@ -2,27 +2,21 @@
 
 The one idea: a call keeps its outputs, which the next layer keeps too, the remainders, and the states that
 it ended with. In a loop not even those: the step after gives them back when its own backward is done.
-Source: Lei et al., arXiv 2308.08649; the equations are in :mod:`.coupled`.
+Source: Lei et al., arXiv 2308.08649; the equations are in :mod:`.reference`.
 """
 
 from __future__ import annotations
 
-import functools
-import threading
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from snn_reversible_plugin import tape
-from snn_reversible_plugin.grid import check_range, stream_dtype
-from snn_reversible_plugin.neurons.coupled.in_place import Remainders, backward, forward, inverse
-from snn_reversible_plugin.neurons.coupled.reference import (
-    Firing,
-    Rule,
-    couple,
-)
+from snn_reversible_plugin.grid import stream_dtype, watch
+from snn_reversible_plugin.neurons.coupled.in_place import Stepped, backward, forward, inverse
+from snn_reversible_plugin.neurons.coupled.reference import Constants, Node, couple
 
 # NOTE [What is held between forward and backward]
 #
@@ -39,29 +33,21 @@ from snn_reversible_plugin.neurons.coupled.reference import (
 # 5. What is held outside of autograd has its version checked here.
 
 
-class Call(NamedTuple):
-    """A node's settings at the time of a call, and its name for errors."""
-
-    rule: Rule
-    firing: Firing
-    name: str
-
-
 class _Sequence(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_seq: Tensor, s: Tensor | None, leak: Tensor | None, call: Call, undoable: bool
+        ctx: Any, x_seq: Tensor, s: Tensor | None, leak: Tensor | None, node: Node, undoable: bool
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.call, ctx.dtype = call, x_seq.dtype
+        ctx.node, ctx.dtype = node, x_seq.dtype
         recorded = undoable and tape.current() is not None
         with tape.paused():
             y_seq, s_out, remainders = forward(
-                x_seq, s, call.rule, call.firing, leak, undoable=undoable, coupled=not recorded
+                x_seq, s, node._replace(leak=leak), undoable=undoable, coupled=not recorded
             )
         if recorded:
             tape.mark_spikes(y_seq)
-            y_seq = couple(y_seq, x_seq, call.rule)
+            y_seq = couple(y_seq, x_seq, node.constants)
             tape.mark_opaque(s_out)
         ctx.parts = [part for part, _ in remainders]
         ctx.save_for_backward(y_seq, s_out, leak, *(stored for _, stored in remainders))
@@ -73,14 +59,15 @@ class _Sequence(torch.autograd.Function):
         if g_y is None and g_s is None:
             return (None,) * 5
         y_seq, s, leak, *stored = ctx.saved_tensors
-        remainders = list(zip(ctx.parts, stored, strict=True))
         owned = tape.owns(y_seq)
-        call: Call = ctx.call
+        node: Node = ctx.node
+        # What is saved is part of the forward's graph, and a gradient must not be.
+        after = Stepped(y_seq.detach(), s, list(zip(ctx.parts, stored, strict=True)))
         grads = backward(
-            y_seq, s, remainders, g_y, g_s, call.rule, call.firing, leak,
+            after, g_y, g_s, node._replace(leak=leak),
             wants_leak=ctx.needs_input_grad[2], dtype=ctx.dtype, owned=owned,
         )  # fmt: skip
-        _check_later(call, grads.reached)
+        _watch(node, grads.reached)
         return grads.x_seq, grads.g_s if ctx.needs_input_grad[1] else None, grads.leak, None, None
 
 
@@ -122,25 +109,23 @@ class _States:
 class _Undo:
     """What undoes a step, beside the states after it."""
 
-    __slots__ = ("call", "leak", "remainders", "states", "version", "y_seq")
+    __slots__ = ("node", "remainders", "states", "version", "y_seq")
 
-    def __init__(
-        self, y_seq: Tensor, states: _States, remainders: Remainders, call: Call, leak: Tensor | None
-    ) -> None:
-        self.y_seq, self.version = y_seq.detach(), y_seq._version
-        self.states, self.remainders, self.call, self.leak = states, remainders, call, leak
+    def __init__(self, after: Stepped, states: _States, node: Node) -> None:
+        self.y_seq, self.version = after.y_seq.detach(), after.y_seq._version
+        self.remainders, self.states, self.node = after.remainders, states, node
 
-    def outputs(self) -> Tensor:
+    def from_states(self, s: Tensor) -> Stepped:
+        """What the step's forward returned, given the states that it ended with."""
         if self.y_seq._version != self.version:
             raise RuntimeError(
-                f"an output of {self.call.name} was changed in place, and the backward needs it: make the "
+                f"an output of {self.node.name} was changed in place, and the backward needs it: make the "
                 "operation after it out of place (inplace=False), or let it work on a clone."
             )
-        return self.y_seq
+        return Stepped(self.y_seq, s, self.remainders)
 
     def undo(self, s: Tensor) -> Tensor:
-        call = self.call
-        return inverse(self.outputs(), s, self.remainders, call.rule, call.firing, self.leak).s
+        return inverse(self.from_states(s), self.node).s
 
 
 class _Step(torch.autograd.Function):
@@ -150,19 +135,20 @@ class _Step(torch.autograd.Function):
         x_seq: Tensor,
         s: Tensor | None,
         leak: Tensor | None,
-        call: Call,
+        node: Node,
         before: _States | None,
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.dtype, ctx.before = x_seq.dtype, before
         with tape.paused():
-            y_seq, s_out, remainders = forward(x_seq, s, call.rule, call.firing, leak)
-            ctx.states = _States(s_out.detach(), call.name)
-            ctx.step = _Undo(y_seq, ctx.states, remainders, call, None if leak is None else leak.detach())
+            node = node._replace(leak=None if leak is None else leak.detach())
+            after = forward(x_seq, s, node)
+            ctx.states = _States(after.s.detach(), node.name)
+            ctx.step = _Undo(after, ctx.states, node)
         if before is not None and before.after is None:
             before.after, before.s = ctx.step, None
-        tape.mark_opaque(y_seq, s_out)
-        return y_seq, s_out
+        tape.mark_opaque(after.y_seq, after.s)
+        return after.y_seq, after.s
 
     @staticmethod
     @once_differentiable
@@ -170,27 +156,21 @@ class _Step(torch.autograd.Function):
         if g_y is None and g_s is None:
             return (None,) * 5
         step: _Undo = ctx.step
-        call = step.call
-        grads = backward(
-            step.outputs(), ctx.states.take(), step.remainders, g_y, g_s, call.rule, call.firing, step.leak,
-            wants_leak=ctx.needs_input_grad[2], dtype=ctx.dtype,
-        )  # fmt: skip
+        after = step.from_states(ctx.states.take())
+        grads = backward(after, g_y, g_s, step.node, wants_leak=ctx.needs_input_grad[2], dtype=ctx.dtype)
         if ctx.before is not None and ctx.before.after is step:
             ctx.before.put(grads.s)
-        _check_later(call, grads.reached)
+        _watch(step.node, grads.reached)
         return grads.x_seq, grads.g_s if ctx.needs_input_grad[1] else None, grads.leak, None, None
 
 
-def run_sequence(
-    x_seq: Tensor, s: Tensor | None, call: Call, leak: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """All steps in one call, with the gradient of :func:`.coupled.sequence`, bit for bit.
+def run_sequence(x_seq: Tensor, s: Tensor | None, node: Node) -> tuple[Tensor, Tensor]:
+    """All steps in one call, with the gradient of :func:`.reference.sequence`, bit for bit.
 
     Args:
         x_seq: inputs [T, N, C, ...], C even, T at least 1.
         s: states [N, C, ...], None for zeros.
-        call: the node.
-        leak: 1 / tau as a scalar tensor, where the rule has none.
+        node: whose steps they are.
 
     Returns:
         Outputs [T, N, C, ...] and states [N, C, ...].
@@ -200,20 +180,22 @@ def run_sequence(
         TypeError: an input that is not floating-point.
         OverflowError: from the backward, at its end: an output or a state left the range of the grid.
     """
-    _check(x_seq, s, call.name, 2)
-    undoable = _needs_grad(x_seq, s, leak)
-    y_seq, s_out = _Sequence.apply(x_seq, s, leak, call, undoable)  # type: ignore[no-untyped-call]
+    _check(x_seq, s, node.name, 2)
+    undoable = _needs_grad(x_seq, s, node.leak)
+    given = node._replace(leak=None)  # which goes its own way, as an input of the graph's node
+    y_seq, s_out = _Sequence.apply(x_seq, s, node.leak, given, undoable)  # type: ignore[no-untyped-call]
     return y_seq, s_out
 
 
-def run_step(x: Tensor, s: Tensor | None, call: Call, leak: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def run_step(x: Tensor, s: Tensor | None, node: Node) -> tuple[Tensor, Tensor]:
     """One step of a user's loop: [N, C, ...] to outputs and states. See :func:`run_sequence`."""
-    _check(x, s, call.name, 1)
+    _check(x, s, node.name, 1)
     x_seq = x.unsqueeze(0)
-    if _needs_grad(x, s, leak):
-        y_seq, s_out = _Step.apply(x_seq, s, leak, call, _states_of(s))  # type: ignore[no-untyped-call]
+    if _needs_grad(x, s, node.leak):
+        given = node._replace(leak=None)
+        y_seq, s_out = _Step.apply(x_seq, s, node.leak, given, _states_of(s))  # type: ignore[no-untyped-call]
     else:
-        y_seq, s_out = run_sequence(x_seq, s, call, leak)
+        y_seq, s_out = run_sequence(x_seq, s, node)
     return y_seq.squeeze(0), s_out
 
 
@@ -222,7 +204,7 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def _check(x: Tensor, s: Tensor | None, name: str, channels: int) -> None:
-    """Refuse an input or a state that does not fit; ``channels`` is the dimension that is halved."""
+    """Refuse an input or a state that does not fit; ``channels`` is the dimension that is split."""
     dtype = stream_dtype(x.dtype)
     expected = "[N, C, ...]" if channels == 1 else "[T, N, C, ...]"
     if x.dim() <= channels:
@@ -232,7 +214,7 @@ def _check(x: Tensor, s: Tensor | None, name: str, channels: int) -> None:
     if x.shape[channels] % 2:
         raise ValueError(
             f"{name}: {x.shape[channels]} channels (dimension {channels} of {tuple(x.shape)}) don't split "
-            "into two halves: give the layer before it an even number"
+            "into two groups: give the layer before it an even number"
         )
     if s is None:
         return
@@ -254,32 +236,13 @@ def _states_of(s: Tensor | None) -> _States | None:
     return states
 
 
-_local = threading.local()
+def _watch(node: Node, reached: Tensor) -> None:
+    bits = node.constants.bits
+    watch(f"an output or a state of {node.name}{_growth(node.constants)}", reached, bits)
 
 
-def _check_later(call: Call, reached: Tensor) -> None:
-    """Look at the reach when this backward is over: one wait for the device for all calls."""
-    task = torch._C._current_graph_task_id()
-    if getattr(_local, "task", None) != task:
-        _local.task, _local.reaches = task, []
-        engine = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
-        engine.queue_callback(functools.partial(_check_all, _local.reaches))
-    _local.reaches.append((call, reached))
-
-
-def _check_all(reaches: list[tuple[Call, Tensor]]) -> None:
-    groups: dict[tuple[int, torch.dtype, torch.device], list[tuple[Call, Tensor]]] = {}
-    for call, reached in reaches:
-        groups.setdefault((call.rule.bits, reached.dtype, reached.device), []).append((call, reached))
-    reaches.clear()
-    for (bits, _, _), group in groups.items():
-        names = [f"an output or a state of {call.name}{_growth(call.rule)}" for call, _ in group]
-        check_range(names, [reached for _, reached in group], bits)
-
-
-def _growth(rule: Rule) -> str:
-    if rule.leak is None or rule.beta <= rule.leak:
+def _growth(constants: Constants) -> str:
+    leak, beta = constants.leak, constants.beta
+    if leak is None or beta <= leak:
         return ""
-    return (
-        f" (beta={rule.beta:g} is above 1 / tau={rule.leak:g}, so states of silent neurons grow with time)"
-    )
+    return f" (beta={beta:g} is above 1 / tau={leak:g}, so states of silent neurons grow with time)"

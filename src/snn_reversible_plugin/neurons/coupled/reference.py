@@ -1,9 +1,9 @@
-"""The reversible spiking node: two halves of the channels, coupled so that a step can be undone.
+"""The reversible spiking node: two groups of channels, coupled so that a step can be undone.
 
-The one idea: what a step adds to one half is a function of the other half, so it can be computed again and
+The one idea: what a step adds to one group is a function of the other, so it can be computed again and
 taken away. Given outputs and states after a step, inputs and states before it come back, and the spikes
 and membranes that the gradient needs come with them: one sweep back through time does both. Here are
-the equations as autograd differentiates them, which is the specification; :mod:`.coupled_sweeps` does the
+the equations as autograd differentiates them, which is the specification; :mod:`.in_place` does the
 same in place, there and back. Neither knows of frameworks, modules, or the tape.
 
 Source: Lei et al., "Towards Zero Memory Footprint Spiking Neural Network Training", arXiv 2308.08649,
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from snn_reversible_plugin.grid import check_bits, snap
+from snn_reversible_plugin.neurons.surrogates import Surrogate
 
 # NOTE [What a step loses, and what is stored of it]
 #
@@ -38,8 +39,8 @@ from snn_reversible_plugin.grid import check_bits, snap
 #    each rebuilt state are looked at. Inputs and membranes need no look of their own.
 
 
-class Rule(NamedTuple):
-    """The settings of a node, all numbers: ``leak`` is 1 / tau (None: a tensor beside the rule).
+class Constants(NamedTuple):
+    """The settings of a node, all numbers: ``leak`` is 1 / tau (None: a tensor beside them).
 
     ``alpha`` is a multiple of 2^-bits, ``shift`` is log2(1 / beta).
     """
@@ -53,25 +54,23 @@ class Rule(NamedTuple):
 
     @property
     def beta(self) -> float:
-        """The coupling of the halves."""
+        """How much of one group goes into the other."""
         return 2.0**-self.shift
 
 
-class Firing(NamedTuple):
-    """A spike function of ``u = V - v_threshold`` that gives zeros and ones.
+class Node(NamedTuple):
+    """A node in one call. ``surrogate`` gives zeros and ones; ``name`` is for errors.
 
-    ``fire`` is differentiable. ``strict``: it fires where ``u > 0``; False: where ``u >= 0``; None: only
-    ``fire`` knows. ``vjp(grad, u)`` is its gradient; it may overwrite u, never grad. ``uniform``: its bits
-    don't depend on where in memory an element lies (:mod:`.cuts`).
+    ``leak`` is 1 / tau as a scalar tensor, where the constants have none.
     """
 
-    fire: Callable[[Tensor], Tensor]
-    vjp: Callable[[Tensor, Tensor], Tensor]
-    strict: bool | None
-    uniform: bool = False
+    constants: Constants
+    surrogate: Surrogate
+    name: str
+    leak: Tensor | None = None
 
 
-def rule_of(
+def constants_of(
     name: str,
     *,
     tau: float | None,
@@ -80,17 +79,17 @@ def rule_of(
     v_threshold: float,
     bits: int,
     detach_reset: bool,
-) -> Rule:
-    """A node's settings, checked. ``tau`` None: its inverse is a tensor beside the rule.
+) -> Constants:
+    """A node's settings, checked. ``tau`` None: its inverse is a tensor beside them.
 
     Raises:
         ValueError: what does not fit, with ``name`` and the remedy.
 
     Example:
         >>> settings = dict(alpha=0.0, v_threshold=1.0, bits=16, detach_reset=False)
-        >>> rule_of("node", tau=2.0, beta=0.25, **settings).shift
+        >>> constants_of("node", tau=2.0, beta=0.25, **settings).shift
         2
-        >>> rule_of("node", tau=2.0, beta=0.3, **settings)
+        >>> constants_of("node", tau=2.0, beta=0.3, **settings)
         Traceback (most recent call last):
         ...
         ValueError: node: beta=0.3 is not a power of two in (0, 1], ... Take 0.25 or 0.5.
@@ -117,7 +116,7 @@ def rule_of(
             "rounded to multiples of 2^-bits / beta"
         )
     alpha = round(alpha * 2.0**bits) / 2.0**bits
-    return Rule(None if tau is None else 1 / tau, float(v_threshold), alpha, shift, bits, detach_reset)
+    return Constants(None if tau is None else 1 / tau, float(v_threshold), alpha, shift, bits, detach_reset)
 
 
 class _Floor(torch.autograd.Function):
@@ -131,54 +130,56 @@ class _Floor(torch.autograd.Function):
 
 
 def sequence(
-    x_seq: Tensor, s: Tensor | None, rule: Rule, firing: Firing, leak: Tensor | None = None
+    x_seq: Tensor,
+    s: Tensor | None,
+    constants: Constants,
+    fire: Callable[[Tensor], Tensor],
+    leak: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """All steps, as the paper has them: the specification, differentiated by autograd.
 
     Args:
         x_seq: inputs [T, N, C, ...], C even.
         s: states before the first step [N, C, ...]; None for zeros.
-        rule, firing: the node.
-        leak: 1 / tau as a scalar tensor, where ``rule.leak`` is None.
+        constants: the node's.
+        fire: its surrogate as autograd differentiates it, from ``V - v_threshold`` to zeros and ones.
+        leak: 1 / tau as a scalar tensor, where the constants have none.
 
     Returns:
         Outputs [T, N, C, ...] and states [N, C, ...], float32 (float64 for float64).
 
     Example:
         >>> import torch
-        >>> rule = Rule(0.5, v_threshold=1.0, alpha=0.0, shift=1, bits=16, detach_reset=False)
-        >>> heaviside = Firing(lambda u: (u >= 0).to(u), lambda grad, u: grad, strict=False)
-        >>> y_seq, s = sequence(torch.full((1, 1, 2), 1.5), None, rule, heaviside)
+        >>> constants = Constants(0.5, v_threshold=1.0, alpha=0.0, shift=1, bits=16, detach_reset=False)
+        >>> y_seq, s = sequence(torch.full((1, 1, 2), 1.5), None, constants, lambda u: (u >= 0).to(u))
         >>> y_seq.flatten(), s.flatten()
         (tensor([0.7500, 0.7500]), tensor([0.7500, 0.7500]))
     """
-    q: Any = rule.leak if leak is None else leak
-    x_seq = snap(x_seq, rule.bits - rule.shift)
-    s1, s2 = (torch.zeros_like(x_seq[0]) if s is None else snap(s, rule.bits)).chunk(2, 1)
+    q: Any = constants.leak if leak is None else leak
+    x_seq = snap(x_seq, constants.bits - constants.shift)
+    s1, s2 = (torch.zeros_like(x_seq[0]) if s is None else snap(s, constants.bits)).chunk(2, 1)
+
+    def group_step(x: Tensor, s: Tensor, x_other: Tensor, s_other: Tensor) -> tuple[Tensor, Tensor]:
+        v = snap(s + (x - s) * q, constants.bits)
+        o = fire(v - constants.v_threshold)
+        y = o + constants.beta * x_other
+        o = o.detach() if constants.detach_reset else o
+        reset = (1.0 - o) * v
+        if constants.alpha:
+            reset = reset + constants.alpha * o
+        return y, reset + _Floor.apply(constants.beta * s_other, constants.bits)  # type: ignore[no-untyped-call]
+
     outputs = []
     for x in x_seq:
         x1, x2 = x.chunk(2, 1)
         s1_old = s1
-        y1, s1 = _half_step(x1, s1, x2, s2, rule, firing, q)
-        y2, s2 = _half_step(y1, s1, x1, s1_old, rule, firing, q)
+        y1, s1 = group_step(x1, s1, x2, s2)
+        y2, s2 = group_step(y1, s1, x1, s1_old)
         outputs.append(torch.cat([y1, y2], 1))
     return torch.stack(outputs), torch.cat([s1, s2], 1)
 
 
-def _half_step(
-    x: Tensor, s: Tensor, x_other: Tensor, s_other: Tensor, rule: Rule, firing: Firing, q: Any
-) -> tuple[Tensor, Tensor]:
-    v = snap(s + (x - s) * q, rule.bits)
-    o = firing.fire(v - rule.v_threshold)
-    y = o + rule.beta * x_other
-    o = o.detach() if rule.detach_reset else o
-    reset = (1.0 - o) * v
-    if rule.alpha:
-        reset = reset + rule.alpha * o
-    return y, reset + _Floor.apply(rule.beta * s_other, rule.bits)  # type: ignore[no-untyped-call]
-
-
-def couple(o_seq: Tensor, x_seq: Tensor, rule: Rule) -> Tensor:
+def couple(o_seq: Tensor, x_seq: Tensor, constants: Constants) -> Tensor:
     """Outputs from spikes and inputs, as few operations on whole tensors, for a tape to record."""
-    x_seq = torch.round(x_seq.to(o_seq.dtype) * 2.0 ** (rule.bits - rule.shift))
-    return o_seq + torch.roll(x_seq, x_seq.shape[2] // 2, 2) * 2.0**-rule.bits
+    x_seq = torch.round(x_seq.to(o_seq.dtype) * 2.0 ** (constants.bits - constants.shift))
+    return o_seq + torch.roll(x_seq, x_seq.shape[2] // 2, 2) * 2.0**-constants.bits

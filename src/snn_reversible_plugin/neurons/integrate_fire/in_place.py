@@ -5,13 +5,13 @@ a core's cache, before the next ones. The forward writes spikes straight into it
 overwrites the rebuilt current with the charged membrane, and that with the current's gradient. What
 they need beyond that is a few buffers of a chunk.
 
-Source: the arithmetic is that of ``dynamics``, operation by operation; blocking for caches is old.
+Source: the arithmetic is that of ``reference``, operation by operation; blocking for caches is old.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ from torch import Tensor
 from snn_reversible_plugin.neurons.integrate_fire import on_numba
 from snn_reversible_plugin.neurons.integrate_fire.reference import (
     Gradients,
-    Rule,
-    Surrogate,
+    Neuron,
+    OutputGradients,
     Wanted,
     sequence,
     sequence_vjp,
@@ -31,7 +31,7 @@ from snn_reversible_plugin.ops.layouts import as_rows, empty_in, is_contiguous_i
 # NOTE [Fewer operations, same bits]
 #
 # 1. Where the time steps of all tensors are laid out alike, contiguous or channels-last, so are all of
-#    stock's, and each step is a row of a [T, n] view. Any other layout runs `dynamics`.
+#    stock's, and each step is a row of a [T, n] view. Any other layout runs `reference`.
 # 2. With spikes of 0 and 1 the products s * v and (1 - s) * h are exact, so multiplying and adding may
 #    be fused. With other values they are not, nor where a scalar would be rounded to half precision
 #    before it is multiplied.
@@ -44,38 +44,34 @@ ONLY_X = Wanted(x=True, v=False, q=False)
 
 
 def multi_step(
-    x_seq: Tensor,
-    v: Tensor | float,
-    rule: Rule,
-    surrogate: Surrogate,
-    q: Tensor | None = None,
-    store_v_seq: bool = False,
+    x_seq: Tensor, v: Tensor | float, neuron: Neuron, store_v_seq: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """:func:`.neurons.integrate_fire.reference.sequence`, with less memory and time.
 
     Example:
         >>> import torch
-        >>> from snn_reversible_plugin.neurons.integrate_fire.reference import Rule, Surrogate
         >>> from snn_reversible_plugin.neurons.integrate_fire.in_place import multi_step
+        >>> from snn_reversible_plugin.neurons.integrate_fire.reference import Neuron, Rule
+        >>> from snn_reversible_plugin.neurons.surrogates import Surrogate
         >>> rule = Rule(2.0, True, v_threshold=1.0, v_reset=0.0, detach_reset=True)
-        >>> step_function = Surrogate(None, lambda grad, u: grad / (1 + u.abs()) ** 2)
-        >>> spikes, v, _ = multi_step(torch.full((3, 1), 1.5), 0.0, rule, step_function)
+        >>> neuron = Neuron(rule, Surrogate(lambda grad, u: grad / (1 + u.abs()) ** 2))
+        >>> spikes, v, _ = multi_step(torch.full((3, 1), 1.5), 0.0, neuron)
         >>> spikes.squeeze(), v
         (tensor([0., 1., 0.]), tensor([0.7500]))
     """
     order = order_of_steps(x_seq, v)
     if order is None:
-        return sequence(x_seq, v, rule, surrogate, q, store_v_seq)
+        return sequence(x_seq, v, neuron, store_v_seq)
     spikes, v_last = empty_in(x_seq, order), empty_in(x_seq, order, steps=False)
     v_seq = empty_in(x_seq, order) if store_v_seq else None
     x2, s2, v1 = as_rows(x_seq, order), as_rows(spikes, order), as_rows(v_last[None], order)[0]
     v2 = None if v_seq is None else as_rows(v_seq, order)
     start = as_rows(v[None], order)[0] if isinstance(v, Tensor) else v
-    if q is None and v2 is None and on_numba.forward(x2, start, s2, v1, rule, surrogate):
+    if v2 is None and on_numba.forward(x2, start, s2, v1, neuron):
         return spikes, v_last, None
-    uniform = surrogate.uniform or surrogate.fire is None
-    for part, work in _chunks(x2, rule, surrogate, q, uniform):
-        state = _start(v1[part], start, part)
+    uniform = neuron.surrogate.uniform or neuron.surrogate.fire is None
+    for part, work in _chunks(x2, neuron, uniform):
+        state = _fill(v1[part], _cut(start, part))
         targets = None if v2 is None else v2[:, part].unbind(0)
         for t, (x, s) in enumerate(zip(x2[:, part].unbind(0), s2[:, part].unbind(0), strict=True)):
             work.charge(x, state, work.h)
@@ -90,102 +86,91 @@ def multi_step(
 def multi_step_vjp(
     x_seq: Tensor,
     v: Tensor | float,
-    g_s: Tensor | None,
-    g_v: Tensor | None,
-    g_v_seq: Tensor | None,
-    rule: Rule,
-    surrogate: Surrogate,
-    q: Tensor | None = None,
+    grads: OutputGradients,
+    neuron: Neuron,
     wanted: Wanted = ONLY_X,
     *,
     owned: bool = False,
     v_last: Tensor | None = None,
 ) -> Gradients:
-    """Gradients of :func:`multi_step` from its inputs and those of its outputs (None: no gradient).
+    """Gradients of :func:`multi_step` from its inputs and those of its outputs.
 
     Args:
-        x_seq, v, rule, surrogate, q: what the forward took.
-        g_s, g_v, g_v_seq: gradients of spikes, final membrane and membranes, not all None.
+        x_seq, v, neuron: what the forward took.
+        grads: gradients of what it returned.
         wanted: which gradients to compute.
         owned: x_seq may be overwritten: it becomes h, then the gradient of x_seq.
         v_last: is overwritten with the final membrane. Laid out as :func:`multi_step` does.
     """
     order = order_of_steps(x_seq, v)
-    if order is None or not all(
-        g is None or is_contiguous_in(g, order[1:], zeros=True)
-        for g in (g_s, g_v_seq, None if g_v is None else g_v[None])
-    ):
+    if order is None or not _are_laid_out(grads, order):
         if v_last is not None:
-            v_last.copy_(multi_step(x_seq, v, rule, surrogate, q)[1])
-        return sequence_vjp(x_seq, v, g_s, g_v, g_v_seq, rule, surrogate, q, wanted)
-    learns_leak = q is not None and wanted.q
-    if learns_leak and rule.decay_input:
+            v_last.copy_(multi_step(x_seq, v, neuron)[1])
+        return sequence_vjp(x_seq, v, grads, neuron, wanted)
+    learns_leak = neuron.q is not None and wanted.q
+    if learns_leak and neuron.rule.decay_input:
         owned = False  # x is needed once more
     owned = owned and (x_seq.shape[0] == 1 or x_seq.stride(0) == math.prod(x_seq.shape[1:]))
     g_x = x_seq if owned else empty_in(x_seq, order) if wanted.x else None
     x2 = as_rows(x_seq, order)
     h2 = None if g_x is None else as_rows(g_x, order)  # None: h lives in a chunk
-    gs2, gvs2 = (None if g is None else as_rows(g, order) for g in (g_s, g_v_seq))
-    gv1 = None if g_v is None else as_rows(g_v[None], order)[0]
+    rows = _rows_of(grads, order)
     last = None if v_last is None else as_rows(v_last[None], order)[0]
     start = as_rows(v[None], order)[0] if isinstance(v, Tensor) else v
-    simple = q is None and gs2 is not None and gvs2 is None and h2 is not None and not wanted.v
-    if simple and on_numba.backward(x2, start, gs2, gv1, last, h2, rule, surrogate):  # type: ignore[arg-type]
+    if h2 is not None and not wanted.v and on_numba.backward(x2, start, rows, h2, last, neuron):
         return Gradients(g_x, (None, None), [])
-    leaky = q is not None or rule.tau is not None
-    g_start = [empty_in(x_seq, order, steps=False) for _ in range(1 + leaky)] if wanted.v else []
+    g_start = [empty_in(x_seq, order, steps=False) for _ in range(1 + neuron.leaky)] if wanted.v else []
     starts = [as_rows(g[None], order)[0] for g in g_start]
     g_q: list[Tensor] = []
-    # A sum over neurons must not be cut (dynamics, note on order, 4).
-    chunks = _chunks(x2, rule, surrogate, q, surrogate.uniform, whole=learns_leak)
-    for part, work in chunks:
+    # A sum over neurons must not be cut (reference, note on order, 4).
+    for part, work in _chunks(x2, neuron, neuron.surrogate.uniform, whole=learns_leak):
         xs = x2[:, part].unbind(0)
         hs = xs if owned else (torch.empty_like(x2[:, part]) if h2 is None else h2[:, part]).unbind(0)
-        state = _start(work.state, start, part)
-        for t, (x, h) in enumerate(zip(xs, hs, strict=True)):
-            work.charge(x, state, h)
-            if t + 1 < len(xs):
-                work.fire(h, work.s)
-                work.reset(h, work.s, state)
+        before = _cut(start, part)
+        work.charge_again(xs, hs, before)
         if last is not None:
             work.fire(hs[-1], work.s)
             work.reset(hs[-1], work.s, last[part])
-        gs = None if gs2 is None else gs2[:, part].unbind(0)
-        gvs = None if gvs2 is None else gvs2[:, part].unbind(0)
-        carry = None if gv1 is None else gv1[part]
-        if gvs is not None:
-            carry = gvs[-1] if carry is None else torch.add(carry, gvs[-1], out=work.carry)
-        for t in reversed(range(len(hs))):
-            if learns_leak:
-                work.previous(hs[t - 1] if t else None, start, part)
-            g_h = work.fire_reset_vjp(hs[t], None if gs is None else gs[t], carry)
-            if learns_leak:
-                g_q.append(work.leak_vjp(g_h, xs[t], work.state))
-            if t:
-                above = None if gvs is None else gvs[t - 1]
-                carry = work.charge_vjp(g_h, hs[t], above)
-            else:
-                work.first_vjp(g_h, hs[0], [g[part] for g in starts])
+        g_q += work.back(xs, hs, _part_of(rows, part), [g[part] for g in starts], before, learns_leak)
     parts = (*g_start, None, None)
     return Gradients(g_x if wanted.x else None, (parts[0], parts[1]), g_q)
 
 
-def _start(buffer: Tensor, v: Tensor | float, part: slice) -> Tensor:
-    return buffer.copy_(v[part]) if isinstance(v, Tensor) else buffer.fill_(v)
+def _are_laid_out(grads: OutputGradients, order: tuple[int, ...]) -> bool:
+    g_s, g_v, g_v_seq = grads
+    given = (g_s, g_v_seq, None if g_v is None else g_v[None])
+    return all(g is None or is_contiguous_in(g, order[1:], zeros=True) for g in given)
+
+
+def _rows_of(grads: OutputGradients, order: tuple[int, ...]) -> OutputGradients:
+    """The gradients [T, n], and [n] of the final membrane."""
+    g_s, g_v, g_v_seq = grads
+    return OutputGradients(
+        None if g_s is None else as_rows(g_s, order),
+        None if g_v is None else as_rows(g_v[None], order)[0],
+        None if g_v_seq is None else as_rows(g_v_seq, order),
+    )
+
+
+def _part_of(rows: OutputGradients, part: slice) -> OutputGradients:
+    return OutputGradients(*(None if g is None else g[..., part] for g in rows))
+
+
+def _cut(v: Tensor | float, part: slice) -> Tensor | float:
+    return v[part] if isinstance(v, Tensor) else v
+
+
+def _fill(buffer: Tensor, v: Tensor | float) -> Tensor:
+    return buffer.copy_(v) if isinstance(v, Tensor) else buffer.fill_(v)
 
 
 def _chunks(
-    x2: Tensor,
-    rule: Rule,
-    surrogate: Surrogate,
-    q: Tensor | None,
-    uniform: bool,
-    whole: bool = False,
+    x2: Tensor, neuron: Neuron, uniform: bool, whole: bool = False
 ) -> Iterator[tuple[slice, _Work]]:
     """Slices of the neurons, each with a working set of its length."""
     n = x2.shape[1]
     parts = [slice(0, n)] if whole else cuts(n, x2.device, uniform)
-    work = _Work(x2, max(part.stop - part.start for part in parts), rule, surrogate, q)
+    work = _Work(x2, max(part.stop - part.start for part in parts), neuron)
     for part in parts:
         work.resize(part.stop - part.start)
         yield part, work
@@ -201,13 +186,14 @@ class _Work:
     carry: Tensor
     state: Tensor
 
-    def __init__(self, x2: Tensor, size: int, rule: Rule, surrogate: Surrogate, q: Tensor | None) -> None:
-        self.rule, self.surrogate, self.q = rule, surrogate, q
-        self.leaky = q is not None or rule.tau is not None
+    def __init__(self, x2: Tensor, size: int, neuron: Neuron) -> None:
+        self.rule, self.surrogate, self.q = rule, surrogate, _ = neuron
+        self.leaky = neuron.leaky
         self.unrounded = x2.dtype in (torch.float32, torch.float64)
-        self.binary = surrogate.fire is None
+        self.binary = surrogate.spikes
+        self.compare = torch.gt if surrogate.strict else torch.ge
         self.compares = (
-            self.binary
+            surrogate.fire is None
             and self.unrounded
             and math.isfinite(rule.v_threshold)
             and (rule.v_threshold == 0 or abs(rule.v_threshold) > 1e-30)
@@ -252,13 +238,13 @@ class _Work:
     def fire(self, h: Tensor, out: Tensor) -> None:
         """Spikes into out. Uses u."""
         if self.compares:
-            torch.ge(h, self.rule.v_threshold, out=out)
+            self.compare(h, self.rule.v_threshold, out=out)
         else:
             self._fire_at(torch.sub(h, self.rule.v_threshold, out=self.u), out)
 
     def _fire_at(self, u: Tensor, out: Tensor) -> None:
         if self.surrogate.fire is None:
-            torch.ge(u, 0, out=out)
+            self.compare(u, 0, out=out)
         else:
             out.copy_(self.surrogate.fire(u))
 
@@ -279,16 +265,56 @@ class _Work:
         else:
             torch.mul(s, rule.v_reset, out=out).add_(keep.mul_(h))
 
-    def previous(self, h: Tensor | None, start: Tensor | float, part: slice) -> None:
+    def charge_again(self, xs: Sequence[Tensor], hs: Sequence[Tensor], before: Tensor | float) -> None:
+        """The charged membranes of all steps into hs, which may be xs. Uses s k state."""
+        state = _fill(self.state, before)
+        for t, (x, h) in enumerate(zip(xs, hs, strict=True)):
+            self.charge(x, state, h)
+            if t + 1 < len(xs):
+                self.fire(h, self.s)
+                self.reset(h, self.s, state)
+
+    def back(
+        self,
+        xs: Sequence[Tensor],
+        hs: Sequence[Tensor],
+        grads: OutputGradients,
+        starts: list[Tensor],
+        before: Tensor | float,
+        learns_leak: bool,
+    ) -> list[Tensor]:
+        """Gradients of the currents over the charged membranes hs; those of q, the last step's first.
+
+        ``starts``: for the two terms of the membrane ``before``, if wanted.
+        """
+        g_s, carry, g_v_seq = grads
+        gs = None if g_s is None else g_s.unbind(0)
+        gvs = None if g_v_seq is None else g_v_seq.unbind(0)
+        if gvs is not None:
+            carry = gvs[-1] if carry is None else torch.add(carry, gvs[-1], out=self.carry)
+        g_q: list[Tensor] = []
+        for t in reversed(range(len(hs))):
+            if learns_leak:
+                self.previous(hs[t - 1] if t else None, before)
+            g_h = self.fire_reset_vjp(hs[t], None if gs is None else gs[t], carry)
+            if learns_leak:
+                g_q.append(self.leak_vjp(g_h, xs[t], self.state))
+            if t:
+                carry = self.charge_vjp(g_h, hs[t], None if gvs is None else gvs[t - 1])
+            else:
+                self.first_vjp(g_h, hs[0], starts)
+        return g_q
+
+    def previous(self, h: Tensor | None, before: Tensor | float) -> None:
         """The membrane after the step that charged to h (None: before all) into state. Uses s u k."""
         if h is None:
-            _start(self.state, start, part)
+            _fill(self.state, before)
         else:
             self.fire(h, self.s)
             self.reset(h, self.s, self.state)
 
     def fire_reset_vjp(self, h: Tensor, g_s: Tensor | None, g_v: Tensor | None) -> Tensor:
-        """:func:`dynamics.fire_reset_vjp`; the result must not be written to. Uses h s u k."""
+        """:func:`.reference.fire_reset_vjp`; the result must not be written to. Uses h s u k."""
         rule = self.rule
         u = torch.sub(h, rule.v_threshold, out=self.u)
         if g_v is None:
@@ -322,7 +348,8 @@ class _Work:
         if self.rule.decay_input:
             pull = torch.sub(x, pull, out=self.k)
         total = torch.mul(g_h, pull, out=self.s).sum()
-        return (total if self.rule.decay_input else total.neg_()).to(self.q.dtype)
+        # Stock adds up negative terms, and no sum of zeros is -0.
+        return (total if self.rule.decay_input else total.neg_().add_(0.0)).to(self.q.dtype)
 
     def charge_vjp(self, g_h: Tensor, out: Tensor, above: Tensor | None) -> Tensor:
         """x's gradient into out; returns that of the membrane before the step. Uses k carry.

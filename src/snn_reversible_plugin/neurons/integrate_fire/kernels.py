@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from snn_reversible_plugin.grid.step.kernels import compiled
+from snn_reversible_plugin.neurons.integrate_fire.reference import Rule
 
 # NOTE [The same bits]
 #
@@ -104,55 +105,32 @@ def _back(
                 carry[i] = carry[i] - now[i]
 
 
-def forward(
-    x: torch.Tensor,
-    v: torch.Tensor,
-    s: torch.Tensor,
-    threshold: float,
-    v_reset: float | None,
-    tau: float | None,
-    decay_input: bool,
-) -> None:
+def forward(x: torch.Tensor, v: torch.Tensor, s: torch.Tensor, rule: Rule) -> None:
     """Spikes of the currents x [T, n] into s; v [n], the membrane before, becomes the one after."""
-    rule = _rule(threshold, v_reset, tau, decay_input)
-    _forward(_array(x), _array(v), *rule, _array(torch.empty_like(v)), _array(s))
+    _forward(_array(x), _array(v), *_numbers(rule), _array(torch.empty_like(v)), _array(s))
 
 
-def charge(
-    x: torch.Tensor,
-    v: torch.Tensor,
-    threshold: float,
-    v_reset: float | None,
-    tau: float | None,
-    decay_input: bool,
-) -> None:
+def charge(x: torch.Tensor, v: torch.Tensor, rule: Rule) -> None:
     """The same, but x becomes the charged membranes."""
-    _again(_array(x), _array(v), *_rule(threshold, v_reset, tau, decay_input))
+    _again(_array(x), _array(v), *_numbers(rule))
 
 
 def backward(
-    h: torch.Tensor,
-    through: torch.Tensor,
-    carry: torch.Tensor,
-    carries: bool,
-    threshold: float,
-    v_reset: float | None,
-    tau: float | None,
-    decay_input: bool,
+    h: torch.Tensor, through: torch.Tensor, carry: torch.Tensor, carries: bool, rule: Rule
 ) -> None:
     """Charged membranes h become gradients of the currents. The reset is detached.
 
     ``through`` is the spikes' gradient times the surrogate's. ``carry`` holds the gradient of the membrane
     after these steps if it ``carries`` one, and gets that of the membrane before.
     """
-    single, soft, _, time_constant, leak = _rule(threshold, v_reset, tau, decay_input)
-    _back(_array(h), _array(through), _array(carry), carries, single, soft, time_constant, leak)
+    threshold, soft, _, tau, leak = _numbers(rule)
+    _back(_array(h), _array(through), _array(carry), carries, threshold, soft, tau, leak)
 
 
-def _rule(threshold: float, v_reset: float | None, tau: float | None, decay_input: bool) -> tuple[Any, ...]:
-    to = np.float32(0 if v_reset is None else v_reset)
-    leak = NO_LEAK if tau is None else LEAK_AND_INPUT if decay_input else LEAK
-    return np.float32(threshold), v_reset is None, to, np.float32(1 if tau is None else tau), leak
+def _numbers(rule: Rule) -> tuple[Any, ...]:
+    leak = NO_LEAK if rule.tau is None else LEAK_AND_INPUT if rule.decay_input else LEAK
+    tau = np.float32(1 if rule.tau is None else rule.tau)
+    return np.float32(rule.v_threshold), rule.v_reset is None, np.float32(rule.rest), tau, leak
 
 
 def _array(tensor: torch.Tensor) -> Any:

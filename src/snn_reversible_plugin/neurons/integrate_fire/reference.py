@@ -11,12 +11,12 @@ eqs. 2-4); ParametricLIF from Fang et al., ICCV 2021; surrogate gradients, Neftc
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from snn_reversible_plugin.neurons.surrogates import Surrogate
 from snn_reversible_plugin.ops.layouts import is_contiguous_in, restacked
 
 # NOTE [The order of floating point operations]
@@ -46,9 +46,8 @@ from snn_reversible_plugin.ops.layouts import is_contiguous_in, restacked
 class Rule(NamedTuple):
     """The settings of an integrate-and-fire neuron.
 
-    ``tau`` is None for a neuron without a leak, and for one whose leak is the tensor ``q`` that the
-    functions take beside the rule (ParametricLIF: ``q = 1 / tau``). ``v_reset`` None is the soft
-    reset ``v = h - s * v_threshold``.
+    ``tau`` is None for a neuron without a leak, and for one whose leak is a tensor beside the rule
+    (:class:`Neuron`). ``v_reset`` None is the soft reset ``v = h - s * v_threshold``.
     """
 
     tau: float | None
@@ -63,17 +62,25 @@ class Rule(NamedTuple):
         return 0.0 if self.v_reset is None else self.v_reset
 
 
-class Surrogate(NamedTuple):
-    """A firing function of ``u = h - v_threshold``, and its surrogate gradient.
+class Neuron(NamedTuple):
+    """A neuron as its equations see it. ``q``: the leak 1 / tau as a scalar tensor, of a parametric one."""
 
-    ``fire`` maps u to the output; None is the Heaviside step ``u >= 0``. ``vjp(grad, u)`` returns the
-    gradient with respect to u; it may overwrite u, never grad. Both work element by element.
-    ``uniform``: an element's bits don't depend on where in memory it lies (:mod:`.cuts`).
-    """
+    rule: Rule
+    surrogate: Surrogate
+    q: Tensor | None = None
 
-    fire: Callable[[Tensor], Tensor] | None
-    vjp: Callable[[Tensor, Tensor], Tensor]
-    uniform: bool = False
+    @property
+    def leaky(self) -> bool:
+        """Whether the membrane decays."""
+        return self.q is not None or self.rule.tau is not None
+
+
+class OutputGradients(NamedTuple):
+    """Gradients of what a sequence returns, not all None: spikes, final membrane, all membranes."""
+
+    s: Tensor | None
+    v: Tensor | None = None
+    v_seq: Tensor | None = None
 
 
 class Gradients(NamedTuple):
@@ -96,24 +103,21 @@ class Wanted(NamedTuple):
     q: bool
 
 
-def step(
-    x: Tensor, v: Tensor, rule: Rule, surrogate: Surrogate, q: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def step(x: Tensor, v: Tensor, neuron: Neuron) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """One time step.
 
     Args:
         x: input current [N, ...].
         v: membrane before the step, same shape.
-        rule, surrogate: the neuron.
-        q: the leak 1 / tau as a scalar tensor, for a parametric neuron.
+        neuron: whose step it is.
 
     Returns:
         Spikes, the membrane after the step, the charged membrane h, and what q multiplies (None
         without q).
     """
-    h, pull = _charge(x, v, rule, q)
-    u = h - rule.v_threshold
-    s = (u >= 0).to(u) if surrogate.fire is None else surrogate.fire(u)
+    rule = neuron.rule
+    h, pull = _charge(x, v, rule, neuron.q)
+    s = neuron.surrogate.fired(h - rule.v_threshold)
     if rule.v_reset is None:
         return s, h - s * rule.v_threshold, h, pull
     return s, s * rule.v_reset + (1.0 - s) * h, h, pull
@@ -139,7 +143,7 @@ def fire_reset_vjp(
         return surrogate.vjp(g_s, u)
     through_reset = g_v
     if rule.v_reset is not None:
-        s = (u >= 0).to(u) if surrogate.fire is None else surrogate.fire(u)
+        s = surrogate.fired(u)
         through_reset = g_v * (1.0 - s)
     if not rule.detach_reset:
         if rule.v_reset is None:
@@ -163,22 +167,14 @@ def charge_vjp(
     return (g_pull, -g_pull, g_q) if rule.decay_input else (g_h, g_pull, g_q)
 
 
-def single_step(
-    x: Tensor, v: Tensor, rule: Rule, surrogate: Surrogate, q: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def single_step(x: Tensor, v: Tensor, neuron: Neuron) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """:func:`step`, with the spikes laid out as in a stack of one step."""
-    s, v, h, pull = step(x, v, rule, surrogate, q)
+    s, v, h, pull = step(x, v, neuron)
     return restacked(s), v, h, pull
 
 
 def single_step_vjp(
-    h: Tensor,
-    g_s: Tensor | None,
-    g_v: Tensor | None,
-    rule: Rule,
-    surrogate: Surrogate,
-    q: Tensor | None = None,
-    pull: Tensor | None = None,
+    h: Tensor, g_s: Tensor | None, g_v: Tensor | None, neuron: Neuron, pull: Tensor | None = None
 ) -> Gradients:
     """Gradients of :func:`single_step` from h and those of the spikes and the membrane, not both None.
 
@@ -188,18 +184,13 @@ def single_step_vjp(
     if g_s is not None and not is_contiguous_in(g_s, dims, zeros=is_contiguous_in(h, dims)):
         # Indexing a stack of one step leaves its gradient contiguous.
         g_s = torch.empty(g_s.shape, dtype=g_s.dtype, device=g_s.device).copy_(g_s)
-    g_h = fire_reset_vjp(h, g_s, g_v, rule, surrogate)
-    g_x, g_leak, g_q = charge_vjp(g_h, rule, q, pull)
+    g_h = fire_reset_vjp(h, g_s, g_v, neuron.rule, neuron.surrogate)
+    g_x, g_leak, g_q = charge_vjp(g_h, neuron.rule, neuron.q, pull)
     return Gradients(restacked(g_x), (g_h, g_leak), [] if g_q is None else [g_q])
 
 
 def sequence(
-    x_seq: Tensor,
-    v: Tensor | float,
-    rule: Rule,
-    surrogate: Surrogate,
-    q: Tensor | None = None,
-    store_v_seq: bool = False,
+    x_seq: Tensor, v: Tensor | float, neuron: Neuron, store_v_seq: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """All steps of x_seq [T, N, ...] from the membrane v: [N, ...], or one value for all neurons.
 
@@ -210,7 +201,7 @@ def sequence(
     v = v if isinstance(v, Tensor) else torch.full_like(x_seq[0], v)
     spikes, voltages = [], []
     for x in x_seq:
-        s, v, _, _ = step(x, v, rule, surrogate, q)
+        s, v, _, _ = step(x, v, neuron)
         spikes.append(s)
         if store_v_seq:
             voltages.append(v)
@@ -218,33 +209,26 @@ def sequence(
 
 
 def sequence_vjp(
-    x_seq: Tensor,
-    v: Tensor | float,
-    g_s: Tensor | None,
-    g_v: Tensor | None,
-    g_v_seq: Tensor | None,
-    rule: Rule,
-    surrogate: Surrogate,
-    q: Tensor | None,
-    wanted: Wanted,
+    x_seq: Tensor, v: Tensor | float, grads: OutputGradients, neuron: Neuron, wanted: Wanted
 ) -> Gradients:
-    """Gradients of :func:`sequence` from its inputs and those of its outputs, not all None."""
+    """Gradients of :func:`sequence` from its inputs and those of its outputs."""
     state = v if isinstance(v, Tensor) else torch.full_like(x_seq[0], v)
     hs: list[Any] = []
     pulls: list[Tensor | None] = []
     for x in x_seq:
-        _, state, h, pull = step(x, state, rule, surrogate, q)
+        _, state, h, pull = step(x, state, neuron)
         hs.append(h)
         pulls.append(pull if wanted.q else None)
-    carry = g_v
+    g_s, carry, g_v_seq = grads
     if g_v_seq is not None:
         carry = g_v_seq[-1] if carry is None else carry + g_v_seq[-1]
     g_h = g_leak = None
     g_x: list[Tensor] = []
     g_q: list[Tensor] = []
     for t in reversed(range(len(hs))):
-        g_h = fire_reset_vjp(hs[t], None if g_s is None else g_s[t], carry, rule, surrogate)
-        g_xt, g_leak, g_qt = charge_vjp(g_h, rule, q, pulls[t])
+        g_st = None if g_s is None else g_s[t]
+        g_h = fire_reset_vjp(hs[t], g_st, carry, neuron.rule, neuron.surrogate)
+        g_xt, g_leak, g_qt = charge_vjp(g_h, neuron.rule, neuron.q, pulls[t])
         hs[t] = pulls[t] = None
         g_x.append(g_xt)
         if g_qt is not None:

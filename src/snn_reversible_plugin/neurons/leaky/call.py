@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from snn_reversible_plugin.grid.decays import AFTER, BEFORE, SUBTRACT
 from snn_reversible_plugin.neurons.leaky.reference import Charge, Gradients
+from snn_reversible_plugin.neurons.surrogates import Surrogate
 
 # NOTE [The order of gradients]
 #
@@ -36,16 +38,8 @@ from snn_reversible_plugin.neurons.leaky.reference import Charge, Gradients
 # 5. In-place forms are used only where the result has the strides that stock's has: the layout of a
 #    gradient decides which kernel the next layer runs.
 
-Derivative = Callable[[Tensor, Tensor], Tensor]
-"""``derivative(shift, grad)``: the gradient for ``shift = mem - threshold``, which it may overwrite.
 
-The result is a tensor that nobody else holds.
-"""
-
-NONE, SUBTRACT, BEFORE, AFTER = "none", "subtract", "zero, then charge", "charge, then zero"
-
-
-class Plan(NamedTuple):
+class Kind(NamedTuple):
     """How a step charges.
 
     ``recompute``: the spikes of the reset can be computed again from the membrane that is kept.
@@ -57,7 +51,7 @@ class Plan(NamedTuple):
 
 
 # One object for all steps, because their graph nodes hold it.
-plan_of: Callable[..., Plan] = functools.cache(Plan)
+kind_of: Callable[..., Kind] = functools.cache(Kind)
 
 
 def fired(mem: Tensor, threshold: Tensor) -> Tensor:
@@ -67,44 +61,44 @@ def fired(mem: Tensor, threshold: Tensor) -> Tensor:
 
 
 class Charging(torch.autograd.Function):
-    """``Charging.apply(plan, [mem, reset], threshold, *x)`` -> the charged and reset states.
+    """``Charging.apply(kind, [mem, reset], threshold, *x)`` -> the charged and reset states.
 
     ``mem`` is the earlier membrane and ``reset`` its spikes, in a list because they carry no gradient.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, plan: Plan, constants: list[Tensor], threshold: Tensor, *xs: Tensor
+        ctx: Any, kind: Kind, constants: list[Tensor], threshold: Tensor, *xs: Tensor
     ) -> Any:
-        charge = plan.charge
+        charge = kind.charge
         mem, reset = constants
         x = list(xs)
-        if plan.reset == AFTER:
+        if kind.reset == AFTER:
             x = x[len(x) // 2 :]
-        if plan.reset == BEFORE:
+        if kind.reset == BEFORE:
             assert charge.membrane is not None
             x[charge.membrane] = (1 - reset) * mem
         states = charge.states(x)
-        if plan.reset == SUBTRACT:
+        if kind.reset == SUBTRACT:
             states[-1].sub_(reset * threshold)
-        elif plan.reset == AFTER:
+        elif kind.reset == AFTER:
             # Only a recurrent layer can have given the second charge other tensors.
             same = all(a is b for a, b in zip(xs, x, strict=False))
             again = states if same else charge.states(xs[: len(x)])
             for index in charge.zeroed:
                 states[index].sub_(again[index] * reset)
 
-        of_threshold = ctx.needs_input_grad[2] and plan.reset == SUBTRACT
+        of_threshold = ctx.needs_input_grad[2] and kind.reset == SUBTRACT
         needs = ctx.needs_input_grad[3 : 3 + len(x)]
         kept = charge.keep(x, needs)
-        uses_reset = of_threshold or (plan.reset in (BEFORE, AFTER) and any(needs))
-        recompute = uses_reset and plan.recompute and charge.membrane is not None
-        if recompute or (uses_reset and plan.reset == BEFORE):
+        uses_reset = of_threshold or (kind.reset in (BEFORE, AFTER) and any(needs))
+        recompute = uses_reset and kind.recompute and charge.membrane is not None
+        if recompute or (uses_reset and kind.reset == BEFORE):
             assert charge.membrane is not None
             kept[charge.membrane] = mem
         saved_reset = reset if uses_reset and not recompute else None
         ctx.save_for_backward(saved_reset, threshold if uses_reset else None, *kept)
-        ctx.plan = plan
+        ctx.kind = kind
         ctx.set_materialize_grads(False)
         differentiable = charge.differentiable(needs)
         differentiable[-1] |= of_threshold
@@ -116,26 +110,26 @@ class Charging(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        plan: Plan = ctx.plan
-        charge = plan.charge
+        kind: Kind = ctx.kind
+        charge = kind.charge
         reset, threshold, *x = ctx.saved_tensors
         needs = ctx.needs_input_grad[3 : 3 + len(x)]
         if reset is None and threshold is not None:
             reset = fired(x[charge.membrane], threshold)
         grad = grads[-1]
         by_reset = None
-        if ctx.needs_input_grad[2] and plan.reset == SUBTRACT and grad is not None:
+        if ctx.needs_input_grad[2] and kind.reset == SUBTRACT and grad is not None:
             minus = (-grad).to(torch.result_type(reset, threshold))
             by_reset = (minus * reset).sum_to_size(threshold.shape)
         if not any(needs):
             return None, None, by_reset, *[None] * (len(ctx.needs_input_grad) - 3)
-        if plan.reset == AFTER:
+        if kind.reset == AFTER:
             of_zeros: Gradients = [None] * len(grads)
             for index in charge.zeroed:
                 part = grads[index]
                 of_zeros[index] = None if part is None else -part * reset
             of_x = charge.gradients(x, needs, of_zeros) + charge.gradients(x, needs, grads)
-        elif plan.reset == BEFORE:
+        elif kind.reset == BEFORE:
             assert charge.membrane is not None
             passed = 1 - reset
             x[charge.membrane] = passed * x[charge.membrane]
@@ -148,21 +142,21 @@ class Charging(torch.autograd.Function):
 
 
 class Firing(torch.autograd.Function):
-    """``Firing.apply(derivative, mem, threshold)`` -> spikes."""
+    """``Firing.apply(surrogate, mem, threshold)`` -> spikes, float32 as snnTorch's are."""
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, derivative: Derivative, mem: Tensor, threshold: Tensor
+        ctx: Any, surrogate: Surrogate, mem: Tensor, threshold: Tensor
     ) -> Tensor:
         ctx.save_for_backward(mem, threshold)
-        ctx.derivative = derivative
+        ctx.surrogate = surrogate
         return fired(mem, threshold)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         mem, threshold = ctx.saved_tensors
-        of_mem = ctx.derivative(mem - threshold, grad).to(mem.dtype)
+        of_mem = ctx.surrogate.vjp(grad, mem - threshold).to(mem.dtype)
         _, to_mem, to_threshold = ctx.needs_input_grad
         of_threshold = (-of_mem).sum_to_size(threshold.shape) if to_threshold else None
         return None, of_mem if to_mem else None, of_threshold

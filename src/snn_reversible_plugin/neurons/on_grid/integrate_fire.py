@@ -1,64 +1,76 @@
-"""One time step of SpikingJelly's LIF family on the dyadic grid, which a later backward can undo.
+"""SpikingJelly's integrate-and-fire family on the dyadic grid: equations of one time step, and back.
 
 The one idea: charge, fire and reset are one autograd function, which saves the charged membrane as a place
-on the neuron's :class:`~.neurons.on_grid.timeline.Timeline`, and no tensor. On the grid every charge
-reads ``h = decay(v, beta) + snap(gain * x)``: IF with beta = 1, LIF and ParametricLIF with
-beta = 1 - 1/tau.
-:func:`reference` is the same step written with ordinary operations: the specification.
+on the neuron's :class:`~.neurons.on_grid.timeline.Timeline`, and no tensor. On the grid every charge reads
+``h = decay(v, beta) + snap(gain * x)``: IF with beta = 1, LIF and ParametricLIF with beta = 1 - 1/tau.
 
-Source: design section 6; ``spikingjelly.activation_based.neuron`` 2.0.
+Source: ``spikingjelly.activation_based.neuron`` 2.0.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from snn_reversible_plugin import tape
 from snn_reversible_plugin.grid import decay, snap
-from snn_reversible_plugin.grid.decays import Step
+from snn_reversible_plugin.grid.decays import NONE, Step, decay_of
 from snn_reversible_plugin.grid.step import steps_on
-from snn_reversible_plugin.neurons.integrate_fire.reference import Rule, Surrogate, fire_reset_vjp
-from snn_reversible_plugin.neurons.on_grid.timeline import (
-    NewSpikes,
-    NewState,
-    State,
-    Timeline,
-    continued,
-    rests_on_a_state,
-    watched,
-)
+from snn_reversible_plugin.neurons.integrate_fire.reference import Rule, fire_reset_vjp
+from snn_reversible_plugin.neurons.on_grid.step import Before, Charged, Constants, Parameters, Stepped
+from snn_reversible_plugin.neurons.on_grid.timeline import NewCharged
 from snn_reversible_plugin.neurons.rerun import differentiable_once
-from snn_reversible_plugin.ops.layouts import flat, is_dense, like
-from snn_reversible_plugin.tape.handles import Passing
-from snn_reversible_plugin.tape.origins import enter, look_up
+from snn_reversible_plugin.neurons.surrogates import Surrogate
+from snn_reversible_plugin.ops.layouts import flat, like
+from snn_reversible_plugin.tape.origins import enter
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
-    """A neuron's constants. ``rule`` has its threshold and its reset on the grid."""
+class IntegrateFire(Constants):
+    """A neuron that fires at ``h >= v_threshold`` and resets at once.
 
-    step: Step
+    Attributes:
+        rule: with its threshold and its reset on the grid.
+        surrogate: the gradient.
+        beta: the decay, where it is not a parameter.
+    """
+
     rule: Rule
     surrogate: Surrogate
     beta: float
-    name: str
-    bits: int
+
+    @property
+    def resets_at_once(self) -> bool:
+        """Always."""
+        return True
 
     @functools.cached_property
     def stepping(self) -> type[Stepping]:
-        """:class:`Stepping` with this plan: an attribute of each node would cost bytes a step."""
-        return type("Stepping", (Stepping,), {"plan": self})
+        """:class:`Stepping` with these constants: an attribute of each node would cost bytes a step."""
+        return type("Stepping", (Stepping,), {"constants": self})
 
-    def charged(self, timeline: Timeline, t: int, state: Tensor) -> Tensor:
-        """The charged membrane of step t, flat, from the membrane after it."""
-        step, to = self.step, self.rule.v_reset
-        bits, lost = timeline.bits(t)
-        return steps_on(state.device).unreset(state, bits, step.theta, to, step.scale, lost)  # type: ignore
+    def charge(self, current: Tensor, before: Before, parameters: Parameters) -> Charged:
+        """Charge, fire and reset."""
+        lost: list[Any] = []
+        fired: list[Any] = []
+        reaches: list[Any] = []
+        beta = parameters[0] if parameters else None
+        spikes, v = self.stepping.apply((before, lost, fired, reaches), before.state, current, beta)
+        return Charged(v, spikes, lost, fired, reaches)
+
+    def unreset(self, state: Tensor, fired: Any, lost: Any) -> Tensor:
+        """The charged membrane of a step, flat, from the membrane after it."""
+        step = self.step
+        return steps_on(state.device).unreset(  # type: ignore[no-any-return]
+            state, fired, step.theta, self.rule.v_reset, step.scale, lost
+        )
+
+    def back(self, charged: Tensor, current: Tensor, fired: Any, lost: Any) -> Tensor:
+        """The membrane before a step, flat."""
+        return steps_on(charged.device).undo(charged, current, None, self.step, lost)  # type: ignore[no-any-return]
 
     def gradient(self, h: Tensor, g_s: Tensor | None, g_v: Tensor | None) -> Tensor:
         """That of the charged membrane; not both of the given are None."""
@@ -80,68 +92,84 @@ class Plan:
         form.add_past_reset(flat_h, rule.v_threshold, flat_g_v, flat(g, stride))
         return g
 
-    def back(self, timeline: Timeline, t: int, state: Tensor, current: Tensor) -> Tensor:
-        """The flat membrane before step t, from the one after it."""
-        known, timeline.charged = timeline.charged, None
-        h = known[1] if known is not None and known[0] == t else self.charged(timeline, t, state)
-        record = timeline.records.record(2 * t - 1)
-        return steps_on(state.device).undo(h, current, None, self.step, record)  # type: ignore[no-any-return]
+    def reference(self, current: Tensor, state: Tensor, parameters: Parameters) -> Stepped:
+        """The step as operations that autograd differentiates."""
+        rule, gain, bits = self.rule, self.step.gain, self.bits
+        beta = parameters[0] if parameters else self.beta
+        x = current if gain is None else current.float() * gain
+        h = decay(snap(state, bits), beta, bits) + snap(x, bits)
+        assert self.fire is not None
+        s = self.fire(h - rule.v_threshold)
+        reset = s.detach() if rule.detach_reset else s
+        if rule.v_reset is None:
+            v = h - reset * rule.v_threshold
+        else:
+            v = reset * rule.v_reset + (1.0 - reset) * h
+        # As of stock's operators, what comes through the reset is no part of the gradient of the spikes.
+        return Stepped(v, s.view_as(s), None)
 
 
-class Charged(State):
-    """The charged membrane of step ``t`` of a timeline."""
+def integrate_fire(
+    name: str,
+    bits: int,
+    beta: float,
+    gain: float | None,
+    rule: Rule,
+    surrogate: Surrogate,
+    parameters: Parameters,
+) -> IntegrateFire:
+    """The constants of a neuron.
 
-    __slots__ = ()
+    Args:
+        name: whose membrane it is, for errors.
+        bits: the grid's.
+        beta: the decay, a float32 in (0, 1].
+        gain: what the input is multiplied with, None for 1.
+        rule: the neuron's threshold and reset, as the user gave them.
+        surrogate: its firing function, a Heaviside step that autograd differentiates, and the gradient.
+        parameters: those that beta follows from.
 
-    def get(self, last: bool) -> tuple[Tensor, bool]:
-        timeline, records = self.timeline, self.timeline.records
-        h = timeline.dynamics.charged(timeline, self.t, timeline.state(self.t))  # type: ignore[attr-defined]
-        timeline.charged = self.t, h
-        return self.verified(h.as_strided(records.size, records.stride), "rebuilding its membrane"), False
-
-
-class NewCharged(Passing):
-    """Leads to a :class:`Charged` of a timeline that is about to take step ``t``."""
-
-    __slots__ = ("t", "timeline")
-
-    def __init__(self, timeline: Timeline, t: int) -> None:
-        self.timeline, self.t = timeline, t
-
-    def held(self) -> State:
-        return Charged(self.timeline, self.t)
+    Raises:
+        ValueError: a decay that can't be undone.
+    """
+    scale = 2.0**bits
+    theta = round(rule.v_threshold * scale) / scale
+    to = None if rule.v_reset is None else round(rule.v_reset * scale) / scale
+    charge = Step(decay_of(beta, beta, beta, name), theta * scale, NONE, scale, gain)
+    rule = rule._replace(v_threshold=theta, v_reset=to)
+    fire, surrogate = surrogate.fire, replace(surrogate, fire=None)
+    return IntegrateFire(name, bits, charge, fire, parameters, rule, surrogate, beta)
 
 
 class Stepping(torch.autograd.Function):
-    """``plan.stepping.apply([charged, lost, fired, reaches], v, x, beta)`` -> spikes, the membrane after.
+    """``constants.stepping.apply(sinks, v, x, beta)`` -> spikes, the membrane after.
 
-    ``charged``: what stands for the charged membrane on the tape; ``lost`` and ``fired`` collect what has
-    to be written down. All three are None where nothing is recorded. ``reaches`` collects the largest
-    magnitudes. ``beta``: None where it is a constant.
+    ``sinks = (before, lost, fired, reaches)``: ``lost`` and ``fired`` collect what has to be written down,
+    where there is a timeline, ``reaches`` the largest magnitudes. ``beta``: None where it is a constant.
     """
 
     @staticmethod
-    def forward(ctx: Any, sinks: list[Any], v: Tensor, x: Tensor, beta: Tensor | None) -> Any:  # type: ignore[override]
-        plan: Plan = ctx._forward_cls.plan
+    def forward(ctx: Any, sinks: Any, v: Tensor, x: Tensor, beta: Tensor | None) -> Any:  # type: ignore[override]
+        constants: IntegrateFire = ctx._forward_cls.constants
         ctx.set_materialize_grads(False)
-        charged, lost, fired, reaches = sinks
-        stride, form, rule = v.stride(), steps_on(v.device), plan.rule
-        record = lost is not None
+        (_, _, timeline, t), lost, fired, reaches = sinks
+        stride, form, rule, step = v.stride(), steps_on(v.device), constants.rule, constants.step
+        record = timeline is not None
         h, s, after = like(v), like(v), like(v)
         flat_h, flat_s = flat(h, stride), flat(s, stride)
         fires = rule.v_threshold, True, flat_s
         digits, reach, bits = form.charge(
-            flat(v, stride), flat(x, stride), None, plan.step, record, flat_h, fires
+            flat(v, stride), flat(x, stride), None, step, record, flat_h, fires
         )
         reaches.append(reach)
-        theta, scale = plan.step.theta, plan.step.scale
-        resets, reach = form.reset(flat_h, flat_s, theta, rule.v_reset, scale, record, flat(after, stride))
+        resets, reach = form.reset(
+            flat_h, flat_s, step.theta, rule.v_reset, step.scale, record, flat(after, stride)
+        )
         reaches.append(reach)
         if record:
             lost += digits
             fired += [bits, *resets]
-        if charged is not None:
-            enter(h, charged)
+            enter(h, NewCharged(timeline, t))
         # Asking for needs_input_grad here would cost bytes a step.
         ctx.save_for_backward(h, beta, v if beta is not None and beta.requires_grad else None)
         if x.dtype is not torch.float32:
@@ -151,84 +179,19 @@ class Stepping(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, g_s: Tensor | None, g_v: Tensor | None) -> Any:
-        plan: Plan = ctx._forward_cls.plan
+        constants: IntegrateFire = ctx._forward_cls.constants
         h, beta, v = ctx.saved_tensors
         if g_s is None and g_v is None:
             return None, None, None, None
         _, of_v, of_x, of_beta = ctx.needs_input_grad
-        g = plan.gradient(h, g_s, g_v)
+        g = constants.gradient(h, g_s, g_v)
         by_v = by_x = by_beta = None
         if of_v:
-            by_v = g * (plan.beta if beta is None else beta)
+            by_v = g * (constants.beta if beta is None else beta)
         if of_x:
             by_x = g.to(getattr(ctx, "dtype", torch.float32))
-            if plan.step.gain is not None:
-                by_x = by_x * plan.step.gain
+            if constants.step.gain is not None:
+                by_x = by_x * constants.step.gain
         if of_beta:
             by_beta = (g * v).sum_to_size(beta.shape).to(beta.dtype)
         return None, by_v, by_x, by_beta
-
-
-def step(plan: Plan, x: Tensor, v: Tensor, beta: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Spikes and the membrane after one step on the grid, on a timeline where a tape records.
-
-    Raises:
-        OverflowError: the membrane left the range in which the grid is exact.
-    """
-    recorder = tape.current()
-    needs = x.requires_grad or v.requires_grad or (beta is not None and beta.requires_grad)
-    if recorder is not None and (recorder.suspended or not needs or not tape.may_record()):
-        recorder = None
-    timeline = None if recorder is None else continued(v, plan)
-    handle = None
-    if recorder is not None:
-        handle = recorder.hold(x) if rests_on_a_state(look_up(x)) else recorder.pack(x)
-    with tape.paused():
-        if timeline is None:
-            v = snap(v, plan.bits)
-            if not is_dense(v):
-                v = v.contiguous()
-            tape.mark_opaque(v)
-        if recorder is not None and timeline is None:
-            timeline = Timeline(plan, v, plan.name)
-            timeline.fired([])
-        reaches: list[Any] = []
-        sinks: list[Any] = [None, None, None, reaches]
-        if timeline is not None:
-            t = timeline.length + 1  # one object for all handles
-            sinks = [NewCharged(timeline, t), [], [], reaches]
-        s, after = plan.stepping.apply(sinks, v, x, beta)
-        # A potential out of range may be back after the reset, but what came before it is lost.
-        charged, reset = (watched(reach, plan.name, plan.bits) for reach in reaches)
-        reach = None if charged is None or reset is None else torch.maximum(charged, reset)
-        if timeline is None:
-            tape.mark_opaque(after)
-            tape.mark_spikes(s)
-        else:
-            assert recorder is not None and handle is not None
-            timeline.step(handle, recorder.hold(after), reach, sinks[1])
-            timeline.fired(sinks[2])
-            enter(after, NewState(timeline, t))
-            enter(s, NewSpikes(timeline, t))
-    return s, after
-
-
-def reference(
-    x: Tensor,
-    v: Tensor,
-    beta: Tensor | float,
-    rule: Rule,
-    fire: Any,
-    gain: float | None = None,
-    bits: int = 16,
-) -> tuple[Tensor, Tensor]:
-    """:func:`step` written with operations that autograd differentiates; ``rule`` as in a plan."""
-    h = decay(snap(v, bits), beta, bits) + snap(x if gain is None else x.float() * gain, bits)
-    s = fire(h - rule.v_threshold)
-    reset = s.detach() if rule.detach_reset else s
-    if rule.v_reset is None:
-        v = h - reset * rule.v_threshold
-    else:
-        v = reset * rule.v_reset + (1.0 - reset) * h
-    # As of stock's operators, what comes through the reset is no part of the gradient of the spikes.
-    return s.view_as(s), v

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from snn_reversible_plugin.grid.step import as_pieces
+from snn_reversible_plugin.tape.handles import stored_once
 
 RECORDS_A_CHUNK = 8
 
@@ -49,6 +50,10 @@ class Remainders:
     def nbytes(self) -> int:
         """Bytes allocated for records."""
         return sum(len(chunk) for chunk in self._chunks)
+
+    def stored(self, seen: set[int]) -> int:
+        """The same, where nobody has counted it before: see :meth:`Handle.stored`."""
+        return stored_once(id(self), self.nbytes, seen)
 
     def append(self, pieces: Sequence[Any]) -> None:
         """Write a record: its pieces one after the other."""

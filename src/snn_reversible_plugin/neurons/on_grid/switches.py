@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from snn_reversible_plugin.grid import check_bits
+from snn_reversible_plugin.modules.swap import NAME, stock_type
 
 BITS = 16
 
@@ -49,10 +50,5 @@ def bits_of(module: Any) -> int:
 
 def name_of(module: Any) -> str:
     """What errors call a module: its name in the converted model, else its type."""
-    name = module.__dict__.get("_srp_name")
-    return f"{name} ({_stock_name(module)})" if name else _stock_name(module)
-
-
-def _stock_name(module: Any) -> str:
-    halves = type(module).__dict__.get("_srp_halves")
-    return (halves[1] if halves else type(module)).__name__
+    kind, name = stock_type(module).__name__, NAME.of(module)
+    return f"{name} ({kind})" if name else kind

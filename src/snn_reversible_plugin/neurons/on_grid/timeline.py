@@ -2,19 +2,22 @@
 
 The one idea: a state on the grid is rebuilt from the one after it, the input current (replayed) and the
 remainders of the step. A :class:`Timeline` is one layer's sequence; what autograd saves of its states is
-a :class:`State`, a place on it. Source: design section 6.
+a place on it: a :class:`State`, or the :class:`Charged` state before a reset.
+
+Source: this package's own; remainders after MacKay et al., "Reversible Recurrent Neural Networks",
+NeurIPS 2018.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from snn_reversible_plugin.grid import check_range, limit
+from snn_reversible_plugin.grid import watch
 from snn_reversible_plugin.grid.step import steps_on
 from snn_reversible_plugin.neurons.on_grid.remainders import Remainders
 from snn_reversible_plugin.ops.layouts import flat
@@ -47,14 +50,36 @@ REMEDY = (
 
 
 class Dynamics(Protocol):
-    """How a timeline steps back. Equal for all steps of one."""
+    """How a timeline's steps are undone. Equal for all of them; tensors are flat, float32 [n]."""
+
+    @property
+    def name(self) -> str:
+        """Whose state it is, for errors."""
 
     @property
     def bits(self) -> int:
         """The grid's."""
 
-    def back(self, timeline: Timeline, t: int, state: Tensor, current: Tensor) -> Tensor:
-        """The flat state before step t, from the one after it."""
+    @property
+    def resets_at_once(self) -> bool:
+        """Whether a step ends with a reset by its own spikes (SpikingJelly)."""
+
+    @property
+    def resets_in_charge(self) -> bool:
+        """Whether a step's charge resets by the spikes before it (snnTorch)."""
+
+    def unreset(self, state: Tensor, fired: Any, lost: Any) -> Tensor:
+        """The charged state of a step that resets at once, from the one after it.
+
+        ``fired``: the spikes of the step as they were written down, ``lost``: what its reset lost.
+        """
+
+    def back(self, charged: Tensor, current: Tensor, fired: Any, lost: Any) -> Tensor:
+        """The state before a step.
+
+        ``fired``: the spikes before the step, None where they don't reset in it; ``lost``: what its charge
+        lost.
+        """
 
 
 class _Cursor(NamedTuple):
@@ -66,37 +91,51 @@ class Timeline:
     """The sequence of one layer's states, numbered from 0, where it starts.
 
     ``records`` holds record 0 of the start, then 2 t - 1 of the charge and 2 t of the spikes of step t.
+
+    Args:
+        dynamics: how its steps are undone.
+        like: a tensor laid out as its states are.
+        fired: the spikes of the state that it starts from, as bits; None where nobody will ask.
     """
 
     __slots__ = (
-        "__weakref__", "charged", "currents", "cursors", "dynamics", "name", "newest", "newest_bits",
-        "reach", "records", "ref",
+        "__weakref__", "charged", "currents", "cursors", "dynamics", "newest", "newest_fired", "reach",
+        "records", "ref", "watched_in",
     )  # fmt: skip
 
-    def __init__(self, dynamics: Dynamics, like: Tensor, name: str) -> None:
-        self.dynamics, self.name = dynamics, name
+    def __init__(self, dynamics: Dynamics, like: Tensor, fired: Any) -> None:
+        self.dynamics = dynamics
         self.records = Remainders(like)
+        self.records.append([] if fired is None else [fired])
+        self.newest_fired: Any = fired  # the spikes of the newest state
         self.currents: list[Handle] = []
         self.newest: Kept | None = None
-        self.reach: Tensor | None = None
+        self.reach: Tensor | None = None  # of all states, where looking at it would wait for a device
+        self.watched_in = -1  # the backward in which it was handed in last
         self.cursors: list[_Cursor] = []
-        self.charged: tuple[int, Tensor] | None = (
-            None  # the charged state of a step, if it was just asked for
-        )
+        self.charged: _Cursor | None = None  # the charged state of a step, if it was just asked for
         self.ref = weakref.ref(self)
-        self.newest_bits: Any = None  # the spikes of the newest state, once it fired
 
     @property
     def length(self) -> int:
         """How many steps have been taken."""
         return len(self.currents)
 
-    def step(self, current: Handle, newest: Kept, reach: Tensor | None, lost: Sequence[Any]) -> None:
-        """Take a step: its current, the state after it, and what to write down of the one before.
+    def step(
+        self, current: Handle, newest: Kept, lost: Sequence[Any], fired: Sequence[Any], reach: Tensor | None
+    ) -> None:
+        """Take a step.
 
-        ``reach``: what :func:`watched` returned.
+        Args:
+            current: its input.
+            newest: the state after it.
+            lost: what its charge lost of the state before, in pieces.
+            fired: its spikes as bits, and what its reset lost, in pieces; empty if it doesn't fire.
+            reach: how far its states reach, where that is not known yet.
         """
         self.records.append(lost)
+        self.records.append(fired)
+        self.newest_fired = fired[0] if fired else None
         self.currents.append(current)
         self.newest = newest
         if reach is not None:
@@ -105,8 +144,7 @@ class Timeline:
     def state(self, t: int) -> Tensor:
         """The state after step t, flat."""
         if self.reach is not None:
-            check_range([self.name], [self.reach], self.dynamics.bits, REMEDY)
-            self.reach = None
+            self._watch(self.reach)
         behind = [cursor for cursor in self.cursors if cursor.t >= t]
         if behind:
             cursor = min(behind, key=lambda one: one.t)
@@ -117,26 +155,46 @@ class Timeline:
             cursor = _Cursor(self.length, newest.as_strided((newest.numel(),), (1,)))
         at, state = cursor
         while at > t:
-            state = self.dynamics.back(self, at, state, self.current(at))
+            state = self._back(at, state)
             at -= 1
         self.cursors.append(_Cursor(at, state))
         del self.cursors[:-CURSORS]
         return state
 
-    def current(self, t: int) -> Tensor:
-        """The input current of step t, flat."""
-        return flat(self.currents[t - 1].unpack(), self.records.stride)
+    def charged_state(self, t: int) -> Tensor:
+        """The state before the reset at the end of step t, flat."""
+        charged = self._unreset(t, self.state(t))
+        self.charged = _Cursor(t, charged)
+        return charged
 
-    def fired(self, record: Sequence[Any]) -> None:
-        """Write down the spikes of the newest state, as bits, and what else is lost when it has fired."""
-        self.records.append(record)
-        self.newest_bits = record[0] if record else None
+    def fired(self, t: int) -> Any:
+        """The spikes of step t as they were written down."""
+        return self.records.record(2 * t)[: self._bytes()]
 
-    def bits(self, t: int) -> tuple[Any, Any]:
-        """The spikes of step t as they were written down, and the rest of that record."""
-        record = self.records.record(2 * t)
-        end = (self.records.size.numel() + 7) // 8
-        return record[:end], record[end:]
+    def _back(self, t: int, state: Tensor) -> Tensor:
+        """The state before step t, from the one after it."""
+        dynamics = self.dynamics
+        current = flat(self.currents[t - 1].unpack(), self.records.stride)
+        if dynamics.resets_at_once:
+            known, self.charged = self.charged, None
+            state = known.state if known is not None and known.t == t else self._unreset(t, state)
+        fired = self.fired(t - 1) if dynamics.resets_in_charge else None
+        return dynamics.back(state, current, fired, self.records.record(2 * t - 1))
+
+    def _unreset(self, t: int, state: Tensor) -> Tensor:
+        record, end = self.records.record(2 * t), self._bytes()
+        return self.dynamics.unreset(state, record[:end], record[end:])
+
+    def _bytes(self) -> int:
+        """How many a step's spikes take."""
+        return (self.records.size.numel() + 7) // 8
+
+    def _watch(self, reach: Tensor) -> None:
+        """Hand in the reach, once a backward."""
+        task = torch._C._current_graph_task_id()
+        if task == -1 or task != self.watched_in:
+            self.watched_in = task
+            watch(self.dynamics.name, reach, self.dynamics.bits, REMEDY)
 
 
 def continued(u: Tensor, dynamics: Dynamics) -> Timeline | None:
@@ -150,20 +208,7 @@ def continued(u: Tensor, dynamics: Dynamics) -> Timeline | None:
     return timeline
 
 
-def watched(reach: Any, name: str, bits: int) -> Tensor | None:
-    """Raise if a state left the grid's range, or return its reach where looking would wait for a device.
-
-    Raises:
-        OverflowError: naming the neuron, the value and the remedy.
-    """
-    if isinstance(reach, Tensor) and reach.device.type != "cpu":
-        return reach
-    if not reach < limit(bits):
-        check_range([name], [torch.as_tensor(reach)], bits, REMEDY)
-    return None
-
-
-def fired(records: Remainders, t: int) -> Tensor:
+def spikes_of(records: Remainders, t: int) -> Tensor:
     """The spikes of step t of a timeline with these records, flat."""
     record = records.record(2 * t)
     spikes = torch.empty(records.size.numel(), device=records.device)
@@ -184,6 +229,24 @@ class State(Handle):
         flat, records = self.timeline.state(self.t), self.timeline.records
         return self.verified(flat.as_strided(records.size, records.stride), "rebuilding its state"), False
 
+    def stored(self, seen: set[int]) -> int:
+        return self.timeline.records.stored(seen)
+
+    def relies_on(self) -> Iterable[Handle]:
+        newest = self.timeline.newest
+        return self.timeline.currents if newest is None else (*self.timeline.currents, newest)
+
+
+class Charged(State):
+    """The state of step ``t`` of a timeline before the reset at its end."""
+
+    __slots__ = ()
+
+    def get(self, last: bool) -> tuple[Tensor, bool]:
+        flat, records = self.timeline.charged_state(self.t), self.timeline.records
+        charged = flat.as_strided(records.size, records.stride)
+        return self.verified(charged, "rebuilding its membrane"), False
+
 
 class Spikes(Handle):
     """The spikes of a step, out of the records."""
@@ -195,8 +258,11 @@ class Spikes(Handle):
         self.records, self.t = records, t
 
     def get(self, last: bool) -> tuple[Tensor, bool]:
-        spikes = fired(self.records, self.t).as_strided(self.records.size, self.records.stride)
+        spikes = spikes_of(self.records, self.t).as_strided(self.records.size, self.records.stride)
         return self.verified(spikes, "unpacking its spikes"), True
+
+    def stored(self, seen: set[int]) -> int:
+        return self.records.stored(seen)
 
 
 class Bits(Spikes):
@@ -225,7 +291,7 @@ class NewState(_Newly):
 
     __slots__ = ()
 
-    def held(self) -> Handle | None:
+    def leads_to(self) -> Handle | None:
         timeline = self.ref()
         return None if timeline is None else State(timeline, self.t)
 
@@ -239,7 +305,7 @@ class NewSpikes(_Newly):
         super().__init__(timeline, t)
         self.made: Callable[[], Spikes | None] | None = None
 
-    def held(self) -> Handle | None:
+    def leads_to(self) -> Handle | None:
         timeline = self.ref()
         if timeline is None:
             return Packed()
@@ -255,9 +321,21 @@ class NewBits(_Newly):
 
     __slots__ = ()
 
-    def held(self) -> Handle | None:
+    def leads_to(self) -> Handle | None:
         timeline = self.ref()
         return None if timeline is None else Bits(timeline.records, self.t)
+
+
+class NewCharged(Passing):
+    """Leads to a :class:`Charged` of a timeline that is about to take step ``t``."""
+
+    __slots__ = ("t", "timeline")
+
+    def __init__(self, timeline: Timeline, t: int) -> None:
+        self.timeline, self.t = timeline, t
+
+    def leads_to(self) -> Charged:
+        return Charged(self.timeline, self.t)
 
 
 def rests_on_a_state(handle: Any) -> bool:

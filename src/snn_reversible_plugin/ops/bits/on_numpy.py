@@ -6,31 +6,43 @@ one-byte intermediate stays in the cache.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
 CHUNK = 1 << 19
 
 
-def pack_bits(flat: torch.Tensor) -> torch.Tensor:
-    """See :func:`.ops.pack_bits`."""
+def pack_bits(flat: torch.Tensor, bits_each: int = 1) -> torch.Tensor:
+    """See :func:`.ops.bits.pack_bits`."""
     n = flat.numel()
-    bits = torch.empty((n + 7) // 8, dtype=torch.uint8)
+    bits = torch.empty((n * bits_each + 7) // 8, dtype=torch.uint8)
     packed = bits.numpy()
     for start in range(0, n, CHUNK):
-        # numpy has no bfloat16, and compares the others faster than torch does.
-        part = flat[start : start + CHUNK]
-        ones = (part.ne(0) if part.dtype is torch.bfloat16 else part).numpy()
-        stop = start + len(ones)
-        packed[start // 8 : (stop + 7) // 8] = np.packbits(ones != 0, bitorder="little")
+        stop = min(start + CHUNK, n)
+        ones = _as_bits(flat[start:stop], bits_each)
+        first, last = start * bits_each // 8, (stop * bits_each + 7) // 8
+        packed[first:last] = np.packbits(ones, bitorder="little")
     return bits
 
 
-def unpack_bits(bits: torch.Tensor, out: torch.Tensor) -> None:
-    """See :func:`.ops.unpack_bits`."""
+def _as_bits(part: torch.Tensor, bits_each: int) -> np.ndarray[Any, Any]:
+    if bits_each == 1:
+        # numpy has no bfloat16, and compares the others faster than torch does.
+        return (part.ne(0) if part.dtype is torch.bfloat16 else part).numpy() != 0
+    values = part.to(torch.uint8).numpy()
+    return np.unpackbits(values[:, None], axis=1, count=bits_each, bitorder="little")
+
+
+def unpack_bits(bits: torch.Tensor, out: torch.Tensor, bits_each: int = 1) -> None:
+    """See :func:`.ops.bits.unpack_bits`."""
     n = out.numel()
     packed = bits.numpy()
     for start in range(0, n, CHUNK):
         stop = min(start + CHUNK, n)
-        ones = np.unpackbits(packed[start // 8 : (stop + 7) // 8], count=stop - start, bitorder="little")
-        out[start:stop].copy_(torch.from_numpy(ones))
+        part = packed[start * bits_each // 8 : (stop * bits_each + 7) // 8]
+        values = np.unpackbits(part, count=(stop - start) * bits_each, bitorder="little")
+        if bits_each > 1:
+            values = np.packbits(values.reshape(-1, bits_each), axis=1, bitorder="little")[:, 0]
+        out[start:stop].copy_(torch.from_numpy(values))

@@ -1,0 +1,153 @@
+"""How far values on the grid reach, and the one look at it.
+
+The one idea: whether a value left the range shows in its magnitude, and to look at a magnitude waits for
+the device that it is on. So whoever rebuilds values hands in their reaches as they arise, and all of them
+are looked at together when the backward is over. Source: this package's own.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from snn_reversible_plugin.grid.numbers import limit
+
+# NOTE [When a reach is looked at]
+#
+# 1. When the backward (autograd's graph task) in which it was handed in has ended, by the callback that
+#    autograd runs then; outside of a backward at once.
+# 2. A backward that raised or was interrupted calls nothing back. So the callback owns what was handed in,
+#    and goes with its task; here stands a weak reference. Nothing of it is left for the next backward.
+# 3. A backward inside a backward is a task of its own, with its own look.
+# 4. On a CPU the forward of a neuron's step has the number anyway, and looks at once: `check_step`.
+
+REMEDY = "Use fewer bits (each one less doubles the range), or normalize the branches."
+_OF_NAN = "Look for NaN in inputs and parameters (torch.isnan), and for 0 / 0 or inf - inf before it."
+_OF_INFINITY = (
+    "Look for infinity in inputs and parameters (torch.isinf), and for what overflowed before it."
+)
+
+
+class _Reached(NamedTuple):
+    name: str
+    reach: Tensor
+    bits: int
+    remedy: str
+
+
+class _Look:
+    """What one backward has handed in; autograd calls it when the backward is over."""
+
+    __slots__ = ("__weakref__", "reached")
+
+    def __init__(self) -> None:
+        self.reached: list[_Reached] = []
+
+    def __call__(self) -> None:
+        _check(self.reached)
+
+
+_looks: weakref.WeakValueDictionary[int, _Look] = weakref.WeakValueDictionary()
+
+
+def reach(stream: Tensor) -> Tensor:
+    """The largest magnitude in a stream, on its device, without waiting for it; NaN if it holds one."""
+    if stream.numel() == 0:
+        return stream.new_zeros(())
+    low, high = torch.aminmax(stream.detach())
+    return torch.maximum(low.neg_(), high)
+
+
+def watch(name: str, reach: Tensor, bits: int, remedy: str = REMEDY) -> None:
+    """Look at a reach when the backward that runs here has ended, or now if none does.
+
+    Args:
+        name: what has that reach, for the error: a module, and which of its values.
+        reach: what :func:`reach` returned.
+        bits: the grid's.
+        remedy: what to do against values that are too large, the error's last sentence.
+
+    Raises:
+        OverflowError: from the backward, at its end, as :func:`check_range`.
+    """
+    reached = _Reached(name, reach, bits, remedy)
+    task = torch._C._current_graph_task_id()
+    if task == -1:
+        _check([reached])
+        return
+    look = _looks.get(task)
+    if look is None:
+        look = _looks[task] = _Look()
+        torch.autograd.Variable._execution_engine.queue_callback(look)  # type: ignore[attr-defined]
+    look.reached.append(reached)
+
+
+def check_step(reach: Any, name: str, bits: int, remedy: str) -> Tensor | None:
+    """Raise if a step's reach is out of range, where looking at it doesn't wait for a device.
+
+    Args:
+        reach: a number or a tensor.
+        name, bits, remedy: as for :func:`watch`.
+
+    Returns:
+        A reach that is on a device: it is to be watched in the backward.
+    """
+    if isinstance(reach, Tensor) and reach.device.type != "cpu":
+        return reach
+    if not reach < limit(bits):
+        raise _left(name, float(reach), bits, limit(bits), remedy)
+    return None
+
+
+def check_range(names: Sequence[str], reaches: Sequence[Tensor], bits: int, remedy: str = REMEDY) -> None:
+    """Raise if a stream left the range in which the grid is exact. Waits for the device, once.
+
+    Args:
+        names: what each stream is, for the error.
+        reaches: what :func:`reach` returned for each.
+        bits: the grid's.
+        remedy: what to do against values that are too large, the error's last sentence.
+
+    Raises:
+        OverflowError: naming the first stream that left, its magnitude, and what to do; a stream that holds
+            NaN or infinity is said to.
+
+    Example:
+        >>> import torch
+        >>> check_range(["block 3: x1"], [reach(torch.tensor([300.0]))], bits=16)
+        Traceback (most recent call last):
+        ...
+        OverflowError: block 3: x1 reaches 300, and with bits=16 a grid is exact below 256 ...
+        >>> check_range(["block 3: x1"], [reach(torch.tensor([0.0, float("nan")]))], bits=16)
+        Traceback (most recent call last):
+        ...
+        OverflowError: block 3: x1 holds NaN, ...
+    """
+    _check([_Reached(name, value, bits, remedy) for name, value in zip(names, reaches, strict=True)])
+
+
+def _check(reached: Iterable[_Reached]) -> None:
+    """Raise for the first that is out of range, after one wait a device."""
+    groups: dict[tuple[torch.device, torch.dtype], list[_Reached]] = {}
+    for one in reached:
+        groups.setdefault((one.reach.device, one.reach.dtype), []).append(one)
+    for (_, dtype), group in groups.items():
+        values = torch.stack([one.reach for one in group]).tolist()
+        for (name, _, bits, remedy), value in zip(group, values, strict=True):
+            bound = limit(bits, dtype)
+            if not value < bound:
+                raise _left(name, value, bits, bound, remedy)
+
+
+def _left(name: str, value: float, bits: int, bound: float, remedy: str) -> OverflowError:
+    found = f"reaches {value:g}, and with bits={bits} a grid is exact below {bound:g} only"
+    if math.isnan(value):
+        found, remedy = "holds NaN, which no grid has", _OF_NAN
+    elif math.isinf(value):
+        found, remedy = "is infinite, which no grid reaches", _OF_INFINITY
+    return OverflowError(f"{name} {found}: what came before it can't be rebuilt. {remedy}")

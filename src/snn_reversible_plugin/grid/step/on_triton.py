@@ -1,0 +1,288 @@
+"""One neuron's step on the grid and back, on GPUs: one launch each, and nothing waits for the device.
+
+The arithmetic is that of :mod:`.grid.step.reference`, which is the specification, in integers. Records have
+a size that is known beforehand; parameters are numbers, or float32 tensors that stay where they are.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from snn_reversible_plugin.grid.decays import AFTER, BEFORE, NONE, SUBTRACT, Step
+from snn_reversible_plugin.grid.step import triton_kernels as kernels
+from snn_reversible_plugin.ops.bits.on_triton import GROUPS, programs, unpack_bits
+
+SIZE = 8 * GROUPS  # elements a program
+AT_A_TIME = 1024  # reaches that are zeroed together
+_NEXT = {
+    NONE: kernels.KEEP.value,
+    SUBTRACT: kernels.MINUS_THETA.value,
+    BEFORE: kernels.ZERO_BEFORE.value,
+    AFTER: kernels.ZERO_AFTER.value,
+}
+
+
+def as_pieces(chunk: Tensor) -> Tensor:
+    """Bytes as this form reads and writes them."""
+    return chunk
+
+
+def fire(h: Tensor, threshold: Any, inclusive: bool, out: Tensor) -> Tensor:
+    """See :func:`.grid.step.on_numpy.fire`. One launch."""
+    n, bits = len(h), _bytes_for(len(h), 1, h)
+    if n:
+        with torch.cuda.device_of(h):
+            value, where = _parameter(threshold)
+            kernels.fire[programs(n)](h, value, out, bits, n, where, inclusive, GROUPS)
+    return bits
+
+
+def fired(bits: Tensor, out: Tensor) -> None:
+    """See :func:`.grid.step.on_numpy.fired`. One launch."""
+    unpack_bits(bits, out)
+
+
+def charge(
+    u: Tensor,
+    current: Tensor,
+    bits: Tensor | None,
+    step: Step,
+    record: bool,
+    out: Tensor,
+    fires: tuple[Any, bool, Tensor] | None = None,
+) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    """See :func:`.grid.step.on_numpy.charge`. One launch.
+
+    The reach is NaN where something that the record should hold is lost: a digit of a decay that learned
+    to forget more than ``step.decay.radix`` tells, or a state that is out of range already.
+    """
+    reset = _NEXT[step.reset]
+    digits, planes = _room(u, step, record)
+    reach, fired_bits = _new_reach(u.device), _bytes_for(len(u), 1, u) if fires else None
+    given = (u, current, bits if step.reset != NONE else None, 0.0)
+    made = (out, None, digits, planes, fires[2] if fires else None, fired_bits, reach)
+    _charge(given, made, step, reset, record, fires)
+    return [piece for piece in (digits, planes) if piece is not None], reach, fired_bits
+
+
+def charge_and_reset(
+    u: Tensor,
+    current: Tensor,
+    step: Step,
+    to: float | None,
+    record: bool,
+    out: tuple[Tensor | None, Tensor],
+    fires: tuple[Any, bool, Tensor],
+) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    """:func:`charge` and :func:`reset` by its spikes, in one launch.
+
+    Args:
+        u, current, step, record, fires: what :func:`charge` takes; the step's own reset is NONE.
+        to: what :func:`reset` takes.
+        out: the charged state, None where nobody wants it, and the state after the reset.
+
+    Returns:
+        What has to be written down of ``u``, what of the charged state, the largest magnitude in both
+        states, and the bits of the spikes.
+    """
+    assert step.reset == NONE, step.reset
+    reset = _at_once(to)
+    digits, _ = _room(u, step, record)
+    planes = _planes(u) if record and to is not None else None
+    reach, bits = _new_reach(u.device), _bytes_for(len(u), 1, u)
+    made = (*out, digits, planes, fires[2], bits, reach)
+    _charge((u, current, None, 0.0 if to is None else to), made, step, reset, record, fires)
+    lost, overshoot = ([] if piece is None else [piece] for piece in (digits, planes))
+    return lost, overshoot, reach, bits
+
+
+def _charge(
+    given: tuple[Any, ...],
+    made: tuple[Tensor | None, ...],
+    step: Step,
+    reset: Any,
+    record: bool,
+    fires: tuple[Any, bool, Tensor] | None,
+) -> None:
+    u, current, bits, to = given
+    n = len(u)
+    if not n:
+        return
+    with torch.cuda.device_of(u):
+        beta, beta_is = _parameter(step.decay.beta)
+        theta, theta_is = _parameter(step.theta)
+        threshold, threshold_is = _parameter(0.0 if fires is None else fires[0])
+        kernels.charge[programs(n)](
+            u, current, bits, beta, theta, threshold, to, *made[:-1], _ordered(made[-1]), n, step.scale,
+            1 / step.scale, _gain(step), beta_is, theta_is, threshold_is, reset, _digit_bits(step), record,
+            fires is not None, fires is not None and fires[1], made[0] is not None, GROUPS,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def undo(state: Tensor, current: Tensor, bits: Tensor | None, step: Step, record: Tensor) -> Tensor:
+    """See :func:`.grid.step.on_numpy.undo`. One launch."""
+    reset = _NEXT[step.reset]
+    digits, planes = (None, record) if step.reset in (BEFORE, AFTER) else (record, None)
+    out = torch.empty_like(state)
+    _undo((state, current, bits if step.reset != NONE else None, digits, planes), (out, None), step, reset)
+    return out
+
+
+def undo_charge_and_reset(
+    after: Tensor,
+    current: Tensor,
+    bits: Tensor,
+    step: Step,
+    to: float | None,
+    lost: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """The charged state and the one that :func:`charge_and_reset` started from, in one launch.
+
+    ``lost``: the two records that it returned.
+    """
+    reset = _at_once(to)
+    charged, out = torch.empty_like(after), torch.empty_like(after)
+    _undo((after, current, bits, *lost), (out, charged), step, reset)
+    return charged, out
+
+
+def _undo(
+    given: tuple[Tensor | None, ...], made: tuple[Tensor, Tensor | None], step: Step, reset: Any
+) -> None:
+    state, current, bits, digits, planes = given
+    n = len(made[0])
+    if not n:
+        return
+    with torch.cuda.device_of(state):
+        beta, beta_is = _parameter(step.decay.beta)
+        theta, theta_is = _parameter(step.theta)
+        kernels.undo[programs(n)](
+            state, current, bits, beta, theta, digits, planes, *made, n, step.scale, 1 / step.scale,
+            _gain(step), beta_is, theta_is, reset, _digit_bits(step), GROUPS, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def reset(
+    h: Tensor, spikes: Tensor, theta: Any, to: float | None, scale: float, record: bool, out: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """See :func:`.grid.step.on_numpy.reset`. One launch."""
+    n, reach = len(h), _new_reach(h.device)
+    kind = _at_once(to)
+    planes = _planes(h) if record and to is not None else None
+    if n:
+        with torch.cuda.device_of(h):
+            value, where = _parameter(theta)
+            kernels.reset[programs(n)](
+                h, spikes, value, 0.0 if to is None else to, out, planes, _ordered(reach), n, scale,
+                1 / scale, where, kind, record, GROUPS, enable_fp_fusion=False,
+            )  # fmt: skip
+    return [] if planes is None else [planes], reach
+
+
+def unreset(v: Tensor, bits: Tensor, theta: Any, to: float | None, scale: float, record: Tensor) -> Tensor:
+    """See :func:`.grid.step.on_numpy.unreset`. One launch."""
+    n, out = len(v), torch.empty_like(v)
+    kind = _at_once(to)
+    if n:
+        with torch.cuda.device_of(v):
+            value, where = _parameter(theta)
+            kernels.unreset[programs(n)](
+                v, bits, value, record, out, n, 1 / scale, where, kind, GROUPS, enable_fp_fusion=False
+            )
+    return out
+
+
+def gate(g: Tensor, factor: Any, bits: Tensor, out: Tensor) -> None:
+    """See :func:`.grid.step.reference.gate`. One launch."""
+    n = len(g)
+    if n:
+        with torch.cuda.device_of(g):
+            value, where = _parameter(factor)
+            kernels.gate[programs(n)](g, value, bits, out, n, where, GROUPS, enable_fp_fusion=False)
+
+
+def add_past_reset(h: Tensor, threshold: float, g: Tensor, out: Tensor) -> None:
+    """See :func:`.grid.step.reference.add_past_reset`. One launch."""
+    n = len(h)
+    if n:
+        with torch.cuda.device_of(h):
+            kernels.add_past_reset[programs(n)](h, threshold, g, out, n, SIZE, enable_fp_fusion=False)
+
+
+def add_through_reset(h: Tensor, threshold: float, to: float | None, g_v: Tensor, g_s: Tensor) -> None:
+    """See :func:`.grid.step.reference.add_through_reset`. One launch."""
+    n = len(h)
+    if n:
+        with torch.cuda.device_of(h):
+            value = 0.0 if to is None else to
+            kernels.add_through_reset[programs(n)](
+                h, threshold, value, g_v, g_s, n, to is None, SIZE, enable_fp_fusion=False
+            )
+
+
+def _at_once(to: float | None) -> int:
+    return (kernels.MINUS_THETA_AT_ONCE if to is None else kernels.VALUE_AT_ONCE).value  # type: ignore
+
+
+def _parameter(value: Any) -> tuple[Any, int]:
+    """A number or a tensor as kernels take it, and where they find it."""
+    if not isinstance(value, Tensor):
+        return float(value), kernels.NUMBER.value
+    where = kernels.ONE if value.numel() == 1 else kernels.EACH
+    return value.float(), where.value  # no copy of what is float32
+
+
+def _digit_bits(step: Step) -> int:
+    """How many bits a digit of the step's radix takes."""
+    return (step.decay.radix - 1).bit_length()
+
+
+def _gain(step: Step) -> float:
+    return 1.0 if step.gain is None else step.gain
+
+
+def _bytes_for(n: int, each: int, like: Tensor) -> Tensor:
+    return torch.empty((n * each + 7) // 8, dtype=torch.uint8, device=like.device)
+
+
+def _planes(like: Tensor) -> Tensor:
+    return torch.empty(kernels.PLANES.value * len(like), dtype=torch.uint8, device=like.device)
+
+
+def _room(u: Tensor, step: Step, record: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Room for the digits of a step, and for what a reset to zero loses with them."""
+    if not record:
+        return None, None
+    if step.reset in (BEFORE, AFTER):
+        return None, _planes(u)
+    each = _digit_bits(step)
+    return (_bytes_for(len(u), each, u) if each else None), None
+
+
+# NOTE [A zero for each reach]
+#
+# A reach is accumulated, so it has to start at 0, and a fill is a launch. So many are filled together, in a
+# place of each thread and stream: what follows on a stream finds them filled. While a graph is captured
+# each is filled by itself: a replay fills it again, and its place lives as long as the graph.
+_local = threading.local()
+
+
+def _new_reach(device: torch.device) -> Tensor:
+    """A float32 scalar that is 0, made with one launch in AT_A_TIME calls."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros((), device=device)
+    filled = _local.__dict__.setdefault("filled", {})
+    stream = torch.cuda.current_stream(device)
+    if not filled.get(stream):
+        filled[stream] = list(torch.zeros(AT_A_TIME, device=device).unbind())
+    return filled[stream].pop()  # type: ignore[no-any-return]
+
+
+def _ordered(reach: Tensor | None) -> Tensor:
+    assert reach is not None
+    return reach.view(torch.int32)

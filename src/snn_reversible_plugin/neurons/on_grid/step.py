@@ -1,0 +1,205 @@
+"""One time step of a neuron on the dyadic grid, which a later backward can undo.
+
+The one idea: neurons differ in their equations, not in what a step has to write down. A neuron's
+:class:`Constants` charge and fire; :func:`step` does the rest for all of them: it goes on with the state's
+timeline or starts one, stores the current's handle, the spikes and what was lost, and leaves on each tensor
+that it returns a way back to them. No tensor is held but the newest state.
+
+Source: this package's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from snn_reversible_plugin import tape
+from snn_reversible_plugin.grid import snap
+from snn_reversible_plugin.grid.decays import NONE, Step
+from snn_reversible_plugin.grid.range import check_step, reach
+from snn_reversible_plugin.neurons.on_grid import switches
+from snn_reversible_plugin.neurons.on_grid.timeline import (
+    REMEDY,
+    NewSpikes,
+    NewState,
+    Timeline,
+    continued,
+    rests_on_a_state,
+)
+from snn_reversible_plugin.ops.layouts import is_dense
+from snn_reversible_plugin.tape.origins import enter, look_up
+
+Parameters = tuple[Tensor, ...]
+
+
+class Before(NamedTuple):
+    """Where a step starts: the state, its spikes as bits, and the place on a timeline if there is one.
+
+    ``t`` numbers the step that is about to be taken. It is one object, for all handles that keep it.
+    """
+
+    state: Tensor
+    fired: Any
+    timeline: Timeline | None
+    t: int
+
+
+class Charged(NamedTuple):
+    """What a charge, with its spikes and a reset at once, has made.
+
+    Attributes:
+        state: after the step, in the graph.
+        spikes: their values; None if the state doesn't fire.
+        lost: what the charge lost of the state before, in pieces; written down where there is a timeline.
+        fired: the spikes as bits, and what a reset at once lost, in pieces; likewise.
+        reaches: the largest magnitudes on the way.
+    """
+
+    state: Tensor
+    spikes: Tensor | None
+    lost: Sequence[Any]
+    fired: Sequence[Any]
+    reaches: Sequence[Any]
+
+
+class Stepped(NamedTuple):
+    """The state after a step, its spikes, and in ``fired`` the spikes of the state before it.
+
+    The last two are None where the state doesn't fire or nobody asks.
+    """
+
+    state: Tensor
+    spikes: Tensor | None
+    fired: Any
+
+
+@dataclass(frozen=True, eq=False)
+class Constants:
+    """A neuron's constants, as long as its parameters are what they are, and its equations with them.
+
+    Attributes:
+        name: whose state it is, for errors.
+        bits: the grid's.
+        step: the charge.
+        fire: the surrogate as the user gave it, from the distance to the threshold to spikes; None for a
+            state that doesn't fire.
+        parameters: the tensors that the rest follows from, held so that nothing else gets their ids.
+    """
+
+    name: str
+    bits: int
+    step: Step
+    fire: Callable[[Tensor], Tensor] | None
+    parameters: Parameters
+
+    @property
+    def resets_at_once(self) -> bool:
+        """Whether a step ends with a reset by its own spikes."""
+        return False
+
+    @property
+    def resets_in_charge(self) -> bool:
+        """Whether a step's charge resets by the spikes before it."""
+        return self.step.reset != NONE
+
+    def start(self, state: Tensor) -> Any:
+        """The spikes, as bits, of a state that a timeline starts from; None where nobody asks."""
+        return None
+
+    def charge(self, current: Tensor, before: Before, parameters: Parameters) -> Charged:
+        """Charge, compute the spikes, and reset where that is done at once."""
+        raise NotImplementedError
+
+    def let_fire(self, charged: Charged, parameters: Parameters) -> Tensor | None:
+        """The spikes in the graph; the state that was charged is on the tape already."""
+        return charged.spikes
+
+    def fired(self, before: Before) -> Any:
+        """What :class:`Stepped` says of the spikes before the step."""
+        return None
+
+    def unreset(self, state: Tensor, fired: Any, lost: Any) -> Tensor:
+        """The charged state of a step that resets at once: :meth:`.timeline.Dynamics.unreset`."""
+        raise NotImplementedError
+
+    def back(self, charged: Tensor, current: Tensor, fired: Any, lost: Any) -> Tensor:
+        """The state before a step: :meth:`.timeline.Dynamics.back`."""
+        raise NotImplementedError
+
+    def reference(self, current: Tensor, state: Tensor, parameters: Parameters) -> Stepped:
+        """:func:`step` written with operations that autograd differentiates: the specification."""
+        raise NotImplementedError
+
+
+def step(
+    constants: Constants, current: Tensor, state: Tensor, parameters: Parameters, trusted: bool = False
+) -> Stepped:
+    """One step on the grid, on a timeline where a tape records.
+
+    Args:
+        constants: the neuron's.
+        current: its input [N, ...].
+        state: before the step, of the same shape; snapped to the grid where it isn't a timeline's newest.
+        parameters: the learnable ones, in the order in which the constants take them.
+        trusted: the current rests on states of other timelines only, and may be replayed.
+
+    Raises:
+        OverflowError: the state left the range in which the grid is exact; on a device, from the backward.
+    """
+    if switches.by_autograd():
+        stepped = constants.reference(current, state, parameters)
+        _checked(constants, (reach(stepped.state),))
+        return stepped
+    needs = any(tensor.requires_grad for tensor in (current, state, *parameters))
+    recorded = needs and tape.is_recording()
+    timeline = handle = None
+    if recorded:
+        timeline = continued(state, constants)
+        keeps = not trusted and rests_on_a_state(look_up(current))
+        handle = tape.keep(current) if keeps else tape.pack(current)
+    with tape.paused():
+        before = _before(constants, state, timeline, recorded)
+        charged = constants.charge(current, before, parameters)
+        unknown = _checked(constants, charged.reaches)
+        (_, _, timeline, t), state = before, charged.state
+        if timeline is None or handle is None:
+            tape.mark_opaque(state)
+        else:
+            timeline.step(handle, tape.keep(state), charged.lost, charged.fired, unknown)
+            enter(state, NewState(timeline, t))
+        spikes = constants.let_fire(charged, parameters)
+        if spikes is not None and timeline is not None:
+            enter(spikes, NewSpikes(timeline, t))
+        elif spikes is not None:
+            tape.mark_spikes(spikes)
+    return Stepped(state, spikes, constants.fired(before))
+
+
+def _before(constants: Constants, state: Tensor, timeline: Timeline | None, recorded: bool) -> Before:
+    if timeline is not None:
+        return Before(state, timeline.newest_fired, timeline, timeline.length + 1)
+    state = snap(state, constants.bits)
+    if not is_dense(state):
+        state = state.contiguous()
+    tape.mark_opaque(state)
+    fired = constants.start(state)
+    if recorded:
+        timeline = Timeline(constants, state, fired)
+    return Before(state, fired, timeline, 1)
+
+
+def _checked(constants: Constants, reaches: Sequence[Any]) -> Tensor | None:
+    """The reach that is to be looked at later.
+
+    A charged state counts too: it may be back in range after the reset, but what came before it is lost.
+    """
+    unknown = None
+    for one in reaches:
+        later = check_step(one, constants.name, constants.bits, REMEDY)
+        if later is not None:
+            unknown = later if unknown is None else torch.maximum(unknown, later)
+    return unknown

@@ -1,0 +1,109 @@
+"""What is known of SpikingJelly's neurons: a row a type, and which type's dynamics an instance has.
+
+The one idea: a neuron is known by the SpikingJelly class whose dynamics it has, which a user's subclass may
+have too. Source: the neurons of ``spikingjelly.activation_based.neuron`` 2.0, read one by one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from spikingjelly.activation_based import neuron
+from torch import nn
+
+from snn_reversible_plugin.modules.kinds import is_from
+from snn_reversible_plugin.modules.registry import Row, rows_of
+
+_BATCH_NORM = "its forward updates batch-norm statistics"
+_NOISE = "its forward moves on in a sequence of noise"
+_DSR = "its own backward needs its input only, which the tape stores anyway"
+
+# Equations are called as SpikingJelly calls their operators.
+ROWS = rows_of(
+    neuron,
+    (
+        Row("IFNode", equations="IF", fires=True, pointwise=True, on_grid=True),
+        Row("LIFNode", equations="LIF", fires=True, pointwise=True, on_grid=True),
+        Row("ParametricLIFNode", equations="PLIF", fires=True, on_grid=True),
+        Row("BaseNode", family=True),
+        Row("SimpleBaseNode", family=True),
+        Row("SimpleIFNode", fires=True),
+        Row("SimpleLIFNode", fires=True),
+        Row("QIFNode", fires=True, pointwise=True),
+        Row("EIFNode", fires=True, pointwise=True, exponential=True),
+        Row("IzhikevichNode", fires=True, pointwise=True),
+        Row("RAFNode", fires=True, pointwise=True),
+        Row("CUBALIFNode", fires=True, pointwise=True),
+        Row("HalfThresholdIFNode", fires=True, pointwise=True),
+        Row("TernaryIFNode", graded=True, pointwise=True),
+        Row("TernaryLIFNode", graded=True, pointwise=True),
+        Row("ILIFNode", graded=True, pointwise=True),
+        Row("KLIFNode", fires=True),
+        Row("GatedLIFNode", fires=True, family=True),
+        Row("ComplementaryLIFNode", fires=True),
+        Row("ActivationAwareIFNode", fires=True, family=True),
+        Row("SLTTLIFNode", fires=True),
+        Row("OTTTLIFNode", fires=True),
+        Row("PSN", fires=True, family=True),
+        Row("MaskedPSN", fires=True, family=True),
+        Row("SlidingPSN", fires=True, family=True),
+        Row("FewSpikeNode", graded=True, family=True),
+        Row("HGNode", graded=True),
+        Row("OutlierAwareThresholdNode", graded=True),
+        Row("FlexSN", family=True),
+        Row("MPBNBaseNode", stays=_BATCH_NORM),
+        Row("NoisyBaseNode", stays=_NOISE),
+        Row("NoisyNonSpikingBaseNode", stays=_NOISE),
+        Row("ILCBaseNode", stays="its forward writes into its input"),
+        Row("STBIFNode", stays="it is for inference and has no gradient"),
+        Row("DSRIFNode", stays=_DSR),
+        Row("DSRLIFNode", stays=_DSR),
+        Row("NonSpikingBaseNode", stays="its equation is linear, so autograd keeps nothing of it"),
+    ),
+)
+_UNKNOWN = Row("")
+
+# What a subclass may define over a neuron and still have that neuron's dynamics.
+_HARMLESS = {
+    "__init__", "__module__", "__doc__", "__qualname__", "__annotations__", "__firstlineno__",
+    "__static_attributes__", "__dict__", "__weakref__", "__repr__", "__str__", "__annotate_func__",
+    "__annotations_cache__", "__reduce_ex__", "__reduce__", "extra_repr", "reset",
+}  # fmt: skip
+# Through these a neuron is called; a functional forward has no side effects by SpikingJelly's contract.
+_ENTRIES = {"__call__", "forward", "functional_forward", "single_step_forward", "multi_step_forward"}
+
+
+def row_of(module: nn.Module) -> Row:
+    """What is known of a neuron's dynamics; a row without a name where nothing is."""
+    return ROWS.get(dynamics_of(type(module)), _UNKNOWN)
+
+
+def dynamics_of(cls: type) -> Any:
+    """The SpikingJelly class whose dynamics an instance has; None if a subclass overrides any."""
+    if cls not in _dynamics:
+        _dynamics[cls] = _dynamics_of(cls)
+    return _dynamics[cls]
+
+
+_dynamics: dict[type, type | None] = {}
+
+
+def _dynamics_of(cls: type) -> type | None:
+    base, own = _origin_of(cls)
+    return None if base is None or own & (set(dir(base)) - _HARMLESS) else base
+
+
+def own_entries(cls: type) -> set[str]:
+    """The ways to call a neuron that a user's classes define anew."""
+    return _ENTRIES & _origin_of(cls)[1]
+
+
+def _origin_of(cls: type) -> tuple[type | None, set[str]]:
+    """The SpikingJelly class that a class is or derives from, and what a user's classes define over it."""
+    own: set[str] = set()
+    for base in cls.__mro__:
+        if is_from(base, "spikingjelly"):
+            return base, own
+        if not is_from(base, __name__.partition(".")[0]):
+            own |= vars(base).keys()
+    return None, own

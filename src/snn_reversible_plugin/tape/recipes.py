@@ -1,0 +1,100 @@
+"""Which operations get a recipe, and at what price.
+
+The one idea: a recipe may cost neither more memory than it saves nor more time than the mode allows; where
+it would, its output is kept. Both are counted when the operation runs, from what is known of its arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from snn_reversible_plugin.ops.layouts import is_plain
+from snn_reversible_plugin.tape.handles import Kept, Replayed
+from snn_reversible_plugin.tape.operators import Kind, Operator
+from snn_reversible_plugin.tape.origins import OUTSIDE, look_up
+
+# NOTE [What gets a recipe]
+#
+# 1. Only what an aten operation computed from tensors alone (`operators`). All else is kept.
+# 2. A truth value is one bit by construction: the outputs of comparisons, `bernoulli_`, and the spikes
+#    that a neuron of ours vouches for. That is the only way to be packed.
+# 3. A recipe may not cost more memory than it saves: the tensors that it would newly keep alive must not be
+#    larger than its output, and a small output of a large input is kept.
+# 4. A recipe may not cost more time than allowed: `work`, the convolutions and matrix products down to
+#    something stored, is bounded by the mode, so a long chain gets an anchor now and then by itself.
+# 5. A recipe describes a value; the entry that leads to it describes a tensor *at a version*. An
+#    in-place operation voids the entry, and the new value's recipe starts from the old value's handle.
+# 6. What a recipe holds by reference is copied when an operation is about to write to it: stock
+#    autograd may never have saved it, so it would not have minded. Writes that the tape can't see
+#    (an optimizer's, after the forward) are found by the version and refused, as autograd does.
+# 7. A tensor without an entry came from outside: a parameter, an input, a state of an earlier call.
+#    Somebody else holds it anyway, so it costs nothing.
+# 8. Batch norm replays on batch statistics with no running statistics at all: the kernels compute the
+#    same output, and nothing is updated twice.
+# 9. In a block that is rebuilt, the backward follows at once and begins where the block ends. So the last
+#    output of a convolution or matrix product, which it asks for first, waits and isn't computed again.
+
+MAX_DEPTH = 64
+WORK_LIMIT = {"memory": 2, "speed": 0}
+SMALL_OUTPUT = 16  # an output this many times smaller than the largest activation it is made of is kept
+
+
+@dataclass(slots=True)
+class Price:
+    """What a rebuild takes, see :class:`Replayed`; ``known``: what :func:`look_up` said, by tensor's id."""
+
+    work: int
+    depth: int
+    cheap: bool
+    known: dict[int, Any]
+
+
+def price(
+    operator: Operator, operands: Iterable[Any], outputs: list[torch.Tensor], work_limit: int
+) -> Price | None:
+    """The price of a recipe, or None where keeping the output is cheaper."""
+    work, depth, cheap = operator.work, 0, operator.cheap
+    newly_kept = largest = 0
+    known: dict[int, Any] = {}
+    for tensor in tensors_among(operands):
+        handle = known[id(tensor)] = look_up(tensor)
+        if not is_plain(tensor) or (operator.atomic and tensor.is_cuda):
+            return None
+        if handle is OUTSIDE:
+            continue
+        largest = max(largest, _bytes(tensor))
+        if isinstance(handle, Replayed):
+            work += handle.work
+            depth = max(depth, handle.depth)
+            cheap = cheap and handle.cheap
+        elif handle is None or (isinstance(handle, Kept) and not handle.anchored):
+            newly_kept += tensor.untyped_storage().nbytes()
+    size = 0
+    for tensor in outputs:
+        if not is_plain(tensor):
+            return None
+        size = max(size, _bytes(tensor))
+    if work > work_limit or depth >= MAX_DEPTH or newly_kept > size:
+        return None
+    if operator.kind is not Kind.VIEW and size * SMALL_OUTPUT <= largest:
+        return None
+    return Price(work, depth + 1, cheap, known)
+
+
+def tensors_among(args: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """The tensors among an operator's arguments, and in lists among them."""
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            yield arg
+        elif isinstance(arg, (list, tuple)):
+            for item in arg:
+                if isinstance(item, torch.Tensor):
+                    yield item
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

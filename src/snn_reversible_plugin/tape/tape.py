@@ -1,0 +1,422 @@
+"""The tape itself: a dispatch mode that records recipes, and a pack hook that hands out handles.
+
+While a tape is on, it notes how each tensor came about (its *recipe*), and gives autograd a small handle
+in place of each tensor that autograd saves. The same kernels run on the same values, so outputs and
+gradients are stock's bit for bit; only what is stored between forward and backward changes. Working
+below autograd makes each saved tensor, also the masks, indices and casts inside composite functions, the
+output of some recorded operation.
+
+Source: this package's own. The mechanism of ``torch.utils.checkpoint`` is the nearest relative, but needs
+a function to run again; a recipe is one operation, so a loop that the user wrote works too.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode,
+    _pop_mode,
+    _push_mode,
+)
+
+from snn_reversible_plugin.ops.layouts import is_plain, storage_key
+from snn_reversible_plugin.tape.handles import Handle, Kept, Packed, Passing, Replayed, checksum
+from snn_reversible_plugin.tape.operators import Kind, Operator, aten, operator_of
+from snn_reversible_plugin.tape.origins import (
+    OUTSIDE,
+    enter,
+    forget_writes,
+    look_up,
+    written,
+)
+from snn_reversible_plugin.tape.recipes import WORK_LIMIT, price, tensors_among
+
+Rule = Callable[["Tape", Any, tuple[Any, ...], dict[str, Any]], torch.Tensor | None]
+"""Runs an operator, given the tape, it and its arguments; None: it is one like any other."""
+
+_NO_KWARGS: dict[str, Any] = {}
+
+
+class Observer(Protocol):
+    """Is told of every tensor that autograd saves under the tape. See ``memory_report``."""
+
+    def packed(self, where: str | None, tensor: torch.Tensor, handle: Handle) -> None: ...
+
+
+class Tape(TorchDispatchMode):
+    """Records recipes, and packs what autograd saves. Made by :class:`recording`.
+
+    Attributes:
+        where: the name of the module that runs. Whoever wants names in errors and reports sets it.
+        replays_products: whether outputs of convolutions and matrix products are replayed.
+    """
+
+    def __init__(self, mode: str, check: bool, observer: Observer | None) -> None:
+        super().__init__()
+        self.where: str | None = None
+        self.replays_products = WORK_LIMIT[mode] > 0
+        self._work_limit = WORK_LIMIT[mode]
+        self._check = check
+        self._observer = observer
+        forget_writes()
+        # A block that is rebuilt records inside a backward; what a backward itself runs is not recorded.
+        self._graph_task = torch._C._current_graph_task_id()
+        self._rules: dict[Any, Rule] = {}  # of operators that somebody else runs for the time being
+        self._suspended = 0
+        self._paused = 0
+        self._outside: dict[Any, weakref.ref[Kept]] = {}
+        self._kept_by_storage: dict[int, list[weakref.ref[Kept]]] = {}
+        self._latest_view: tuple[torch.Tensor | None, Kept | None] = None, None
+        self._just_kept: list[Kept] = []  # packed since the last operation
+        self._last_product: tuple[Replayed, torch.Tensor, int] | None = None
+
+    # What the verbs of this package are made of.
+
+    def pack(self, tensor: torch.Tensor) -> Handle:
+        """The pack hook: a handle for one who will unpack it."""
+        known = None if self._suspended else look_up(tensor)
+        if isinstance(known, Passing):
+            known = known.leads_to()
+        if isinstance(known, Packed):
+            with OffStack(self):
+                known.materialize(tensor)
+        handle = self._relied_on(tensor, known)
+        handle.need()
+        if isinstance(handle, Kept):
+            self._just_kept.append(handle)
+        if self._check or self._observer is not None:
+            self._label(handle, tensor)
+            if self._observer is not None:
+                self._observer.packed(self.where, tensor, handle)
+        return handle
+
+    def handle_of(self, tensor: torch.Tensor) -> Handle:
+        """A handle for one who may look at it, or not."""
+        return self._relied_on(tensor, look_up(tensor))
+
+    def keep(self, tensor: torch.Tensor) -> Kept:
+        """A handle that keeps a tensor's value by reference, for somebody who is no node of the graph."""
+        kept = Kept(_alias(tensor))
+        kept.anchored = True
+        self._remember(kept)
+        return kept
+
+    @property
+    def in_backward(self) -> bool:
+        """Whether it records a block that a backward rebuilds, so that nothing of it outlives this call."""
+        return self._graph_task != -1
+
+    @property
+    def keeps_everything(self) -> bool:
+        """Whether it is suspended."""
+        return self._suspended > 0
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Inside, everything is kept."""
+        self._suspended += 1
+        try:
+            yield
+        finally:
+            self._suspended -= 1
+
+    def paused(self) -> OffStack:
+        """Inside, nothing is recorded: a neuron computes. What comes before it isn't the end of a block."""
+        self._last_product = None
+        return OffStack(self)
+
+    @contextmanager
+    def overriding(self, rules: dict[Any, Rule]) -> Iterator[None]:
+        """Inside, these operators are run by rules."""
+        outer, self._rules = self._rules, self._rules | rules
+        try:
+            yield
+        finally:
+            self._rules = outer
+
+    def finish(self) -> None:
+        """Forget what only a forward needs: whatever autograd saved keeps its tape alive."""
+        self._outside.clear()
+        self._just_kept.clear()
+        self._kept_by_storage.clear()
+        self._latest_view = None, None
+        if self._last_product is not None:  # of a block that is rebuilt; see recipes, note 9
+            recipe, value, version = self._last_product
+            self._last_product = None
+            if recipe.needs and value._version == version:
+                recipe.cache = value
+
+    # What rules are made of.
+
+    def record(
+        self, func: Any, operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> None:
+        """Write down that ``out`` is ``func(*args, **kwargs)``, and how ``func`` is to be treated."""
+        base = args[0] if operator.kind is Kind.VIEW else None
+        if isinstance(out, torch.Tensor):
+            if out.dtype is torch.bool and base is None:
+                enter(out, Packed())
+                return
+            recipe = self._recipe(func, operator, args, kwargs, [out])
+            self._enter(out, recipe, base)
+            if operator.work and recipe is not None and self.in_backward:
+                self._last_product = recipe, _alias(out), out._version
+            return
+        if not isinstance(out, (tuple, list)):
+            return  # a number that the user reads off
+        outputs = [tensor for tensor in out if isinstance(tensor, torch.Tensor)]
+        recipe = self._recipe(func, operator, args, kwargs, outputs) if outputs else None
+        siblings: list[weakref.ref[Replayed]] = []
+        for index, tensor in enumerate(out):
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            if recipe is None or (index and operator.kind is Kind.NORM):
+                enter(tensor, None, base)
+            else:
+                self._enter(tensor, recipe.output(index, siblings), base)
+
+    def before_write(self, tensor: torch.Tensor, spared: Sequence[Kept] = ()) -> None:
+        """Save what would be lost: something is about to write into a tensor, with ``spared`` in mind."""
+        handle = look_up(tensor)
+        if isinstance(handle, Packed):
+            handle.materialize(tensor)
+        if not is_plain(tensor):
+            return
+        for ref in self._kept_by_storage.pop(storage_key(tensor), ()):
+            kept = ref()
+            if kept is not None and kept.anchored and not any(kept is one for one in spared):
+                kept.spill()
+
+    # The recording mode.
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._paused or torch._C._current_graph_task_id() != self._graph_task:
+            return func(*args, **kwargs)
+        just_kept, self._just_kept = self._just_kept, []
+        if self._rules and not (types or self._suspended):
+            rule = self._rules.get(func)
+            out = None if rule is None else rule(self, func, args, kwargs)
+            if out is not None:
+                return out
+        operator = operator_of(func)
+        if operator.kind is Kind.MUTATING:
+            # What an operation fills beside its result (the noise of rrelu), autograd saved a moment ago,
+            # for the value that it will have.
+            spared = () if operator.inplace else just_kept
+            return self._run_mutating(func, operator, types, args, kwargs, spared)
+        out = func(*args, **kwargs)
+        if operator.kind is Kind.VIEW and look_up(args[0]) is OUTSIDE:
+            return out
+        # Without grad mode, a user's autograd function runs: what it allocates, a kernel may fill unseen.
+        unseen = operator.allocates and not torch.is_grad_enabled()
+        if types or self._suspended or unseen or operator.kind is Kind.OPAQUE:
+            self._enter_unknown(operator, out)
+        elif operator.constant:
+            self._record_constant(func, args, out)
+        elif operator.kind is Kind.NORM and args[5]:
+            self.record(func, operator, (*args[:3], None, None, *args[5:]), kwargs, out)
+        else:
+            self.record(func, operator, args, kwargs, out)
+        return out
+
+    def _run_mutating(
+        self,
+        func: Any,
+        operator: Operator,
+        types: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        spared: Sequence[Kept],
+    ) -> Any:
+        mutated = list(
+            tensors_among(
+                kwargs.get(at) if isinstance(at, str) else args[at] if at < len(args) else None
+                for at in operator.mutated
+            )
+        )
+        recipe = None
+        if operator.inplace and not (types or self._suspended) and isinstance(args[0], torch.Tensor):
+            before = look_up(args[0])
+            if isinstance(before, Handle) and not (isinstance(before, Kept) and not before.anchored):
+                recipe = self._recipe(func, operator, args, kwargs, [args[0]])
+        for tensor in mutated:
+            self.before_write(tensor, spared)
+        out = func(*args, **kwargs)
+        for tensor in mutated:
+            if recipe is not None:
+                self._enter(tensor, recipe)
+            elif operator.binary or tensor.dtype is torch.bool:
+                enter(tensor, Packed())
+            elif look_up(tensor) is not OUTSIDE:
+                enter(tensor, None)
+            written(tensor)
+        return out
+
+    def _enter_unknown(self, operator: Operator, out: Any) -> None:
+        for tensor in tensors_among((out,)):
+            bit = operator.binary or tensor.dtype is torch.bool
+            enter(tensor, Packed() if bit and operator.kind is not Kind.VIEW else None)
+
+    def _record_constant(self, func: Any, args: tuple[Any, ...], out: torch.Tensor) -> None:
+        """A constant needs no example to be made again, only its shape."""
+        if not out.is_contiguous():
+            enter(out, None)
+            return
+        value = args[1] if func is aten.full_like.default else int(func is aten.ones_like.default)
+        options = {"dtype": out.dtype, "device": out.device}
+        recipe = Replayed(aten.full.default, (list(out.shape), value), options, 0, 0)
+        self._enter(out, recipe)
+
+    def _recipe(
+        self,
+        func: Any,
+        operator: Operator,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        outputs: list[torch.Tensor],
+    ) -> Replayed | None:
+        """The recipe of an operation, or None where keeping its output is cheaper."""
+        operands = (*args, *kwargs.values()) if kwargs else args
+        cost = price(operator, operands, outputs, self._work_limit)
+        if cost is None:
+            return None
+        known = cost.known
+        return Replayed(
+            func,
+            tuple([self._operand(arg, known) for arg in args]),
+            {name: self._operand(arg, known) for name, arg in kwargs.items()} if kwargs else _NO_KWARGS,
+            cost.work,
+            cost.depth,
+            operator.inplace,
+            cost.cheap,
+        )
+
+    def _operand(self, arg: Any, known: dict[int, Any]) -> Any:
+        if isinstance(arg, torch.Tensor):
+            handle = known[id(arg)] = self._relied_on(arg, known[id(arg)])
+            return handle
+        if isinstance(arg, (list, tuple)) and any(isinstance(item, torch.Tensor) for item in arg):
+            return [self._operand(item, known) for item in arg]
+        return arg
+
+    def _relied_on(self, tensor: torch.Tensor, handle: Any) -> Handle:
+        """The handle to store, for a tensor of which :func:`look_up` said this."""
+        if isinstance(handle, Passing):
+            handle = handle.leads_to()
+        if isinstance(handle, Packed):
+            handle.materialize(tensor)
+        elif handle is OUTSIDE:
+            handle = self._keep_outsider(tensor)
+        elif handle is None:
+            handle = Kept(_alias(tensor))
+            enter(tensor, handle)
+            self._remember(handle)
+        if isinstance(handle, Kept):
+            handle.anchored = True
+        return handle  # type: ignore[no-any-return]
+
+    def _keep_outsider(self, tensor: torch.Tensor) -> Kept:
+        # A loop over time takes the same view of a weight at each step: one handle serves them all.
+        # Each view is looked up twice, as an operand and for autograd.
+        view, kept = self._latest_view
+        if view is not tensor:
+            key = id(tensor) if tensor.is_leaf else _view_key(tensor)
+            earlier = self._outside.get(key)
+            kept = earlier() if earlier is not None else None
+            if not tensor.is_leaf:
+                self._latest_view = tensor, kept
+        if kept is not None and kept.version == tensor._version and _same(kept.tensor, tensor):
+            return kept
+        self._latest_view = None, None
+        # A leaf can be held as it is; another tensor would tie its graph into a cycle.
+        kept = Kept(tensor if tensor.is_leaf else _alias(tensor))
+        if kept.version >= 0:
+            key = id(tensor) if tensor.is_leaf else _view_key(tensor)
+            self._outside[key] = weakref.ref(kept)
+        self._remember(kept)
+        return kept
+
+    def _remember(self, kept: Kept) -> None:
+        kept.where = self.where
+        if is_plain(kept.tensor):
+            self._kept_by_storage.setdefault(storage_key(kept.tensor), []).append(weakref.ref(kept))
+
+    def _enter(self, out: torch.Tensor, recipe: Replayed | None, base: torch.Tensor | None = None) -> None:
+        """Write down a tensor's recipe; None: it has none."""
+        if recipe is not None and (self._check or self._observer is not None):
+            recipe.where = self.where
+            if self._check:
+                recipe.checksum = checksum(out)
+        enter(out, recipe, base)
+
+    def _label(self, handle: Handle, tensor: torch.Tensor) -> None:
+        if handle.where is None:
+            handle.where = self.where
+        if self._check and handle.checksum is None and not isinstance(handle, Kept):
+            with OffStack(self), torch.no_grad():
+                handle.checksum = checksum(tensor)
+
+
+class OffStack:
+    """Context manager: a tape records nothing inside; None for no tape."""
+
+    __slots__ = ("_popped", "_tape")
+
+    def __init__(self, tape: Tape | None) -> None:
+        self._tape = tape
+
+    def __enter__(self) -> None:
+        self._popped = False
+        if self._tape is None:
+            return
+        # Off the stack it costs nothing; below a mode that the user entered it has to stay.
+        if _get_current_dispatch_mode() is self._tape:
+            _pop_mode()
+            self._popped = True
+        else:
+            self._tape._paused += 1
+
+    def __exit__(self, *exc: object) -> None:
+        if self._tape is None:
+            return
+        if self._popped:
+            _push_mode(self._tape)
+        else:
+            self._tape._paused -= 1
+
+
+def _alias(tensor: torch.Tensor) -> torch.Tensor:
+    """The same storage and version counter, without the tensor's place in the graph."""
+    with (
+        torch._C._DisableTorchDispatch(),
+        torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False),
+        torch.no_grad(),
+    ):
+        return tensor.detach()
+
+
+def _view_key(tensor: torch.Tensor) -> Any:
+    if not is_plain(tensor):
+        return id(tensor)
+    bits = tensor.is_conj(), tensor.is_neg()
+    return storage_key(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, bits
+
+
+def _same(kept: torch.Tensor, tensor: torch.Tensor) -> bool:
+    """Whether what is kept is this leaf, or a view of it that was not copied away since."""
+    if tensor.is_leaf or not is_plain(tensor):
+        return kept is tensor
+    return kept.data_ptr() == tensor.data_ptr()

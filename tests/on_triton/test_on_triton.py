@@ -1,0 +1,37 @@
+"""The Triton forms without a GPU: interpreted, and compiled for three architectures.
+
+Whether Triton interprets is decided when kernels are imported, so each group runs in a process of its own.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+
+def run(group: str, interpreted: bool) -> None:
+    """The tests of a group, which must pass, and not be skipped one and all."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    if interpreted:
+        environment["TRITON_INTERPRET"] = "1"
+    file = Path(__file__).with_name(f"{group}.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    found = result.stdout + result.stderr
+    if re.search(r"\d+ skipped", found) and not re.search(r"\d+ passed", found):
+        pytest.skip(found.strip())
+    assert result.returncode == 0 and re.search(r"\d+ passed", found), found
+
+
+@pytest.mark.parametrize("group", ["interpreted_bits", "interpreted_steps", "interpreted_sequences"])
+def test_interpreted_kernels_give_the_bits_of_their_references(group):
+    run(group, interpreted=True)
+
+
+def test_kernels_compile_for_gpus_to_the_arithmetic_that_is_meant():
+    run("ahead_of_time", interpreted=False)
