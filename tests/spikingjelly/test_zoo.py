@@ -39,6 +39,14 @@ def multi_step(make):
     return build
 
 
+def narrow(vgg):
+    """The classifier 32 wide in place of 4096: a hundred million weights to no other end."""
+    for place, (before, after) in {0: (25088, 32), 3: (32, 32), 6: (32, 5)}.items():
+        assert isinstance(vgg.classifier[place], layer.Linear)
+        vgg.classifier[place] = layer.Linear(before, after)
+    return vgg
+
+
 ZOO = {
     "sew_resnet18 ADD LIF": (
         lambda: sew_resnet.sew_resnet18(**FIVE, cnf="ADD", **LIF),
@@ -67,10 +75,10 @@ ZOO = {
     "ms_resnet18": (lambda: ms_resnet.ms_resnet18(**FIVE), SMALL),
     "max_resnet18": (lambda: ms_resnet.max_resnet18(**FIVE), SMALL),
     "spiking_vgg11_bn PLIF": (
-        lambda: spiking_vgg.spiking_vgg11_bn(**FIVE, **PLIF),
+        lambda: narrow(spiking_vgg.spiking_vgg11_bn(**FIVE, **PLIF)),
         SMALL,
     ),
-    "spiking_vgg11 LIF": (lambda: spiking_vgg.spiking_vgg11(**FIVE, **LIF), SMALL),
+    "spiking_vgg11 LIF": (lambda: narrow(spiking_vgg.spiking_vgg11(**FIVE, **LIF)), SMALL),
     "spikformer": (
         lambda: spikformer.Spikformer(
             T=2,

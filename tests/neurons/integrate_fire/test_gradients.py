@@ -1,6 +1,5 @@
 """The written-out gradients against autograd, and the sweeps in place against the specification."""
 
-import doctest
 import itertools
 import math
 
@@ -298,8 +297,3 @@ def test_numbers_that_are_not_finite():
         for a, b in zip((*got, found.x), (*expected, g_x), strict=True):
             assert torch.equal(a.nan_to_num(9), b.nan_to_num(9))
             assert torch.equal(a.isnan(), b.isnan())
-
-
-@pytest.mark.parametrize("module", [cuts, dynamics, sweeps])
-def test_examples(module):
-    assert doctest.testmod(module).failed == 0

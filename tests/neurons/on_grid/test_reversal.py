@@ -414,7 +414,7 @@ def test_truncation_frees_what_came_before() -> None:
     net = srp.convert_to_reversible(hidden())
     snntorch.SpikingNeuron.instances = [net.lif1, net.lif2]
     alive, before = [], len(timelines())
-    for x in x_of(30):
+    for x in x_of(8):
         spikes, mem = net(x)
         (spikes.sum() + mem.sum()).backward()
         snntorch.Leaky.detach_hidden()
