@@ -5,7 +5,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 # Named by content, not by date: a fresh checkout touches every file without changing one.
 STAMP := $(VENV)/.installed-$(shell cksum < pyproject.toml | tr ' ' '-')
-PYTEST_ARGS ?= -n auto
+PYTEST_ARGS ?= -n auto --dist worksteal
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
@@ -49,8 +49,8 @@ unit: $(STAMP)  ## pytest alone; choose with PYTEST_ARGS="-k data"
 
 full: test matrix  ## all that and what is heavy: every supported version
 
-matrix:  ## the fast tests in every supported version, one environment at a time: docs/compatibility.md (uv)
-	$(PYTHON) tools/matrix.py
+matrix: $(STAMP)  ## the fast tests in every supported version, one environment at a time: docs/compatibility.md
+	$(PY) tools/matrix.py
 
 docs: $(STAMP)  ## the site in out/site; a warning fails
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet

@@ -38,15 +38,9 @@ class Environment:
         extras = "spikingjelly,snntorch" + (",fast" if self.numba else "")
         wanted = (f"torch{self.torch}", f"snntorch{self.snntorch}", "pytest", "hypothesis")
         return [
-            *("uv", "run", "--isolated", "--no-project", "--no-python-downloads"),
-            *(
-                "--cache-dir",
-                str(CACHE),
-                "--python",
-                interpreter(self.python),
-                "--with-editable",
-                f".[{extras}]",
-            ),
+            *(sys.executable, "-m", "uv", "run", "--isolated", "--no-project", "--no-python-downloads"),
+            *("--cache-dir", str(CACHE), "--python", interpreter(self.python)),
+            *("--with-editable", f".[{extras}]"),
             *(word for each in wanted for word in ("--with", each)),
             *("python", "-m", "pytest", *TESTS),
         ]
@@ -68,7 +62,7 @@ class Environment:
 ENVIRONMENTS = (
     Environment("==2.14.*", "3.11", "==1.*", numba=True),
     Environment("==2.14.*", "3.13", "==0.9.4", numba=False),
-    Environment("==2.9.*", "3.11", "==1.*", numba=True),
+    Environment("==2.9.*", "3.12", "==1.*", numba=True),
     Environment("==2.6.*", "3.11", "==0.9.4", numba=True),
     Environment("", "3.13", "==1.*", numba=True),
 )
