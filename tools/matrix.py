@@ -54,7 +54,8 @@ class Environment:
             return row(*asked, f"not to be had: {reason(done.stderr + done.stdout)}"), False
         found = dict(re.findall(r"(\w+) ([^,\s]+)", header[1]))
         failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
-        result = "; ".join([done.stdout.splitlines()[-1].strip("= "), *(f"`{test}`" for test in failed)])
+        counts = re.findall(r"\d+ (?:passed|failed|skipped|errors?)", done.stdout.splitlines()[-1])
+        result = "; ".join([", ".join(counts), *(f"`{test}`" for test in failed)])
         return row(*(found.get(name, "absent") for name in NAMES), result), done.returncode == 0
 
 
