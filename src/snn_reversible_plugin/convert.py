@@ -309,7 +309,11 @@ def differentiated(model: nn.Module) -> Iterator[None]:
 
     What neurons on the grid compute there is the specification of what they compute on the tape.
     """
-    others = [module for module in model.modules() if not (module is model or is_on_grid(module))]
+    others = [
+        module
+        for module in model.modules()
+        if module is not model and not getattr(module, "is_set_for_grid", is_on_grid(module))
+    ]
     with stock_classes(others), switches.autograd():
         yield
 
@@ -317,6 +321,12 @@ def differentiated(model: nn.Module) -> Iterator[None]:
 def is_on_grid(module: nn.Module) -> bool:
     """Whether a neuron, as it is set now, runs on the grid."""
     return getattr(module, "arithmetic", None) == "grid"
+
+
+def off_grid_reason(name: str, module: nn.Module, settings: Settings) -> str:
+    """Why a neuron of a model is off the grid, since the conversion or now; empty where it isn't."""
+    now: str = getattr(module, "off_grid_reason", "")
+    return settings.off_grid.get(name, now)
 
 
 def settings_of(model: nn.Module) -> Settings:

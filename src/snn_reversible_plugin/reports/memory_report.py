@@ -187,7 +187,8 @@ def _about_neuron(name: str, module: nn.Module, settings: convert.Settings) -> s
     if treatment is None:
         return ""
     about = f"{treatment}, {getattr(module, 'arithmetic', 'stock')} arithmetic"
-    return f"{about}: {settings.off_grid[name]}" if name in settings.off_grid else about
+    reason = convert.off_grid_reason(name, module, settings)
+    return f"{about}: {reason}" if reason else about
 
 
 def _storages(model: nn.Module, inputs: tuple[Any, ...]) -> set[int]:

@@ -30,6 +30,7 @@ class Verification:
     is the message of the check mode, if a rebuilt tensor was not the forward's. ``guarantees`` says of each
     spiking neuron in which arithmetic it runs; ``as_autograd``, where one runs on the grid, whether
     outputs, gradients and spikes are those of autograd through the same forward, bit for bit; else None.
+    ``off_grid`` says why a neuron is off the grid, or left it in this run.
     """
 
     outputs_equal: bool
@@ -44,6 +45,7 @@ class Verification:
     stays_stock: dict[str, str] = field(default_factory=dict)
     guarantees: dict[str, str] = field(default_factory=dict)
     as_autograd: bool | None = None
+    off_grid: dict[str, str] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -88,6 +90,8 @@ class Verification:
             table.add_row(f"{arithmetic} arithmetic", "", ", ".join(names))
         for name, reason in self.stays_stock.items():
             table.add_row(f"{name} stays stock", "", reason)
+        for name, reason in self.off_grid.items():
+            table.add_row(f"{name or 'model'} off the grid", "", reason)
         if self.replay_error is not None:
             table.add_row("replay", "", self.replay_error)
         Console().print(table)
@@ -136,6 +140,11 @@ def verify(model: nn.Module, *inputs: Any, loss: Loss | None = None, repeats: in
             for name, module in model.named_modules()
             if is_spiking(module)
         }
+        off_grid = {
+            name: reason
+            for name, module in model.named_modules()
+            if is_spiking(module) and (reason := convert.off_grid_reason(name, module, settings))
+        }
         replay_error = None
         try:
             with unchanged(model), convert.reversible(model, mode=settings.mode, check=True):
@@ -158,6 +167,7 @@ def verify(model: nn.Module, *inputs: Any, loss: Loss | None = None, repeats: in
         stays_stock=settings.stays_stock,
         guarantees=guarantees,
         as_autograd=as_autograd,
+        off_grid=off_grid,
     )
 
 

@@ -525,13 +525,18 @@ def test_a_sequence_that_leaves_the_range_goes_on_in_stocks_arithmetic(make: Any
         assert ours.dtype is theirs.dtype
         assert torch.allclose(ours, theirs, atol=1e-2, rtol=1e-3, equal_nan=True)
     weighted(outputs).backward()
-    assert not convert.is_on_grid(net.lif1)
+    assert net.lif1.off_grid_reason
+    report = srp.verify(net, large, loss=weighted, repeats=1)
+    assert report.ok, report
+    assert report.off_grid["lif1"] and report.guarantees["lif1"] == "grid"
+    rows = {row.name: row.neuron for row in srp.memory_report(net, large, loss=weighted).modules}
+    assert report.off_grid["lif1"] in rows["lif1"]
     for module in net.modules():
         if isinstance(module, neuron.BaseNode):
             module.reset()
     net.zero_grad()
     outputs = net(x_seq)
-    assert convert.is_on_grid(net.lif1)
+    assert not net.lif1.off_grid_reason
     weighted(outputs).backward()
     ours = gradients(net)
     again = srp.convert_to_reversible(make())

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from snn_reversible_plugin.grid import decay, snap
 from snn_reversible_plugin.grid.decays import NONE, Step, decay_of
+from snn_reversible_plugin.grid.range import check_step, reach
 from snn_reversible_plugin.grid.step import steps_on
 from snn_reversible_plugin.neurons.integrate_fire.reference import Rule, fire_reset_vjp
 from snn_reversible_plugin.neurons.on_grid.step import Before, Charged, Constants, Parameters, Stepped
-from snn_reversible_plugin.neurons.on_grid.timeline import NewCharged
+from snn_reversible_plugin.neurons.on_grid.timeline import REMEDY, NewCharged
 from snn_reversible_plugin.neurons.rerun import differentiable_once
 from snn_reversible_plugin.neurons.surrogates import Surrogate
 from snn_reversible_plugin.ops.layouts import flat, like
@@ -98,6 +99,7 @@ class IntegrateFire(Constants):
         beta = parameters[0] if parameters else self.beta
         x = current if gain is None else current.float() * gain
         h = decay(snap(state, bits), beta, bits) + snap(x, bits)
+        check_step(reach(h), self.name, bits, REMEDY)
         assert self.fire is not None
         s = self.fire(h - rule.v_threshold)
         reset = s.detach() if rule.detach_reset else s

@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ from snn_reversible_plugin.neurons.on_grid import switches
 #    is remembered, weakly. A sequence that starts from another (a reset, zeros of the user's) is on the
 #    grid again. Say a membrane charges to 300 at step 7: steps 0 to 6 are undone from the membrane after
 #    step 6, steps 7 to the end hold theirs, and the next sequence starts on the grid.
+#    Such a sequence is in neither arithmetic alone. What holds of it is what holds on the grid, the exact
+#    gradient of the forward that ran; the reason is said beside it.
 # 3. Where the user asked for the grid by name (`arithmetic="grid"`), a state that leaves it is an error.
 # 4. The user is told once a neuron, and the reason stands in every report.
 
@@ -64,15 +66,21 @@ class OnGrid(SwappedClass):
         raise NotImplementedError
 
     @property
+    def is_set_for_grid(self) -> bool:
+        """Whether the neuron, as it is set now, has steps on the grid."""
+        return not isinstance(self.grid_settings(), str)
+
+    @property
     def off_grid_reason(self) -> str:
         """Why the neuron as it is set now, or its last call, is off the grid; empty where it isn't."""
         settings = self.grid_settings()
-        return settings if isinstance(settings, str) else _reasons.get(self, "")
+        return settings if isinstance(settings, str) else _reasons[self].why if self in _reasons else ""
 
     @property
     def arithmetic(self) -> str:
         """Which guarantee holds, with the settings of now and the last call."""
-        return "stock" if self.off_grid_reason else "grid"
+        left_to_stock = self in _reasons and _reasons[self].from_the_start
+        return "grid" if self.is_set_for_grid and not left_to_stock else "stock"
 
     @property
     def treatment(self) -> str:
@@ -91,11 +99,11 @@ class OnGrid(SwappedClass):
         try:
             result = self.step_on_grid(settings, *args, **kwargs)
         except OffGrid as why:
-            self._warn(str(why))
+            self._warn(why)
         except OverflowError as why:
             if STRICT.of(self):  # type: ignore[arg-type]
                 raise
-            self._warn(str(why))
+            self._warn(why)
         else:
             if result is not NotImplemented:
                 if _reasons:
@@ -115,7 +123,7 @@ class OnGrid(SwappedClass):
             state is one for state in self.states_on_grid(*args, **kwargs) for one in left
         )
 
-    def _warn(self, why: str) -> None:
+    def _warn(self, why: Exception) -> None:
         if self not in _warned:
             _warned.add(self)
             warnings.warn(
@@ -123,11 +131,18 @@ class OnGrid(SwappedClass):
                 f"until its states are reset. {why}",
                 stacklevel=4,
             )
-        _reasons[self] = why
+        _reasons[self] = _Reason(str(why), isinstance(why, OffGrid))
+
+
+class _Reason(NamedTuple):
+    """Why a call was off the grid; ``from_the_start``: no step of its kind can be on it."""
+
+    why: str
+    from_the_start: bool
 
 
 _left: weakref.WeakKeyDictionary[Any, tuple[weakref.ref[Tensor], ...]] = weakref.WeakKeyDictionary()
-_reasons: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+_reasons: weakref.WeakKeyDictionary[Any, _Reason] = weakref.WeakKeyDictionary()
 _warned: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
