@@ -8,13 +8,14 @@ STAMP := $(VENV)/.installed-$(shell cksum < pyproject.toml | tr ' ' '-')
 PYTEST_ARGS ?= -n auto --dist worksteal
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+FUZZ_SECONDS ?= 3600
 
 # Memory that is freed stays with the process. On a virtual machine the page faults of large tensors, mapped
 # and unmapped again and again, can take longer than the arithmetic.
 export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 1099511627776
 
-.PHONY: help venv demo test full matrix lint format types docs unit bench quick clean
+.PHONY: help venv demo test full matrix lint format types docs unit fuzz bench quick clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -46,6 +47,9 @@ types: $(STAMP)  ## mypy
 
 unit: $(STAMP)  ## pytest alone; choose with PYTEST_ARGS="-k data"
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+fuzz: $(STAMP)  ## random programs, stock and converted, for FUZZ_SECONDS=3600; prints those that differ, and what it covered
+	PYTHONPATH=tests/helpers $(PY) -m fuzz --seconds $(FUZZ_SECONDS)
 
 full: test matrix  ## all that and what is heavy: every supported version
 

@@ -1,0 +1,1 @@
+"""Random training programs, each run stock and converted: ``python -m fuzz --seconds 3600``."""
