@@ -33,6 +33,8 @@ from snn_reversible_plugin.tape.origins import (
     enter,
     forget_writes,
     look_up,
+    outlived,
+    outlives,
     written,
 )
 from snn_reversible_plugin.tape.recipes import WORK_LIMIT, price, tensors_among
@@ -144,6 +146,11 @@ class Tape(TorchDispatchMode):
         """Forget what only a forward needs: whatever autograd saved keeps its tape alive."""
         self._outside.clear()
         self._just_kept.clear()
+        for refs in self._kept_by_storage.values():
+            for ref in refs:
+                kept = ref()
+                if kept is not None and kept.anchored:
+                    outlives(kept)
         self._kept_by_storage.clear()
         self._latest_view = None, None
         if self._last_product is not None:  # of a block that is rebuilt; see recipes, note 9
@@ -188,8 +195,9 @@ class Tape(TorchDispatchMode):
             handle.materialize(tensor)
         if not is_plain(tensor):
             return
-        for ref in self._kept_by_storage.pop(storage_key(tensor), ()):
-            kept = ref()
+        storage = storage_key(tensor)
+        found = [ref() for ref in self._kept_by_storage.pop(storage, ())]
+        for kept in (*found, *outlived(storage)):
             if kept is not None and kept.anchored and not any(kept is one for one in spared):
                 kept.spill()
 
