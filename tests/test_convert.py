@@ -279,37 +279,20 @@ def test_a_parameter_changed_between_forward_and_backward(net, x):
         loss.backward()
 
 
-class Centred(nn.Module):
-    """Takes away a running mean, which it then writes to."""
-
-    def __init__(self):
-        super().__init__()
-        self.mean = nn.Buffer(torch.zeros(8))
-
-    def forward(self, y):
-        out = (y - self.mean).square()
-        self.mean.mul_(0.9).add_(0.1 * y.detach().mean(0))
-        return out
-
-
-@pytest.mark.parametrize("part", ["running mean", "spectral norm"])
 @pytest.mark.parametrize("arithmetic", ["stock", "auto"])
-def test_a_buffer_that_each_call_of_a_loop_writes_to(part, arithmetic):
+def test_a_buffer_that_each_call_of_a_loop_writes_to(arithmetic):
     """A call relies on it by reference, and the next one writes to it before there is a backward."""
 
     def make():
         torch.manual_seed(0)
-        linear = nn.Linear(8, 8)
-        if part == "spectral norm":
-            return nn.Sequential(neuron.IFNode(), nn.utils.parametrizations.spectral_norm(linear))
-        return nn.Sequential(neuron.IFNode(), linear, Centred())
+        return nn.Sequential(neuron.IFNode(), nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)))
 
     found = []
     for convert in (False, True):
         net = srp.convert_to_reversible(make(), arithmetic=arithmetic) if convert else make()
         x_seq = torch.rand(6, 3, 8, generator=torch.Generator().manual_seed(1))
         sum(net(x).square().sum() for x in x_seq).backward()
-        found.append([*(p.grad for p in net.parameters()), *(b for n, b in net.named_buffers())])
+        found.append([*(p.grad for p in net.parameters()), *net.buffers()])
     for stock, ours in zip(*found, strict=True):
         assert torch.equal(stock, ours)
 

@@ -1,14 +1,22 @@
-"""DistributedDataParallel with two gloo processes: converted trains as stock does."""
+"""Wrappers for several devices, as far as a CPU goes: converted trains as stock does."""
+
+import importlib
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import snn_reversible_plugin as srp
+from snn_reversible_plugin.convert import differentiated
 from two_processes import together
 
 neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
+snntorch = pytest.importorskip("snntorch")
 from spikingjelly.activation_based import functional, layer  # noqa: E402
 
 
@@ -48,3 +56,164 @@ def train(rank):
 
 def test_two_processes(tmp_path):
     assert together(tmp_path, train) == [(True, True), (True, True)]
+
+
+def stepped():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(8, 16),
+        snntorch.Leaky(beta=0.9, init_hidden=True, learn_threshold=True),
+        nn.Linear(16, 4),
+        snntorch.Leaky(beta=0.8, init_hidden=True, output=True),
+    )
+
+
+def train_step_by_step(rank, arithmetic, around):
+    """A loop calls the wrapped network: each call overwrites the buffers first, membranes among them."""
+    reference, net = stepped(), srp.convert_to_reversible(stepped(), arithmetic=arithmetic)
+    if arithmetic != "stock":
+        srp.convert_to_reversible(reference, arithmetic=arithmetic)
+    gradients = []
+    for model in (reference, net):
+        ddp = DistributedDataParallel(model)
+        torch.manual_seed(rank + 1)
+        whole = srp.reversible(net) if around and model is net else nullcontext()
+        by_autograd = (
+            differentiated(model) if model is reference and arithmetic != "stock" else nullcontext()
+        )
+        loss = 0.0
+        with whole, by_autograd:
+            for x in torch.rand(6, 4, 8) * 2:
+                _, mem = ddp(x)
+                # A copy: what the loss itself saves by reference is overwritten in stock, too.
+                loss = loss + mem.clone().square().mean()
+        loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    return all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def step_by_step(rank):
+    return [
+        train_step_by_step(rank, arithmetic, around)
+        for arithmetic in ("stock", "auto")
+        for around in (False, True)
+    ]
+
+
+def test_membranes_that_the_wrapper_overwrites_between_two_calls(tmp_path):
+    assert together(tmp_path, step_by_step) == [[True] * 4] * 2
+
+
+class NormOfBoth(torch.autograd.Function):
+    """Batch norm over both processes, as SyncBatchNorm computes it, whose kernels no CPU has."""
+
+    sums = 0
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        mean, square = x.mean(0), x.square().mean(0)
+        for statistic in (mean, square):
+            dist.all_reduce(statistic)
+            NormOfBoth.sums += 1
+        mean, square = mean / 2, square / 2
+        scale = (square - mean * mean + 1e-5).rsqrt()
+        ctx.save_for_backward(x, weight, mean, scale)
+        return (x - mean) * scale * weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, mean, scale = ctx.saved_tensors
+        normed = (x - mean) * scale
+        sums = torch.stack([grad.mean(0), (grad * normed).mean(0)])
+        dist.all_reduce(sums)
+        NormOfBoth.sums += 1
+        sums = sums / 2
+        of_x = (grad - sums[0] - normed * sums[1]) * scale * weight
+        return of_x, (grad * normed).sum(0)
+
+
+class BothNorm(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return NormOfBoth.apply(x.flatten(0, 1), self.weight).view_as(x)
+
+
+def train_with_statistics_of_both(rank):
+    found, sums = [], []
+    for convert in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Linear(8, 16), neuron.LIFNode(step_mode="m"), nn.Linear(16, 16), BothNorm(16),
+            neuron.LIFNode(step_mode="m"), nn.Linear(16, 4), BothNorm(4),
+        )  # fmt: skip
+        ddp = DistributedDataParallel(srp.convert_to_reversible(model) if convert else model)
+        torch.manual_seed(rank + 1)
+        NormOfBoth.sums = 0
+        ddp(torch.rand(4, 3, 8) * 3).square().sum().backward()
+        sums.append(NormOfBoth.sums)
+        found.append([p.grad.clone() for p in model.parameters()])
+    return all(torch.equal(a, b) for a, b in zip(*found, strict=True)), sums
+
+
+def test_a_norm_over_both_processes_sums_no_second_time(tmp_path):
+    assert together(tmp_path, train_with_statistics_of_both) == [(True, [6, 6])] * 2
+
+
+@pytest.mark.parametrize("first", ["converted", "synchronized"])
+def test_synchronized_batch_norm(first):
+    """On a CPU and in one process it computes what batch norm computes."""
+
+    def synchronized(model):
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+    def plain():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), neuron.IFNode(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+        )
+
+    expected = synchronized(plain())
+    net = plain()
+    convert = partial(srp.convert_to_reversible, arithmetic="stock")
+    for change in (convert, synchronized)[:: 1 if first == "converted" else -1]:
+        net = change(net)
+    assert isinstance(net, srp.convert.Recorded) and isinstance(net[1], nn.SyncBatchNorm)
+    x = torch.rand(3, 2, 8, 8) * 2
+    for model in (expected, net):
+        model(x).square().sum().backward()
+    for a, b in zip(expected.parameters(), net.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_data_parallel_without_a_gpu_and_replicas():
+    """A replica shares its module's ``__dict__`` but for parameters, which are tensors with a graph."""
+    expected, net = make(), srp.convert_to_reversible(make())
+    x = torch.rand(4, 3, 2, 8, 8) * 3
+    for model in (expected, nn.DataParallel(net)):
+        model(x).square().sum().backward()
+    for a, b in zip(expected.parameters(), net.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_replicas_of_data_parallel(monkeypatch):
+    """What replicate makes, with copies on the CPU in place of copies on GPUs, run in a thread each."""
+    parallel = importlib.import_module("torch.nn.parallel.replicate")
+    monkeypatch.setattr(parallel, "_get_device_index", lambda device, _: device)
+    monkeypatch.setattr(
+        parallel,
+        "_broadcast_coalesced_reshape",
+        lambda tensors, devices, detach=False: [[t.clone() for t in tensors] for _ in devices],
+    )
+    parts = (torch.rand(4, 6, 2, 8, 8) * 3).chunk(2, 1)
+    found = []
+    for net in (make(), srp.convert_to_reversible(make())):
+        replicas = parallel.replicate(net, [0, 1])
+        with ThreadPoolExecutor(2) as threads:
+            outputs = list(threads.map(lambda replica, x: replica(x), replicas, parts))
+        torch.cat(outputs, 1).square().sum().backward()
+        found.append([*outputs, *(p.grad for p in net.parameters())])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)

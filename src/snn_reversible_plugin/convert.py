@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from snn_reversible_plugin.blocks.streams_on_grid import OnGrid, carries_a_membrane
 from snn_reversible_plugin.blocks.surgery import wrap_by_conversion
@@ -35,7 +36,7 @@ from snn_reversible_plugin.modules.swap import (
 )
 from snn_reversible_plugin.modules.tracking import tracked
 from snn_reversible_plugin.neurons.on_grid import switches
-from snn_reversible_plugin.tape import MODES, recording, suspended
+from snn_reversible_plugin.tape import MODES, hand_over, recording, suspended
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -78,7 +79,19 @@ class Recorded(SwappedClass):
         if compiled or switches.by_autograd():
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         with recording(settings_of(self).mode):  # type: ignore[arg-type]
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+            result = super().__call__(*args, **kwargs)  # type: ignore[misc]
+            if _buffers_are_broadcast():
+                hand_over(self.buffers())  # type: ignore[attr-defined]
+            return result
+
+
+def _buffers_are_broadcast() -> bool:
+    """Whether the caller is a DistributedDataParallel that overwrites the buffers before its next call.
+
+    It does so past their version counters, and membranes may be among them.
+    """
+    wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    return wrapper is not None and bool(wrapper.will_sync_module_buffers())
 
 
 class Skipped(SwappedClass):

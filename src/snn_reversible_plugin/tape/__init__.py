@@ -37,20 +37,21 @@ Example:
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
 from snn_reversible_plugin.tape.handles import Handle, Kept, Packed, owns, peek, unpack
-from snn_reversible_plugin.tape.origins import enter
+from snn_reversible_plugin.tape.origins import OUTSIDE, enter, look_up
 from snn_reversible_plugin.tape.recipes import WORK_LIMIT
 from snn_reversible_plugin.tape.tape import Observer, OffStack, Rule, Tape
 
 __all__ = [
     "MODES",
     "current",
+    "hand_over",
     "handle_of",
     "is_recording",
     "keep",
@@ -193,6 +194,21 @@ def handle_of(tensor: torch.Tensor) -> Handle:
 def keep(tensor: torch.Tensor) -> Kept:
     """A handle that keeps a tensor as it is now, for one who must not rebuild it."""
     return _tape().keep(tensor)
+
+
+def hand_over(tensors: Iterable[torch.Tensor]) -> None:
+    """Say that somebody may write to tensors from here on, and that nobody will see it.
+
+    What relies on them is copied, and what is known of them forgotten.
+    """
+    tape = current()
+    if tape is None:
+        return
+    with OffStack(tape):
+        for tensor in tensors:
+            tape.before_write(tensor)
+            if look_up(tensor) is not OUTSIDE:
+                enter(tensor, None)
 
 
 def mark_spikes(spikes: torch.Tensor) -> None:

@@ -91,9 +91,7 @@ def tensors_among(args: Iterable[Any]) -> Iterator[torch.Tensor]:
         if isinstance(arg, torch.Tensor):
             yield arg
         elif isinstance(arg, (list, tuple)):
-            for item in arg:
-                if isinstance(item, torch.Tensor):
-                    yield item
+            yield from tensors_among(arg)
 
 
 def _bytes(tensor: torch.Tensor) -> int:

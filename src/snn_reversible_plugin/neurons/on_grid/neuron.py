@@ -200,7 +200,8 @@ def constants_of(neuron: Any, of: str, settings: tuple[Any, ...], make: Callable
     found = known.get(of)
     if found is None or found[0] != settings:
         try:
-            found = known[of] = settings, make(*given)
+            with tape.paused():  # they outlive the recording, so what is made of them may not lean on it
+                found = known[of] = settings, make(*given)
         except ValueError as error:
             raise OffGrid(str(error)) from error
     return found[1]
