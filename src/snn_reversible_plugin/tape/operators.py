@@ -151,8 +151,7 @@ def _read_off(func: Any) -> Operator:
     mutated = tuple(
         arg.name if arg.kwarg_only else position
         for position, arg in enumerate(schema.arguments)
-        if arg.alias_info is not None
-        and arg.alias_info.is_write
+        if (arg.alias_info is not None and arg.alias_info.is_write)
         # Collectives write to tensors, and their schemas don't say so.
         or (func.namespace == "c10d" and "Tensor" in str(arg.type))
     )
