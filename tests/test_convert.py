@@ -328,6 +328,45 @@ def test_compiling_after_the_conversion(x, how):
         assert torch.equal(a.grad, b.grad)
 
 
+@pytest.mark.parametrize("arithmetic", ["stock", "auto"])
+@pytest.mark.parametrize("how", ["in place", "torch.compile"])
+def test_compiling_a_neuron_after_the_conversion(arithmetic, how):
+    """Under a tape it runs as it is written, and nothing of the package's own is compiled."""
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph
+
+    def make():
+        torch.manual_seed(0)
+        return srp.convert_to_reversible(
+            nn.Sequential(nn.Linear(4, 8), neuron.LIFNode(), nn.Linear(8, 2)), arithmetic=arithmetic
+        )
+
+    found = []
+    for is_compiled in (False, True):
+        net = make()
+        if is_compiled and how == "in place":
+            net[1].compile(backend=backend)
+        elif is_compiled:
+            net[1] = torch.compile(net[1], backend=backend)
+        if not found:  # what is tested once a process is not what is tested here
+            net(torch.rand(3, 4))
+            reset(net)
+        x_seq = torch.rand(5, 3, 4, generator=torch.Generator().manual_seed(1)) * 3
+        sum(net(x).square().sum() for x in x_seq).backward()
+        found.append([p.grad for p in net.parameters()])
+    for plain, compiled in zip(*found, strict=True):
+        assert torch.equal(plain, compiled)
+    assert not graphs
+    rows = srp.memory_report(net, torch.rand(3, 4)).modules
+    assert any("compiled" in row.neuron for row in rows)
+    with torch.no_grad():
+        net(torch.rand(3, 4))
+    assert graphs
+
+
 class Step(torch.autograd.Function):
     """A spike function as users write it."""
 

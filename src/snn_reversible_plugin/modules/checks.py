@@ -21,11 +21,16 @@ def check_model(model: Any) -> None:
         )
     for name, module in model.named_modules():
         where = repr(name) if name else type(model).__name__
-        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+        if is_compiled(module):
             raise TypeError(
                 f"{where} is compiled: the tape works on eager operations. Convert the model without "
                 "torch.compile."
             )
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether it is a module that ``torch.compile`` made, or that was compiled in place."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def skipped_modules(model: nn.Module, skip: Sequence[str | type[nn.Module]]) -> list[nn.Module]:

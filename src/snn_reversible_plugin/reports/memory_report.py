@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from snn_reversible_plugin import convert
 from snn_reversible_plugin.modules.as_it_ran import unchanged
+from snn_reversible_plugin.modules.checks import is_compiled
 from snn_reversible_plugin.modules.swap import stock_type
 from snn_reversible_plugin.modules.tracking import tracked
 from snn_reversible_plugin.ops.layouts import storage_key
@@ -184,6 +185,8 @@ def _about_neuron(name: str, module: nn.Module, settings: convert.Settings) -> s
     if name in settings.stays_stock:
         return f"stays stock: {settings.stays_stock[name]}"
     treatment = getattr(module, "treatment", None)
+    if is_compiled(module):
+        return "compiled: runs as it is written under a tape, and compiled elsewhere"
     if treatment is None:
         return ""
     about = f"{treatment}, {getattr(module, 'arithmetic', 'stock')} arithmetic"

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from snn_reversible_plugin.ops.layouts import is_plain, storage_key
-from snn_reversible_plugin.tape.handles import Handle, Kept
+from snn_reversible_plugin.tape.handles import Handle
 
 OUTSIDE: Any = object()
 
@@ -88,43 +87,6 @@ def written(tensor: torch.Tensor) -> None:
         entry.serial = next(_serial)
         if entry.version >= 0:
             entry.version += 1
-
-
-# What is kept by reference and has outlived its tape, by storage: a network that is called step by step has
-# a tape a call, and a buffer that one call relies on may be written to in the next.
-_outlived: dict[int, set[_Outlived]] = {}
-
-
-class _Outlived(weakref.ref):
-    """Leads to what is kept; ``key`` is its storage's."""
-
-    __slots__ = ("key",)
-
-    key: int
-
-
-def _forget_outlived(one: _Outlived) -> None:
-    of_storage = _outlived.get(one.key)
-    if of_storage is not None:
-        of_storage.discard(one)
-        if not of_storage:
-            _outlived.pop(one.key, None)
-
-
-def outlives(kept: Kept) -> None:
-    """A tape is over, and something that a backward will want holds ``kept``."""
-    if is_plain(kept.tensor):
-        one = _Outlived(kept, _forget_outlived)
-        one.key = storage_key(kept.tensor)
-        _outlived.setdefault(one.key, set()).add(one)
-
-
-def outlived(storage: int) -> Iterator[Kept]:
-    """What relies on a storage from earlier tapes; it is told of a write once."""
-    for ref in _outlived.pop(storage, ()):
-        kept = ref()
-        if kept is not None:
-            yield kept
 
 
 def forget_writes() -> None:

@@ -33,15 +33,17 @@ from snn_reversible_plugin.tape.origins import (
     enter,
     forget_writes,
     look_up,
-    outlived,
-    outlives,
     written,
 )
+from snn_reversible_plugin.tape.outlived import outlive, outlived
 from snn_reversible_plugin.tape.recipes import WORK_LIMIT, price, tensors_among
 
 Rule = Callable[["Tape", Any, tuple[Any, ...], dict[str, Any]], torch.Tensor | None]
 """Runs an operator, given the tape, it and its arguments; None: it is one like any other."""
 
+# What torch.compiler.disable does, at a hundredth of its time and without an import of the compiler.
+_frames = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
+_set_compiler: Callable[[Any], Any] = getattr(_frames, "set_eval_frame", lambda compiler: compiler)
 _NO_KWARGS: dict[str, Any] = {}
 
 
@@ -146,11 +148,7 @@ class Tape(TorchDispatchMode):
         """Forget what only a forward needs: whatever autograd saved keeps its tape alive."""
         self._outside.clear()
         self._just_kept.clear()
-        for refs in self._kept_by_storage.values():
-            for ref in refs:
-                kept = ref()
-                if kept is not None and kept.anchored:
-                    outlives(kept)
+        outlive(self._kept_by_storage)
         self._kept_by_storage.clear()
         self._latest_view = None, None
         if self._last_product is not None:  # of a block that is rebuilt; see recipes, note 9
@@ -379,9 +377,13 @@ class Tape(TorchDispatchMode):
 
 
 class OffStack:
-    """Context manager: a tape records nothing inside; None for no tape."""
+    """Context manager: a tape records nothing inside; None for no tape.
 
-    __slots__ = ("_popped", "_tape")
+    Nor is anything compiled: a module that the user compiled runs as it is written under a tape, because
+    the compiler steps aside for a mode on the stack. Where that is off it would compile the neurons' code.
+    """
+
+    __slots__ = ("_compiler", "_popped", "_tape")
 
     def __init__(self, tape: Tape | None) -> None:
         self._tape = tape
@@ -394,6 +396,7 @@ class OffStack:
         if _get_current_dispatch_mode() is self._tape:
             _pop_mode()
             self._popped = True
+            self._compiler = _set_compiler(None)
         else:
             self._tape._paused += 1
 
@@ -401,6 +404,7 @@ class OffStack:
         if self._tape is None:
             return
         if self._popped:
+            _set_compiler(self._compiler)
             _push_mode(self._tape)
         else:
             self._tape._paused -= 1
