@@ -8,6 +8,7 @@ from snn_reversible_plugin.modules.registry import register_reversible
 from snn_reversible_plugin.reports.flips import counting_flips
 from snn_reversible_plugin.reports.memory_report import MemoryReport, memory_report
 from snn_reversible_plugin.reports.verification import Verification, verify
+from snn_reversible_plugin.training import step_in_backward
 
 __all__ = [
     "MemoryReport",
@@ -22,6 +23,7 @@ __all__ = [
     "register_reversible",
     "restore",
     "reversible",
+    "step_in_backward",
     "stock",
     "unwrap_residual_blocks",
     "verify",

@@ -17,11 +17,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from operator import itemgetter
-from typing import Any
+from operator import attrgetter
+from typing import Any, NamedTuple, Self
 
 import torch
-from torch._C._profiler import _EventType
+from torch._C._profiler import _EventType, _RecordFunctionFast
 from torch.autograd.profiler import profile
 
 # NOTE [What the count on the CPU sees]
@@ -41,6 +41,7 @@ from torch.autograd.profiler import profile
 
 _LOG_LEVEL = "KINETO_LOG_LEVEL"
 _SILENT = "99"
+_MARK = "snn_reversible_plugin: "
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,26 @@ class StepCost:
     held: int
     peak: int
     seconds: float
+
+
+class Allocation(NamedTuple):
+    """One event of an allocator: ``size`` bytes at ``address``, negative where they were given back.
+
+    ``operator`` is the outermost operator that it happened in, and ``operator_ends`` when that was over; in
+    nanoseconds, as ``time`` is. A :func:`mark` is an event of no bytes with its text for an operator.
+    """
+
+    time: int
+    address: int
+    size: int
+    operator: str
+    operator_ends: int
+
+
+def mark(text: str) -> None:
+    """Put a mark among the allocator's events, for counters that look for it."""
+    with _RecordFunctionFast(_MARK + text):
+        pass
 
 
 class AllocationCounter:
@@ -77,7 +98,7 @@ class AllocationCounter:
         self._blocks: dict[int, tuple[int, int]] = {}  # address: number of its birth, bytes
         self._changes: list[tuple[int, int]] = []  # number of the birth, bytes
 
-    def __enter__(self) -> AllocationCounter:
+    def __enter__(self) -> Self:
         _events.add(self)
         return self
 
@@ -108,17 +129,17 @@ class AllocationCounter:
                 peak = max(peak, live)
         return peak
 
-    def count(self, address: int, size: int) -> None:
-        """Take note of one event of the allocator's: ``size`` is negative where a block is given back."""
-        birth, lost = self._blocks.pop(address, (-1, 0))
+    def count(self, event: Allocation) -> None:
+        """Take note of one event of the allocator's."""
+        birth, lost = self._blocks.pop(event.address, (-1, 0))
         if lost:
-            self._change(birth, -lost)
-        if size > 0:
-            self._blocks[address] = self._births, size
-            self._change(self._births, size)
+            self._change(birth, -lost, event)
+        if event.size > 0:
+            self._blocks[event.address] = self._births, event.size
+            self._change(self._births, event.size, event)
             self._births += 1
 
-    def _change(self, birth: int, size: int) -> None:
+    def _change(self, birth: int, size: int, event: Allocation) -> None:
         self._changes.append((birth, size))
         self._live += size
         self._peak = max(self._peak, self._live)
@@ -166,9 +187,9 @@ class _Events(threading.local):
         if running is None:
             return
         running.__exit__(None, None, None)
-        for address, size in _allocations(running.kineto_results.experimental_event_tree()):
+        for event in _allocations(running.kineto_results.experimental_event_tree()):
             for counter in self._counters:
-                counter.count(address, size)
+                counter.count(event)
 
 
 _events = _Events()
@@ -187,17 +208,24 @@ def _quiet_start() -> Iterator[None]:
         del os.environ[_LOG_LEVEL]
 
 
-def _allocations(roots: list[Any]) -> Iterator[tuple[int, int]]:
-    """Address and bytes of what the CPU's allocator gave and got back, in the order of time."""
+def _allocations(roots: list[Any]) -> list[Allocation]:
+    """What the CPU's allocator gave and got back, and marks, in the order of time."""
     found = []
-    waiting = roots[::-1]
+    waiting = [(root, "", 0) for root in reversed(roots)]
     while waiting:
-        event = waiting.pop()
-        waiting += event.children[::-1]
+        event, operator, ends = waiting.pop()
         if event.tag == _EventType.Allocation and event.extra_fields.device.type == "cpu":
-            found.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
-    found.sort(key=itemgetter(0))  # threads by time; what happened at once on one thread stays in order
-    return ((address, size) for _, address, size in found)
+            fields = event.extra_fields
+            found.append(Allocation(event.start_time_ns, fields.ptr, fields.alloc_size, operator, ends))
+        elif event.tag == _EventType.TorchOp and event.name.startswith(_MARK):
+            found.append(Allocation(event.start_time_ns, 0, 0, event.name.removeprefix(_MARK), 0))
+        elif not operator and event.tag == _EventType.TorchOp and event.name.startswith("aten::"):
+            operator, ends = event.name.removeprefix("aten::"), event.end_time_ns
+        waiting += [(child, operator, ends) for child in reversed(event.children)]
+    found.sort(
+        key=attrgetter("time")
+    )  # threads by time; what happened at once on one thread stays in order
+    return found
 
 
 class CudaStatistics:

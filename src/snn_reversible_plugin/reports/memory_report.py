@@ -23,12 +23,16 @@ from snn_reversible_plugin.modules.swap import stock_type
 from snn_reversible_plugin.modules.tracking import tracked
 from snn_reversible_plugin.ops.layouts import storage_key
 from snn_reversible_plugin.reports.measure import StepCost
+from snn_reversible_plugin.reports.over_step import OverStep, over_step
 from snn_reversible_plugin.reports.trial import Loss, as_converted, costs, loss_of, megabytes
 from snn_reversible_plugin.tape import recording
 from snn_reversible_plugin.tape.handles import Handle, storage_once
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+MOST_CAUSES = 5  # of a peak that are printed
 
 
 @dataclass
@@ -49,12 +53,18 @@ class ModuleReport:
 
 @dataclass
 class MemoryReport:
-    """Bytes held by module, and the price of a whole training step. Made by :func:`memory_report`."""
+    """Bytes held by module, and the price of a whole training step. Made by :func:`memory_report`.
+
+    ``stock_over_step`` and ``converted_over_step`` are the allocator's count over the step, by module, with
+    what stands at the peak and why; None where the step ran on a GPU.
+    """
 
     modules: list[ModuleReport]
     stock: StepCost
     converted: StepCost
     mode: str
+    stock_over_step: OverStep | None = None
+    converted_over_step: OverStep | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain data."""
@@ -88,40 +98,26 @@ class MemoryReport:
             )
         ratio = self.converted.seconds / self.stock.seconds
         table.add_row("[bold]time of a training step", "", f"{ratio:.2f}x stock", "", "", "")
-        Console().print(table)
+        console = Console()
+        console.print(table)
+        for label, run in (("stock", self.stock_over_step), ("converted", self.converted_over_step)):
+            if run is not None:
+                largest = [
+                    f"{megabytes(size)} {cause}" for cause, size in run.peak.causes().items() if size
+                ]
+                console.print(f"peak, {label}: in {run.peak.where}; {', '.join(largest[:MOST_CAUSES])}")
 
     def plot(self) -> Figure:
-        """A bar chart of bytes held by module, stock beside converted. Needs the extra ``plot``.
+        """Memory over the training step, layer by layer, and what each holds for the backward.
+
+        Needs the extra ``plot``.
 
         Raises:
             ImportError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("plot() needs matplotlib: pip install snn-reversible-plugin[plot]") from error
-        figure = Figure(figsize=(8, 1.5 + 0.3 * len(self.modules)), layout="constrained")
-        axes = figure.add_subplot()
-        places = range(len(self.modules))
-        axes.barh(
-            [place - 0.2 for place in places],
-            [row.stock_bytes / 1e6 for row in self.modules],
-            height=0.4,
-            color="0.75",
-            label=f"stock, held {megabytes(self.stock.held)}",
-        )
-        axes.barh(
-            [place + 0.2 for place in places],
-            [row.bytes / 1e6 for row in self.modules],
-            height=0.4,
-            color="tab:blue",
-            label=f"converted, held {megabytes(self.converted.held)}",
-        )
-        axes.set_yticks(list(places), [row.name for row in self.modules])
-        axes.invert_yaxis()
-        axes.set_xlabel("MB held for the backward")
-        axes.legend()
-        return figure
+        from snn_reversible_plugin.reports.pictures import picture_of_step
+
+        return picture_of_step(self)
 
 
 @torch.enable_grad()
@@ -178,7 +174,29 @@ def memory_report(model: nn.Module, *inputs: Any, loss: Loss | None = None) -> M
             if row.stock_bytes or row.bytes or row.treatment or row.neuron:
                 rows.append(row)
         del by_tape
-        return MemoryReport(rows, *costs(model, inputs, loss, repeats=1), settings.mode)
+        return MemoryReport(
+            rows,
+            *costs(model, inputs, loss, repeats=1),
+            settings.mode,
+            *_over_both(model, inputs, loss),
+        )
+
+
+def _over_both(
+    model: nn.Module, inputs: tuple[Any, ...], loss: Loss | None
+) -> tuple[OverStep, OverStep] | tuple[None, None]:
+    """A step of stock and a step of the converted model."""
+
+    def step() -> torch.Tensor:
+        return loss_of(model(*inputs), loss)
+
+    tensors = [*model.parameters(), *tree_leaves(inputs)]
+    if any(isinstance(tensor, torch.Tensor) and tensor.device.type != "cpu" for tensor in tensors):
+        return None, None
+    with unchanged(model), convert.stock(model):
+        by_stock = over_step(model, step)
+    with unchanged(model):
+        return by_stock, over_step(model, step)
 
 
 def _about_neuron(name: str, module: nn.Module, settings: convert.Settings) -> str:

@@ -1,0 +1,226 @@
+"""Memory over one training step, by layer, and what stands at its peak.
+
+The one idea: the allocator's events, with a mark among them wherever a module begins: in the forward by a
+hook of the module's, in the backward by one of the graph node that computed its output, where the layer's
+gradient begins. A block of memory that is alive at the peak is then told by its life: whether it was there
+when the forward ended, is a parameter's gradient when all is over, or died inside the operator that asked
+for it.
+
+Source: this package's own.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from snn_reversible_plugin.reports.measure import Allocation, AllocationCounter, mark
+
+_FORWARD, _TURN, _BACKWARD = "forward", "turn", "backward"
+
+
+@dataclass
+class Part:
+    """What one module does at a time: ``curve`` are the bytes alive at each of the allocator's events in
+    it.
+
+    ``module`` is empty for the model's own code and the loss.
+    """
+
+    module: str
+    backward: bool
+    curve: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Peak:
+    """What is alive when the most is, in bytes.
+
+    ``module`` runs then, or its backward does. ``held``: what lived, or goes on to live, from the forward
+    into the backward. ``gradients``: the parameters' that stand already. ``tensors``: the rest, by the
+    operator that made them, and ``workspaces``: what operators take for themselves while they run, by
+    operator.
+    """
+
+    module: str
+    backward: bool
+    held: int
+    gradients: int
+    tensors: dict[str, int]
+    workspaces: dict[str, int]
+
+    @property
+    def bytes(self) -> int:
+        """All of it."""
+        return sum(self.causes().values())
+
+    def causes(self) -> dict[str, int]:
+        """Bytes by cause, for people, the largest first."""
+        tensors = {f"{operator}'s result": size for operator, size in self.tensors.items()}
+        workspaces = {f"{operator}'s workspace": size for operator, size in self.workspaces.items()}
+        found = {"held": self.held, "parameters' gradients": self.gradients, **tensors, **workspaces}
+        return dict(sorted(found.items(), key=lambda cause: -cause[1]))
+
+    @property
+    def where(self) -> str:
+        """What runs, for people."""
+        name = self.module or "the model's own code or the loss"
+        return f"backward of {name}" if self.backward else name
+
+
+@dataclass
+class OverStep:
+    """The parts of one training step in their order, and the peak of it. Made by :func:`over_step`."""
+
+    parts: list[Part]
+    peak: Peak
+
+
+def over_step(model: nn.Module, loss_of: Callable[[], torch.Tensor]) -> OverStep:
+    """Run one forward and backward of ``model`` on a CPU, and count.
+
+    Args:
+        model: whose modules are named. Parameters' gradients it has are set aside, and are back afterwards.
+        loss_of: runs the forward and returns a scalar loss.
+
+    Example:
+        >>> import torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 1))
+        >>> found = over_step(net, lambda: net(torch.rand(512, 64)).sum())
+        >>> [part.module for part in found.parts if part.backward], found.peak.backward
+        (['', '2', '1', '0'], True)
+    """
+    gradients = {parameter: parameter.grad for parameter in model.parameters()}
+    for parameter in gradients:
+        parameter.grad = None
+    gc.collect()
+    try:
+        with _Recording() as recording, _Marks(model) as marks:
+            loss = loss_of()
+            marks.turn()
+            loss.backward()
+            del loss
+            assert recording.live >= 0  # brings the events up to date
+            return recording.read([p.grad for p in gradients if p.grad is not None])
+    finally:
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+
+
+class _Recording(AllocationCounter):
+    """Keeps every event with its birth, and the marks between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._events: list[Allocation] = []
+        self._starts = [(0, "", False)]  # after how many events which module began, and whether backward
+        self._turn = 0  # how many events there were when the forward was over
+
+    def count(self, event: Allocation) -> None:
+        super().count(event)
+        if not event.size:
+            direction, _, module = event.operator.partition(" ")
+            self._starts.append((len(self._events), module, direction != _FORWARD))
+            if direction == _TURN:
+                self._turn = len(self._events)
+
+    def _change(self, birth: int, size: int, event: Allocation) -> None:
+        super()._change(birth, size, event)
+        self._events.append(event)
+
+    def read(self, gradients: list[torch.Tensor]) -> OverStep:
+        """Parts and peak, at the end of a step that left these gradients."""
+        curve, live = [], 0
+        born: dict[int, int] = {}
+        died: dict[int, int] = {}
+        for at, (birth, size) in enumerate(self._changes):
+            live += size
+            curve.append(live)
+            (born if size > 0 else died)[birth] = at
+        top = max(range(len(curve)), key=curve.__getitem__, default=-1)
+        starts = self._starts
+        parts = []
+        for (start, module, backward), (end, *_) in zip(
+            starts, [*starts[1:], (len(curve), "", True)], strict=True
+        ):
+            before = curve[start - 1] if start else 0
+            parts.append(Part(module, backward, [before, *curve[start:end]]))
+        running = max((at for at, (start, *_) in enumerate(starts) if start <= top), default=0)
+        peak = Peak(starts[running][1], starts[running][2], 0, 0, {}, {})
+        left = {gradient.untyped_storage().data_ptr() for gradient in gradients}
+        of_parameters = {self._blocks[address][0] for address in left if address in self._blocks}
+        tensors: Counter[str] = Counter()
+        workspaces: Counter[str] = Counter()
+        for birth, at in born.items():
+            end = died.get(birth, len(curve))
+            if at > top or end <= top:
+                continue
+            size, event = self._changes[at][1], self._events[at]
+            if birth in of_parameters:
+                peak.gradients += size
+            elif at < self._turn <= end:
+                peak.held += size
+            elif end < len(curve) and self._events[end].time <= event.operator_ends:
+                workspaces[event.operator] += size
+            else:
+                tensors[event.operator or "outside of operators"] += size
+        peak.tensors, peak.workspaces = dict(tensors.most_common()), dict(workspaces.most_common())
+        return OverStep([part for part in parts if len(part.curve) > 1], peak)
+
+
+class _Marks:
+    """Hooks that mark where modules begin, forward and backward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._backward = False
+        self._running: list[str] = []
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> _Marks:
+        for name, module in self._model.named_modules():
+            for hook in (
+                module.register_forward_pre_hook(self._entering(name), prepend=True),
+                module.register_forward_hook(self._leaving(name), always_call=True),
+            ):
+                self._hooks.callback(hook.remove)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._hooks.close()
+
+    def turn(self) -> None:
+        """The forward is over."""
+        self._backward = True
+        mark(f"{_TURN} ")
+
+    def _entering(self, name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any) -> None:
+            if not self._backward:
+                self._running.append(name)
+                mark(f"{_FORWARD} {name}")
+
+        return hook
+
+    def _leaving(self, name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if self._backward:
+                return
+            self._running.pop()
+            for leaf in tree_leaves(output):
+                node = leaf.grad_fn if isinstance(leaf, torch.Tensor) else None
+                if node is not None and node.metadata.setdefault(_BACKWARD, name) is name:  # type: ignore[attr-defined]
+                    hook = node.register_prehook(lambda _: mark(f"{_BACKWARD} {name}"))
+                    self._hooks.callback(hook.remove)
+            if self._running:
+                mark(f"{_FORWARD} {self._running[-1]}")
+
+        return hook

@@ -1,0 +1,110 @@
+"""The picture of a memory report: memory over one training step, stock and converted, layer by layer.
+
+The one idea: every part of the step, a layer's forward or backward, gets the same width, so both curves
+stand over the same layers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from snn_reversible_plugin.reports.over_step import OverStep, Part
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from snn_reversible_plugin.reports.memory_report import MemoryReport
+
+MOST_NAMES = 40  # along an axis
+STOCK, CONVERTED = "0.6", "tab:blue"
+
+
+def picture_of_step(report: MemoryReport) -> Figure:
+    """Memory over the step, where that was counted, above bytes held by module.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plot() needs matplotlib: pip install snn-reversible-plugin[plot]") from error
+    bars = 1.5 + 0.25 * len(report.modules)
+    if report.stock_over_step is None or report.converted_over_step is None:
+        figure = Figure(figsize=(9, bars), layout="constrained")
+        _held_by_module(figure.add_subplot(), report)
+        return figure
+    figure = Figure(figsize=(9, 4 + bars), layout="constrained")
+    over_step, by_module = figure.subplots(2, 1, height_ratios=(4, bars))
+    _over_step(over_step, report.stock_over_step, report.converted_over_step)
+    _held_by_module(by_module, report)
+    return figure
+
+
+def _over_step(axes: Axes, stock: OverStep, converted: OverStep) -> None:
+    for run, color, label in ((stock, STOCK, "stock"), (converted, CONVERTED, "converted")):
+        places, bytes_alive = _curve(run)
+        axes.fill_between(places, bytes_alive, color=color, alpha=0.35, linewidth=0)
+        axes.plot(places, bytes_alive, color=color, linewidth=1)
+        top = max(bytes_alive, default=0.0)
+        place = places[bytes_alive.index(top)] if places else 0.0
+        axes.annotate(
+            f"{label}: {top:,.4g} MB in {run.peak.where}",
+            (place, top),
+            xytext=(0, 4),
+            textcoords="offset points",
+            ha="left" if place < 0.5 else "right" if place > 1.5 else "center",
+            color=color,
+        )
+    axes.axvline(1, color="0.3", linestyle=":", linewidth=1)
+    axes.set_xlim(0, 2)
+    axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
+    places, names = _names(stock)
+    axes.set_xticks(places, names, rotation=90, fontsize="x-small")
+    axes.set_xlabel("forward, then backward, layer by layer")
+    axes.set_ylabel("MB alive beyond parameters and input")
+
+
+def _curve(run: OverStep) -> tuple[list[float], list[float]]:
+    """Places from 0 to 1 for the forward, to 2 for the backward; MB."""
+    places: list[float] = []
+    alive: list[float] = []
+    for start, width, part in _laid_out(run):
+        places += [start + width * at / len(part.curve) for at in range(len(part.curve))]
+        alive += [count / 1e6 for count in part.curve]
+    return places, alive
+
+
+def _names(run: OverStep) -> tuple[list[float], list[str]]:
+    parts = [(start + width / 2, part.module) for start, width, part in _laid_out(run) if part.module]
+    shown = parts[:: -(-len(parts) // MOST_NAMES) or 1]
+    return [place for place, _ in shown], [name for _, name in shown]
+
+
+def _laid_out(run: OverStep) -> list[tuple[float, float, Part]]:
+    """Each part with its place and width."""
+    found = []
+    for backward in (False, True):
+        parts = [part for part in run.parts if part.backward == backward]
+        found += [(backward + at / len(parts), 1 / len(parts), part) for at, part in enumerate(parts)]
+    return found
+
+
+def _held_by_module(axes: Axes, report: MemoryReport) -> None:
+    places = range(len(report.modules))
+    for shift, color, label, cost, counts in (
+        (-0.2, STOCK, "stock", report.stock, [row.stock_bytes for row in report.modules]),
+        (0.2, CONVERTED, "converted", report.converted, [row.bytes for row in report.modules]),
+    ):
+        axes.barh(
+            [place + shift for place in places],
+            [count / 1e6 for count in counts],
+            height=0.4,
+            color=color,
+            label=f"{label}, held {cost.held / 1e6:,.4g} MB",
+        )
+    axes.set_yticks(list(places), [row.name for row in report.modules], fontsize="x-small")
+    axes.invert_yaxis()
+    axes.set_xlabel("MB held for the backward")
+    axes.legend()

@@ -1,0 +1,228 @@
+"""An optimizer that steps each parameter as its gradient stands, so that no two gradients wait.
+
+The one idea: a parameter's gradient is complete when autograd has accumulated it; stepping the parameter
+there and then frees the gradient before the next one comes. What stands in ``.grad`` until the step is over
+has no memory and refuses to be read, so whatever else would need the gradient (clipping, a scaler, a second
+backward) says so and trains nothing wrong.
+
+Source: PyTorch's ``register_post_accumulate_grad_hook`` and its tutorial "How to save memory by fusing the
+optimizer step into the backward pass".
+"""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# NOTE [Who is served and who is refused]
+#
+# 1. The optimizer stays the user's: one object, its groups, state, schedules and checkpoints. A parameter
+#    is stepped by its own `step` with groups that hold that parameter alone. That equals one step over all
+#    where a step treats each parameter by itself, as those of torch.optim do but for LBFGS; of others the
+#    user has to say so.
+# 2. `optimizer.step()` in the user's loop stays where it is. It steps what got its gradient in another way,
+#    runs the hooks of its schedule, and lets the next backward begin.
+# 3. A second backward before it would add to a gradient that is gone: refused. `zero_grad` too ends a step.
+# 4. Clipping by norm needs all gradients at once; GradScaler has to look at all before any is used; both
+#    read `.grad` and are told. A scaler is looked for as well before the first parameter is stepped, since
+#    its gradients are scaled. DistributedDataParallel and FullyShardedDataParallel (version 1) average
+#    later than the hook: they are looked for, and read `.grad`, too. FSDP2 and DataParallel call the hook
+#    when the sum over all devices stands, so they are served.
+# 5. Looking takes a walk over all live objects, so it is done at the call and in the first backward after
+#    it.
+
+
+class StepInBackward:
+    """What :func:`step_in_backward` returns: stands for the arrangement until :meth:`remove`."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, names: dict[int, str]) -> None:
+        self._optimizer = optimizer
+        self._names = names
+        self._looked = False
+        self._handles = [optimizer.register_step_pre_hook(self._begin_anew)]
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.requires_grad:
+                    self._handles += self._hooks(parameter, group)
+
+    def remove(self) -> None:
+        """Gradients wait for ``optimizer.step()`` again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._clear()
+
+    def _hooks(self, parameter: Tensor, group: dict[str, Any]) -> list[Any]:
+        def before(_: Tensor) -> None:
+            if isinstance(parameter.grad, SteppedGradient):
+                if not parameter.grad.over:
+                    raise RuntimeError(
+                        f"a second backward reached {self._name(parameter)} before optimizer.step(): its "
+                        "first gradient was used and freed. Accumulation over several backwards needs "
+                        "gradients that wait: call remove() on what step_in_backward returned, or give one "
+                        "loss."
+                    )
+                parameter.grad = None
+
+        def after(_: Tensor) -> None:
+            if not self._looked:
+                self._looked = True
+                _refuse_who_needs_all(self._optimizer)
+            self._step(parameter, group)
+            parameter.grad = SteppedGradient(parameter, self._name(parameter))
+
+        return [parameter.register_hook(before), parameter.register_post_accumulate_grad_hook(after)]
+
+    def _step(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        optimizer = self._optimizer
+        step = type(optimizer).step
+        groups = optimizer.param_groups
+        optimizer.param_groups = [{**group, "params": [parameter]}]
+        try:
+            # Without the wrapper, which calls the hooks of a step over all.
+            getattr(step, "__wrapped__", step)(optimizer)
+        finally:
+            optimizer.param_groups = groups
+
+    def _begin_anew(self, *_: Any) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"]:
+                if isinstance(parameter.grad, SteppedGradient):
+                    parameter.grad = None
+
+    def _name(self, parameter: Tensor) -> str:
+        return self._names.get(id(parameter), f"a parameter of shape {tuple(parameter.shape)}")
+
+
+class SteppedGradient(Tensor):
+    """Stands in ``.grad`` for a gradient that was used and freed. It has no memory, and can only be
+    zeroed."""
+
+    over: bool
+    _name: str
+
+    @staticmethod
+    def __new__(cls, parameter: Tensor, name: str) -> SteppedGradient:
+        return torch.Tensor._make_wrapper_subclass(
+            cls, parameter.shape, strides=parameter.stride(), dtype=parameter.dtype, device=parameter.device
+        )
+
+    def __init__(self, parameter: Tensor, name: str) -> None:
+        self.over = False
+        self._name = name
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"SteppedGradient(of {self._name}, used and freed)"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        found = args[0] if isinstance(args[0], (list, tuple)) else args[:1]
+        gradients = [item for item in found if isinstance(item, cls)]
+        name = func._schema.name.partition("::")[2]
+        if name in ("zero_", "_foreach_zero_"):
+            for gradient in gradients:
+                gradient.over = True
+            rest = [item for item in found if not isinstance(item, cls)]
+            if rest:
+                torch._foreach_zero_(rest)
+            return args[0] if name == "zero_" else None
+        of = gradients[0]._name if gradients else "a parameter"
+        raise RuntimeError(
+            f"{name} was asked for the gradient of {of}, which step_in_backward used and freed in the "
+            "backward. Clipping by norm, GradScaler, DistributedDataParallel and whatever else reads "
+            "gradients after the backward need gradients that wait: call remove() on what step_in_backward "
+            "returned."
+        )
+
+
+def step_in_backward(
+    optimizer: torch.optim.Optimizer, model: nn.Module | None = None, *, each_by_itself: bool = False
+) -> StepInBackward:
+    """Step each parameter in the backward, as its gradient stands, and free the gradient.
+
+    Takes the parameters' gradients out of the peak of a training step: only one of them, instead of all,
+    lives at a time. The training loop stays as it is, ``optimizer.step()`` and ``zero_grad()`` included;
+    parameters and the optimizer's state are those of an ordinary step, bit for bit.
+
+    Args:
+        optimizer: any of ``torch.optim`` but ``LBFGS``, with its groups, schedules and state.
+        model: only for names of parameters in messages.
+        each_by_itself: says of an optimizer from elsewhere that its step treats each parameter by itself.
+
+    Returns:
+        An object whose ``remove()`` ends the arrangement.
+
+    Raises:
+        TypeError: the optimizer's step looks at all parameters at once, or may.
+        RuntimeError: a parameter is in a ``DistributedDataParallel`` or ``FullyShardedDataParallel`` module
+        (version
+            1), a ``GradScaler`` is in use, or a gradient waits already. Later, where it happens: the
+            gradient is read after the backward (clipping, logging), or a second backward comes before the
+            step.
+
+    Example:
+        >>> import torch
+        >>> import snn_reversible_plugin as srp
+        >>> net = torch.nn.Linear(8, 4)
+        >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        >>> stepping = srp.step_in_backward(optimizer, net)
+        >>> before = net.weight.detach().clone()
+        >>> net(torch.ones(2, 8)).sum().backward()
+        >>> torch.allclose(before - net.weight, torch.tensor(0.2)), net.weight.grad
+        (True, SteppedGradient(of weight, used and freed))
+        >>> optimizer.step()  # stays in the loop
+        >>> stepping.remove()
+    """
+    kind = type(optimizer)
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError(
+            "LBFGS looks at all gradients at once: it can't step in the backward. Use it as it is."
+        )
+    if not (each_by_itself or kind.__module__.startswith("torch.optim")):
+        raise TypeError(
+            f"whether a step of {kind.__module__}.{kind.__qualname__} treats each parameter by itself "
+            "isn't known: pass each_by_itself=True if it does, so that no norm, counter or average spans "
+            "parameters."
+        )
+    names = {} if model is None else {id(parameter): name for name, parameter in model.named_parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                name = names.get(id(parameter), f"a parameter of shape {tuple(parameter.shape)}")
+                raise RuntimeError(
+                    f"{name} has a gradient already: call optimizer.step() and zero_grad() before "
+                    "step_in_backward, and remove() on an earlier one."
+                )
+    _refuse_who_needs_all(optimizer)
+    return StepInBackward(optimizer, names)
+
+
+def _refuse_who_needs_all(optimizer: torch.optim.Optimizer) -> None:
+    """See notes 4 and 5."""
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for found in gc.get_objects():
+        kind = type(found)
+        if not str(kind.__module__).startswith("torch."):
+            continue
+        if kind.__name__ == "GradScaler" and found.is_enabled() and found._scale is not None:
+            raise RuntimeError(
+                "a GradScaler is in use: its gradients are scaled, and it looks at all of them before any "
+                "is used. Train in bfloat16, which needs no scaler, or call remove() on what "
+                "step_in_backward returned."
+            )
+        if kind.__name__ in ("DistributedDataParallel", "FullyShardedDataParallel") and any(
+            id(parameter) in stepped for parameter in found.parameters()
+        ):
+            raise RuntimeError(
+                f"{kind.__name__} averages gradients after they were accumulated, so a step in the "
+                "backward would use those of one process alone. Use torch.distributed.fsdp.fully_shard, or "
+                "an ordinary optimizer.step()."
+            )
