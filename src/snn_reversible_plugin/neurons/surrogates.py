@@ -10,6 +10,7 @@ Source: surrogate gradients, Neftci, Mostafa and Zenke, IEEE Signal Processing M
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from snn_reversible_plugin.grid.step import steps_on
-from snn_reversible_plugin.neurons.witness import agree
+from snn_reversible_plugin.neurons.witness import agree, alone
 from snn_reversible_plugin.ops.autocast import Autocast
 
 Vjp = Callable[[Tensor, Tensor], Tensor]
@@ -37,6 +38,7 @@ class Surrogate:
         uniform: an element's bits don't depend on where in memory it lies (see ``ops/chunks.py``).
         name: whose formula it is. None: a closure, which no compiled form takes.
         parameters: what the name leaves open, in the formula's own words.
+        users: a function that a user wrote, seen to be a comparison on a sample only.
 
     Example:
         >>> import torch
@@ -54,6 +56,7 @@ class Surrogate:
     uniform: bool = False
     name: str | None = None
     parameters: tuple[tuple[str, float], ...] = ()
+    users: bool = False
 
     @property
     def spikes(self) -> bool:
@@ -110,6 +113,98 @@ def describes(surrogate: Surrogate, function: Callable[[Tensor], Tensor], dtype:
         return [out, *torch.autograd.grad(out, u, incoming(out))]
 
     return agree(ours, theirs)
+
+
+# NOTE [Surrogates that users wrote]
+#
+# 1. On the grid spikes are a comparison, computed by a kernel, and a surrogate is asked for gradients only.
+#    A function that somebody else wrote may stand there if it is that comparison: 0 below the threshold,
+#    1 above, one of both at it, everywhere on a sample that reaches from the grid's finest step to 2^20.
+# 2. It must be a function: what draws random numbers, learns, or gives no gradient is none, or not of its
+#    input alone. `of_users` says which of these it saw.
+# 3. A sample is no proof. So on a CPU each step compares the function's spikes with the kernel's, and
+#    leaves the grid where they differ. On a device that would be a wait: there the sample has to do.
+#    Say `lambda u: (u > 0) & (u < 100)` passes no sample with 2^20 in it; one with `u < 2**21` is found in
+#    the step that charges past it.
+
+
+def of_users(function: Callable[[Tensor], Tensor]) -> Surrogate | str:
+    """What is known of a function that a user wrote, float32 in and out; or why it is none for the grid.
+
+    Example:
+        >>> import torch
+        >>> class Triangle(torch.autograd.Function):
+        ...     @staticmethod
+        ...     def forward(ctx, u):
+        ...         ctx.save_for_backward(u)
+        ...         return (u > 0).float()
+        ...     @staticmethod
+        ...     def backward(ctx, grad):
+        ...         return grad * (1 - ctx.saved_tensors[0].abs()).clamp_min(0)
+        >>> of_users(Triangle.apply).strict
+        True
+        >>> of_users(torch.sigmoid)
+        'its surrogate is no comparison with the threshold'
+    """
+    try:
+        return _users[function]
+    except (KeyError, TypeError):  # not asked yet, or there are no weak references to it
+        pass
+    if isinstance(function, torch.nn.Module) and any(True for _ in function.parameters()):
+        return "its surrogate learns"
+    states = torch.get_rng_state()
+    try:
+        with alone():
+            found = _seen(function)
+            drawn = not torch.equal(torch.get_rng_state(), states)
+    except Exception:  # it doesn't take what a membrane may be
+        found, drawn = "its surrogate does not take a vector of float32", False
+    torch.set_rng_state(states)
+    if drawn:
+        found = "its surrogate draws random numbers"
+    try:
+        _users[function] = found
+    except TypeError:
+        return "its surrogate can't be told from others"
+    return found
+
+
+def _seen(function: Callable[[Tensor], Tensor]) -> Surrogate | str:
+    powers = 2.0 ** torch.arange(-23, 21, device="cpu", dtype=torch.float32)
+    near = torch.linspace(-3, 3, 203, dtype=torch.float32, device="cpu")
+    u = torch.cat((torch.zeros_like(near[:1]), powers, -powers, near)).requires_grad_()
+    out = function(u)
+    if not isinstance(out, Tensor) or out.dtype is not torch.float32 or out.shape != u.shape:
+        return "its surrogate does not give a float32 for each"
+    values = u.detach()
+    strict = not bool(out[0] > 0)
+    if not torch.equal(out.detach(), (values > 0 if strict else values >= 0).float()):
+        return "its surrogate is no comparison with the threshold"
+    if not out.requires_grad:
+        return "its surrogate has no gradient"
+    if _leaves(out) != {id(u)}:
+        return "its surrogate learns"
+    (grad,) = torch.autograd.grad(out, u, torch.ones_like(out), allow_unused=True)
+    if grad is None or grad.shape != u.shape:
+        return "its surrogate has no gradient"
+    return Surrogate(by_autograd(function), strict=strict, users=True)
+
+
+def _leaves(out: Tensor) -> set[int]:
+    """The leaves of a graph."""
+    found, waiting, seen = set(), [out.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        waiting += [following for following, _ in node.next_functions]
+    return found
+
+
+_users: weakref.WeakKeyDictionary[Any, Surrogate | str] = weakref.WeakKeyDictionary()
 
 
 # Formulas that the compiled steps know, by what the functions are called there.

@@ -78,7 +78,7 @@ ALPHA = Spec(
     ("alpha", "beta"),
     AlphaCharge,
     _alpha,
-    {"_base_zero": AFTER},
+    {"_base_zero": AFTER, "_base_int": NONE},
     constant=True,
 )
 RLEAKY = LEAKY._replace(stock_type=snntorch.RLeaky, states=("spk", "mem"), resets=_RESETS, recurrent=True)

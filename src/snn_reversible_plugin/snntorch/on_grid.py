@@ -9,15 +9,18 @@ Source: the ``forward`` methods in ``snntorch/_neurons``, version 1.0.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from snn_reversible_plugin.grid.decays import NONE
+from snn_reversible_plugin import tape
+from snn_reversible_plugin.grid.decays import AFTER, NONE, SUBTRACT
 from snn_reversible_plugin.modules.swap import LAST_RESET
+from snn_reversible_plugin.neurons.leaky.reference import AlphaCharge
 from snn_reversible_plugin.neurons.on_grid import switches
-from snn_reversible_plugin.neurons.on_grid.leaky import Fired, Leaky, leaky
+from snn_reversible_plugin.neurons.on_grid.alpha import membrane
+from snn_reversible_plugin.neurons.on_grid.leaky import FireAndReset, Fired, Leaky, leaky
 from snn_reversible_plugin.neurons.on_grid.neuron import (
     OffGrid,
     OnGrid,
@@ -25,11 +28,13 @@ from snn_reversible_plugin.neurons.on_grid.neuron import (
     constants_of,
     value_of,
 )
-from snn_reversible_plugin.neurons.on_grid.step import Stepped, step
-from snn_reversible_plugin.neurons.surrogates import Surrogate
+from snn_reversible_plugin.neurons.on_grid.resets import ResetByGiven, Undelayed
+from snn_reversible_plugin.neurons.on_grid.step import Parameters, Stepped, step
+from snn_reversible_plugin.neurons.surrogates import of_users
 from snn_reversible_plugin.snntorch import neurons
 from snn_reversible_plugin.snntorch.steps import (
     Spec,
+    fires_its_own_way,
     is_ungraded,
     mechanism_of,
     surrogate_of,
@@ -54,32 +59,68 @@ def why_not(neuron: Any, spec: Spec) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _settings(neuron: Any, spec: Spec) -> str | tuple[str, Surrogate]:
-    """The reset and the surrogate, or why there is no step on the grid."""
+class Settings(NamedTuple):
+    """What a step on the grid has to know of a neuron, next to its parameters.
+
+    Attributes:
+        how: its membrane fires and resets.
+        given: its currents are reset by the membrane's spikes.
+    """
+
+    how: FireAndReset
+    given: bool
+
+
+def _settings(neuron: Any, spec: Spec) -> str | Settings:
+    """What a step on the grid has to know of it, or why there is none."""
     reset = mechanism_of(neuron, spec)
     if reset is None:
-        return "its charge or its states are not those of the stock class"
+        return _why_unknown(neuron, spec)
     if spec is neurons.LAPICQUE and neuron.C.requires_grad:
         return "its constants are learned"
-    surrogate = surrogate_of(neuron)
-    if surrogate is None:
-        return "its surrogate is not one of snnTorch's own deterministic ones"
-    if neuron.inhibition:
-        return "it inhibits its neighbours"
-    if not is_ungraded(neuron):
-        return "its spikes are graded"
-    if not getattr(neuron, "reset_delay", True):
-        return "its reset has no delay"
+    if fires_its_own_way(neuron):
+        return "its fire or mem_reset is not the stock class's"
+    surrogate = surrogate_of(neuron) or of_users(neuron.spike_grad)
+    if isinstance(surrogate, str):
+        return surrogate
     if neuron.threshold.dtype is torch.float64:
         return "it is float64"
-    return reset, surrogate
+    kind, delayed = Leaky, not spec.undelayed or neuron.reset_delay
+    if not delayed and reset != NONE:
+        if neuron.inhibition:
+            return "its neighbours take part in its reset, which has no delay"
+        if neuron.reset_mechanism_val.device.type != "cpu":
+            return "its reset without delay waits for the device, which says which it is"
+        if value_of(neuron.reset_mechanism_val) != (0 if reset == SUBTRACT else 1):
+            return "its two resets are of two kinds"
+        kind = Undelayed
+    elif not delayed and value_of(neuron.reset_mechanism_val) != 2:
+        return "its two resets are of two kinds"
+    how = FireAndReset(kind, reset, surrogate, neuron.spike_grad)
+    return Settings(how, spec is neurons.ALPHA and reset == AFTER)
+
+
+def _why_unknown(neuron: Any, spec: Spec) -> str:
+    if neuron.state_quant:
+        return "its states are quantized"
+    if spec.constant and any(getattr(neuron, name).requires_grad for name in spec.parameters):
+        return "its constants are learned"
+    if spec.always_delayed and not neuron.reset_delay:
+        return "its reset has no delay"
+    if getattr(neuron.state_function, "__name__", "") not in spec.resets:
+        return "its reset is not written for the grid"
+    return "its charge or its states are not those of the stock class"
+
+
+_NEVER = FireAndReset(Leaky, NONE, None, None)
+_BY_GIVEN = FireAndReset(ResetByGiven, AFTER, None, None)
 
 
 class NeuronOnGrid(OnGrid):
     """In front of a neuron of the leaky family: its steps are reversible in time."""
 
     def grid_settings(self: Any) -> Any:
-        """The reset, and the surrogate."""
+        """How it fires and resets."""
         spec = spec_of(self)
         return "its equations are not written for the grid" if spec is None else _settings(self, spec)
 
@@ -89,25 +130,21 @@ class NeuronOnGrid(OnGrid):
         names = () if spec is None else spec.states
         return (*args[1:], *kwargs.values(), *(getattr(self, name) for name in names))
 
-    def step_on_grid(self: Any, settings: Any, input_: Tensor, *given: Any, **named: Any) -> Any:
+    def step_on_grid(self: Any, settings: Settings, input_: Tensor, *given: Any, **named: Any) -> Any:
         """One step of all states."""
         spec = spec_of(self)
         assert spec is not None
         states = _before(self, spec, input_, _given(self, spec, given, named))
+        _check_dtypes(spec, settings, input_, states)
         current = input_ + self.recurrent(states["spk"]) if spec.recurrent else input_
-        beta = None if spec is neurons.LAPICQUE else self.beta
-        if beta is None:
-            beta, gain = _circuit(self)
-            current = current * gain
-        found = []
-        if "syn" in states:
-            current = _integrate(self, "syn", (NONE, None), current, states["syn"], self.alpha).state
-            found.append(current)
-        # A current of that kind rests on a timeline that never asks for a membrane.
-        mem, spikes, fired = _integrate(
-            self, "mem", settings, current, states["mem"], beta, trusted=bool(found)
-        )
-        found.append(mem)
+        if spec is neurons.ALPHA:
+            found, spikes, fired = _alpha(self, settings, current, states)
+        else:
+            found, spikes, fired = _leaky(self, spec, settings, current, states)
+        if self.inhibition:
+            spikes = spikes * _winners(self, found[-1])
+        elif not is_ungraded(self):
+            spikes = spikes * self.graded_spikes_factor
         _keep(self, spec, found, fired)
         if spec.recurrent:
             self.spk = spikes
@@ -149,11 +186,24 @@ def _before(neuron: Any, spec: Spec, input_: Tensor, given: tuple[Any, ...]) -> 
             # As stock's: where these and the input are half precision, so is the state that they make.
             state = torch.zeros_like(input_)
         states[name] = state
-    if any(tensor.dtype is not torch.float32 for tensor in (input_, *states.values())):
-        check_dtypes(input_, *states.values())
-        if torch.result_type(input_, states[spec.states[-1]]) is not torch.float32:
-            raise OffGrid(f"A step on the grid takes float32 states, not {input_.dtype}.")
     return states
+
+
+def _check_dtypes(spec: Spec, settings: Settings, input_: Tensor, states: dict[str, Tensor]) -> None:
+    """Refuse what stock would make states of that are not float32.
+
+    Where the membrane is reset by an operation with its spikes, which are float32 in any network, so is the
+    membrane, whatever it was; an operation in place leaves it its dtype.
+    """
+    if all(tensor.dtype is torch.float32 for tensor in (input_, *states.values())):
+        return
+    check_dtypes(input_, *states.values())
+    reset = settings.how.reset
+    promoted = reset != NONE and not (reset == AFTER and "syn" in states)
+    for name, state in states.items():
+        computed = name == "spk" or (name == "mem" and (promoted or spec is neurons.ALPHA))
+        if not computed and torch.result_type(input_, state) is not torch.float32:
+            raise OffGrid(f"Its {name} would be {torch.result_type(input_, state)}, as stock's is.")
 
 
 def _keep(neuron: Any, spec: Spec, states: list[Tensor], fired: Any) -> None:
@@ -170,38 +220,84 @@ def _keep(neuron: Any, spec: Spec, states: list[Tensor], fired: Any) -> None:
             setattr(neuron, name, state)
 
 
+def _leaky(
+    neuron: Any, spec: Spec, settings: Settings, current: Tensor, states: dict[str, Tensor]
+) -> tuple[list[Tensor], Tensor, Any]:
+    """The states after a step, its spikes, and those of the membrane before."""
+    beta = None if spec is neurons.LAPICQUE else neuron.beta
+    if beta is None:
+        beta, gain = _circuit(neuron)
+        current = current * gain
+    found, synaptic = [], None
+    if "syn" in states:
+        # Held, the step whole with its timeline, until the membrane's step refers to it.
+        synaptic = _integrate(neuron, "syn", _NEVER, current, states["syn"], (neuron.alpha,))
+        current = synaptic.state
+        found.append(current)
+    # A current of that kind rests on a timeline that never asks for a membrane.
+    mem, spikes, fired, _ = _integrate(
+        neuron, "mem", settings.how, current, states["mem"], (beta,), trusted=synaptic is not None
+    )
+    assert spikes is not None
+    return [*found, mem], spikes, fired
+
+
+def _alpha(
+    neuron: Any, settings: Settings, current: Tensor, states: dict[str, Tensor]
+) -> tuple[list[Tensor], Tensor, Any]:
+    """The same of an alpha neuron: its membrane is no state of its own, its spikes reset both currents."""
+    surrogate, threshold, alpha, beta = settings.how.surrogate, neuron.threshold, neuron.alpha, neuron.beta
+    assert surrogate is not None
+    with torch.no_grad(), tape.paused():
+        fired = surrogate.fired(states["mem"] - threshold).float()
+    tape.mark_spikes(fired)
+    how, given = (_BY_GIVEN, (fired,)) if settings.given else (_NEVER, ())
+    exc = _integrate(neuron, "syn_exc", how, current, states["syn_exc"], (alpha, *given))
+    inh = _integrate(neuron, "syn_inh", how, -current, states["syn_inh"], (beta, *given))
+    tau, _ = constants_of(neuron, "tau", (value_of(alpha), value_of(beta)), _tau_of, alpha, beta)
+    mem, spikes = membrane(tau, exc, inh, surrogate, neuron.spike_grad, threshold)
+    return [exc.state, inh.state, mem], spikes, fired
+
+
+def _tau_of(alpha: Tensor, beta: Tensor) -> tuple[Tensor, Any]:
+    with torch.no_grad(), tape.paused():
+        return AlphaCharge.tau(alpha, beta), (alpha, beta)
+
+
+def _winners(neuron: Any, mem: Tensor) -> Tensor:
+    """1 for the largest membrane of each sample, as stock's ``fire_inhibition`` finds it."""
+    with torch.no_grad(), tape.paused():
+        above = mem - neuron.threshold
+        winners = torch.zeros_like(above)
+        winners[torch.arange(mem.size(0)), torch.argmax(above, dim=1)] = 1
+    tape.mark_spikes(winners)
+    return winners
+
+
 def _integrate(
     neuron: Any,
     name: str,
-    settings: tuple[str, Surrogate | None],
+    how: FireAndReset,
     current: Tensor,
     u: Tensor,
-    beta: Tensor,
+    parameters: Parameters,
     trusted: bool = False,
 ) -> Stepped:
-    """One step of one of a neuron's states; the membrane fires."""
-    threshold, bits = neuron.threshold, switches.bits_of(neuron)
-    parameters = beta, threshold
+    """A step of one of its states; ``parameters``: its decay, and the spikes that reset it if any."""
+    beta, threshold, bits = parameters[0], neuron.threshold, switches.bits_of(neuron)
     each = bool(beta.numel() > 1 or threshold.numel() > 1)
     versions = (
-        value_of(beta), value_of(threshold), settings, bits, u.device,
-        (u.shape, u.stride()) if each else None,
+        value_of(beta), value_of(threshold), how, bits, u.device, (u.shape, u.stride()) if each else None,
     )  # fmt: skip
-    constants = constants_of(neuron, name, versions, _constants, neuron, name, settings, parameters, u)
-    return step(constants, current, u, parameters, trusted)
+    constants = constants_of(neuron, name, versions, _constants, neuron, name, how, (beta, threshold), u)
+    return step(constants, current, u, (beta, threshold, *parameters[1:]), trusted)
 
 
 def _constants(
-    neuron: Any,
-    name: str,
-    settings: tuple[str, Surrogate | None],
-    parameters: tuple[Tensor, Tensor],
-    example: Tensor,
+    neuron: Any, name: str, how: FireAndReset, parameters: tuple[Tensor, Tensor], example: Tensor
 ) -> Leaky:
-    reset, surrogate = settings
-    fire = None if surrogate is None else neuron.spike_grad
     whose = f"{switches.name_of(neuron)}.{name}"
-    return leaky(whose, switches.bits_of(neuron), parameters, reset, surrogate, fire, example)
+    return leaky(how, whose, switches.bits_of(neuron), parameters, example)
 
 
 def _circuit(neuron: Any) -> tuple[Tensor, Tensor]:

@@ -226,10 +226,13 @@ def _fits_recurrent(layer: Any, state: Tensor) -> bool:
 
 def surrogate_of(neuron: nn.Module) -> Surrogate | None:
     """Its surrogate; None where firing has to be left to the neuron's own methods."""
+    return None if fires_its_own_way(neuron) else known_surrogate(neuron.spike_grad)
+
+
+def fires_its_own_way(neuron: nn.Module) -> bool:
+    """Whether its methods that fire are not stock's."""
     overridden = "fire" in neuron.__dict__ or "mem_reset" in neuron.__dict__
-    if overridden or not _inherits(type(neuron), snntorch.SpikingNeuron, "fire", "mem_reset"):
-        return None
-    return known_surrogate(neuron.spike_grad)
+    return overridden or not _inherits(type(neuron), snntorch.SpikingNeuron, "fire", "mem_reset")
 
 
 def is_ungraded(neuron: Any) -> bool:

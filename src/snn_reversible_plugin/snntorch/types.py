@@ -28,7 +28,7 @@ ROWS = rows_of(
         Row("Leaky", equations=neurons.LEAKY, on_grid=True),
         Row("Lapicque", equations=neurons.LAPICQUE, on_grid=True),
         Row("Synaptic", equations=neurons.SYNAPTIC, on_grid=True),
-        Row("Alpha", equations=neurons.ALPHA),
+        Row("Alpha", equations=neurons.ALPHA, on_grid=True),
         Row("RLeaky", equations=neurons.RLEAKY, on_grid=True),
         Row("RSynaptic", equations=neurons.RSYNAPTIC, on_grid=True),
         Row("SLSTM", stays=_LSTM),

@@ -88,7 +88,7 @@ class NodeOnGrid(OnGrid):
             v = torch.full_like(x, start, dtype=torch.float32)
         current, parameters = _current(self, x)
         constants = constants_of(self, "v", settings, _constants, self, parameters)
-        v, spikes, _ = step(constants, current, v, parameters)
+        v, spikes, *_ = step(constants, current, v, parameters)
         self._memories["v"] = v
         return spikes
 

@@ -694,10 +694,10 @@ def test_a_float64_neuron_is_off_the_grid_from_the_start() -> None:
 
 
 def test_what_is_not_on_the_grid_says_why() -> None:
-    net = nn.Sequential(nn.Linear(5, 4), snntorch.Leaky(0.9, init_hidden=True, reset_delay=False))
+    net = nn.Sequential(nn.Linear(5, 4), snntorch.Leaky(0.9, init_hidden=True, spike_grad=torch.sigmoid))
     srp.convert_to_reversible(net)
-    assert convert.settings_of(net).off_grid == {"1": "its reset has no delay"}
-    with pytest.raises(ValueError, match="its reset has no delay"):
+    assert convert.settings_of(net).off_grid == {"1": "its surrogate is no comparison with the threshold"}
+    with pytest.raises(ValueError, match="no comparison with the threshold"):
         srp.convert_to_reversible(net, arithmetic="grid")
     assert type(net[1]) is snntorch.Leaky
     srp.convert_to_reversible(leaky(), arithmetic="stock")

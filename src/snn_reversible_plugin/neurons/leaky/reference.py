@@ -221,7 +221,8 @@ class AlphaCharge(Charge):
     zeroed = (0, 1, 2)
 
     @staticmethod
-    def _tau(alpha: Tensor, beta: Tensor) -> Tensor:
+    def tau(alpha: Tensor, beta: Tensor) -> Tensor:
+        """The factor of the membrane."""
         alpha, beta = clamped(alpha), clamped(beta)
         return torch.log(alpha) / (torch.log(beta) - torch.log(alpha)) + 1
 
@@ -230,7 +231,7 @@ class AlphaCharge(Charge):
         current, inh, _, exc, alpha, beta = x
         exc = (clamped(alpha) * exc).add_(current)
         inh = (clamped(beta) * inh).sub_(current)
-        return [exc, inh, AlphaCharge._tau(alpha, beta) * (exc + inh)]
+        return [exc, inh, AlphaCharge.tau(alpha, beta) * (exc + inh)]
 
     @staticmethod
     def keep(x: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
@@ -246,7 +247,7 @@ class AlphaCharge(Charge):
         if alpha is None or beta is None:
             return found
         if grad is not None:
-            grad = grad * AlphaCharge._tau(alpha, beta)
+            grad = grad * AlphaCharge.tau(alpha, beta)
             grad_exc = grad if grad_exc is None else grad_exc + grad
             grad_inh = grad if grad_inh is None else grad_inh + grad
         if grad_inh is not None:

@@ -22,6 +22,7 @@ from snn_reversible_plugin.grid import decay, snap
 from snn_reversible_plugin.grid.decays import AFTER, BEFORE, NONE, SUBTRACT, Step, decay_of
 from snn_reversible_plugin.grid.step import as_pieces, steps_on
 from snn_reversible_plugin.neurons.leaky.reference import through_clamp
+from snn_reversible_plugin.neurons.on_grid.neuron import check_spikes
 from snn_reversible_plugin.neurons.on_grid.step import Before, Charged, Constants, Parameters, Stepped
 from snn_reversible_plugin.neurons.on_grid.timeline import NewBits, NewSpikes
 from snn_reversible_plugin.neurons.surrogates import Surrogate, in_one_pass
@@ -39,7 +40,7 @@ class Fired(NamedTuple):
 
     def spikes(self) -> Tensor:
         """The spikes themselves."""
-        return _unpacked(self.bits, torch.empty_strided(self.size, self.stride, device=self.device))
+        return unpacked(self.bits, torch.empty_strided(self.size, self.stride, device=self.device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,18 +77,35 @@ class Leaky(Constants):
         factor = self.step.decay.beta
         return factor if isinstance(factor, float) and self.step.reset in (NONE, SUBTRACT) else None
 
+    @staticmethod
+    def lowest(theta: Any, example: Tensor) -> Any:
+        """The lowest state that a reset may lose, in units of the grid: what is lost is counted from it.
+
+        ``theta``: the threshold in these units.
+        """
+        return theta
+
+    @functools.cached_property
+    def inclusive(self) -> bool:
+        """Whether it fires at its threshold too, and not only above."""
+        return self.surrogate is not None and not self.surrogate.strict
+
     def start(self, state: Tensor) -> Any:
         """The spikes of a first state, as bits."""
         if self.fire is None:
             return None
         stride = state.stride()
         return steps_on(state.device).fire(
-            flat(state, stride), self.flat_theta, False, flat(like(state), stride)
+            flat(state, stride), self.flat_theta, self.inclusive, flat(like(state), stride)
         )
 
     def charge(self, current: Tensor, before: Before, parameters: Parameters) -> Charged:
-        """Charge, and compute the spikes."""
-        (u, bits, timeline, _), (beta, threshold) = before, parameters
+        """Charge, and compute the spikes.
+
+        Raises:
+            OffGrid: a surrogate of the user's own gave other spikes than the comparison that it is.
+        """
+        (u, bits, timeline, _), (beta, threshold) = before, parameters[:2]
         lost: list[Any] | None = None if timeline is None else []
         spikes = None if self.fire is None else like(u)
         if (
@@ -97,7 +115,7 @@ class Leaky(Constants):
             or current.stride() != u.stride()
         ):
             found: list[Any] = []
-            sinks = [bits, self._reset_by(before, threshold), lost, spikes, found]
+            sinks = [bits, self.reset_by(before, parameters), lost, spikes, found]
             state = self.charging.apply(sinks, u, current, beta, threshold)
             reach, fired = found
         else:
@@ -108,15 +126,22 @@ class Leaky(Constants):
             # makes of it.
             state = torch.add(current, u, alpha=self.decayed)
             reach, fired = self.write(u, current, bits, lost, state, spikes)
+        if spikes is not None and self.surrogate is not None and self.surrogate.users:
+            check_spikes(self.fire, state - self.theta, spikes)
         return Charged(state, spikes, lost or (), () if fired is None else (fired,), (reach,))
 
-    def _reset_by(self, before: Before, threshold: Tensor) -> Tensor | None:
-        """The spikes of the state, where the gradient asks for them, as bits if it is contiguous."""
-        (u, bits, timeline, _), kind = before, self.step.reset
-        if not (kind in (BEFORE, AFTER) or (kind == SUBTRACT and threshold.requires_grad)):
+    def resets(self, parameters: Parameters) -> bool:
+        """Whether the gradient of a charge asks for the spikes that reset it."""
+        kind = self.step.reset
+        return kind in (BEFORE, AFTER) or (kind == SUBTRACT and parameters[1].requires_grad)
+
+    def reset_by(self, before: Before, parameters: Parameters) -> Tensor | None:
+        """Those spikes, where the gradient asks for them, as bits if the state is contiguous."""
+        u, bits, timeline, _ = before
+        if not self.resets(parameters):
             return None
         contiguous = u.is_contiguous()
-        reset = torch.as_tensor(bits) if contiguous else _unpacked(bits, u)
+        reset = torch.as_tensor(bits) if contiguous else unpacked(bits, u)
         if timeline is not None:
             enter(reset, (NewBits if contiguous else NewSpikes)(timeline, timeline.length))
         return reset
@@ -143,7 +168,7 @@ class Leaky(Constants):
             self.step,
             lost is not None,
             flat(out, stride),
-            None if spikes is None else (self.flat_theta, False, flat(spikes, stride)),
+            None if spikes is None else (self.flat_theta, self.inclusive, flat(spikes, stride)),
         )
         if lost is not None:
             lost.extend(found)
@@ -179,10 +204,9 @@ class Leaky(Constants):
 
     def reference(self, current: Tensor, state: Tensor, parameters: Parameters) -> Stepped:
         """The step as operations that autograd differentiates."""
-        (beta, threshold), reset, bits = parameters, self.step.reset, self.bits
-        u, fired, threshold = snap(state, bits), None, threshold.float()
-        if self.fire is not None:
-            fired = (u - snap(threshold, bits)).detach().gt(0).float()
+        (beta, threshold), reset, bits = parameters[:2], self.step.reset, self.bits
+        u, threshold = snap(state, bits), threshold.float()
+        fired = self.fired_before(u.detach(), parameters)
         v = decay((1 - fired) * u if reset == BEFORE else u, beta.clamp(0, 1), bits)  # type: ignore[operator]
         if reset == SUBTRACT:
             v = v - fired * snap(threshold, bits)  # type: ignore[operator]
@@ -192,25 +216,37 @@ class Leaky(Constants):
         spikes = None if self.fire is None else self.fire(state - snap(threshold, bits))
         return Stepped(state, spikes, fired)
 
+    def fired_before(self, u: Tensor, parameters: Parameters) -> Tensor | None:
+        """The spikes that reset the state u in its charge."""
+        return None if self.surrogate is None else self.surrogate.fired(u - self.theta).float()
+
+
+class FireAndReset(NamedTuple):
+    """What a state does at its threshold.
+
+    Attributes:
+        kind: which spikes reset it, and when.
+        reset: what they do in a charge, one of those in :mod:`.grid.decays`.
+        surrogate: how it fires; None if it doesn't.
+        fire: the same as the user gave it, which autograd differentiates.
+    """
+
+    kind: type[Leaky]
+    reset: str
+    surrogate: Surrogate | None
+    fire: Callable[[Tensor], Tensor] | None
+
 
 def leaky(
-    name: str,
-    bits: int,
-    parameters: tuple[Tensor, Tensor],
-    reset: str,
-    surrogate: Surrogate | None,
-    fire: Callable[[Tensor], Tensor] | None,
-    example: Tensor,
+    how: FireAndReset, name: str, bits: int, parameters: tuple[Tensor, Tensor], example: Tensor
 ) -> Leaky:
     """The constants of one of a neuron's states.
 
     Args:
+        how: it fires and resets.
         name: which state of which neuron it is, for errors.
         bits: the grid's.
         parameters: the decay, which is clamped to [0, 1], and the threshold: of any shape that broadcasts.
-        reset: one of those in :mod:`.grid.decays`.
-        surrogate: how it fires, None if it doesn't.
-        fire: the same as the user gave it, which autograd differentiates.
         example: a tensor of the state's shape and layout.
 
     Raises:
@@ -229,8 +265,10 @@ def leaky(
             raise ValueError(f"{name}: a threshold that is not finite can't be on the grid.")
         flat_theta: Any = float(theta) if theta.numel() == 1 else _each(theta, example)
     scale = 2.0**bits
-    charge = Step(decay_of(factor, low, high, name), flat_theta * scale, reset, scale)
-    return Leaky(name, bits, charge, fire, parameters, surrogate, clamped, theta, flat_theta)
+    charge = Step(
+        decay_of(factor, low, high, name), how.kind.lowest(flat_theta * scale, example), how.reset, scale
+    )
+    return how.kind(name, bits, charge, how.fire, parameters, how.surrogate, clamped, theta, flat_theta)
 
 
 def _each(parameter: Tensor, example: Tensor) -> Tensor:
@@ -322,7 +360,8 @@ class Firing(torch.autograd.Function):
         return None, of_mem if to_mem else None, *of_threshold
 
 
-def _unpacked(bits: Any, u: Tensor) -> Tensor:
+def unpacked(bits: Any, u: Tensor) -> Tensor:
+    """Spikes as they are, from their bits, laid out as ``u``."""
     spikes = like(u)
     steps_on(u.device).fired(bits, flat(spikes, u.stride()))
     return spikes

@@ -159,6 +159,19 @@ def check_dtypes(x: Tensor, *states: Tensor) -> None:
             )
 
 
+def check_spikes(fire: Any, u: Tensor, spikes: Tensor) -> None:
+    """Hold spikes to what a user's own function gives, where that doesn't wait for a device.
+
+    Raises:
+        OffGrid: it gives others.
+    """
+    if u.device.type == "cpu":
+        with torch.no_grad():
+            theirs = fire(u)
+        if not torch.equal(theirs, spikes):
+            raise OffGrid("Its surrogate gave other spikes than a comparison with the threshold.")
+
+
 def value_of(parameter: Tensor) -> Any:
     """What tells whether a parameter is what it was: on a CPU its values, because a write through ``.data``
     moves no version; on a device, which is not waited for, its version and address."""

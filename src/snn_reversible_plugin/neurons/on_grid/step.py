@@ -67,14 +67,20 @@ class Charged(NamedTuple):
 
 
 class Stepped(NamedTuple):
-    """The state after a step, its spikes, and in ``fired`` the spikes of the state before it.
+    """What a step has made.
 
-    The last two are None where the state doesn't fire or nobody asks.
+    Attributes:
+        state: after the step.
+        spikes: None if the state doesn't fire.
+        fired: the spikes of the state before the step; None if it doesn't fire.
+        timeline: the state's, for whoever wants it to live until something refers to the state; None where
+            no tape records.
     """
 
     state: Tensor
     spikes: Tensor | None
     fired: Any
+    timeline: Timeline | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +182,7 @@ def step(
             enter(spikes, NewSpikes(timeline, t))
         elif spikes is not None:
             tape.mark_spikes(spikes)
-    return Stepped(state, spikes, constants.fired(before))
+    return Stepped(state, spikes, constants.fired(before), timeline)
 
 
 def _before(constants: Constants, state: Tensor, timeline: Timeline | None, recorded: bool) -> Before:

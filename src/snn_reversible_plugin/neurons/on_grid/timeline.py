@@ -216,7 +216,13 @@ def spikes_of(records: Remainders, t: int) -> Tensor:
     return spikes
 
 
-class State(Handle):
+class OfTimelines:
+    """Marks what leads to a value that rests on states of timelines."""
+
+    __slots__ = ()
+
+
+class State(OfTimelines, Handle):
     """The state after step ``t`` of a timeline."""
 
     treatment = "reversed"
@@ -286,7 +292,7 @@ class _Newly(Passing):
         self.t = t
 
 
-class NewState(_Newly):
+class NewState(OfTimelines, _Newly):
     """Leads to a :class:`State`."""
 
     __slots__ = ()
@@ -342,4 +348,4 @@ def rests_on_a_state(handle: Any) -> bool:
     """Whether rebuilding a handle's value may ask for a state of some timeline."""
     if isinstance(handle, Replayed):
         return any(rests_on_a_state(operand) for operand in handle.operands())
-    return isinstance(handle, (State, NewState))
+    return isinstance(handle, OfTimelines)
