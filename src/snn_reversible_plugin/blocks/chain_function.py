@@ -20,6 +20,7 @@ from snn_reversible_plugin.blocks.coupling import Streams, couple, entered
 from snn_reversible_plugin.blocks.inner_backward import sharded_modules
 from snn_reversible_plugin.blocks.promised_states import PromisedStates, Undoing
 from snn_reversible_plugin.blocks.second_run import BranchRun, How
+from snn_reversible_plugin.blocks.unchanged import Unchanged
 from snn_reversible_plugin.blocks.undo import Flips, Undo, difference, flipped
 from snn_reversible_plugin.grid import reach, watch
 from snn_reversible_plugin.modules.kinds import load_adapters
@@ -113,36 +114,18 @@ class _Run:
                 self.checksums.append(checksum(a))
             a, b = b, couple(branch.name, a, branch.first(b), self.bits)
             kept.append(branch.tensors())
-            if self.carries:
-                exits.update({(id(table), key): (table, key) for table, key in branch.exits()})
-                wanted |= set(exits)
-                self.promised.promise(branch, undoing)
+            exits.update({(id(table), key): (table, key) for table, key in branch.exits()})
+            wanted |= set(exits)
+            self.promised.promise(branch, undoing)
         self.strides.append(a.stride())
-        self.exits = list(exits.values())
-        self.reads = self._read_by_reference()
+        self.exits = list(exits.values()) if self.carries else []
+        self.unchanged = Unchanged(self.chain, "RevSSequence")
         return (a, b), kept, undoing
-
-    def _read_by_reference(self) -> list[tuple[str, Tensor, int]]:
-        names = [*self.chain.named_parameters()]
-        for where, module in self.chain.named_modules():
-            if isinstance(module, nn.modules.batchnorm._NormBase) and not module.training:
-                names += [(f"{where}.{key}", value) for key, value in module.named_buffers(recurse=False)]  # type: ignore[misc]
-        return [(name, tensor, tensor._version) for name, tensor in names]
-
-    def check_unchanged(self) -> None:
-        for name, tensor, version in self.reads:
-            if tensor._version != version:
-                raise RuntimeError(
-                    f"RevSSequence: {name} was modified by an inplace operation after the forward (version "
-                    f"{tensor._version}, was {version}), and the backward needs it to rebuild the blocks. "
-                    "Call backward before the optimizer's step and before loading weights."
-                )
 
     def walk_without_graph(self, streams: Sequence[Tensor], kept: list[list[Tensor]]) -> None:
         """Undo the chain for the states that its neurons were left in."""
-        self.check_unchanged()
-        now = {id(p) for p in self.chain.parameters()}
-        if any(id(tensor) not in now for _, tensor, _ in self.reads if isinstance(tensor, nn.Parameter)):
+        self.unchanged.check()
+        if not self.unchanged.same_parameters():
             raise RuntimeError(
                 "RevSSequence: its parameters are not those that its forward ran with, so that the "
                 "membranes can't be computed any more. Read a membrane right after the forward."
@@ -262,7 +245,7 @@ class _Chain(torch.autograd.Function):
         run: _Run = ctx.run
         if all(g is None for g in grads):  # reached through a state that nobody used
             return (None,) * len(ctx.needs_input_grad)
-        run.check_unchanged()
+        run.unchanged.check()
         count = 2 if run.dim is None else 1
         outs, saved = list(ctx.saved_tensors[:count]), list(ctx.saved_tensors[count:])
         g_outs, g_exits = grads[:count], grads[count:]

@@ -95,7 +95,11 @@ class PromisedStates:
     def _read(self, undoing: Undoing, where: Key) -> Tensor:
         undoing.walk()
         final = self._promises[where]()
-        assert final is not None and final.membrane is not None
+        if final is None or final.membrane is None:
+            raise RuntimeError(
+                "RevSSequence: a neuron inside keeps its states in another table than at the time of the "
+                "forward whose membrane is read now, so that they are not that forward's any more."
+            )
         return final.membrane
 
     def keep(self, where: Key, state: Tensor) -> None:

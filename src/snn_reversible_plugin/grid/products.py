@@ -8,8 +8,9 @@ in (0, 1).
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,6 @@ from torch import Tensor
 
 from snn_reversible_plugin.grid.decays import MARGIN
 from snn_reversible_plugin.grid.digits import pack_digits, unpack_digits
-from snn_reversible_plugin.grid.numbers import decay
 
 # NOTE [What is stored of a product]
 #
@@ -36,6 +36,7 @@ from snn_reversible_plugin.grid.numbers import decay
 # digits are 1 and 0.
 
 SMALLEST, LARGEST = 1 / 256, 2.0**16
+PIECES, LEAST = 16, 1 << 13  # parts of a tensor, and the fewest elements that are worth an operation
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,15 +99,14 @@ def multiply(u: Tensor, factor: Factor, bits: int) -> tuple[Tensor, list[Tensor]
         >>> product, divide(product, factor, record, bits=2)
         (tensor([-0.2500,  0.2500,  0.0000]), tensor([ 0.7500, -0.5000,  0.2500]))
     """
-    product = decay(u, factor.alpha, bits)
-    record = []
-    if factor.radix > 1:
-        alpha = factor.alpha.double()
-        y = u.double().mul_(2.0**bits).mul_(alpha).add_(0.5)
-        digits = y.sub_(y.floor()).div_(alpha.abs()).floor_()
-        if factor.stores is not None:
-            digits.masked_fill_(factor.stores, 0.0)
-        record.append(pack_digits(digits.reshape(-1), factor.radix))
+    product, digits = torch.empty_like(u), torch.empty(u.shape, dtype=torch.uint8, device=u.device)
+    for alpha, of_u, of_product, of_digits in _pieces(factor.alpha, u, product, digits):
+        y = of_u.double().mul_(2.0**bits).mul_(alpha).add_(0.5)
+        whole = y.floor()
+        torch.mul(whole, 2.0**-bits, out=of_product)
+        if factor.radix > 1:
+            of_digits.copy_(y.sub_(whole).div_(alpha.abs()).floor_().clamp_(0, factor.radix - 1))
+    record = [pack_digits(digits.view(-1), factor.radix)] if factor.radix > 1 else []
     if factor.stores is not None:
         record.append(u.masked_select(factor.stores))
     return product, record
@@ -114,12 +114,23 @@ def multiply(u: Tensor, factor: Factor, bits: int) -> tuple[Tensor, list[Tensor]
 
 def divide(product: Tensor, factor: Factor, record: Sequence[Tensor], bits: int) -> Tensor:
     """The ``u`` of :func:`multiply`, bit for bit; see there."""
-    alpha = factor.alpha.double()
-    sign = torch.where(alpha < 0, -1.0, 1.0)
-    units = product.double().mul_(2.0**bits).sub_(0.5).div_(alpha.abs()).sub_(MARGIN).ceil_()
+    u = torch.empty_like(product)
+    digits = product.new_zeros((), dtype=torch.uint8).expand(product.shape)
     if factor.radix > 1:
-        units.add_(unpack_digits(record[0], factor.radix, units.numel()).view(units.size()))
-    u = units.mul_(sign).add_(0.0).mul_(2.0**-bits).to(product.dtype)
+        digits = unpack_digits(record[0], factor.radix, product.numel()).view(product.shape)
+    for alpha, of_u, of_product, of_digits in _pieces(factor.alpha, u, product, digits):
+        units = of_product.double().mul_(2.0**bits).sub_(0.5).div_(alpha.abs()).sub_(MARGIN).ceil_()
+        units.add_(of_digits).mul_(torch.where(alpha < 0, -1.0, 1.0)).add_(0.0)
+        torch.mul(units, 2.0**-bits, out=of_u)
     if factor.stores is not None:
         u.masked_scatter_(factor.stores, record[-1])
     return u
+
+
+def _pieces(alpha: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Parts along the first dimension, and their factors: float64 is kept to one part at a time."""
+    alpha, first = alpha.double(), tensors[0]
+    if not first.dim() or (alpha.dim() == first.dim() and len(alpha) != 1):
+        return iter([(alpha, *tensors)])
+    parts = max(1, min(PIECES, len(first), first.numel() // LEAST))
+    return zip(itertools.repeat(alpha), *(tensor.chunk(parts) for tensor in tensors), strict=False)
