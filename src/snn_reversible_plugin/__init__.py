@@ -1,6 +1,6 @@
 """Reversible training for spiking neural networks: stock models, a small part of the memory."""
 
-from snn_reversible_plugin.blocks import RevSBlock, RevSSequence
+from snn_reversible_plugin.blocks import RevSBlock, RevSColumns, RevSSequence
 from snn_reversible_plugin.blocks.surgery import SurgeryReport, unwrap_residual_blocks, wrap_residual_blocks
 from snn_reversible_plugin.convert import convert_to_reversible, restore, reversible, stock
 from snn_reversible_plugin.modules.kinds import register
@@ -13,6 +13,7 @@ from snn_reversible_plugin.training import step_in_backward
 __all__ = [
     "MemoryReport",
     "RevSBlock",
+    "RevSColumns",
     "RevSSequence",
     "SurgeryReport",
     "Verification",

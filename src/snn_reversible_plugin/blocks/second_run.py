@@ -30,7 +30,7 @@ from snn_reversible_plugin.blocks.undo import Spikes, observed_spikes
 from snn_reversible_plugin.modules.as_it_ran import RandomNumbers
 from snn_reversible_plugin.modules.kinds import Table
 from snn_reversible_plugin.modules.registry import lean_types
-from snn_reversible_plugin.modules.states import Key, Snapshot, differentiable, put
+from snn_reversible_plugin.modules.states import Change, Key, Snapshot, differentiable, put, states_of
 from snn_reversible_plugin.modules.swap import lent_classes
 from snn_reversible_plugin.ops.autocast import Autocast
 
@@ -71,33 +71,42 @@ class How:
 
 
 class BranchRun:
-    """One run of a branch: what it read, and how to run it again."""
+    """One run of a branch: what it read, and how to run it again.
+
+    Args:
+        name: what errors call it.
+        block: the module that is called; its hooks may gather parameters.
+        branch: the attribute of the block that the branch is, and the argument by which the block is told
+            to run it; None: the block itself is the branch.
+        how: how the branches of the chain run.
+    """
 
     __slots__ = (
         "_autocast", "_block", "_branch", "_changed", "_entry", "_how", "_lean", "_modes", "_modules",
-        "_random", "_sharded", "name", "spikes", "wanted",
+        "_random", "_sharded", "awaited", "name", "spikes", "wanted",
     )  # fmt: skip
 
-    def __init__(self, name: str, block: nn.Module, branch: str, how: How) -> None:
+    def __init__(self, name: str, block: nn.Module, branch: str | None, how: How) -> None:
         self.name, self._block, self._branch, self._how = name, block, branch, how
-        self._modules = list(getattr(block, branch).modules())
+        self._modules = list((block if branch is None else getattr(block, branch)).modules())
         self._lean = lean_types(self._modules)
         self._sharded = bool(sharded_modules(block))
-        self._entry: list[tuple[Table, str, Any]] = []
+        self._entry: list[Change] = []
         self._changed: list[tuple[Table, str]] = []
         self._random: RandomNumbers | None = None
         self.wanted: set[Key] = set()  # the entry states that get a gradient
+        self.awaited: Callable[[Key, Tensor], None] | None = None  # is told of each state at exit
         self.spikes: Spikes = []  # of the first run
 
-    def first(self, x: Tensor) -> Tensor:
+    def first(self, *inputs: Tensor) -> Tensor:
         """Run without a graph. The caller keeps :meth:`tensors`."""
-        before, version, random = Snapshot(self._modules), x._version, RandomNumbers([x.device])
+        before, random = Snapshot(self._modules), RandomNumbers(x.device for x in inputs)
+        versions = [x._version for x in inputs]
         self._modes = [module.training for module in self._modules]
-        self._autocast = Autocast(x.device.type)
-        # A cast that is cached without a graph would lack it later.
-        with self._autocast.again(cache=False), lent_classes(self._lean), self._observed() as self.spikes:
-            out = self._block(x, branch=self._branch)
-        check_output(self.name, out, x, version)
+        self._autocast = Autocast(inputs[0].device.type)
+        with self._observed() as self.spikes:
+            out = self._call(inputs, cache=False)
+        check_output(self.name, out, inputs, versions)
         if not random.unused():
             self._random = random
         changes, scratch = before.changes()
@@ -106,6 +115,12 @@ class BranchRun:
         self._entry += before.read(self._entry)
         return out  # type: ignore[no-any-return]
 
+    def _call(self, inputs: Sequence[Tensor], *, cache: bool = True) -> Any:
+        # A cast that is cached without a graph would lack it later.
+        named = {} if self._branch is None else {"branch": self._branch}
+        with self._autocast.again(cache=cache), lent_classes(self._lean):
+            return self._block(*inputs, **named)
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """The branch's parameters, as they are now."""
         for module in self._modules:
@@ -113,10 +128,10 @@ class BranchRun:
                 if parameter is not None:
                     yield parameter
 
-    def _recording(self, x: Tensor) -> Any:
+    def _recording(self, inputs: Sequence[Tensor]) -> Any:
         layers = sum(any(p.dim() > 1 for p in module._parameters.values() if p is not None)
                      for module in self._modules)  # fmt: skip
-        small = x.numel() * x.element_size() <= SMALL
+        small = sum(x.numel() * x.element_size() for x in inputs) <= SMALL
         return nullcontext() if small and layers <= 1 else tape.recording(self._how.mode)
 
     def _observed(self) -> Any:
@@ -135,65 +150,92 @@ class BranchRun:
         """Where the states are that the run left, those that can have a gradient."""
         return [(table, key) for table, key in self._changed if differentiable(table.get(key))]
 
+    def tables(self) -> set[int]:
+        """The ids of the tables that the branch's modules keep states in."""
+        tables = map(states_of, self._modules)
+        return {id(table) for table in tables if table is not None}
+
+    def starts(self) -> list[Change]:
+        """Those of the states that the run left which were no tensors before it, and what they were."""
+        changed = {(id(table), key) for table, key in self._changed}
+        return [
+            (table, key, value)
+            for table, key, value in self._entry
+            if value is not Tensor and not isinstance(value, Tensor) and (id(table), key) in changed
+        ]
+
+    def without_graph(self, inputs: Sequence[Tensor], states: Sequence[Tensor]) -> Tensor:
+        """Run again as the first time, for the output and the states at exit."""
+        random = nullcontext() if self._random is None else self._random.again()
+        with random, self._as_it_was(states, {}):
+            out = self._call(inputs, cache=False)
+            self._tell()
+        return out  # type: ignore[no-any-return]
+
+    def _tell(self) -> None:
+        if self.awaited is not None:
+            for table, key in self.exits():
+                self.awaited((id(table), key), table[key].detach())
+
     def again(
         self,
-        x: Tensor,
+        inputs: Sequence[Tensor],
         states: Sequence[Tensor],
         parameters: Sequence[nn.Parameter],
         undo: Callable[[Tensor], None],
         streams: list[Tensor | None],
         g_states: dict[Key, Tensor],
-    ) -> tuple[Tensor | None, list[Tensor | None], Spikes]:
+    ) -> tuple[list[Tensor | None], list[Tensor | None], Spikes]:
         """Run again, and backward.
 
         Args:
-            x: the input, equal to the first run's.
+            inputs: leaves, equal to the first run's inputs; those that require a gradient get one.
             states: what :meth:`tensors` gave.
             parameters: those that get a gradient.
             undo: is given the output to subtract, before the backward, when least else is alive.
-            streams: the gradients of the output, and what the input has already from the stream; emptied,
-                so that they can go once they are used.
+            streams: the gradient of the output, and for each input what it has already from elsewhere;
+                emptied, so that they can go once they are used.
             g_states: gradients of the states; in: at exit, out: at entry.
 
         Returns:
-            The input's whole gradient, the parameters' gradients, the spikes.
+            The inputs' whole gradients, the parameters' gradients, the spikes.
         """
-        leaf = x.detach()
         managed = sharded_parameters(self._block) if self._sharded else set()
         aliases = {id(p): nn.Parameter(p.detach()) for p in parameters if id(p) not in managed}
         random = nullcontext() if self._random is None else self._random.again()
         with random, self._as_it_was(states, aliases) as entry:
             outputs, g_outputs = [], []
-            with torch.enable_grad(), self._autocast.again(), self._recording(x):
-                leaf.requires_grad_()
-                with lent_classes(self._lean), self._observed() as spikes:
-                    value = self._block(leaf, branch=self._branch)
-                identity = leaf.view_as(leaf)
+            with torch.enable_grad(), self._recording(inputs):
+                with self._observed() as spikes:
+                    value = self._call(inputs)
+                identities = [x.view_as(x) for x in inputs]
+            self._tell()
             for table, key in self.exits():
                 grad = g_states.pop((id(table), key), None)
                 if grad is not None and table[key].requires_grad:
                     outputs.append(table[key])
                     g_outputs.append(grad)
         undo(value.detach())
-        for output, grad in ((value, streams[0]), (identity, streams[1])):
+        for output, grad in zip((value, *identities), streams, strict=True):
             if grad is not None and output.requires_grad:
                 outputs.append(output)
                 g_outputs.append(grad.to(output.dtype))
         streams.clear()
         if not outputs:
-            return None, [None] * len(parameters), spikes
-        inputs = [leaf, *aliases.values(), *entry.values()]
+            return [None] * len(inputs), [None] * len(parameters), spikes
+        sought = [*(x for x in inputs if x.requires_grad), *aliases.values(), *entry.values()]
         if self._how.inspect and not managed:
-            self._refuse_strangers(value, inputs)
-        del value, identity, output, grad
-        grads = gradients(outputs, g_outputs, inputs, accumulate=bool(managed))
+            self._refuse_strangers(value, sought)
+        del value, identities, output, grad
+        grads = iter(gradients(outputs, g_outputs, sought, accumulate=bool(managed)))
         if managed:
             settle(self._block)
-        for state, g in zip(entry, grads[1 + len(aliases) :], strict=True):
+        g_inputs = [next(grads) if x.requires_grad else None for x in inputs]
+        found = {alias: next(grads) for alias in aliases}
+        for state, g in zip(entry, grads, strict=True):
             if g is not None:  # a state that the branch only reads has a gradient already
                 g_states[state] = g_states[state] + g if state in g_states else g
-        found = dict(zip(aliases, grads[1:], strict=False))
-        return grads[0], [found.get(id(p)) for p in parameters], spikes
+        return g_inputs, [found.get(id(p)) for p in parameters], spikes
 
     @contextmanager
     def _as_it_was(
@@ -252,11 +294,11 @@ class BranchRun:
             nodes += [following for following, _ in node.next_functions]
 
 
-def check_output(name: str, out: Any, x: Tensor, version: int) -> None:
+def check_output(name: str, out: Any, inputs: Sequence[Tensor], versions: Sequence[int]) -> None:
     """Refuse what a block can't add to a stream, or what changed the stream."""
     if not isinstance(out, Tensor):
         raise TypeError(f"{name} returned {type(out).__name__}; a branch returns one tensor")
-    if x._version != version:
+    if [x._version for x in inputs] != [*versions]:
         raise RuntimeError(
             f"{name} changed its input in place, and the stream still needs it: make its first operation "
             "out of place (inplace=False), or let it work on a clone."

@@ -7,7 +7,7 @@ Source: Zhang and Zhang, AAAI 2024 (arXiv 2312.07922), whose rebuild drifts in f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -129,10 +129,8 @@ def flipped(name: str, forward: Spikes, rebuild: Spikes) -> Flips:
     return total, sum(count for _, count in forward)
 
 
-def difference(
-    rebuilt: tuple[Tensor, Tensor], original: tuple[Tensor, Tensor], flips: dict[str, Flips]
-) -> Rebuild:
-    """What differs between two pairs of streams, and flipped on the way. Waits for the device."""
+def difference(rebuilt: Sequence[Tensor], original: Sequence[Tensor], flips: dict[str, Flips]) -> Rebuild:
+    """What differs between streams that belong together, and flipped on the way. Waits for the device."""
     bits, error = 0, 0.0
     for ours, theirs in zip(rebuilt, original, strict=True):
         if theirs.numel() == 0:

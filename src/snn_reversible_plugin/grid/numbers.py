@@ -113,7 +113,8 @@ def decay(u: Tensor, beta: Tensor | float, bits: int = 16) -> Tensor:
 
     Args:
         u: float32 multiples of 2^-bits of magnitude below ``limit(bits)``.
-        beta: factors in (0, 1], float32, a number or of a shape that broadcasts to ``u``'s.
+        beta: factors, float32, a number or of a shape that broadcasts to ``u``'s. Those in (0, 1] are
+            undone by :func:`undecay`, any by :mod:`.grid.products`.
         bits: binary digits behind the point.
 
     Example:

@@ -30,6 +30,7 @@ class Framework:
         takes_states: a neuron may be called with its states, and returns them.
         has_step_modes: a neuron can be told to run all time steps in one call.
         records: attributes in which a neuron writes down past steps; no step reads them.
+        own_states: the attribute with the table in which a module keeps its states and nothing else.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Framework:
     takes_states = False
     has_step_modes = False
     records: tuple[str, ...] = ()
+    own_states: str = ""
 
     def is_spiking(self, cls: type) -> bool:
         """Whether instances of a class are spiking neurons, by its base class."""
@@ -74,6 +76,7 @@ class _SpikingJelly(Framework):
     neuron_bases = frozenset({"BaseNode", "SimpleBaseNode", "SpikingRNNCellBase"})
     has_step_modes = True
     records = ("v_seq", "state_seqs")
+    own_states = "_memories"
 
     def is_neuron(self, cls: type) -> bool:
         # Some are not derived from one of the base neurons.
@@ -84,7 +87,7 @@ class _SpikingJelly(Framework):
         )
 
     def states_of(self, module: nn.Module) -> Table | None:
-        memories = module.__dict__.get("_memories")
+        memories = module.__dict__.get(self.own_states)
         return memories if isinstance(memories, dict) else None
 
     def reset(self, module: nn.Module) -> None:

@@ -62,7 +62,8 @@ class Snapshot:
     __slots__ = ("_tables",)
 
     def __init__(self, modules: Iterable[nn.Module], *, buffers: bool = False) -> None:
-        self._tables = [(table, table.copy(), kind) for table, kind in _tables(modules, buffers)]
+        # As they are stored: a final membrane that nobody has read need not be computed.
+        self._tables = [(table, dict(dict.items(table)), kind) for table, kind in _tables(modules, buffers)]
 
     def changes(self) -> tuple[list[Change], list[Change]]:
         """What is another object now, with its value then: states and attributes, and scratch."""
@@ -91,7 +92,6 @@ class Snapshot:
     def put_back(self) -> None:
         """Give every table the objects that it held."""
         for table, values, _ in self._tables:
-            # As they are stored: a final membrane that nobody has read need not be computed.
             if list(table) == list(values) and all(map(operator.is_, dict.values(table), values.values())):
                 continue
             for key in [key for key in table if key not in values]:

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.modules.swap import SwappedClass
-from snn_reversible_plugin.neurons.final_membrane import FinalMembrane, Memories
 from snn_reversible_plugin.neurons.integrate_fire.in_place import multi_step, multi_step_vjp
 from snn_reversible_plugin.neurons.integrate_fire.reference import (
     Neuron,
@@ -43,6 +42,7 @@ from snn_reversible_plugin.ops.chunks import chunk_size
 from snn_reversible_plugin.spikingjelly.replayed import as_stock, is_learning, replayed
 from snn_reversible_plugin.spikingjelly.surrogates import fused, proved
 from snn_reversible_plugin.spikingjelly.types import ROWS, dynamics_of
+from snn_reversible_plugin.tape.final_membrane import FinalMembrane, Memories
 
 # NOTE [What stock runs]
 #

@@ -13,8 +13,8 @@ pytest.importorskip("spikingjelly")
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 
 import snn_reversible_plugin as srp
-from snn_reversible_plugin.neurons.final_membrane import FinalMembrane, Memories, _promised
 from snn_reversible_plugin.reports.measure import AllocationCounter
+from snn_reversible_plugin.tape.final_membrane import FinalMembrane, Memories, _promised
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 pytestmark = pytest.mark.parametrize("device", DEVICES)

@@ -1,8 +1,9 @@
 """The membrane that a sequence leaves behind, held only once somebody wants it.
 
 The one idea: a network's states are reset before the next batch far more often than they are read, and
-held for nothing they are most of what a training step holds beside its bits. So a neuron leaves a promise
-among its ``_memories``: reading it gives the tensor that stock would have left there, with its gradient.
+held for nothing they are most of what a training step holds beside its bits. So a neuron, or a chain of
+reversible blocks for the neurons inside, leaves a promise among the neuron's ``_memories``: reading it
+gives the tensor that stock would have left there, with its gradient.
 
 Source: ``MemoryModule`` of SpikingJelly 2.0, which keeps states in a dict of its own.
 """
@@ -11,10 +12,11 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from snn_reversible_plugin import tape
@@ -22,12 +24,13 @@ from snn_reversible_plugin.tape.handles import Handle, peek
 
 # NOTE [When a final membrane is computed]
 #
-# 1. In the neuron's backward, which has it at hand, if it is still among the states then: afterwards
-#    what it would be computed from is let go.
-# 2. When it is read before: the sequence is run again, from what the tape holds.
+# 1. In the neuron's backward, or the chain's, which has it at hand, if it is still among the states then:
+#    afterwards what it would be computed from is let go.
+# 2. When it is read before: the sequence is run again, from what the tape holds, or the chain is undone.
 # 3. Before an optimizer's step, should no backward have reached the neuron: afterwards the weights
-#    that made the current are others.
-# 4. Never, if the states are reset, or set, first.
+#    that made the current are others. Where they are others already, reading it says so.
+# 4. Never, if the states are reset, or set, first. Stock's ``reset`` looks at the states that it replaces,
+#    so a promise among a stock neuron's goes before (`ForgettingReset`).
 # 5. A sequence that starts from a state that an earlier one left shows a user who reads states: there the
 #    membrane is computed at once.
 
@@ -46,14 +49,20 @@ class FinalMembrane:
     _stride: tuple[int, ...]
 
     def __init__(self, run: Callable[..., Tensor], *held: Handle) -> None:
-        self._run, self._held = run, held
+        self._run: Callable[..., Tensor] | None = run
+        self._held = held
         self._v: Tensor | None = None
 
-    def placeholder(self, v: Tensor) -> Tensor:
+    def placeholder(self, v: Tensor, zero: Tensor | None = None) -> Tensor:
         """For the neuron's autograd function to return in place of ``v``: of its shape, but of one
-        element's storage."""
+        element's storage, which is ``zero``'s where that is given."""
         self._stride = v.stride()
-        return v.new_zeros(()).expand(v.shape)
+        return (v.new_zeros(()) if zero is None else zero).expand(v.shape)
+
+    @property
+    def membrane(self) -> Tensor | None:
+        """The membrane, if it has been computed."""
+        return self._v
 
     def promise(self, place: Tensor) -> None:
         """From now on it may be read; ``place``, the function's output, gets the membrane's gradient."""
@@ -69,14 +78,15 @@ class FinalMembrane:
 
     def keep(self, v: Tensor) -> None:
         """The membrane is known; what it would be computed from is let go."""
-        self._v, self._held = v, ()
+        self._v, self._run, self._held = v, None, ()
         _promised.discard(self)
 
     def compute(self) -> None:
         """Make the membrane known, if it is not."""
-        if self._v is None:
+        run = self._run
+        if run is not None:
             with tape.paused(), torch.inference_mode(False), torch.no_grad():
-                self.keep(self._run(*map(peek, self._held)))
+                self.keep(run(*map(peek, self._held)))
 
     def read(self) -> Tensor:
         """The membrane as stock would have left it."""
@@ -102,7 +112,8 @@ _promised: weakref.WeakSet[FinalMembrane] = weakref.WeakSet()
 
 def _compute_all(*_: Any) -> None:
     for membrane in list(_promised):
-        membrane.compute()
+        with suppress(RuntimeError):  # reading it will say so; perhaps nobody does
+            membrane.compute()
 
 
 register_optimizer_step_pre_hook(_compute_all)
@@ -158,3 +169,36 @@ class Memories(dict[str, Any]):
     def _read(self) -> None:
         for key in self:
             self.get(key)
+
+
+class ForgettingReset:
+    """The ``reset`` of one stock neuron with promises among its states, until it is called.
+
+    Example:
+        >>> from spikingjelly.activation_based import neuron
+        >>> node = neuron.IFNode(step_mode="m")
+        >>> promise_among(node, "_memories")
+        {'v': 0.0}
+        >>> node.reset()
+        >>> "reset" in vars(node)
+        False
+    """
+
+    def __init__(self, module: nn.Module, table: str) -> None:
+        self._module, self._table = module, table
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        table = self._module.__dict__[self._table]
+        if isinstance(table, Memories):
+            table.forget()
+        self._module.__dict__.pop("reset", None)
+        self._module.reset(*args, **kwargs)  # type: ignore[operator]
+
+
+def promise_among(module: nn.Module, table: str) -> Memories:
+    """A module's table of states, ready to take promises."""
+    states: dict[str, Any] = module.__dict__[table]
+    if not isinstance(states, Memories):
+        states = module.__dict__[table] = Memories(states)
+    module.__dict__.setdefault("reset", ForgettingReset(module, table))
+    return states

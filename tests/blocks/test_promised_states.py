@@ -1,0 +1,333 @@
+"""The membranes that a chain leaves in its neurons: the plain run's, whenever and however they are read."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from spikingjelly.activation_based import functional, layer, neuron
+from torch import nn
+
+import snn_reversible_plugin as srp
+from snn_reversible_plugin.modules.states import reset_states
+from snn_reversible_plugin.reports.measure import count_step
+from snn_reversible_plugin.tape.final_membrane import FinalMembrane, _promised
+from tests.blocks.test_chain import NEURONS, assert_same, chain
+from two_processes import together
+
+
+def neurons(model):
+    return [module for module in model.modules() if isinstance(module, neuron.BaseNode)]
+
+
+def membranes(model):
+    return [module.v for module in neurons(model)]
+
+
+def promises(model):
+    return [
+        module
+        for module in neurons(model)
+        if isinstance(dict.get(module.__dict__["_memories"], "v"), FinalMembrane)
+    ]
+
+
+def batch(seed=1):
+    torch.manual_seed(seed)
+    return torch.randn(3, 2, 4, 5, 4).mul_(2)
+
+
+def outcome(script, make, reversible):
+    torch.manual_seed(0)
+    model = make()
+    for module in model.modules():
+        if isinstance(module, srp.RevSSequence):
+            module.reversible = reversible
+    x = batch().requires_grad_()
+    found = script(model, x)
+    return [*found, x.grad, *(p.grad for p in model.parameters()), *model.buffers()]
+
+
+def same(script, make):
+    plain, ours = (outcome(script, make, reversible) for reversible in (False, True))
+    assert len(plain) == len(ours) > 8
+    for a, b in zip(plain, ours, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert torch.equal(a, b)
+            assert a.stride() == b.stride()
+            assert a.requires_grad == b.requires_grad
+
+
+def reads_before_backward(model, x):
+    loss = model(x).square().sum()
+    found = membranes(model)
+    loss.backward()
+    return found + membranes(model)
+
+
+def reads_after_backward(model, x):
+    model(x).square().sum().backward()
+    return membranes(model)
+
+
+def learns_from_membranes(model, x):
+    out = model(x)
+    (out.sum() + sum((v * v).mean() for v in membranes(model))).backward()
+    return [out]
+
+
+def learns_from_one_membrane_alone(model, x):
+    model(x)
+    neurons(model)[2].v.square().sum().backward()
+    return membranes(model)
+
+
+def reads_without_grad(model, x):
+    out = model(x)
+    with torch.no_grad():
+        found = membranes(model)
+    with torch.inference_mode():
+        found += membranes(model)
+    (out.sum() + found[0].sum()).backward()
+    return found
+
+
+def reads_under_autocast(model, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(x)
+        found = membranes(model)
+    out.float().sum().backward()
+    return found
+
+
+def carries_on(model, x):
+    out = model(x) + model(x.flip(0)) + model(x * 2)
+    out.square().sum().backward()
+    return membranes(model)
+
+
+def truncates(model, x):
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    found = []
+    for part in (x, x.flip(0), x.flip(1)):
+        optimizer.zero_grad()
+        loss = model(part).square().sum()
+        loss.backward()
+        optimizer.step()
+        functional.detach_net(model)
+        found += [loss, *membranes(model)]
+    return found
+
+
+def detaches_before_backward(model, x):
+    loss = model(x).square().sum()
+    functional.detach_net(model)
+    loss = loss + model(x).sum()
+    loss.backward()
+    return membranes(model)
+
+
+def backward_never_comes(model, x):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(x)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    return membranes(model)
+
+
+def two_backwards(model, x):
+    out = model(x)
+    out.sum().backward(retain_graph=True)
+    found = membranes(model)
+    (out.square().sum() + found[-1].sum()).backward()
+    return found
+
+
+def evaluates_after_training(model, x):
+    model(x).sum().backward()
+    model.eval()
+    with torch.no_grad():
+        return [model(x), *membranes(model)]
+
+
+def is_copied_and_pickled(model, x):
+    out = model(x)
+    copied = copy.deepcopy(model) if not out.requires_grad else model
+    out.sum().backward()
+    functional.detach_net(model)
+    found = membranes(pickle.loads(pickle.dumps(model))) + membranes(copied)
+    functional.reset_net(copied)
+    return [*found, copied(x)]
+
+
+SCRIPTS = [
+    reads_before_backward, reads_after_backward, learns_from_membranes, learns_from_one_membrane_alone,
+    reads_without_grad, reads_under_autocast, carries_on, truncates, detaches_before_backward,
+    backward_never_comes, two_backwards, evaluates_after_training, is_copied_and_pickled,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("node", ["if", "plif"])
+def test_membranes_are_the_plain_runs(script, node):
+    same(script, lambda: chain(depth=2, node=node))
+
+
+@pytest.mark.parametrize("script", [reads_before_backward, reads_after_backward, learns_from_membranes])
+def test_with_dropout_other_neurons_and_a_shared_block(script):
+    def make():
+        block = srp.RevSBlock(
+            nn.Sequential(neuron.QIFNode(step_mode="m"), layer.Dropout(0.3, step_mode="m")),
+            nn.Sequential(NEURONS["lif"](), nn.Linear(4, 4), neuron.EIFNode(step_mode="m")),
+        )
+        return nn.Sequential(srp.RevSSequence([block, chain(depth=1, p=0.2).blocks[0], block], check=True))
+
+    same(script, make)
+
+
+@pytest.mark.parametrize("script", [reads_before_backward, reads_after_backward, learns_from_membranes])
+def test_inside_a_converted_network(script):
+    def make():
+        conv = layer.Conv2d(4, 4, 3, padding=1, step_mode="m")
+        net = nn.Sequential(conv, chain(depth=2), neuron.LIFNode(step_mode="m"))
+        return srp.convert_to_reversible(net)
+
+    same(script, make)
+
+
+def test_a_pair_of_streams_and_membranes():
+    def both(model, x):
+        y1, y2 = model(x.chunk(2, 2))
+        found = membranes(model)
+        (y1.sum() + 2 * y2.sum() + found[1].sum()).backward()
+        return [y1, y2, *found]
+
+    same(both, lambda: chain(depth=2))
+
+
+def test_held_memory_is_flat_in_depth():
+    held = {}
+    for depth in (8, 100):
+        model, x = chain(depth), torch.randn(2, 1, 4, 8, 8)
+        held[depth] = count_step(lambda model=model, x=x: model(x).sum())[0]
+    assert held[100] <= 1.02 * held[8]
+    assert held[8] < 2 * 2 * 4 * 8 * 8 * 4
+
+
+def test_a_reset_reads_nothing_and_lets_go():
+    model, runs = chain(), []
+    for block in model.blocks:
+        block.f.register_forward_hook(lambda *_: runs.append(1))
+    for reset in (functional.reset_net, reset_states):
+        before = len(_promised)
+        out = model(batch())
+        assert len(promises(model)) == len(_promised) - before == 12
+        assert len(runs) == 3
+        assert "reset" in vars(neurons(model)[0])
+        reset(model)
+        assert not promises(model) and len(_promised) == before
+        assert len(runs) == 3
+        assert all(module.v == 0.0 and "reset" not in vars(module) for module in neurons(model))
+        out.sum().backward()
+        assert len(runs) == 6
+        assert all(module.v == 0.0 for module in neurons(model))
+        runs.clear()
+
+
+def test_reading_one_walks_once_for_all():
+    model, runs = chain(), []
+    for block in model.blocks:
+        block.f.register_forward_hook(lambda *_: runs.append(1))
+    out = model(batch())
+    membranes(model)
+    assert len(runs) == 6
+    out.sum().backward()
+    assert len(runs) == 9
+
+
+def test_a_second_call_from_where_the_first_one_ended_promises_nothing():
+    model = chain()
+    model(batch())
+    model(batch())
+    assert not promises(model)
+    functional.reset_net(model)
+    with torch.no_grad():
+        model(batch())
+    assert not promises(model)
+
+
+def test_a_forward_that_breaks_off_leaves_no_promise():
+    model = chain()
+
+    def fail(*_):
+        raise ArithmeticError
+
+    hook = model.blocks[2].g[1].register_forward_hook(fail)
+    with pytest.raises(ArithmeticError):
+        model(batch())
+    hook.remove()
+    assert not promises(model)
+    assert all(module.v == 0.0 for module in neurons(model)[:10])
+
+
+def test_what_a_membrane_was_computed_from_must_be_unchanged():
+    def change_weight(model, _out):
+        with torch.no_grad():
+            model.blocks[0].f[1].weight.mul_(2)
+
+    def replace_weight(model, _out):
+        model.blocks[0].f[1].weight = nn.Parameter(torch.zeros(2, 2, 3, 3))
+
+    def change_output(_model, out):
+        with torch.no_grad():
+            out.mul_(2)
+
+    for change, said in (
+        (change_weight, r"blocks\.0\.f\.1\.weight was modified"),
+        (replace_weight, "its parameters are not those"),
+        (change_output, "its output, or a state .* was modified"),
+    ):
+        model = chain()
+        out = model(batch())
+        change(model, out)
+        # An optimizer of others' parameters looks for what is promised, and steps all the same.
+        other = nn.Parameter(torch.zeros(1))
+        other.grad = torch.ones(1)
+        torch.optim.SGD([other], lr=1.0).step()
+        assert other.item() == -1.0
+        with pytest.raises(RuntimeError, match=said):
+            neurons(model)[0].v  # noqa: B018
+        functional.reset_net(model)
+
+
+def _worker(rank, reversible):
+    torch.manual_seed(0)
+    model = chain()
+    model.reversible = reversible
+    parallel = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    found = []
+    for read in (False, True):
+        torch.manual_seed(rank)
+        out = parallel(torch.randn(2, 2, 4, 3, 3) * 2)
+        assert len(promises(model)) == (12 if reversible else 0)
+        loss = out.square().sum()
+        if read:
+            loss = loss + sum(v.mean() for v in membranes(model))
+        loss.backward()
+        found += [v.detach() for v in membranes(model)]
+        optimizer.step()
+        functional.reset_net(model)
+    return found + [p.detach() for p in model.parameters()]
+
+
+def test_two_processes(tmp_path):
+    found = []
+    for reversible in (True, False):
+        folder = tmp_path / str(reversible)
+        folder.mkdir()
+        found.append(together(folder, _worker, reversible))
+    for ours, plain in zip(*found, strict=True):
+        assert_same(ours, plain)
