@@ -31,8 +31,8 @@ from snn_reversible_plugin.tape.operators import Kind, Operator, aten, operator_
 from snn_reversible_plugin.tape.origins import (
     OUTSIDE,
     enter,
-    forget_writes,
     look_up,
+    tidy,
     written,
 )
 from snn_reversible_plugin.tape.recipes import WORK_LIMIT, price, tensors_among
@@ -64,7 +64,7 @@ class Tape(TorchDispatchMode):
         self._work_limit = WORK_LIMIT[mode]
         self._check = check
         self._observer = observer
-        forget_writes()
+        tidy()
         # A block that is rebuilt records inside a backward; what a backward itself runs is not recorded.
         self._graph_task = torch._C._current_graph_task_id()
         self._rules: dict[Any, Rule] = {}  # of operators that somebody else runs for the time being
