@@ -36,6 +36,7 @@ from snn_reversible_plugin.tape.origins import (
     written,
 )
 from snn_reversible_plugin.tape.recipes import WORK_LIMIT, price, tensors_among
+from snn_reversible_plugin.tape.surroundings import OwnMode
 
 Rule = Callable[["Tape", Any, tuple[Any, ...], dict[str, Any]], torch.Tensor | None]
 """Runs an operator, given the tape, it and its arguments; None: it is one like any other."""
@@ -49,7 +50,7 @@ class Observer(Protocol):
     def packed(self, where: str | None, tensor: torch.Tensor, handle: Handle) -> None: ...
 
 
-class Tape(TorchDispatchMode):
+class Tape(OwnMode, TorchDispatchMode):
     """Records recipes, and packs what autograd saves. Made by :class:`recording`.
 
     Attributes:
