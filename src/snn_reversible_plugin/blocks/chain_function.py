@@ -25,6 +25,7 @@ from snn_reversible_plugin.blocks.undo import Flips, Undo, difference, flipped
 from snn_reversible_plugin.grid import reach, watch
 from snn_reversible_plugin.modules.kinds import load_adapters
 from snn_reversible_plugin.modules.states import Key, state_tensors
+from snn_reversible_plugin.ops.batched import comes_again, one_by_one
 from snn_reversible_plugin.ops.layouts import with_strides
 from snn_reversible_plugin.tape.handles import checksum
 
@@ -223,7 +224,7 @@ class _Chain(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: _Run, x1: Tensor, x2: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        with tape.paused():
+        with tape.paused(), tape.to_be_repeated():
             streams, kept, undoing = run.forward(x1, x2)
             outs = streams if run.dim is None else (torch.cat(streams, run.dim),)
         if run.promised.places:
@@ -240,6 +241,7 @@ class _Chain(torch.autograd.Function):
         return (*outs, *states)
 
     @staticmethod
+    @one_by_one
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         run: _Run = ctx.run
@@ -254,7 +256,7 @@ class _Chain(torch.autograd.Function):
         g_states: dict[Key, Tensor] = {
             (id(table), key): g for (table, key), g in zip(run.exits, g_exits, strict=True) if g is not None
         }
-        if hasattr(ctx, "maybe_clear_saved_tensors"):
+        if hasattr(ctx, "maybe_clear_saved_tensors") and not comes_again():
             ctx.maybe_clear_saved_tensors()
         kept = [[saved.pop(0) for _ in range(count)] for count in ctx.counts]
         wanted = {id(p) for p, on in zip(run.parameters, ctx.needs_input_grad[3:], strict=False) if on}

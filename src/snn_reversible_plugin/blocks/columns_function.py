@@ -22,6 +22,7 @@ from snn_reversible_plugin.grid import decay, reach, sub_snapped_, watch
 from snn_reversible_plugin.grid.products import Factor, divide, factors, multiply
 from snn_reversible_plugin.modules.kinds import load_adapters
 from snn_reversible_plugin.modules.states import Key
+from snn_reversible_plugin.ops.batched import comes_again, one_by_one
 from snn_reversible_plugin.ops.layouts import with_strides
 from snn_reversible_plugin.tape.handles import checksum
 
@@ -272,13 +273,14 @@ class _Columns(torch.autograd.Function):
     def forward(ctx: Any, run: _Run, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         inputs = tensors[: len(tensors) - len(run.parameters)]
-        with tape.paused():
+        with tape.paused(), tape.to_be_repeated():
             states, tops, kept = run.forward(inputs)
         ctx.run, ctx.counts = run, [len(found) for found in kept]
         ctx.save_for_backward(*states, *inputs, *(tensor for found in kept for tensor in found))
         return (*states, *tops)
 
     @staticmethod
+    @one_by_one
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         run: _Run = ctx.run
@@ -291,7 +293,7 @@ class _Columns(torch.autograd.Function):
         states = [state.detach().clone() for state in saved[: run.levels]]  # the states may go
         inputs, saved = saved[run.levels : run.levels + count], saved[run.levels + count :]
         kept = [[saved.pop(0) for _ in range(length)] for length in ctx.counts]
-        if hasattr(ctx, "maybe_clear_saved_tensors"):
+        if hasattr(ctx, "maybe_clear_saved_tensors") and not comes_again():
             ctx.maybe_clear_saved_tensors()
         wanted = {
             id(p) for p, on in zip(run.parameters, ctx.needs_input_grad[1 + count :], strict=True) if on

@@ -21,7 +21,8 @@ from snn_reversible_plugin.grid import snap
 from snn_reversible_plugin.modules.kinds import is_spiking
 from snn_reversible_plugin.modules.registry import StaysStock
 from snn_reversible_plugin.modules.swap import NAME, SwappedClass
-from snn_reversible_plugin.tape import current
+from snn_reversible_plugin.tape import current, runs_eagerly
+from snn_reversible_plugin.tape.surroundings import OwnMode
 
 
 def carries_a_membrane(block: nn.Module) -> bool:
@@ -63,8 +64,7 @@ class OnGrid(SwappedClass):
             not isinstance(x, Tensor)
             or not (x.dtype is torch.float32 or _autocasts(x))
             or x.layout is not torch.strided
-            or torch.compiler.is_compiling()
-            or torch._C._functorch.peek_interpreter_stack() is not None
+            or not runs_eagerly()
         ):
             return super().__call__(x, *args, **kwargs)  # type: ignore[misc]
         name = NAME.of(self) or type(self).__name__  # type: ignore[arg-type]
@@ -95,7 +95,7 @@ def _on_grid(name: str, x: Tensor) -> Iterator[Tensor]:
         yield x
 
 
-class _Sums(TorchDispatchMode):
+class _Sums(OwnMode, TorchDispatchMode):
     """The sums of one block where no tape records."""
 
     def __init__(self, x: Tensor) -> None:

@@ -26,6 +26,7 @@ from snn_reversible_plugin.modules.as_it_ran import RandomNumbers
 from snn_reversible_plugin.modules.kinds import RECORDS
 from snn_reversible_plugin.modules.states import states_of
 from snn_reversible_plugin.ops.autocast import Autocast
+from snn_reversible_plugin.ops.batched import one_by_one
 
 # NOTE [What a second run may rely on]
 #
@@ -43,7 +44,11 @@ from snn_reversible_plugin.ops.autocast import Autocast
 
 
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a backward refuse ``create_graph=True``, where its results would silently be constants."""
+    """Let a backward refuse ``create_graph=True``, where its results would silently be constants.
+
+    Of a batch of gradients it gets one at a time (:func:`~.ops.batched.one_by_one`).
+    """
+    backward = one_by_one(backward)
 
     @functools.wraps(backward)
     def checked(ctx: Any, *grads: Tensor | None) -> Any:

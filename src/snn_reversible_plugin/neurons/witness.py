@@ -25,6 +25,8 @@ from torch.utils._python_dispatch import (
     _push_mode,
 )
 
+from snn_reversible_plugin.tape.surroundings import OwnMode
+
 # NOTE [What a test of ours must not show]
 #
 # 1. The first call of a neuron may stand anywhere: in a user's checkpoint, which counts what is saved;
@@ -126,7 +128,7 @@ _MOVING = {
 }  # fmt: skip
 
 
-class Witness(TorchDispatchMode):
+class Witness(OwnMode, TorchDispatchMode):
     """Watches operations: which tensors hold zeros and ones, and whether all were pointwise on ``inputs``.
 
     ``trace`` is what was run, to be compared with another run.

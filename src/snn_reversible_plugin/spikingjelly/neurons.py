@@ -250,8 +250,8 @@ def how(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> How:
         >>> how(node, (x_seq.detach(),), {})
         ByStock(reason='neither its input nor anything of its own has a gradient')
     """
-    if not tape.runs_eagerly() or torch.jit.is_tracing():
-        return ByStock("it is traced, by a compiler or a function transform")
+    if not tape.runs_eagerly():
+        return ByStock("it is traced, or its operations are counted")
     if len(args) != 1 or kwargs:
         found: ByFormula | str = "it is called with more than its input"
     else:

@@ -42,7 +42,7 @@ class Replayed(SwappedClass):
         stock = super().forward  # type: ignore[misc]
         if not tape.may_record():
             return stock(*args, **kwargs)
-        learns = not torch.jit.is_tracing() and is_learning(self, args, kwargs)  # type: ignore[arg-type]
+        learns = is_learning(self, args, kwargs)  # type: ignore[arg-type]
         run = replayed if learns else as_stock
         return run(self, Replayed, args, kwargs)  # type: ignore[arg-type]
 

@@ -4,7 +4,7 @@ A neuron is an autograd function that saves its input with ``ctx.save_for_backwa
 :class:`recording` that stores a handle. It does its arithmetic under :func:`paused`, vouches for its
 spikes with :func:`mark_spikes`, and may overwrite what it :func:`owns`. Files: ``tape`` records,
 ``recipes`` decides what is worth a recipe, ``operators`` knows which operators can run again, ``handles``
-rebuild, ``origins`` leads from a live tensor to its handle.
+rebuild, ``origins`` leads from a live tensor to its handle, ``surroundings`` says where stock has to run.
 
 Example:
     The history of one tensor. A comparison gives a truth value, of which bits are stored; the cast to float
@@ -46,6 +46,7 @@ import torch
 from snn_reversible_plugin.tape.handles import Handle, Kept, Packed, owns, peek, unpack
 from snn_reversible_plugin.tape.origins import OUTSIDE, enter, look_up
 from snn_reversible_plugin.tape.recipes import WORK_LIMIT
+from snn_reversible_plugin.tape.surroundings import runs_eagerly, to_be_repeated
 from snn_reversible_plugin.tape.tape import Observer, OffStack, Rule, Tape
 
 __all__ = [
@@ -67,6 +68,7 @@ __all__ = [
     "recording",
     "runs_eagerly",
     "suspended",
+    "to_be_repeated",
 ]
 
 MODES = tuple(WORK_LIMIT)
@@ -82,8 +84,8 @@ def current() -> Tape | None:
 class recording:
     """Context manager: a tape records on this thread.
 
-    Inside another recording, under ``no_grad``, in a compiled region or under a ``torch.func``
-    transform it does nothing, so the stock network runs.
+    Inside another recording, under ``no_grad``, and where the stock network has to be seen
+    (:func:`runs_eagerly`: compilers, tracers, ``torch.func``, counters of operations), it does nothing.
 
     Args:
         mode: ``"memory"`` replays everything replayable, ``"speed"`` what needs no convolution and no
@@ -126,11 +128,6 @@ class recording:
             self._hooks.__exit__()
             self._tape.finish()
             self._tape = None
-
-
-def runs_eagerly() -> bool:
-    """Whether operations are computed here as they are called: no compiler, no ``torch.func`` transform."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def may_record() -> bool:

@@ -7,6 +7,7 @@ tape, so that a state handed from one call to the next is known in the next.
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
 from typing import Any
 
@@ -24,16 +25,20 @@ OUTSIDE: Any = object()
 # 2. At the same version: an in-place operation moves the version counter on.
 # 3. At the same address: `x.data = y` changes a tensor without touching its version.
 # 4. As long as nobody wrote to the storage through an alias: `x.data.mul_(2)` moves a version counter of
-#    its own. Recorded writes are numbered by storage, and void what is older.
+#    its own. Recorded writes are numbered by storage, and void what is older, in whichever thread.
+# 5. What the table has lost counts as coming from outside, and is kept: where threads race for the place of
+#    a tensor that died, it costs memory and never a value.
+# 6. A handle goes with its tensor, by a callback that is no Python function: Python prints and swallows an
+#    interrupt (Ctrl-C) that comes in such a function. What stays of a dead entry is overwritten by the next
+#    tensor with its id, or swept by `tidy`.
 
 
 class _Entry(weakref.ref):
     """What is known of a live tensor: its handle (None: made under a tape, no recipe) at a version."""
 
-    __slots__ = ("address", "handle", "key", "serial", "version")
+    __slots__ = ("address", "handle", "serial", "version")
 
     handle: Handle | None
-    key: int
     version: int
     address: int
     serial: int
@@ -41,12 +46,11 @@ class _Entry(weakref.ref):
 
 _entries: dict[int, _Entry] = {}
 _writes: dict[int, int] = {}
+_writing = threading.Lock()
 _serial = itertools.count()
-
-
-def _forget(entry: _Entry) -> None:
-    if _entries.get(entry.key) is entry:
-        del _entries[entry.key]
+_drop_handle = vars(_Entry)["handle"].__delete__
+_FEW = 4096
+_many = _FEW
 
 
 def enter(tensor: torch.Tensor, handle: Handle | None, base: torch.Tensor | None = None) -> None:
@@ -54,13 +58,13 @@ def enter(tensor: torch.Tensor, handle: Handle | None, base: torch.Tensor | None
     the operation has returned, so the base is asked."""
     if not is_plain(tensor):
         return
-    entry = _Entry(tensor, _forget)
-    entry.key, entry.handle = id(tensor), handle
+    entry = _Entry(tensor, _drop_handle)
+    entry.handle = handle
     counted = tensor if base is None else base
     entry.version = -1 if counted.is_inference() else counted._version
     entry.address = tensor.data_ptr()
     entry.serial = next(_serial)
-    _entries[entry.key] = entry
+    _entries[id(tensor)] = entry
 
 
 def look_up(tensor: torch.Tensor) -> Any:
@@ -81,7 +85,8 @@ def written(tensor: torch.Tensor) -> None:
     """An in-place operation that the tape recorded is about to return, and to move the version on."""
     if not is_plain(tensor):
         return
-    _writes[storage_key(tensor)] = next(_serial)
+    with _writing:
+        _writes[storage_key(tensor)] = next(_serial)
     entry = _entries.get(id(tensor))
     if entry is not None and entry() is tensor:
         entry.serial = next(_serial)
@@ -89,6 +94,22 @@ def written(tensor: torch.Tensor) -> None:
             entry.version += 1
 
 
-def forget_writes() -> None:
-    """Start a recording afresh: storages have come and gone since the last one."""
-    _writes.clear()
+def tidy() -> None:
+    """Sweep what no live tensor will be looked up for, where that has become much."""
+    global _many
+    if len(_entries) + len(_writes) < _many:
+        return
+    before = next(_serial)
+    storages = set()
+    for key, entry in list(_entries.items()):
+        tensor = entry()
+        if tensor is not None:
+            storages.add(storage_key(tensor))
+        elif _entries.get(key) is entry:
+            del _entries[key]
+    with _writing:
+        # Written since, by another thread, of a tensor that it entered since: that one counts.
+        for key, serial in list(_writes.items()):
+            if serial < before and key not in storages:
+                del _writes[key]
+    _many = max(_FEW, 2 * (len(_entries) + len(_writes)))

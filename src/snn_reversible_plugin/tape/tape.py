@@ -31,12 +31,13 @@ from snn_reversible_plugin.tape.operators import Kind, Operator, aten, operator_
 from snn_reversible_plugin.tape.origins import (
     OUTSIDE,
     enter,
-    forget_writes,
     look_up,
+    tidy,
     written,
 )
 from snn_reversible_plugin.tape.outlived import outlive, outlived
 from snn_reversible_plugin.tape.recipes import WORK_LIMIT, price, tensors_among
+from snn_reversible_plugin.tape.surroundings import OwnMode
 
 Rule = Callable[["Tape", Any, tuple[Any, ...], dict[str, Any]], torch.Tensor | None]
 """Runs an operator, given the tape, it and its arguments; None: it is one like any other."""
@@ -53,7 +54,7 @@ class Observer(Protocol):
     def packed(self, where: str | None, tensor: torch.Tensor, handle: Handle) -> None: ...
 
 
-class Tape(TorchDispatchMode):
+class Tape(OwnMode, TorchDispatchMode):
     """Records recipes, and packs what autograd saves. Made by :class:`recording`.
 
     Attributes:
@@ -68,7 +69,7 @@ class Tape(TorchDispatchMode):
         self._work_limit = WORK_LIMIT[mode]
         self._check = check
         self._observer = observer
-        forget_writes()
+        tidy()
         # A block that is rebuilt records inside a backward; what a backward itself runs is not recorded.
         self._graph_task = torch._C._current_graph_task_id()
         self._rules: dict[Any, Rule] = {}  # of operators that somebody else runs for the time being

@@ -17,6 +17,7 @@ from snn_reversible_plugin import tape
 from snn_reversible_plugin.grid import stream_dtype, watch
 from snn_reversible_plugin.neurons.coupled.in_place import Stepped, backward, forward, inverse
 from snn_reversible_plugin.neurons.coupled.reference import Constants, Node, couple
+from snn_reversible_plugin.ops.batched import one_by_one
 
 # NOTE [What is held between forward and backward]
 #
@@ -54,6 +55,7 @@ class _Sequence(torch.autograd.Function):
         return y_seq, s_out
 
     @staticmethod
+    @one_by_one
     @once_differentiable
     def backward(ctx: Any, g_y: Tensor | None, g_s: Tensor | None) -> Any:  # type: ignore[override]
         if g_y is None and g_s is None:
@@ -151,6 +153,7 @@ class _Step(torch.autograd.Function):
         return after.y_seq, after.s
 
     @staticmethod
+    @one_by_one
     @once_differentiable
     def backward(ctx: Any, g_y: Tensor | None, g_s: Tensor | None) -> Any:  # type: ignore[override]
         if g_y is None and g_s is None:

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from snn_reversible_plugin.grid.decays import AFTER, BEFORE, SUBTRACT
 from snn_reversible_plugin.neurons.leaky.reference import Charge, Gradients
 from snn_reversible_plugin.neurons.surrogates import Surrogate
+from snn_reversible_plugin.ops.batched import one_by_one
 
 # NOTE [The order of gradients]
 #
@@ -108,6 +109,7 @@ class Charging(torch.autograd.Function):
         return states[0] if len(states) == 1 else tuple(states)
 
     @staticmethod
+    @one_by_one
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         kind: Kind = ctx.kind
@@ -153,6 +155,7 @@ class Firing(torch.autograd.Function):
         return fired(mem, threshold)
 
     @staticmethod
+    @one_by_one
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         mem, threshold = ctx.saved_tensors

@@ -26,6 +26,7 @@ from snn_reversible_plugin.neurons.on_grid.neuron import check_spikes
 from snn_reversible_plugin.neurons.on_grid.step import Before, Charged, Constants, Parameters, Stepped
 from snn_reversible_plugin.neurons.on_grid.timeline import NewBits, NewSpikes
 from snn_reversible_plugin.neurons.surrogates import Surrogate, in_one_pass
+from snn_reversible_plugin.ops.batched import one_by_one
 from snn_reversible_plugin.ops.layouts import flat, like
 from snn_reversible_plugin.tape.origins import enter
 
@@ -300,6 +301,7 @@ class Charging(torch.autograd.Function):
         return state
 
     @staticmethod
+    @one_by_one
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         beta, u, reset = ctx.saved_tensors
@@ -350,6 +352,7 @@ class Firing(torch.autograd.Function):
         return spikes[0]
 
     @staticmethod
+    @one_by_one
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         mem, *threshold = ctx.saved_tensors
