@@ -18,9 +18,10 @@ import torch
 
 from snn_reversible_plugin.grid import reach, watch
 from snn_reversible_plugin.ops.layouts import with_strides
-from snn_reversible_plugin.tape.handles import Handle, Replayed
+from snn_reversible_plugin.tape.handles import Handle
 from snn_reversible_plugin.tape.operators import Kind, Operator, aten, operator_of
 from snn_reversible_plugin.tape.origins import enter, look_up, written
+from snn_reversible_plugin.tape.replayed import Replayed
 from snn_reversible_plugin.tape.tape import Tape
 
 # NOTE [Undoing a sum]
@@ -50,7 +51,7 @@ class Stream(Replayed):
     __slots__ = ("_before", "_stride", "_total", "_undoing", "anchor", "where")
 
     def __init__(self, anchor: Handle, stride: tuple[int, ...], where: str) -> None:
-        super().__init__(aten.sub.Tensor, (None, None), {}, work=0, depth=0)
+        super().__init__(aten.sub.Tensor, (None, None), {})
         self.anchor: Handle | None = anchor
         self.where = where
         self._stride = stride
@@ -128,7 +129,7 @@ class Stream(Replayed):
         if not self.needs:
             self.cache = None
 
-    def peek(self, seen: dict[int, torch.Tensor] | None = None) -> torch.Tensor:
+    def peek(self) -> torch.Tensor:
         if self.anchor is not None:
             return self.anchor.peek()
         if self.cache is not None:

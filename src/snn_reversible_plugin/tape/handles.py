@@ -1,8 +1,8 @@
 """Handles: what the tape stores in place of a tensor, and how each gives the tensor back.
 
 Three treatments, one class each. ``Kept`` is the tensor itself, ``Packed`` one bit an element,
-``Replayed`` a recipe: an aten operation and the handles of its inputs. A handle knows nothing of
-neurons, modules or the recording; it only rebuilds. Source: the pack / unpack contract of
+``Replayed`` (:mod:`.tape.replayed`) a recipe. A handle knows nothing of neurons, modules or the recording;
+it only rebuilds. Source: the pack / unpack contract of
 ``torch.autograd.graph.saved_tensors_hooks``.
 """
 
@@ -10,29 +10,13 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 
 from snn_reversible_plugin import ops
 from snn_reversible_plugin.ops.autocast import without_autocast
 from snn_reversible_plugin.ops.layouts import is_dense, storage_key
-
-# NOTE [When a rebuilt value is let go]
-#
-# 1. `needs` of a Replayed handle counts what still wants its value: one for each time autograd packed
-#    it, and one for each needed handle that has it as an operand (a *claim*).
-# 2. A value is cached only while somebody else still needs it, and let go when the last need is
-#    served. So a conv output that a neuron's backward had to rebuild waits for batch norm's backward
-#    and no longer, and T slices of one tensor rebuild that tensor once, not T times.
-# 3. What is cheap to rebuild, views and casts of something packed or kept, is never cached: spikes are
-#    a bit an element when they wait and a float when they are used.
-# 4. A handle's claim on its operands ends as soon as its own value stands.
-# 5. A value that is rebuilt for its last need, and shares no storage with a cached or kept tensor, is
-#    *owned* by the one who asked: a neuron's backward may overwrite it. See `owns`.
-# 6. Counts are an optimization and never decide correctness: a graph that is walked twice
-#    (retain_graph) finds them at zero and rebuilds every time.
 
 
 class Label:
@@ -204,160 +188,6 @@ class Packed(Handle):
 
     def stored(self, seen: set[int]) -> int:
         return 0 if self.bits is None else storage_once(self.bits, seen)
-
-
-class Replayed(Handle):
-    """``func(*args, **kwargs)``, or output ``index`` of it, where handles stand for tensors.
-
-    ``work`` counts the convolutions and matrix products that a rebuild runs, ``depth`` the longest
-    chain of operations down to something stored. ``cheap`` says that a rebuild is hardly more than a copy.
-    """
-
-    treatment = "replayed"
-    __slots__ = (
-        "args", "awaited", "cache", "cheap", "claiming", "depth", "func", "inplace", "kwargs", "needs",
-        "work",
-    )  # fmt: skip
-
-    index: int | None = None
-    siblings: Sequence[weakref.ref[Replayed]] = ()
-
-    def __init__(
-        self,
-        func: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        work: int,
-        depth: int,
-        inplace: bool = False,
-        cheap: bool = False,
-    ) -> None:
-        self.func, self.args, self.kwargs = func, args, kwargs
-        self.work, self.depth, self.inplace, self.cheap = work, depth, inplace, cheap
-        self.needs = 0
-        self.claiming = False
-        self.cache: torch.Tensor | None = None
-        self.awaited: Callable[[], None] | None = None  # called once this value stands and is cached
-
-    def output(self, index: int, siblings: list[weakref.ref[Replayed]]) -> Replayed:
-        """The same recipe for one of several outputs; ``siblings`` collects those of one call."""
-        one = _OneOfSeveral(self.func, self.args, self.kwargs, self.work, self.depth, self.inplace)
-        one.index, one.siblings = index, siblings
-        siblings.append(weakref.ref(one))
-        return one
-
-    def relies_on(self) -> Iterable[Handle]:
-        return self.operands()
-
-    def operands(self) -> Iterator[Handle]:
-        """The handles among its arguments."""
-        for arg in (*self.args, *self.kwargs.values()):
-            if isinstance(arg, Handle):
-                yield arg
-            elif type(arg) is list:
-                for item in arg:
-                    if isinstance(item, Handle):
-                        yield item
-
-    def need(self) -> None:
-        self.needs += 1
-        if self.needs == 1 and self.cache is None:
-            self.claiming = True
-            for operand in self.operands():
-                operand.need()
-
-    def release(self) -> None:
-        if self.needs:
-            self.needs -= 1
-        if not self.needs:
-            self.cache = None
-            self.drop_claims()
-
-    def drop_claims(self) -> None:
-        if self.claiming:
-            self.claiming = False
-            for operand in self.operands():
-                operand.release()
-
-    def unpack(self) -> torch.Tensor:
-        value, owned = self.get(self.needs <= 1)
-        self.release()
-        note_ownership(value, owned)
-        return value
-
-    def get(self, last: bool) -> tuple[torch.Tensor, bool]:
-        if self.cache is not None:
-            return self.cache, False
-        outputs, owned = self._run()
-        self.drop_claims()
-        if self.index is None:
-            value = outputs
-        else:
-            value = outputs[self.index]
-            for ref in self.siblings:
-                sibling = ref()
-                if sibling is not None and sibling is not self and sibling.needs:
-                    sibling.cache = outputs[sibling.index]
-                    sibling.drop_claims()
-        self.verified(value, f"replaying {self.func}")
-        if not last and not self.cheap:
-            self.cache = value
-            owned = False
-            if self.awaited is not None:
-                self.awaited()
-        return value, owned
-
-    def peek(self, seen: dict[int, torch.Tensor] | None = None) -> torch.Tensor:
-        if self.cache is not None:
-            return self.cache
-        seen = {} if seen is None else seen
-        if id(self) not in seen:
-            args = [_peeked(arg, seen) for arg in self.args]
-            kwargs = {name: _peeked(arg, seen) for name, arg in self.kwargs.items()}
-            if self.inplace:
-                args[0] = args[0].clone()
-            outputs = self.func(*args, **kwargs)
-            value = outputs if self.index is None else outputs[self.index]
-            seen[id(self)] = self.verified(value, f"replaying {self.func}")
-        return seen[id(self)]
-
-    def _run(self) -> tuple[Any, bool]:
-        borrowed: list[torch.Tensor] = []
-        args = [_value_of(arg, borrowed) for arg in self.args]
-        kwargs = {name: _value_of(arg, borrowed) for name, arg in self.kwargs.items()}
-        if self.inplace and any(args[0] is value for value in borrowed):
-            args[0] = args[0].clone()
-        outputs = self.func(*args, **kwargs)
-        if not borrowed:
-            return outputs, True
-        value = outputs if self.index is None else outputs[self.index]
-        storage = value.untyped_storage().data_ptr()
-        return outputs, all(storage != t.untyped_storage().data_ptr() for t in borrowed)
-
-
-class _OneOfSeveral(Replayed):
-    __slots__ = ("index", "siblings")
-
-
-def _value_of(arg: Any, borrowed: list[torch.Tensor]) -> Any:
-    if isinstance(arg, Handle):
-        value, owned = arg.get(not isinstance(arg, Replayed) or arg.needs <= 1)
-        if not owned:
-            borrowed.append(value)
-        return value
-    if type(arg) is list:
-        return [_value_of(item, borrowed) for item in arg]
-    return arg
-
-
-def _peeked(arg: Any, seen: dict[int, torch.Tensor]) -> Any:
-    if isinstance(arg, Replayed):
-        return arg.peek(seen)
-    if isinstance(arg, Handle):
-        return arg.peek()
-    if type(arg) is list:
-        return [_peeked(item, seen) for item in arg]
-    return arg
 
 
 def unpack(handle: Handle) -> torch.Tensor:

@@ -6,6 +6,7 @@ it would, its output is kept. Both are counted when the operation runs, from wha
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,10 @@ from typing import Any
 import torch
 
 from snn_reversible_plugin.ops.layouts import is_plain
-from snn_reversible_plugin.tape.handles import Kept, Replayed
+from snn_reversible_plugin.tape.handles import Kept
 from snn_reversible_plugin.tape.operators import Kind, Operator
 from snn_reversible_plugin.tape.origins import OUTSIDE, look_up
+from snn_reversible_plugin.tape.replayed import NO_PRODUCTS, Products, Replayed
 
 # NOTE [What gets a recipe]
 #
@@ -24,8 +26,12 @@ from snn_reversible_plugin.tape.origins import OUTSIDE, look_up
 #    that a neuron of ours vouches for. That is the only way to be packed.
 # 3. A recipe may not cost more memory than it saves: the tensors that it would newly keep alive must not be
 #    larger than its output, and a small output of a large input is kept.
-# 4. A recipe may not cost more time than allowed: `work`, the convolutions and matrix products down to
-#    something stored, is bounded by the mode, so a long chain gets an anchor now and then by itself.
+# 4. A recipe may not run ever more. `products` are the convolutions and matrix products down to something
+#    stored, each counted once however many paths lead to it; their number is bounded by the mode, so a long
+#    chain gets an anchor now and then by itself. So does a chain of cheaper operations, by its `depth`: one
+#    step in so many of a loop is kept, and what stands beyond it stays free.
+#    Both are measured in operations of this size: of a stack of T steps, each step's chain is a T-th. So
+#    a stack of T convolutions, each of one step, has run one. What leads to a part of a tensor has it all.
 # 5. A recipe describes a value; the entry that leads to it describes a tensor *at a version*. An
 #    in-place operation voids the entry, and the new value's recipe starts from the old value's handle.
 # 6. What a recipe holds by reference is copied when an operation is about to write to it: stock
@@ -38,26 +44,34 @@ from snn_reversible_plugin.tape.origins import OUTSIDE, look_up
 # 9. In a block that is rebuilt, the backward follows at once and begins where the block ends. So the last
 #    output of a convolution or matrix product, which it asks for first, waits and isn't computed again.
 
-MAX_DEPTH = 64
-WORK_LIMIT = {"memory": 2, "speed": 0}
+MAX_DEPTH = 256
+WORK_LIMIT = {"memory": 5, "speed": 0}
 SMALL_OUTPUT = 16  # an output this many times smaller than the largest activation it is made of is kept
+MANY_PRODUCTS = 16  # parts of products are not told apart beyond
+
+_serial = itertools.count()
 
 
 @dataclass(slots=True)
 class Price:
     """What a rebuild takes, see :class:`Replayed`; ``known``: what :func:`look_up` said, by tensor's id."""
 
-    work: int
-    depth: int
+    products: Products
+    depth: float
     cheap: bool
     known: dict[int, Any]
 
 
 def price(
-    operator: Operator, operands: Iterable[Any], outputs: list[torch.Tensor], work_limit: int
+    operator: Operator, operands: Iterable[Any], outputs: list[torch.Tensor], work_limit: float
 ) -> Price | None:
     """The price of a recipe, or None where keeping the output is cheaper."""
-    work, depth, cheap = operator.work, 0, operator.cheap
+    size = 0
+    for tensor in outputs:
+        if not is_plain(tensor):
+            return None
+        size = max(size, _bytes(tensor))
+    depth, cheap, products = 0.0, operator.cheap, NO_PRODUCTS
     newly_kept = largest = 0
     known: dict[int, Any] = {}
     for tensor in tensors_among(operands):
@@ -66,23 +80,35 @@ def price(
             return None
         if handle is OUTSIDE:
             continue
-        largest = max(largest, _bytes(tensor))
+        of_operand = _bytes(tensor)
+        largest = max(largest, of_operand)
         if isinstance(handle, Replayed):
-            work += handle.work
-            depth = max(depth, handle.depth)
+            part = of_operand / size if of_operand < size else 1.0
+            depth = max(depth, handle.depth * part)
             cheap = cheap and handle.cheap
+            if handle.products and handle.products is not products:
+                products = _together(products, handle.products, part)
         elif handle is None or (isinstance(handle, Kept) and not handle.anchored):
             newly_kept += tensor.untyped_storage().nbytes()
-    size = 0
-    for tensor in outputs:
-        if not is_plain(tensor):
-            return None
-        size = max(size, _bytes(tensor))
-    if work > work_limit or depth >= MAX_DEPTH or newly_kept > size:
+    if operator.work:
+        products = {**products, next(_serial): 1.0}
+    if depth >= MAX_DEPTH or newly_kept > size or (products and sum(products.values()) > work_limit + 1e-3):
         return None
     if operator.kind is not Kind.VIEW and size * SMALL_OUTPUT <= largest:
         return None
-    return Price(work, depth + 1, cheap, known)
+    return Price(products, depth + 1, cheap, known)
+
+
+def _together(some: Products, more: Products, part: float) -> Products:
+    """Products of both, those of ``more`` for a part of the output: what both have counts once."""
+    if part == 1 and not some:
+        return more
+    together = dict(some)
+    for serial, share in more.items():
+        together[serial] = min(together.get(serial, 0.0) + share * part, max(1.0, share))
+    if len(together) > MANY_PRODUCTS:
+        return {next(_serial): sum(together.values())}
+    return together
 
 
 def tensors_among(args: Iterable[Any]) -> Iterator[torch.Tensor]:

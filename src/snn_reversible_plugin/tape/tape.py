@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import (
 )
 
 from snn_reversible_plugin.ops.layouts import is_plain, storage_key
-from snn_reversible_plugin.tape.handles import Handle, Kept, Packed, Passing, Replayed, checksum
+from snn_reversible_plugin.tape.handles import Handle, Kept, Packed, Passing, checksum
 from snn_reversible_plugin.tape.operators import Kind, Operator, aten, operator_of
 from snn_reversible_plugin.tape.origins import (
     OUTSIDE,
@@ -37,6 +37,7 @@ from snn_reversible_plugin.tape.origins import (
 )
 from snn_reversible_plugin.tape.outlived import outlive, outlived
 from snn_reversible_plugin.tape.recipes import WORK_LIMIT, price, tensors_among
+from snn_reversible_plugin.tape.replayed import Replayed
 from snn_reversible_plugin.tape.surroundings import OwnMode
 
 Rule = Callable[["Tape", Any, tuple[Any, ...], dict[str, Any]], torch.Tensor | None]
@@ -284,7 +285,7 @@ class Tape(OwnMode, TorchDispatchMode):
             return
         value = args[1] if func is aten.full_like.default else int(func is aten.ones_like.default)
         options = {"dtype": out.dtype, "device": out.device}
-        recipe = Replayed(aten.full.default, (list(out.shape), value), options, 0, 0)
+        recipe = Replayed(aten.full.default, (list(out.shape), value), options)
         self._enter(out, recipe)
 
     def _recipe(
@@ -305,7 +306,7 @@ class Tape(OwnMode, TorchDispatchMode):
             func,
             tuple([self._operand(arg, known) for arg in args]),
             {name: self._operand(arg, known) for name, arg in kwargs.items()} if kwargs else _NO_KWARGS,
-            cost.work,
+            cost.products,
             cost.depth,
             operator.inplace,
             cost.cheap,

@@ -21,8 +21,9 @@ from snn_reversible_plugin.grid import watch
 from snn_reversible_plugin.grid.step import steps_on
 from snn_reversible_plugin.neurons.on_grid.remainders import Remainders
 from snn_reversible_plugin.ops.layouts import flat
-from snn_reversible_plugin.tape.handles import Handle, Kept, Packed, Passing, Replayed
+from snn_reversible_plugin.tape.handles import Handle, Kept, Packed, Passing
 from snn_reversible_plugin.tape.origins import look_up
+from snn_reversible_plugin.tape.replayed import Replayed
 
 # NOTE [Who keeps a timeline alive]
 #

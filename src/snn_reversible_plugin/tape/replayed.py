@@ -1,0 +1,305 @@
+"""Recipes: an aten operation and the handles of its inputs, and how a chain of them is computed again.
+
+The one idea: a rebuild first looks what it will run, and how often each value is used in it; then it runs,
+in that order, each operation once. So its time is linear in the number of recipes, and no chain is too
+deep.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from snn_reversible_plugin.tape.handles import Handle, note_ownership
+
+# NOTE [When a rebuilt value is let go]
+#
+# 1. `uses` of a Replayed handle counts what wants its value in a backward: one for each time autograd
+#    packed it, and one for each used handle that has it as an operand (a *claim*). `needs` are those of
+#    them that are not served yet in the backward that runs, the *walk*.
+# 2. A value is cached only while somebody else still needs it, and let go when the last need is
+#    served. So a conv output that a neuron's backward had to rebuild waits for batch norm's backward
+#    and no longer, and T slices of one tensor rebuild that tensor once, not T times.
+# 3. What is cheap to rebuild, views and casts of something packed or kept, is never cached: spikes are
+#    a bit an element when they wait and a float when they are used.
+# 4. A handle's claim on its operands ends as soon as its own value stands.
+# 5. A value that is rebuilt for its last need, and shares no storage with a cached or kept tensor, is
+#    *owned* by the one who asked: a neuron's backward may overwrite it. See `owns`.
+# 6. Counts are an optimization and never decide correctness. A graph that is walked twice (retain_graph)
+#    begins again with all its uses; what a walk over a part of the graph left cached goes when it ends.
+#
+# For example: v1 = f(x0), v2 = f(v1), and autograd saved both. The backward asks for v2 first. v1 is used
+# by v2 and by its own pack, so it is computed on the way and cached; v2 is handed out. Then autograd asks
+# for v1, finds it, and nobody needs it any more. f has run twice, for any number of such steps and any
+# walk.
+
+Products = Mapping[int, float]
+NO_PRODUCTS: Products = {}
+
+
+class Replayed(Handle):
+    """``func(*args, **kwargs)``, or output ``index`` of it, where handles stand for tensors.
+
+    ``products`` are the convolutions and matrix products that a rebuild runs, by serial number, each with
+    the part of one that this value accounts for (see recipes). ``depth`` is the longest chain of operations
+    down to something stored, in operations as large as this one. ``cheap`` says that a rebuild is hardly
+    more than a copy.
+    """
+
+    treatment = "replayed"
+    __slots__ = (
+        "args", "awaited", "cache", "cheap", "claiming", "depth", "func", "inplace", "kwargs", "needs",
+        "products", "uses", "walk",
+    )  # fmt: skip
+
+    index: int | None = None
+    siblings: Sequence[weakref.ref[Replayed]] = ()
+
+    def __init__(
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        products: Products = NO_PRODUCTS,
+        depth: float = 0,
+        inplace: bool = False,
+        cheap: bool = False,
+    ) -> None:
+        self.func, self.args, self.kwargs = func, args, kwargs
+        self.products, self.depth, self.inplace, self.cheap = products, depth, inplace, cheap
+        self.uses = self.needs = 0
+        self.walk: int | None = None
+        self.claiming = False
+        self.cache: torch.Tensor | None = None
+        self.awaited: Callable[[], None] | None = None  # called once this value stands and is cached
+
+    def output(self, index: int, siblings: list[weakref.ref[Replayed]]) -> Replayed:
+        """The same recipe for one of several outputs; ``siblings`` collects those of one call."""
+        one = _OneOfSeveral(self.func, self.args, self.kwargs, self.products, self.depth, self.inplace)
+        one.index, one.siblings = index, siblings
+        siblings.append(weakref.ref(one))
+        return one
+
+    @property
+    def work(self) -> float:
+        """How many convolutions and matrix products a rebuild runs."""
+        return sum(self.products.values()) if self.products else 0
+
+    def relies_on(self) -> Iterable[Handle]:
+        return self.operands()
+
+    def operands(self) -> Iterator[Handle]:
+        """The handles among its arguments."""
+        for arg in (*self.args, *self.kwargs.values()) if self.kwargs else self.args:
+            if isinstance(arg, Handle):
+                yield arg
+            elif type(arg) is list:
+                for item in arg:
+                    if isinstance(item, Handle):
+                        yield item
+
+    def need(self) -> None:
+        claiming = [self]
+        while claiming:
+            handle = claiming.pop()
+            handle.uses += 1
+            handle.needs += 1
+            if handle.uses == 1:
+                handle.claiming = True
+                for operand in handle.operands():
+                    if operand.__class__ in _PLAIN:
+                        claiming.append(operand)  # type: ignore[arg-type]
+                    else:
+                        operand.need()
+
+    def enter(self, walk: int) -> None:
+        """Count all uses again where another backward has begun."""
+        if self.walk != walk:
+            if self.walk is not None:
+                self.needs, self.claiming, self.cache = self.uses, self.uses > 0, None
+            self.walk = walk
+
+    def release(self) -> None:
+        self.enter(_walk())
+        if self.needs:
+            self.needs -= 1
+        if not self.needs:
+            self.cache = None
+            self.drop_claims()
+
+    def drop_claims(self) -> None:
+        walk, dropping = _walk(), [self]
+        while dropping:
+            handle = dropping.pop()
+            if not handle.claiming:
+                continue
+            handle.claiming = False
+            for operand in handle.operands():
+                if operand.__class__ not in _PLAIN:
+                    operand.release()
+                    continue
+                assert isinstance(operand, Replayed)
+                operand.enter(walk)
+                if operand.needs:
+                    operand.needs -= 1
+                if not operand.needs:
+                    operand.cache = None
+                    dropping.append(operand)
+
+    def unpack(self) -> torch.Tensor:
+        if _walk() == -1:  # somebody looks at a node of the graph: no backward runs that would count
+            return self.peek()
+        value, owned = self.get(self._asked())
+        self.release()
+        note_ownership(value, owned)
+        return value
+
+    def _asked(self) -> bool:
+        self.enter(_walk())
+        return self.needs <= 1
+
+    def get(self, last: bool) -> tuple[torch.Tensor, bool]:
+        walk = _walk()
+        self.enter(walk)
+        if self.cache is not None:
+            return self.cache, False
+        return _Rebuild(self, walk).run(last)
+
+    def peek(self) -> torch.Tensor:
+        if self.cache is not None:
+            return self.cache
+        return _Rebuild(self, None).run(True)[0]
+
+    def hold(self, value: torch.Tensor, walk: int) -> None:
+        """Keep a value for those who still need it, to the end of the walk at most."""
+        self.cache = value
+        if walk == -1:
+            return
+        held = _held.get(walk)
+        if held is None:
+            held = _held[walk] = []
+            engine = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
+            engine.queue_callback(lambda: _end(walk))
+        held.append(weakref.ref(self))
+
+
+class _OneOfSeveral(Replayed):
+    __slots__ = ("index", "siblings")
+
+
+_PLAIN = (Replayed, _OneOfSeveral)  # what is rebuilt here; what derives from it knows how itself
+_walk = torch._C._current_graph_task_id
+_held: dict[int, list[weakref.ref[Replayed]]] = {}
+
+
+def _end(walk: int) -> None:
+    for ref in _held.pop(walk, ()):
+        handle = ref()
+        if handle is not None and handle.walk == walk:
+            handle.cache = None
+
+
+class _Rebuild:
+    """One rebuild: the recipes to run, in order, and how often each value is used among them.
+
+    Args:
+        root: whose value is wanted; it stands nowhere yet.
+        walk: the backward for which it is; None: only to look, so that nothing is counted or cached.
+    """
+
+    __slots__ = ("_order", "_uses", "_values", "_walk")
+
+    def __init__(self, root: Replayed, walk: int | None) -> None:
+        self._walk = walk
+        self._uses: dict[Handle, int] = {root: 1}
+        self._values: dict[Handle, tuple[torch.Tensor, bool]] = {}
+        self._order: list[Replayed] = []
+        uses, order, begun = self._uses, self._order, set()
+        waiting: list[Any] = [root]
+        while waiting:
+            handle = waiting.pop()
+            if handle is None:  # what the next one needs comes before it
+                order.append(waiting.pop())
+                continue
+            if handle in begun:
+                continue
+            begun.add(handle)
+            waiting += (handle, None)
+            for operand in reversed(tuple(handle.operands())):
+                if operand.__class__ in _PLAIN:
+                    if walk is not None:
+                        operand.enter(walk)  # type: ignore[attr-defined]
+                    if operand.cache is None:  # type: ignore[attr-defined]
+                        uses[operand] = uses.get(operand, 0) + 1
+                        waiting.append(operand)
+
+    def run(self, last: bool) -> tuple[torch.Tensor, bool]:
+        """The root's value, and whether it is the caller's; ``last``: nobody else needs it."""
+        order, values = self._order, self._values
+        root = order[-1]
+        for handle in order:
+            if handle.cache is not None:  # a sibling ran
+                values[handle] = handle.cache, False
+                continue
+            value, owned = self._run(handle)
+            if self._walk is not None and not handle.cheap:
+                others = not last if handle is root else handle.needs > self._uses[handle]
+                if others:
+                    handle.hold(value, self._walk)
+                    owned = False
+                    if handle.awaited is not None:
+                        handle.awaited()
+            values[handle] = value, owned
+        return values[root]
+
+    def _run(self, handle: Replayed) -> tuple[torch.Tensor, bool]:
+        borrowed: list[torch.Tensor] = []
+        args = [self._value_of(arg, borrowed) for arg in handle.args]
+        kwargs = {name: self._value_of(arg, borrowed) for name, arg in handle.kwargs.items()}
+        if handle.inplace and (_among(args[0], borrowed) or _among(args[0], args[1:])):
+            args[0] = args[0].clone()
+        outputs = handle.func(*args, **kwargs)
+        value = outputs if handle.index is None else outputs[handle.index]
+        if self._walk is not None:
+            handle.drop_claims()
+            for ref in handle.siblings:
+                sibling = ref()
+                if sibling is not None and sibling is not handle:
+                    sibling.enter(self._walk)
+                    if sibling.needs:
+                        sibling.hold(outputs[sibling.index], self._walk)
+                        sibling.drop_claims()
+        handle.verified(value, f"replaying {handle.func}")
+        if not borrowed:
+            return value, True
+        storage = value.untyped_storage().data_ptr()
+        return value, all(storage != t.untyped_storage().data_ptr() for t in borrowed)
+
+    def _value_of(self, arg: Any, borrowed: list[torch.Tensor]) -> Any:
+        if not isinstance(arg, Handle):
+            if type(arg) is list:
+                return [self._value_of(item, borrowed) for item in arg]
+            return arg
+        if arg in self._values:
+            value, owned = self._values[arg]
+            self._uses[arg] -= 1
+            if self._uses[arg]:
+                owned = False
+            else:
+                del self._values[arg]
+        elif self._walk is None:
+            value, owned = arg.peek(), False
+        elif isinstance(arg, Replayed):
+            value, owned = arg.get(arg._asked())
+        else:
+            value, owned = arg.get(True)
+        if not owned:
+            borrowed.append(value)
+        return value
+
+
+def _among(value: torch.Tensor, values: Iterable[Any]) -> bool:
+    return any(value is one for one in values)
