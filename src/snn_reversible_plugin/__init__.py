@@ -2,6 +2,7 @@
 
 from snn_reversible_plugin.blocks import RevSBlock, RevSColumns, RevSSequence
 from snn_reversible_plugin.blocks.surgery import SurgeryReport, unwrap_residual_blocks, wrap_residual_blocks
+from snn_reversible_plugin.compiler import compile
 from snn_reversible_plugin.convert import convert_to_reversible, restore, reversible, stock
 from snn_reversible_plugin.modules.kinds import register
 from snn_reversible_plugin.modules.registry import register_reversible
@@ -17,6 +18,7 @@ __all__ = [
     "RevSSequence",
     "SurgeryReport",
     "Verification",
+    "compile",
     "convert_to_reversible",
     "counting_flips",
     "memory_report",

@@ -1,0 +1,87 @@
+"""The backend: Inductor, with the pass in front of its partitioner.
+
+The one idea: the compiler's configuration is patched for the call, so that nothing else that the
+program compiles is touched. Source: ``torch._inductor.compile_fx`` and its ``joint_custom_post_pass``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import fx
+
+from snn_reversible_plugin.tape import MODES
+
+# A graph of so many calls is most likely a loop over time, unrolled: compiling it takes minutes.
+MANY_CALLS = 20_000
+
+
+def missing() -> str | None:
+    """What this torch lacks of what the backend is made of; None where it has all of it."""
+    try:
+        config = importlib.import_module("torch._inductor.config")
+        importlib.import_module("torch._inductor.compile_fx")
+        importlib.import_module("torch._inductor.custom_graph_pass")
+    except ImportError as error:
+        return str(error)
+    return None if hasattr(config, "joint_custom_post_pass") else "joint_custom_post_pass"
+
+
+class Backend:
+    """What ``torch.compile`` hands each region to; ``packing.regions`` says what became of them."""
+
+    def __init__(self, mode: str = "memory", patches: dict[str, Any] | None = None) -> None:
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {MODES}, not {mode!r}")
+        self.mode, self.patches = mode, patches or {}
+        self._packing: Any = None
+
+    @property
+    def packing(self) -> Any:
+        """The pass. Inductor is imported with it, where something is compiled, as torch does."""
+        if self._packing is None:
+            from snn_reversible_plugin.compiler.passes import Packing
+
+            self._packing = Packing(self.mode)
+        return self._packing
+
+    def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        from torch._inductor.compile_fx import compile_fx
+
+        patches = {**self.patches, "joint_custom_post_pass": self.packing}
+        return compile_fx(module, inputs, config_patches=patches)  # type: ignore[arg-type, return-value]
+
+
+def patches_of(torch_mode: str | None, options: dict[str, Any] | None) -> dict[str, Any]:
+    """Inductor's configuration for a mode of ``torch.compile`` and its ``options``."""
+    import torch._inductor as inductor
+
+    chosen = {} if torch_mode in (None, "default") else inductor.list_mode_options(torch_mode)
+    return {**chosen, **(options or {})}
+
+
+def srp(
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    mode: str = "memory",
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The entry point: ``torch.compile(model, backend="srp")``.
+
+    ``mode`` is :func:`~snn_reversible_plugin.compile`'s, or one of ``torch.compile``'s own, which then
+    goes with ``"memory"``; ``options`` are Inductor's.
+    """
+    calls = sum(node.op.startswith("call") for node in module.graph.nodes)
+    if calls > MANY_CALLS:
+        warnings.warn(
+            f"backend='srp': a region of {calls:,} operations, most likely an unrolled loop over time; "
+            "compiling it may take minutes. snn_reversible_plugin.compile looks at loops first.",
+            stacklevel=2,
+        )
+    ours = mode in MODES
+    patches = patches_of(None if ours else mode, options)
+    return Backend(mode if ours else "memory", patches)(module, inputs)

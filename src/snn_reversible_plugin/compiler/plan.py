@@ -1,0 +1,199 @@
+"""What a compiled region stores for its backward: codes of spikes, small tensors, an anchor now and then.
+
+The one idea: name what is stored, and let all else of the forward that the backward wants be computed
+again.
+Source: the treatments of ``docs/how-it-works.md``, carried over from the tape to a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import fx
+
+from snn_reversible_plugin.compiler.graph import (
+    REARRANGED,
+    Joint,
+    is_product,
+    is_random,
+    name_of,
+    runs_again,
+    size_of,
+    tensor_of,
+)
+from snn_reversible_plugin.compiler.levels import Levels
+
+# NOTE [What is stored]
+#
+# 1. Values of few levels that lead into a convolution, a product, a pool or a reduction which the
+#    backward computes again, or into a product of the backward's: as codes, where they are made. What
+#    else is made of them (a membrane's reset, a sum, a cast) starts from the codes too.
+# 2. Random results: as codes where they are a mask, as they are elsewhere. Nothing is drawn twice.
+# 3. What no second run gives (operators of other libraries, collectives).
+# 4. Results that are small beside what they were computed from: statistics of a batch norm, norms, means.
+# 5. In mode "speed" convolutions and products.
+# 6. An anchor where a value would need more than so many products: see `anchors`.
+
+SMALL_OUTPUT = 16  # a result this many times smaller than its largest input is stored
+
+
+def worth_codes(joint: Joint, levels: dict[fx.Node, Levels]) -> list[fx.Node]:
+    """The values to store as codes, see note 1 and 2."""
+    wanted = joint.wanted(set())
+    chosen: dict[fx.Node, None] = {}
+    for node in joint.forward:
+        if node not in wanted or not is_coded(node, levels):
+            continue
+        if any(not is_coded(user, levels) and _leads_on(node, user, joint, wanted) for user in node.users):
+            chosen[_made_at(node, levels)] = None
+    drawn = _drawn(joint)
+    for node in joint.forward:
+        if node not in wanted or node not in drawn or not is_coded(node, levels):
+            continue
+        # The first in a row of values of few levels is the narrowest.
+        if not any(source in drawn and is_coded(source, levels) for source in node.all_input_nodes):
+            chosen[node] = None
+    return list(chosen)
+
+
+def is_coded(node: fx.Node, levels: dict[fx.Node, Levels]) -> bool:
+    """Whether codes of a value take fewer bytes than it does."""
+    value = tensor_of(node)
+    if value is None or node not in levels or levels[node].is_constant or value.numel() < 64:
+        return False
+    bits = levels[node].bits
+    return bits is not None and bits < 8 * value.element_size()
+
+
+def _leads_on(node: fx.Node, user: fx.Node, joint: Joint, wanted: set[fx.Node]) -> bool:
+    """Whether a value goes through ``user`` into something that costs a layer to compute again."""
+    waiting, seen = [(node, user)], set()
+    while waiting:
+        source, reader = waiting.pop()
+        if reader in seen or reader.op != "call_function":
+            continue
+        seen.add(reader)
+        in_backward = reader in joint.of_tangents
+        if not in_backward and reader not in wanted:
+            continue
+        if is_product(reader) or "convolution_backward" in name_of(reader):
+            return True
+        if in_backward:
+            if name_of(reader) not in REARRANGED and name_of(reader) != "convert_element_type":
+                continue
+        elif not _is_elementwise(reader) and name_of(reader) not in REARRANGED:
+            return True
+        elif any(_is_large(other, source) for other in reader.all_input_nodes if other is not source):
+            continue
+        waiting += [(reader, after) for after in reader.users]
+    return False
+
+
+def _is_elementwise(node: fx.Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.pointwise in tags or name_of(node) in (
+        "convert_element_type",
+        "expand",
+        "getitem",
+        "cat",
+    )
+
+
+def _is_large(other: fx.Node, beside: fx.Node) -> bool:
+    return other.op != "placeholder" and name_of(other) != "full" and 2 * size_of(other) > size_of(beside)
+
+
+def _made_at(node: fx.Node, levels: dict[fx.Node, Levels]) -> fx.Node:
+    """Where a value was made: before views and casts, and before it was taken apart."""
+    while (source := _source(node)) is not None and is_coded(source, levels):
+        if levels[source].bits != levels[node].bits:
+            break
+        node = source
+    return node
+
+
+def _source(node: fx.Node) -> fx.Node | None:
+    """What a view, a cast or a part was taken from."""
+    name, source = name_of(node), node.args[0] if node.args else None
+    if name == "getitem" and name_of(source) in _APART:  # type: ignore[arg-type]
+        source = source.args[0]  # type: ignore[union-attr]
+    elif name not in _TAKEN:
+        return None
+    return source if isinstance(source, fx.Node) and source.op == "call_function" else None
+
+
+_APART = ("unbind", "split", "split_with_sizes")
+_TAKEN = REARRANGED | {"convert_element_type", "_to_copy", "select", "slice"}
+
+
+def _drawn(joint: Joint) -> set[fx.Node]:
+    """Random results, and what was computed from them."""
+    drawn: set[fx.Node] = set()
+    for node in joint.forward:
+        if is_random(node) or any(source in drawn for source in node.all_input_nodes):
+            drawn.add(node)
+    return drawn
+
+
+def must_be_stored(joint: Joint, codes: set[fx.Node], mode: str) -> set[fx.Node]:
+    """Codes, and what notes 2 to 5 name beside them."""
+    stored = set(codes)
+    for node in joint.forward:
+        value = tensor_of(node)
+        if value is None or node in codes:
+            continue
+        parent = parent_of(node)
+        costly = not runs_again(parent) or (mode == "speed" and is_product(parent))
+        if costly or (_is_small(node, parent) and not _is_view(parent)):
+            stored.add(node)
+    return stored & joint.wanted(stored)
+
+
+def parent_of(node: fx.Node) -> fx.Node:
+    """The call that computed a value, where that is one of several."""
+    if name_of(node) == "getitem" and isinstance(node.args[0], fx.Node):
+        return node.args[0]
+    return node
+
+
+def _is_view(node: fx.Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and any(
+        out.alias_info is not None for out in target._schema.returns
+    )
+
+
+def _is_small(node: fx.Node, parent: fx.Node) -> bool:
+    largest = max((size_of(source) for source in parent.all_input_nodes), default=0)
+    return size_of(node) * SMALL_OUTPUT <= largest
+
+
+def anchors(joint: Joint, stored: set[fx.Node], most_products: int) -> set[fx.Node]:
+    """Further values to store, so that none is more than ``most_products`` products away from stored ones.
+
+    Each product counts once however many paths lead to it. What is counted is not time, since no
+    product is computed a third time, but memory: a value far from stored ones brings all between them
+    back at once.
+    """
+    wanted = joint.wanted(stored)
+    number = {node: index for index, node in enumerate(n for n in joint.forward if is_product(n))}
+    behind: dict[fx.Node, int] = {}  # products that a value takes, a bit each
+    found: set[fx.Node] = set()
+    for node in joint.forward:
+        if node not in wanted or node in stored:
+            continue
+        products = 1 << number[node] if node in number else 0
+        for source in node.all_input_nodes:
+            products |= behind.get(source, 0)
+        value = tensor_of(node)
+        if products.bit_count() > most_products and value is not None and value.is_floating_point():
+            found.add(node)
+            continue
+        behind[node] = products
+    return found
+
+
+def bytes_of(nodes: Iterable[fx.Node]) -> int:
+    """What values take together."""
+    return sum(size_of(node) for node in nodes)
