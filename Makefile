@@ -59,11 +59,11 @@ matrix: $(STAMP)  ## the fast tests in every supported version, one environment 
 docs: $(STAMP)  ## the site in out/site; a warning fails
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
-bench: $(STAMP)  ## the benchmarks, stock and peers in the same run; goes on where it was interrupted
-	$(PY) -m benchmarks $(BENCH_ARGS)
+bench: $(STAMP)  ## every experiment, stock and peers in the same run; goes on where it was interrupted
+	$(PY) -m benchmarks run $(BENCH_ARGS)
 
 quick: $(STAMP)  ## the same at small shapes, in two minutes; writes to out/ only
-	$(PY) -m benchmarks --profile quick $(BENCH_ARGS)
+	$(PY) -m benchmarks run steps --profile quick $(BENCH_ARGS)
 
 clean:  ## remove caches and outputs, keep the environment
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis dist demo.png out/site

@@ -1,9 +1,9 @@
-"""``python -m benchmarks``: every workload under every method, as tables, JSON and pictures."""
+"""``python -m benchmarks``: measure, store and show; see ``run --help``."""
 
 from __future__ import annotations
 
 from enum import StrEnum
-from fnmatch import fnmatch
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -11,105 +11,105 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import picture, readme, store, tables
-from .measure import measure
-from .methods import METHODS
-from .search import find_largest
-from .workloads import WORKLOADS
+from . import pages, running, store, targets, treatments
+from .experiment import Options
+from .experiments import EXPERIMENTS
+from .pictures import IMAGES
+
+app = typer.Typer(help="Stock, its peers and this package, measured in the same run.")
 
 
 class Profile(StrEnum):
-    """quick: small shapes, two minutes on two cores, nothing written that is committed."""
+    """quick: small shapes, nothing written that is committed."""
 
     quick = "quick"
     full = "full"
 
 
-def main(
-    only: Annotated[
-        list[str] | None, typer.Option(help="workloads by name or pattern, e.g. 'chain-*'")
+@app.command()
+def run(
+    names: Annotated[
+        list[str] | None, typer.Argument(help=f"experiments: {', '.join(EXPERIMENTS)}; all by default")
     ] = None,
+    only: Annotated[list[str] | None, typer.Option(help="works by name or pattern, e.g. 'chain-*'")] = None,
     method: Annotated[
-        list[str] | None, typer.Option(help="methods by name or pattern; stock is added")
+        list[str] | None,
+        typer.Option(help="methods by name or pattern; what they are compared with is added"),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     profile: Annotated[Profile, typer.Option(help="shapes and repeats")] = Profile.full,
-    repeats: Annotated[
-        int | None, typer.Option(help="timed steps of each, after one warm-up: 5, quick 2")
-    ] = None,
-    fresh: Annotated[
-        bool, typer.Option(help="measure again what is stored for the same code and versions")
-    ] = False,
+    repeats: Annotated[int | None, typer.Option(help="timed steps of each, after one to warm up")] = None,
+    seeds: Annotated[int, typer.Option(help="runs of each method that trains")] = 3,
+    folder: Annotated[
+        Path, typer.Option(help="of N-MNIST; without it, what needs it is left out")
+    ] = Options.folder,
     fits: Annotated[
         bool | None,
         typer.Option(help="search for the largest batch or number of steps that fits; full profile: on"),
     ] = None,
-    save: Annotated[
-        bool, typer.Option(help="write the JSON, the pictures and the tables in README and docs")
-    ] = True,
+    fresh: Annotated[bool, typer.Option(help="measure again what is stored")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="folder for results and pictures; then no page is written"),
+    ] = None,
 ) -> None:
-    """Measure memory and time of a training step: stock, its peers, and this package, in one run."""
-    console = Console()
-    shapes = {
-        workload.name: shape
-        for workload in WORKLOADS.values()
-        if (shape := workload.shape(profile.value)) and _wanted(workload.name, only)
-    }
-    methods = [name for name in METHODS if name == "stock" or _wanted(name, method)]
-    if not shapes:
-        raise typer.BadParameter(
-            f"no workload of {sorted(WORKLOADS)} in the profile {profile.value} matches {only}"
-        )
+    """Measure what is not stored yet for the same code and versions, and print all that is stored."""
+    if unknown := set(names or ()) - set(EXPERIMENTS):
+        raise typer.BadParameter(f"unknown: {sorted(unknown)}; there are {[*EXPERIMENTS]}")
     if device == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("torch finds no CUDA device here")
-    repeats = repeats or (5 if profile is Profile.full else 2)
-    context, path = store.context(device, repeats), store.path_of(device, profile.value)
-    stored = {} if fresh or not save else store.load(path)
-    todo = {
-        name: shape for name, shape in shapes.items()
-        if not store.is_done(stored, name, methods, shape, context)
-    }  # fmt: skip
-    if len(todo) < len(shapes):
-        console.print(
-            f"{len(shapes) - len(todo)} of {len(shapes)} workloads are stored; --fresh measures them again"
-        )
-    found = {key: entry for key, entry in stored.items() if entry["workload"] in shapes}
-    columns = (TextColumn("{task.description:48}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    quick = profile is Profile.quick
+    options = Options(quick, device, repeats, seeds, folder, fits)
+    results = out or (store.DRAFTS if quick else store.RESULTS)
+    images = IMAGES if results == store.RESULTS else results
+    experiments = [EXPERIMENTS[name] for name in names or EXPERIMENTS]
+    works = {one.name: running.chosen(one, options, only, method) for one in experiments}
+    if not any(works.values()):
+        raise typer.BadParameter(f"no work in the profile {profile.value} matches {only} and {method}")
+    console = Console()
+    columns = (TextColumn("{task.description:60}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        workloads = progress.add_task("workloads", total=len(todo))
-        steps = progress.add_task("")
-        for name, shape in todo.items():
-            progress.reset(steps, total=len(methods) * (repeats + 2), description=name)
-
-            def tick(what: str) -> None:
-                progress.update(steps, description=what, advance=1)
-
-            results = measure(WORKLOADS[name], shape, device, methods, repeats, tick)
-            if fits or (fits is None and profile is Profile.full):
-                find_largest(WORKLOADS[name], shape, device, results, tick)
-            if save:
-                store.save(path, results, shape, context)
-            for result in results:
-                found[f"{name} | {result.method}"] = result.to_dict() | {
-                    "shape": list(shape),
-                    "context": context,
-                }
-            progress.advance(workloads)
-    console.print(tables.console(found))
-    if not save:
-        return
-    written = [path]
-    if profile is Profile.full:
-        written += [*picture.draw_all(store.load(path), device), *readme.fill()]
-    else:
-        written += picture.draw_all(store.load(path), device, store.DRAFTS)
-    console.print("written:", *(str(file.relative_to(store.ROOT)) for file in written))
+        task = progress.add_task("", total=sum(map(len, works.values())))
+        for experiment in experiments:
+            path = results / f"{experiment.stem(device)}.json"
+            for _ in running.run(
+                experiment, works[experiment.name], options, path, fresh,
+                lambda what: progress.update(task, description=what),
+            ):  # fmt: skip
+                progress.advance(task)
+    written = []
+    for experiment in experiments:
+        path = results / f"{experiment.stem(device)}.json"
+        if entries := store.load(path):
+            for table in next(iter(experiment.tables.values()))(entries):
+                console.print(table.screen())
+            written += [path, *experiment.draw(entries, images, device)]
+    if results == store.RESULTS:
+        written += pages.fill()
+    console.print("written:", *map(str, written))
 
 
-def _wanted(name: str, patterns: list[str] | None) -> bool:
-    return patterns is None or any(fnmatch(name, pattern) for pattern in patterns)
+@app.command(name="pages")
+def fill_pages() -> None:
+    """Write the stored numbers into README and docs, and draw every picture."""
+    drawn = [treatments.draw()]
+    for experiment in EXPERIMENTS.values():
+        for device in ("cpu", "cuda"):
+            if entries := store.load(store.RESULTS / f"{experiment.stem(device)}.json"):
+                drawn += experiment.draw(entries, IMAGES, device)
+    for path in (*drawn, *pages.fill()):
+        print(path.relative_to(store.ROOT))
+
+
+@app.command(name="targets")
+def show_targets() -> None:
+    """Print what the project set out to reach beside what is stored; fails where something is missed."""
+    results = pages.load_all()
+    Console().print(targets.table(results).screen())
+    if not all(target.is_reached(target.measured(results)) for target in targets.TARGETS):
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":
     store.settle()
-    typer.run(main)
+    app(prog_name="python -m benchmarks")

@@ -6,8 +6,9 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,12 +17,10 @@ from torch.utils._pytree import tree_leaves
 
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.modules.kinds import is_spiking
-from snn_reversible_plugin.reports.measure import AllocationCounter
+from snn_reversible_plugin.reports.measure import AllocationCounter, CudaStatistics
 
 from .methods import CannotRun, Training, check_rebuilds, prepare, rebuild_error
 from .workloads import Workload
-
-MIB = 2**20
 
 
 @dataclass
@@ -31,7 +30,7 @@ class Result:
     Args:
         held: alive between forward and backward.
         peak: the most at any time, gradients of the parameters included.
-        peak_beyond_gradients: the same without those gradients.
+        peak_beyond_gradients: the same without those gradients; on the CPU only.
         counted_by: "allocations", or "cuda" for CUDA's caching allocator.
         time_ratio: the median of the ratios to stock's step of the same round; ``time_spread`` the
             quartiles.
@@ -65,9 +64,6 @@ class Result:
     bytes_a_neuron_step: float | None = None
     largest: int | None = None
     why_not: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def measure(
@@ -122,64 +118,88 @@ def measure(
             result.bytes_a_neuron_step = result.held / (workload.neurons * steps)
         training.model.zero_grad()
         trainings[name] = training
-    for round_ in range(repeats + 1):
-        for name, training in trainings.items():
-            tick(f"{workload.name}: {name}, time")
-            training.model.zero_grad()
-            taken = seconds(lambda training=training: training.run(x), x.is_cuda)
-            if round_:  # the first warms up
-                results[name].seconds.append(taken)
-    for name in trainings:
-        ratios = [a / b for a, b in zip(results[name].seconds, results["stock"].seconds, strict=True)]
-        results[name].time_ratio = statistics.median(ratios)
+
+    def before(name: str) -> None:
+        tick(f"{workload.name}: {name}, time")
+        trainings[name].model.zero_grad()
+
+    runs = {name: partial(training.run, x) for name, training in trainings.items()}
+    times = alternate(runs, repeats, x.device, before)
+    for name, seconds in times.items():
+        result, ratios = results[name], _ratios(seconds, times["stock"])
+        result.seconds, result.time_ratio = seconds, statistics.median(ratios)
         low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-        results[name].time_spread = (low, high)
+        result.time_spread = (low, high)
     return list(results.values())
+
+
+def alternate(
+    runs: Mapping[str, Callable[[], object]],
+    repeats: int,
+    device: torch.device,
+    before: Callable[[str], object] = str,
+) -> dict[str, list[float]]:
+    """Seconds of each run, in rounds: what else the machine does meets all alike. One round warms up.
+
+    ``before`` is told whose turn it is, and is not timed.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for round_ in range(repeats + 1):
+        for name, run in runs.items():
+            before(name)
+            start = _now(device)
+            run()
+            taken = _now(device) - start
+            if round_:
+                seconds[name].append(taken)
+    return seconds
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def ratio(ours: list[float], theirs: list[float]) -> float:
+    """The median of the ratios of the same round."""
+    return statistics.median(_ratios(ours, theirs))
+
+
+def _ratios(ours: list[float], theirs: list[float]) -> list[float]:
+    return [a / b for a, b in zip(ours, theirs, strict=True)]
 
 
 def count(training: Training, x: torch.Tensor, result: Result) -> None:
     """Fill in the memory of one step."""
     training.model.zero_grad()
     gc.collect()
-    if x.is_cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        result.counted_by = "cuda"
-    with AllocationCounter() as counter:
+    with counter_on(x.device) as counter:
         if training.loss_of is None:
             training.run(x)
         else:
             loss = training.loss_of(x)
-            result.held = torch.cuda.memory_allocated() - before if x.is_cuda else counter.live
+            result.held = counter.live
             loss.backward()
-    gradients = [p.grad for p in training.model.parameters() if p.grad is not None]
-    result.peak_beyond_gradients = counter.peak_beyond(gradients)
-    result.peak = torch.cuda.max_memory_allocated() - before if x.is_cuda else counter.peak
+    result.peak = counter.peak
+    if isinstance(counter, AllocationCounter):
+        gradients = [p.grad for p in training.model.parameters() if p.grad is not None]
+        result.peak_beyond_gradients = counter.peak_beyond(gradients)
+    else:
+        result.counted_by = "cuda"
+
+
+def counter_on(device: torch.device) -> AllocationCounter | CudaStatistics:
+    return CudaStatistics() if device.type == "cuda" else AllocationCounter()
 
 
 def peak_within(training: Training, x: torch.Tensor, limit: float) -> int | None:
     """The peak of one step in bytes, None if it passes the limit."""
     training.model.zero_grad()
     gc.collect()
-    with AllocationCounter() as counter:
+    with counter_on(x.device) as counter:
         training.run(x)
     return counter.peak if counter.peak <= limit else None
-
-
-def seconds(run: Callable[[], None], cuda: bool) -> float:
-    """Wall seconds on the CPU, between two events on CUDA."""
-    if not cuda:
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    first.record()
-    run()
-    last.record()
-    torch.cuda.synchronize()
-    return first.elapsed_time(last) / 1e3
 
 
 def watch_spikes(training: Training, x: torch.Tensor, result: Result) -> list[torch.Tensor]:

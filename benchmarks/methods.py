@@ -17,8 +17,8 @@ from snn_reversible_plugin.blocks.wrapped import wrapped_chains
 from snn_reversible_plugin.convert import differentiated
 from snn_reversible_plugin.training import sltt_backward
 
-from .checkpointed import checkpoint_blocks
-from .published import PublishedChain, publish
+from .peers.checkpointed import checkpoint_blocks
+from .peers.published import PublishedChain, publish
 from .workloads import Workload
 
 
@@ -48,7 +48,36 @@ class Training:
             self.loss_of(x).backward()
 
 
-Method = Callable[[Workload, Callable[[], nn.Module], torch.Tensor], Training]
+Make = Callable[[], nn.Module]
+Prepare = Callable[[Workload, Make, torch.Tensor], Training]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the tables: how a model is made ready, and how the method is explained and drawn.
+
+    Args:
+        about: of it in the list of methods; empty leaves it out of the list.
+        ours: whether it is this package's.
+    """
+
+    name: str
+    prepare: Prepare
+    about: str
+    color: str
+    marker: str
+    ours: bool
+
+    @property
+    def label(self) -> str:
+        return f"this package: {self.name}" if self.ours else _LABELS.get(self.name, self.name)
+
+
+_LABELS = {
+    "checkpoint": "checkpoint by hand",
+    "published": "published reversible",
+    "SLTT": "SLTT (approximate)",
+}
 
 
 def _training(workload: Workload, model: nn.Module, plain: Training | None = None) -> Training:
@@ -79,11 +108,11 @@ def _targets(workload: Workload, model: nn.Module) -> tuple[type[nn.Module], ...
     return workload.blocks or (Branch,)
 
 
-def _stock(workload: Workload, make: Callable[[], nn.Module], _x: torch.Tensor) -> Training:
+def _stock(workload: Workload, make: Make, _x: torch.Tensor) -> Training:
     return _training(workload, _plainly(make()))
 
 
-def _checkpoint(workload: Workload, make: Callable[[], nn.Module], _x: torch.Tensor) -> Training:
+def _checkpoint(workload: Workload, make: Make, _x: torch.Tensor) -> Training:
     model = _plainly(make())
     if workload.checkpointed is not None:
         loss_of = workload.checkpointed
@@ -91,8 +120,8 @@ def _checkpoint(workload: Workload, make: Callable[[], nn.Module], _x: torch.Ten
     return _training(workload, checkpoint_blocks(model, _targets(workload, model)))
 
 
-def _memopt(level: int) -> Method:
-    def method(workload: Workload, make: Callable[[], nn.Module], x: torch.Tensor) -> Training:
+def _memopt(level: int) -> Prepare:
+    def method(workload: Workload, make: Make, x: torch.Tensor) -> Training:
         if workload.checkpointed is not None:
             raise CannotRun("needs multi-step modules; this loop is the user's own")
         if level > 1 and not x.is_cuda:
@@ -119,7 +148,7 @@ def _parts(module: nn.Module) -> tuple[nn.Module, ...]:
     return () if leaf else tuple(module.children())
 
 
-def _published(workload: Workload, make: Callable[[], nn.Module], _x: torch.Tensor) -> Training:
+def _published(workload: Workload, make: Make, _x: torch.Tensor) -> Training:
     if not _chains(model := make()):
         raise CannotRun("needs a network built of reversible blocks")
     plain = _plainly(make())
@@ -129,7 +158,7 @@ def _published(workload: Workload, make: Callable[[], nn.Module], _x: torch.Tens
     return _training(workload, publish(model), plain=_training(workload, plain))
 
 
-def _sltt(workload: Workload, make: Callable[[], nn.Module], _x: torch.Tensor) -> Training:
+def _sltt(workload: Workload, make: Make, _x: torch.Tensor) -> Training:
     if workload.checkpointed is not None:
         raise CannotRun("steps the network itself; this loop is the user's own")
     model = make()
@@ -148,15 +177,15 @@ def _loss_of_step(out: torch.Tensor) -> torch.Tensor:
     return out.reshape(-1, *out.shape[-2:]).mean(0).square().sum()
 
 
-def _tape(mode: str) -> Method:
-    def method(workload: Workload, make: Callable[[], nn.Module], _x: torch.Tensor) -> Training:
+def _tape(mode: str) -> Prepare:
+    def method(workload: Workload, make: Make, _x: torch.Tensor) -> Training:
         model = srp.convert_to_reversible(_plainly(make()), mode=mode, arithmetic="stock")
         return _training(workload, model)
 
     return method
 
 
-def _grid(workload: Workload, make: Callable[[], nn.Module], _x: torch.Tensor) -> Training:
+def _grid(workload: Workload, make: Make, _x: torch.Tensor) -> Training:
     model, plain = _plainly(make()), _plainly(make())
     try:
         srp.convert_to_reversible(model, arithmetic="grid")
@@ -173,8 +202,8 @@ def _by_autograd(workload: Workload, model: nn.Module, x: torch.Tensor) -> torch
         return workload.loss_of(model, x)
 
 
-def _blocks(tape: str | None) -> Method:
-    def method(workload: Workload, make: Callable[[], nn.Module], _x: torch.Tensor) -> Training:
+def _blocks(tape: str | None) -> Prepare:
+    def method(workload: Workload, make: Make, _x: torch.Tensor) -> Training:
         model, plain = make(), None
         if not _chains(model):
             if tape == "speed":
@@ -189,7 +218,7 @@ def _blocks(tape: str | None) -> Method:
     return method
 
 
-def _wrapped(workload: Workload, make: Callable[[], nn.Module]) -> nn.Module:
+def _wrapped(workload: Workload, make: Make) -> nn.Module:
     if workload.checkpointed is not None:
         raise CannotRun("has no residual blocks")
     model = make()
@@ -200,37 +229,49 @@ def _wrapped(workload: Workload, make: Callable[[], nn.Module]) -> nn.Module:
     return model
 
 
-METHODS: dict[str, Method] = {
-    "stock": _stock,
-    "checkpoint": _checkpoint,
-    "memopt 1": _memopt(1),
-    "memopt 2": _memopt(2),
-    "memopt 3": _memopt(3),
-    "memopt 4": _memopt(4),
-    "published": _published,
-    "SLTT": _sltt,
-    "speed": _tape("speed"),
-    "memory": _tape("memory"),
-    "grid": _grid,
-    "blocks": _blocks(None),
-    "blocks + tape": _blocks("memory"),
-    "blocks + tape, speed": _blocks("speed"),
-}
-OURS = ("speed", "memory", "grid", "blocks", "blocks + tape", "blocks + tape, speed")
-ABOUT = {
-    "stock": "the framework as it is; reversible blocks run plainly",
-    "checkpoint": "`torch.utils.checkpoint` by hand, over blocks or over stretches of about √T steps, with "
-    "neuron states handed through and running statistics counted once",
-    "memopt 1": "SpikingJelly's memory optimizer, level 1; levels 2 to 4 need CUDA",
-    "published": "the published reversible procedure: streams in floating point, two runs of each branch",
-    "SLTT": "no gradient through time: an approximation",
-    "speed": 'this package, `mode="speed"` and `arithmetic="stock"`',
-    "memory": 'this package, `mode="memory"` and `arithmetic="stock"`',
-    "grid": 'this package, `arithmetic="grid"`, which is the default for neurons stepped in a loop',
-    "blocks": "this package, reversible blocks alone; stock residual networks are wrapped, "
-    "which changes the function",
-    "blocks + tape": 'this package, reversible blocks with `mode="memory"` in a converted network',
-    "blocks + tape, speed": 'the same, blocks with `mode="speed"`, which is their default',
+_TAPE = 'this package, `mode="{}"` and `arithmetic="stock"`'
+_PEERS = (
+    ("stock", _stock, "the framework as it is; reversible blocks run plainly", "0.45", "o"),
+    (
+        "checkpoint", _checkpoint, "`torch.utils.checkpoint` by hand, over blocks or over stretches of "
+        "about √T steps, with neuron states handed through and running statistics counted once",
+        "tab:brown", "v",
+    ),
+    (
+        "memopt 1", _memopt(1), "SpikingJelly's memory optimizer, level 1; levels 2 to 4 need CUDA",
+        "tab:orange", "s",
+    ),
+    ("memopt 2", _memopt(2), "", "tab:orange", "p"),
+    ("memopt 3", _memopt(3), "", "tab:orange", "h"),
+    ("memopt 4", _memopt(4), "", "tab:orange", "H"),
+    (
+        "published", _published, "the published reversible procedure: streams in floating point, two runs "
+        "of each branch", "tab:pink", "P",
+    ),
+    ("SLTT", _sltt, "no gradient through time: an approximation", "tab:red", "X"),
+)  # fmt: skip
+_OURS = (
+    ("speed", _tape("speed"), _TAPE.format("speed"), "tab:green", "^"),
+    ("memory", _tape("memory"), _TAPE.format("memory"), "tab:blue", "D"),
+    (
+        "grid", _grid, 'this package, `arithmetic="grid"`, which is the default for neurons stepped in a '
+        "loop", "tab:cyan", "d",
+    ),
+    (
+        "blocks", _blocks(None), "this package, reversible blocks alone; stock residual networks are "
+        "wrapped, which changes the function", "tab:olive", "<",
+    ),
+    (
+        "blocks + tape", _blocks("memory"), 'this package, reversible blocks with `mode="memory"` in a '
+        "converted network", "tab:purple", ">",
+    ),
+    (
+        "blocks + tape, speed", _blocks("speed"), 'the same, blocks with `mode="speed"`, which is their '
+        "default", "plum", ">",
+    ),
+)  # fmt: skip
+METHODS = {
+    row[0]: Method(*row, ours=ours) for rows, ours in ((_PEERS, False), (_OURS, True)) for row in rows
 }
 
 
@@ -245,7 +286,7 @@ def prepare(name: str, workload: Workload, stock: nn.Module, x: torch.Tensor) ->
         model.load_state_dict(stock.state_dict())
         return model
 
-    return METHODS[name](workload, make, x)
+    return METHODS[name].prepare(workload, make, x)
 
 
 def rebuild_error(model: nn.Module) -> float | None:

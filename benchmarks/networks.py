@@ -84,14 +84,21 @@ def reversible_chain(depth: int, width: int = 16) -> Callable[[], nn.Module]:
     return make
 
 
-class LeakyLoop(nn.Module):
-    """Linear-Leaky-Linear-Leaky-Linear, stepped by a loop in forward, as snnTorch's tutorial 5 does."""
+class Loop(nn.Module):
+    """Linear-neuron-Linear-neuron-Linear, stepped by a loop in forward."""
 
-    def __init__(self, width: int = 512) -> None:
+    def __init__(self, width: int, neuron_of: Callable[[], nn.Module]) -> None:
         super().__init__()
-        self.fc1, self.lif1 = nn.Linear(width, width), snntorch.Leaky(beta=0.9)
-        self.fc2, self.lif2 = nn.Linear(width, width), snntorch.Leaky(beta=0.9)
+        self.fc1, self.lif1 = nn.Linear(width, width), neuron_of()
+        self.fc2, self.lif2 = nn.Linear(width, width), neuron_of()
         self.fc3 = nn.Linear(width, 10)
+
+
+class LeakyLoop(Loop):
+    """In snnTorch, as its tutorial 5 does it; ``settings`` are those of the neurons."""
+
+    def __init__(self, width: int = 512, **settings: Any) -> None:
+        super().__init__(width, lambda: snntorch.Leaky(**{"beta": 0.9} | settings))
 
     def forward(self, x_seq: torch.Tensor) -> torch.Tensor:
         total, _ = self.steps(x_seq, self.lif1.init_leaky(), self.lif2.init_leaky())
@@ -108,24 +115,20 @@ class LeakyLoop(nn.Module):
         return total, (mem1, mem2)
 
 
-class LIFLoop(nn.Module):
-    """Linear-LIF-Linear-LIF-Linear in SpikingJelly, one time step at a time."""
+class LIFLoop(Loop):
+    """In SpikingJelly, from fresh states; ``settings`` are those of the neurons."""
 
-    def __init__(self, width: int = 512) -> None:
-        super().__init__()
-        self.step = nn.Sequential(
-            nn.Linear(width, width), neuron.LIFNode(v_threshold=0.25),
-            nn.Linear(width, width), neuron.LIFNode(v_threshold=0.25),
-            nn.Linear(width, 10),
-        )  # fmt: skip
+    def __init__(self, width: int = 512, **settings: Any) -> None:
+        super().__init__(width, lambda: neuron.LIFNode(**{"v_threshold": 0.25} | settings))
 
     def forward(self, x_seq: torch.Tensor) -> torch.Tensor:
+        functional.reset_net(self)
         return self.steps(x_seq) / len(x_seq)
 
     def steps(self, x_seq: torch.Tensor) -> torch.Tensor:
         total = torch.zeros((), device=x_seq.device)
         for x in x_seq:
-            total = total + self.step(x)
+            total = total + self.fc3(self.lif2(self.fc2(self.lif1(self.fc1(x)))))
         return total
 
 

@@ -1,97 +1,88 @@
-"""Results on disk: one JSON file a device and profile, each entry with its circumstances.
+"""Results on disk: one JSON file an experiment and device, a line an entry, each with its circumstances.
 
-A workload is measured again when what decides its figures has changed: code, versions, device, threads,
-shape. That is how an interrupted run goes on.
+An entry is measured again when what decides its figures has changed: settings, code, versions, device,
+threads. That is how an interrupted run goes on.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
 import platform
 import sys
-from collections.abc import Iterable
-from datetime import UTC, datetime
+from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from .measure import Result
-from .methods import METHODS
-from .workloads import WORKLOADS
+from .experiment import Entries, Entry
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DRAFTS = ROOT / "out" / "benchmarks"
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-_DECIDING = (
+DECIDING = (
     "src/snn_reversible_plugin/**/*.py",
+    "benchmarks/peers/*.py",
     *(
         f"benchmarks/{name}.py"
-        for name in ("networks", "workloads", "methods", "checkpointed", "published")
+        for name in ("networks", "workloads", "methods", "measure", "search", "training", "recordings")
     ),
-    *(f"benchmarks/{name}.py" for name in ("measure", "search")),
 )
 
-Entry = dict[str, Any]
+
+def load(path: Path) -> Entries:
+    """All entries, by "work | method"."""
+    if not path.exists():
+        return {}
+    stored = json.loads(path.read_text())
+    for entry in stored["results"].values():
+        if "context" in entry:
+            entry["context"] = stored["contexts"][entry["context"]]
+    return stored["results"]  # type: ignore[no-any-return]
 
 
-def path_of(device: str, profile: str) -> Path:
-    """Full results are committed; those of the quick profile are nobody's numbers."""
-    return RESULTS / f"{device}.json" if profile == "full" else DRAFTS / f"{device}.json"
-
-
-def load(path: Path) -> dict[str, Entry]:
-    """All entries, by "workload | method"."""
-    return json.loads(path.read_text())["results"] if path.exists() else {}
-
-
-def save(path: Path, results: Iterable[Result], shape: tuple[int, ...], context: Entry) -> None:
-    """Merge into what is stored."""
-    stored = load(path)
-    for result in results:
-        stored[f"{result.workload} | {result.method}"] = result.to_dict() | {
-            "shape": list(shape),
-            "context": context,
-        }
-    order = [f"{name} | {method}" for name in WORKLOADS for method in METHODS]
-    ordered = {key: stored[key] for key in order if key in stored}
+def save(path: Path, found: Entries, order: Iterable[str] = ()) -> None:
+    """Merge into what is stored, a line an entry; circumstances that several share are written once."""
+    stored = load(path) | found
+    contexts: list[Entry] = []
+    lines = []
+    for key in dict.fromkeys((*order, *stored)):
+        if key in stored:
+            entry = {name: value for name, value in stored[key].items() if value is not None}
+            if "context" in entry:
+                if entry["context"] not in contexts:
+                    contexts.append(entry["context"])
+                entry["context"] = contexts.index(entry["context"])
+            lines.append(f"{json.dumps(key)}: {json.dumps(entry, separators=(',', ':'))}")
+    shared = ",\n".join(map(json.dumps, contexts))
+    part = path.with_suffix(".part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_suffix(".part")
-    half.write_text(json.dumps({"results": ordered}, indent=1) + "\n")
-    half.replace(path)  # an interruption leaves the old file or the new one
+    part.write_text(f'{{"contexts": [\n{shared}\n], "results": {{\n' + ",\n".join(lines) + "\n}}\n")
+    part.replace(path)  # an interruption leaves the old file or the new one
 
 
-def write(name: str, found: Entry, **circumstances: Any) -> Path:
-    """Store the results of a benchmark that is run as a whole."""
-    path = RESULTS / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"context": circumstances, "results": found}, indent=1) + "\n")
-    return path
+def is_done(entry: Entry | None, settings: Entry, now: Entry | None) -> bool:
+    """Whether the entry was measured with these settings, and in the present circumstances if given."""
+    if entry is None or entry.get("repeats", 0) < settings.get("repeats", 0):
+        return False
+    if any(entry.get(name) != value for name, value in settings.items() if name != "repeats"):
+        return False
+    return now is None or entry.get("context") == now
 
 
-def read(name: str) -> Entry:
-    """What :func:`write` stored; empty where nothing is."""
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text())["results"] if path.exists() else {}  # type: ignore[no-any-return]
-
-
-def context(device: str, repeats: int) -> Entry:
-    return machine(device) | {"repeats": repeats, "code": code()}
-
-
-def machine(device: str) -> Entry:
-    """Where and with what something is measured."""
+def context(device: str, *files: Path) -> Entry:
+    """Where and with what something is measured; ``files`` are what decides it beside ``DECIDING``."""
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
         "allocator": {name: os.environ.get(name) for name in ALLOCATOR},
         "versions": {name: version(name) for name in ("torch", "spikingjelly", "snntorch")},
+        "code": code(*files),
     }
 
 
@@ -105,29 +96,42 @@ def settle() -> None:
         os.execve(sys.executable, sys.orig_argv, os.environ | ALLOCATOR)
 
 
-def is_done(
-    stored: dict[str, Entry], workload: str, methods: Iterable[str], shape: tuple[int, ...], now: Entry
-) -> bool:
-    """Whether every method of the workload is stored, measured in the present circumstances."""
-    same = [key for key in now if key not in ("date", "repeats")]
-    for method in methods:
-        entry = stored.get(f"{workload} | {method}")
-        if entry is None or tuple(entry["shape"]) != shape:
-            return False
-        then = entry["context"]
-        if any(then.get(key) != now[key] for key in same) or then["repeats"] < now["repeats"]:
-            return False
-    return True
-
-
 @cache
-def code() -> str:
-    """A short name for the code that the figures depend on."""
-    digest = hashlib.sha256()
-    for pattern in _DECIDING:
-        for path in sorted(ROOT.glob(pattern)):
-            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:12]
+def code(*files: Path) -> str:
+    """A short name for the code that figures depend on."""
+    found = {path for pattern in DECIDING for path in ROOT.glob(pattern)}
+    return code_of(path.read_text() for path in found | {*files})
+
+
+def code_of(texts: Iterable[str]) -> str:
+    """A short name for what source files define.
+
+    It is made of the contents of definitions, wherever they stand: it stays when a file is renamed, a
+    function moves to another, a comment or a docstring changes.
+
+    Example:
+        >>> code_of(["import a\\nx = 1", "y = 2"]) == code_of(["y = 2  # two\\nx = 1"])
+        True
+        >>> code_of(["x = 1"]) == code_of(["x = 2"])
+        False
+    """
+    pieces = {piece for text in texts for piece in _definitions(ast.parse(text))}
+    return hashlib.sha256("\0".join(sorted(pieces)).encode()).hexdigest()[:12]
+
+
+def _definitions(module: ast.Module) -> Iterator[str]:
+    for node in ast.walk(module):
+        if (
+            isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+            and ast.get_docstring(node) is not None
+        ):
+            node.body = node.body[1:] or [ast.Pass()]
+    for statement in module.body:
+        if not isinstance(statement, (ast.Import, ast.ImportFrom)):
+            yield ast.unparse(statement)
+        # What an import names is defined by another file, or by a version; not what else it is called here.
+        elif renamed := [name for name in statement.names if name.asname]:
+            yield ", ".join(map(ast.unparse, renamed))
 
 
 def _processor() -> str:

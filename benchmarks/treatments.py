@@ -1,4 +1,4 @@
-"""``python -m benchmarks.treatments``: the picture of the four treatments, in docs/how-it-works.md."""
+"""The picture of the four treatments, in docs/how-it-works.md."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from .picture import IMAGES
+from .pictures import IMAGES
 
 KEEP, PACK, REPLAY, REVERSE = "tab:gray", "tab:blue", "tab:green", "tab:purple"
 TREATMENTS = (
@@ -81,7 +81,3 @@ def draw(path: Path = IMAGES / "treatments.png") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     return path
-
-
-if __name__ == "__main__":
-    print(draw())

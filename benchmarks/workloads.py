@@ -19,7 +19,6 @@ from torch import nn
 
 from snn_reversible_plugin import models
 
-from .checkpointed import checkpoint_with_states, segments
 from .networks import (
     LeakyLoop,
     LIFLoop,
@@ -30,6 +29,7 @@ from .networks import (
     tutorial_6_net,
     yardstick_vgg,
 )
+from .peers.checkpointed import checkpoint_with_states, segments
 
 Loss = Callable[[nn.Module, torch.Tensor], torch.Tensor]
 LIF = {
@@ -46,7 +46,7 @@ class Workload:
     Args:
         name: what to ask for on the command line; results are stored under it.
         make: builds the stock model.
-        shape: of the batch, in the full profile and in the quick one; None leaves it out of the quick one.
+        full, quick: shapes of the batch in the two profiles; None leaves it out of the quick one.
         loss_of: resets the states, runs the forward and returns the loss.
         blocks: the module types that a user of memopt or of checkpoints would name.
         checkpointed: the same loss for a user's own loop, checkpointed by hand.
@@ -71,16 +71,16 @@ class Workload:
     series: str | None = None
     at: int | None = None
 
-    def shape(self, profile: str) -> tuple[int, ...] | None:
-        return self.full if profile == "full" else self.quick
+    def shape(self, quick: bool) -> tuple[int, ...] | None:
+        return self.quick if quick else self.full
 
 
-def _rate_loss(model: nn.Module, x_seq: torch.Tensor) -> torch.Tensor:
+def rate_loss(model: nn.Module, x_seq: torch.Tensor) -> torch.Tensor:
     functional.reset_net(model)
     return model(x_seq).mean(0).square().sum()
 
 
-def _logits_loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def logits_loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """For models that average over time themselves."""
     functional.reset_net(model)
     return model(x).square().sum()
@@ -131,14 +131,14 @@ def _tutorial_6_checkpointed(model: nn.Module, image: torch.Tensor) -> torch.Ten
 
 
 def _vgg(name: str, full: tuple[int, ...], quick: tuple[int, ...] | None, **growth: object) -> Workload:
-    return Workload(name, yardstick_vgg, full, quick, _rate_loss, (VGGBlock,), **growth)  # type: ignore[arg-type]
+    return Workload(name, yardstick_vgg, full, quick, rate_loss, (VGGBlock,), **growth)  # type: ignore[arg-type]
 
 
 def _zoo(
     name: str, make: Callable[[], nn.Module], *shapes: tuple[int, ...] | None, **more: object
 ) -> Workload:
     blocks = (sew_resnet.BasicBlock, sew_resnet.Bottleneck, spiking_resnet.BasicBlock)
-    return Workload(name, lambda: multi_step(make()), *shapes, _rate_loss, blocks, **more)  # type: ignore[arg-type]
+    return Workload(name, lambda: multi_step(make()), *shapes, rate_loss, blocks, **more)  # type: ignore[arg-type]
 
 
 SPIKFORMER_PARTS = (spikformer.SpikformerConv2dBNLIF, SpikingSelfAttention, spikformer.SpikformerMLP)
@@ -161,26 +161,26 @@ NETWORKS = (
     ),
     Workload(
         "spikformer", spikformer.spikformer_cifar10, (4, 8, 3, 32, 32), (2, 1, 3, 32, 32),
-        _logits_loss, SPIKFORMER_PARTS,
+        logits_loss, SPIKFORMER_PARTS,
     ),
     Workload(
         "rev-s-former-4-384", lambda: models.rev_s_former(4, 384), (4, 8, 3, 32, 32), (2, 1, 3, 32, 32),
-        _logits_loss, counterpart="spikformer",
+        logits_loss, counterpart="spikformer",
     ),
     Workload(
-        "ms-resnet34", ms_resnet34, (4, 8, 3, 32, 32), (2, 1, 3, 16, 16), _logits_loss,
+        "ms-resnet34", ms_resnet34, (4, 8, 3, 32, 32), (2, 1, 3, 16, 16), logits_loss,
         (ms_resnet._MSBlock,), grows=1,
     ),
     Workload(
         "rev-s-resnet37", lambda: models.rev_s_resnet37(num_classes=100), (4, 8, 3, 32, 32),
-        (2, 1, 3, 16, 16), _logits_loss, counterpart="ms-resnet34", grows=1,
+        (2, 1, 3, 16, 16), logits_loss, counterpart="ms-resnet34", grows=1,
     ),
     Workload(
         "leaky-loop", LeakyLoop, (100, 128, 512), (16, 16, 512), _leaky_loss,
         checkpointed=_leaky_checkpointed, grows=0, neurons=2 * 512,
     ),
     Workload(
-        "lif-loop", LIFLoop, (100, 128, 512), (16, 16, 512), _logits_loss,
+        "lif-loop", LIFLoop, (100, 128, 512), (16, 16, 512), logits_loss,
         checkpointed=_lif_loop_checkpointed, grows=0, neurons=2 * 512,
     ),
     Workload(
@@ -197,7 +197,7 @@ GROWTH = (
     *(
         Workload(
             f"chain-{depth}", reversible_chain(depth), (4, 2, 2, 16, 16),
-            (2, 1, 2, 8, 8) if depth in QUICK_DEPTHS else None, _rate_loss, series="blocks", at=depth,
+            (2, 1, 2, 8, 8) if depth in QUICK_DEPTHS else None, rate_loss, series="blocks", at=depth,
         )
         for depth in DEPTHS
     ),
@@ -209,7 +209,7 @@ GROWTH = (
         )
         for name, make, loss_of, checkpointed in (
             ("leaky-loop", LeakyLoop, _leaky_loss, _leaky_checkpointed),
-            ("lif-loop", LIFLoop, _logits_loss, _lif_loop_checkpointed),
+            ("lif-loop", LIFLoop, logits_loss, _lif_loop_checkpointed),
         )
         for steps in LENGTHS
     ),

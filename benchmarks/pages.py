@@ -1,8 +1,8 @@
-"""Numbers in README and docs, written there from the stored results: ``python -m benchmarks.readme``.
+"""Numbers in README and docs, written there from the stored results: ``python -m benchmarks pages``.
 
-Between ``<!-- table: NAME -->`` and ``<!-- end -->`` stands a table of :data:`TABLES`. In prose a number is
-written between ``<!-- value: PATH as FORMAT -->`` and ``<!-- end -->``, where PATH is a file of
-benchmarks/results and the keys in it, or two paths and ``over``:
+Between ``<!-- table: NAME -->`` and ``<!-- end -->`` stands a table of an experiment; NAME-cuda is the same
+on a GPU. In prose a number is written between ``<!-- value: PATH as FORMAT -->`` and ``<!-- end -->``,
+where PATH is a file of benchmarks/results and the keys in it, or two paths and ``over``:
 
     <!-- value: cpu/vgg | memory/held as .1f MiB --><!-- end -->
     <!-- value: cpu/vgg | stock/held over cpu/vgg | memory/held as .1fx --><!-- end -->
@@ -12,53 +12,22 @@ benchmarks/results and the keys in it, or two paths and ``over``:
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import block_accuracy, drift_tables, surgery, tables, targets, time_accuracy, time_tables
-from .rows import Rows
-from .store import RESULTS, ROOT
+from .experiment import Entries
+from .experiments import EXPERIMENTS
+from .store import RESULTS, ROOT, load
+from .tables import markdown
 
-Results = dict[str, Any]
-TABLES: dict[str, Callable[[Results], str]] = {
-    "main": lambda results: tables.main_table(results["cpu"]),
-    "all": lambda results: tables.full_table(results["cpu"]),
-    "behind": lambda results: tables.ours_against_peers(results["cpu"]),
-    "methods": lambda results: tables.methods_table(results["cpu"]),
-    "targets": lambda results: targets.table(results),
-    "drift": lambda results: drift_tables.table(results.get("drift", {})),
-    "surgery": lambda results: surgery.rows(results["surgery"]).markdown(),
-    "coupled-times": lambda results: time_tables.coupled_times(results["coupled-node"]["times"]).markdown(),
-    "coupled-held": lambda results: time_tables.coupled_held(results["coupled-node"]["held"]).markdown(),
-    "sltt": lambda results: time_tables.sltt(results["sltt"]).markdown(),
-    "long-sequences": lambda results: time_tables.long_sequences(results["long-sequences"]).markdown(),
-    "time-accuracy": lambda results: time_accuracy.table(results["time-accuracy"]),
-    "block-accuracy": lambda results: block_accuracy.table(results["block-accuracy"]),
-    "all-cuda": lambda results: tables.full_table(results["cuda"]) if "cuda" in results else "None yet.",
+Results = dict[str, Entries]
+TABLES = {
+    f"{name}{suffix}": (experiment.stem(device), render)
+    for experiment in EXPERIMENTS.values()
+    for device, suffix in (("cpu", ""), ("cuda", "-cuda"))
+    for name, render in experiment.tables.items()
 }
-for _name, _series in (
-    ("blocks", "blocks"),
-    ("time-leaky", "time steps of leaky-loop"),
-    ("time-lif", "time steps of lif-loop"),
-    ("batch", "batch of vgg"),
-):
-    for _figure in ("held", "peak"):
-
-        def _growth(results: Results, render: Callable[..., str]) -> str:
-            return render(results["cpu"])
-
-        TABLES[f"{_name}-{_figure}"] = partial(_growth, render=tables.growth_table(_series, _figure))
-
-for _name, _rows in time_tables.REVERSAL.items():
-
-    def _reversal(results: Results, name: str, rows: Callable[..., Rows]) -> str:
-        return rows(results["reversal-in-time"][name]).markdown()
-
-    TABLES[f"reversal-{_name}"] = partial(_reversal, name=_name, rows=_rows)
 
 # Numbers with units that nobody measured, by the page's words, and why.
 NOT_MEASURED = {
@@ -85,23 +54,16 @@ def pages(root: Path = ROOT) -> list[Path]:
 
 
 def load_all(folder: Path = RESULTS) -> Results:
-    """Every results file by its stem; where it has "results", those."""
-    found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-    return {
-        stem: data.get("results", data) if isinstance(data, dict) else data for stem, data in found.items()
-    }
+    """The entries of every results file, by its stem."""
+    return {path.stem: load(path) for path in sorted(folder.glob("*.json"))}
 
 
 def rendered(text: str, results: Results) -> str:
     """A page with every table and value as the results have them now."""
 
     def of_table(match: re.Match[str]) -> str:
-        try:
-            table = TABLES[match[2]](results)
-        except KeyError as missing:
-            if missing.args[0] in results:
-                raise
-            table = "Not measured yet."
+        stem, render = TABLES[match[2]]
+        table = markdown(render(results[stem])) if stem in results else "Not measured yet."
         return f"{match[1]}{table}\n{match[3]}"
 
     def of_value(match: re.Match[str]) -> str:
@@ -119,7 +81,7 @@ def value(path: str, form: str, unit: str, results: Results) -> str:
         >>> value("cpu/a/held", ".1f", "MiB", {"cpu": {"a": {"held": 3145728}}})
         '3.0 MiB'
     """
-    numerator, *denominators = (_at(part.strip(), results) for part in path.split(" over "))
+    numerator, *denominators = (number_at(part.strip(), results) for part in path.split(" over "))
     for denominator in denominators:
         numerator /= denominator
     space = "" if unit in ("", "x") else " "
@@ -127,7 +89,8 @@ def value(path: str, form: str, unit: str, results: Results) -> str:
     return f"{round(number) if form.endswith('d') else number:{form}}{space}{unit}"
 
 
-def _at(path: str, results: Results) -> float:
+def number_at(path: str, results: Results) -> float:
+    """The number at a path of keys."""
     found: Any = results
     for key in path.split("/"):
         try:
@@ -152,7 +115,7 @@ def problems(text: str, results: Results) -> list[str]:
     """What is wrong with the numbers of a page: stale ones, and those that come from nowhere."""
     found: list[str] = []
     if rendered(text, results) != text:
-        found.append("its numbers are not those of benchmarks/results: run python -m benchmarks.readme")
+        found.append("its numbers are not those of benchmarks/results: run python -m benchmarks pages")
     return found + [f"{number!r} is in no results file" for number in loose_numbers(text)]
 
 
@@ -161,8 +124,3 @@ def loose_numbers(text: str, allowed: dict[str, str] = NOT_MEASURED) -> list[str
     text = _OTHER_MARKS.sub(" ", _VALUE.sub(" ", _TABLE.sub(" ", text)))
     text = _NOT_PROSE.sub(" ", text)
     return [match[0] for match in _NUMBER.finditer(text) if match[0] not in allowed]
-
-
-if __name__ == "__main__":
-    for page in fill():
-        print(page.relative_to(ROOT))

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks import picture, readme, store
+from benchmarks import pages, pictures, store
 
-ROOT = Path(__file__).parent.parent
-PAGES = readme.pages()
+ROOT = Path(__file__).parents[2]
+PAGES = pages.pages()
 RESULTS = {
     "cpu": {
         "net | stock": {"held": 6 * 2**20, "time_ratio": 1.0},
@@ -25,7 +25,7 @@ def names(path):
 
 @pytest.mark.parametrize("page", PAGES, ids=names)
 def test_numbers_are_those_of_the_results(page):
-    assert not readme.problems(page.read_text(), readme.load_all())
+    assert not pages.problems(page.read_text(), pages.load_all())
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=names)
@@ -34,24 +34,16 @@ def test_linked_files_exist(page):
         assert link.startswith("http") or (page.parent / link).exists(), link
 
 
-@pytest.mark.parametrize(
-    "path",
-    [path for path in (store.path_of(d, "full") for d in ("cpu", "cuda")) if path.exists()],
-    ids=lambda path: path.stem,
-)
-def test_pictures_show_the_results(path):
-    entries = store.load(path)
-    shown = {"memory-against-time": entries, "growth": entries, "gain": picture.at_first_sight(entries)}
-    for kind, of_kind in shown.items():
-        image = picture.IMAGES / f"{kind}-{path.stem}.png"
-        assert image.exists() or (kind == "growth" and not any(map(picture._series, entries.values())))
-        if image.exists():
-            assert Image.open(image).text["Results"] == picture.digest(of_kind), image.name
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_pictures_show_the_results(device):
+    entries = store.load(store.RESULTS / f"{device}.json")
+    for path, shown in pictures.of_steps(entries, pictures.IMAGES, device).items():
+        assert Image.open(path).text["Results"] == pictures.digest(shown), path.name
 
 
 def test_the_tape_gives_stock_gradients():
-    entries = store.load(store.path_of("cpu", "full")).values()
-    ours = [e for e in entries if e["method"] in ("speed", "memory") and e["held"] is not None]
+    entries = store.load(store.RESULTS / "cpu.json").values()
+    ours = [e for e in entries if e["method"] in ("speed", "memory") and "held" in e]
     assert ours
     assert all(e["gradient_difference"] == 0 for e in ours)
 
@@ -67,15 +59,15 @@ def test_the_tape_gives_stock_gradients():
 )
 def test_values_are_filled_and_held_to_the_results(asked, written):
     text = f"It is <!-- value: {asked} --><!-- end --> here."
-    filled = readme.rendered(text, RESULTS)
+    filled = pages.rendered(text, RESULTS)
     assert filled == f"It is <!-- value: {asked} -->{written}<!-- end --> here."
-    assert not readme.problems(filled, RESULTS)
-    assert readme.problems(filled.replace(written, "7.77x"), RESULTS)  # stale
+    assert not pages.problems(filled, RESULTS)
+    assert pages.problems(filled.replace(written, "7.77x"), RESULTS)  # stale
 
 
 def test_a_value_from_nowhere_is_an_error():
     with pytest.raises(KeyError, match=r"ends at \'net \| grid\'"):
-        readme.rendered("<!-- value: cpu/net | grid/held as .1f x --><!-- end -->", RESULTS)
+        pages.rendered("<!-- value: cpu/net | grid/held as .1f x --><!-- end -->", RESULTS)
 
 
 @pytest.mark.parametrize(
@@ -90,9 +82,9 @@ def test_a_value_from_nowhere_is_an_error():
     ],
 )
 def test_numbers_in_prose_need_a_source(text, loose):
-    assert readme.loose_numbers(text) == loose
+    assert pages.loose_numbers(text) == loose
 
 
 def test_what_counts_as_not_measured_is_still_said():
     said = "".join(page.read_text() for page in PAGES)
-    assert all(phrase in said for phrase in readme.NOT_MEASURED)
+    assert all(phrase in said for phrase in pages.NOT_MEASURED)

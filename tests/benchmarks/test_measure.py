@@ -1,7 +1,6 @@
 """The benchmarks measure what they say: peers compute stock's gradients, and the search finds the edge."""
 
-import doctest
-import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,34 +10,26 @@ from hypothesis import strategies as st
 from snntorch import utils as snn_utils
 from spikingjelly.activation_based import functional
 from torch import nn
-from typer.testing import CliRunner
 
-from benchmarks import __main__ as command
-from benchmarks import readme, search, store, tables
-from benchmarks.checkpointed import checkpoint_blocks
-from benchmarks.drift import drift
-from benchmarks.measure import Result, measure, peak_within
+from benchmarks.measure import measure, peak_within
 from benchmarks.methods import METHODS, prepare
 from benchmarks.networks import LIFLoop, reversible_chain, yardstick_vgg
+from benchmarks.peers.checkpointed import checkpoint_blocks
 from benchmarks.search import largest_within
-from benchmarks.workloads import WORKLOADS, Workload, _logits_loss, _rate_loss
+from benchmarks.tables import markdown
+from benchmarks.tables import steps as tables
+from benchmarks.workloads import WORKLOADS, Workload, logits_loss, rate_loss
 
 CHAIN = reversible_chain(2, width=4)
 
 
 def tiny(make=CHAIN, shape=(2, 1, 2, 6, 6), **more):
-    return Workload("chain", make, shape, shape, _rate_loss, **more)
+    return Workload("chain", make, shape, shape, rate_loss, **more)
 
 
 def by_method(workload, methods, repeats=1):
     found = measure(workload, workload.full, "cpu", methods, repeats, lambda _: None)
     return {result.method: result for result in found}
-
-
-@pytest.mark.parametrize("module", [readme, search])
-def test_examples_in_docstrings_run(module):
-    found = doctest.testmod(module)
-    assert found.attempted and not found.failed
 
 
 def test_a_peak_over_the_limit_is_no_peak():
@@ -136,7 +127,7 @@ def test_loops_checkpointed_by_hand_compute_stocks_loss(name):
 
 
 def test_a_method_that_cannot_run_says_why():
-    loop = Workload("loop", lambda: LIFLoop(8), (3, 2, 8), None, _logits_loss, checkpointed=_logits_loss)
+    loop = Workload("loop", lambda: LIFLoop(8), (3, 2, 8), None, logits_loss, checkpointed=logits_loss)
     found = by_method(loop, ["stock", "memopt 1", "published", "blocks"])
     assert "user's own" in found["memopt 1"].why_not
     assert "reversible blocks" in found["published"].why_not
@@ -162,57 +153,10 @@ def test_a_peer_that_fails_is_a_result_and_stock_is_not():
         by_method(broken, ["stock"])
     failing = False
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(METHODS, "checkpoint", refuses)
+        patch.setitem(METHODS, "checkpoint", replace(METHODS["checkpoint"], prepare=refuses))
         found = by_method(broken, ["stock", "checkpoint"])
     assert found["checkpoint"].why_not.startswith("RuntimeError: element 0 of tensors")
     assert found["checkpoint"].peak is None and found["stock"].peak is not None
-
-
-def test_float_drifts_and_the_grid_does_not():
-    shape = (2, 1, 2, 8, 8)
-    assert drift(12, "grid", shape, "cpu") | {"spikes": 0} == {
-        "flipped_spikes": 0,
-        "spikes": 0,
-        "max_error": 0.0,
-    }
-    for way in ("published", "float"):
-        assert drift(12, way, shape, "cpu")["max_error"] > 0
-
-
-def test_results_are_kept_and_skipped_until_something_changes(tmp_path):
-    path, shape, now = tmp_path / "cpu.json", (2, 3), store.context("cpu", 5)
-    results = [Result("vgg", "stock", held=1, peak=2), Result("vgg", "memory", held=1, peak=2)]
-    store.save(path, results, shape, now)
-    stored = store.load(path)
-    assert list(stored) == ["vgg | stock", "vgg | memory"]
-    both = ("stock", "memory")
-    assert store.is_done(stored, "vgg", both, shape, now)
-    assert store.is_done(stored, "vgg", both, shape, now | {"date": "later", "repeats": 3})
-    assert not store.is_done(stored, "vgg", (*both, "speed"), shape, now)
-    assert not store.is_done(stored, "vgg", both, (2, 4), now)
-    for key, value in {"code": "other", "threads": 99, "versions": {}, "repeats": 7}.items():
-        assert not store.is_done(stored, "vgg", both, shape, now | {key: value}), key
-
-
-def test_the_command_measures_stores_and_resumes(tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "WORKLOADS", {"chain": tiny(grows=1)})
-    monkeypatch.setattr(store, "WORKLOADS", {"chain": None})
-    monkeypatch.setattr(store, "DRAFTS", tmp_path)
-    monkeypatch.setattr(store, "ROOT", tmp_path)
-    runs = []
-    monkeypatch.setattr(command, "measure", lambda *args: (runs.append(args[0].name), measure(*args))[1])
-    app = command.typer.Typer()
-    app.command()(command.main)
-    arguments = ["--profile", "quick", "--fits", "--method", "memory", "--repeats", "1"]
-    for _ in range(2):
-        outcome = CliRunner().invoke(app, arguments)
-        assert outcome.exit_code == 0, outcome.output
-    assert runs == ["chain"] and "are stored" in outcome.output
-    assert CliRunner().invoke(app, [*arguments, "--fresh"]).exit_code == 0
-    assert runs == ["chain", "chain"]
-    entry = json.loads((tmp_path / "cpu.json").read_text())["results"]["chain | memory"]
-    assert entry["shape"] == [2, 1, 2, 6, 6] and entry["largest"] >= 1 and entry["gradient_difference"] == 0
-    assert CliRunner().invoke(app, ["--only", "nothing"]).exit_code != 0
 
 
 def test_tables_say_who_is_behind():
@@ -222,16 +166,19 @@ def test_tables_say_who_is_behind():
     entries = {
         m: entry(m, p, t) for m, p, t in (("stock", 9, 1.0), ("checkpoint", 4, 1.4), ("memory", 3, 1.2))
     }
-    text = tables.ours_against_peers(entries)
+    text = markdown(tables.behind(entries))
     assert "| net | stock |" in text and "checkpoint |" not in text
     entries["checkpoint"] = entry("checkpoint", 2, 1.4)
-    assert "| net | checkpoint | 2.0 | 1.40x | memory 3.0, 1.20x |" in tables.ours_against_peers(entries)
+    assert "| net | checkpoint | 2.0 | 1.40x | memory 3.0, 1.20x |" in markdown(tables.behind(entries))
 
 
 def test_every_method_is_drawn_and_explained():
-    from benchmarks.picture import STYLE
-
-    assert set(METHODS) == set(STYLE)
+    assert len({(method.color, method.marker) for method in METHODS.values()}) == len(METHODS)
+    assert [name for name, method in METHODS.items() if not method.about] == [
+        "memopt 2",
+        "memopt 3",
+        "memopt 4",
+    ]
 
 
 def test_over_budget_is_none_and_leaves_the_model_usable():

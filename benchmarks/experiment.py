@@ -1,0 +1,83 @@
+"""What an experiment is: works, each measured under several methods, and how what was found is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .tables import Table
+
+Entry = dict[str, Any]
+Entries = dict[str, Entry]  # by "work | method"
+Tick = Callable[[str], None]
+Render = Callable[[Entries], list[Table]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks of every experiment.
+
+    Args:
+        quick: small shapes and few runs, to see that everything works.
+        device: "cpu" or "cuda".
+        repeats: timed steps of each method, after one to warm up; None for the experiment's own number.
+        seeds: runs of each method that trains.
+        folder: of N-MNIST.
+        fits: whether to search for the largest batch or number of steps; None for the profile's choice.
+    """
+
+    quick: bool = False
+    device: str = "cpu"
+    repeats: int | None = None
+    seeds: int = 3
+    folder: Path = Path("../shared/data/nmnist")
+    fits: bool | None = None
+
+    def rounds(self, full: int, quick: int = 1) -> int:
+        return self.repeats or (quick if self.quick else full)
+
+
+@dataclass(frozen=True)
+class Work:
+    """``settings`` are what the experiment's measure is called with, and stored in every entry.
+
+    An entry with other settings is measured again.
+    """
+
+    name: str
+    methods: tuple[str, ...]
+    settings: Entry = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A file of results, and what is made of it.
+
+    Args:
+        name: on the command line; the results' file is called after it.
+        works: in the order of the tables.
+        measure: called as ``measure(method, options, tick, **settings)``, gives the method's entry.
+        together: instead, where the methods of a work are measured in one run, the first of them always:
+            called with all methods, gives their entries.
+        tables: by their names on the pages; the first is shown on the screen too.
+        draw: draws its pictures of the entries into a folder, for a device; returns their paths.
+        goes_stale: measured again where code, versions or machine are others.
+        threads: of torch; None for what the user has set.
+    """
+
+    name: str
+    works: Callable[[Options], Iterable[Work]]
+    tables: Mapping[str, Render]
+    measure: Callable[..., Entry] | None = None
+    together: Callable[..., Entries] | None = None
+    draw: Callable[[Entries, Path, str], list[Path]] = lambda _entries, _folder, _device: []
+    goes_stale: bool = True
+    threads: int | None = None
+
+    def stem(self, device: str) -> str:
+        """Of the file of its results."""
+        if self.name == "steps":
+            return device
+        return self.name if device == "cpu" else f"{self.name}-{device}"

@@ -1,0 +1,1 @@
+"""What others do about memory, by hand where no library does it."""

@@ -1,0 +1,175 @@
+"""Tables of training steps under every method, and where a peer is ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ..experiment import Entries, Entry, Render
+from ..methods import METHODS
+from ..workloads import WORKLOADS
+from . import Table, mib, note, times
+
+MAIN_METHODS = ("stock", "checkpoint", "memopt 1", "speed", "memory", "grid")
+MAIN_WORKLOADS = (
+    "vgg", "vgg-t32", "sew-resnet18", "spiking-resnet34", "spikformer", "leaky-loop", "tutorial-6",
+)  # fmt: skip
+HEADINGS = ("held, MiB", "peak, MiB", "beyond gradients", "time", "fits", "gradients", "flipped spikes")
+
+
+def everything(entries: Entries) -> list[Table]:
+    """A table a workload; what could not run says why below it."""
+    tables = []
+    for group in _by_workload(entries):
+        rows = [(e["method"], *_figures(e)) for e in group if measured(e)]
+        reasons: dict[str, list[str]] = {}
+        for entry in group:
+            if not measured(entry):
+                reasons.setdefault(entry["why_not"], []).append(entry["method"])
+        why = " ".join(f"{', '.join(methods)}: {reason}." for reason, methods in reasons.items())
+        notes = (f"Not run: {why}",) if why else ()
+        tables.append(Table(("method", *HEADINGS), rows, _title(group[0]), notes))
+    return [*tables, note(circumstances(entries))]
+
+
+def networks(entries: Entries) -> list[Table]:
+    """Everything but the curves of growth."""
+    return everything({key: e for key, e in entries.items() if not series_of(e)})
+
+
+def main(entries: Entries) -> list[Table]:
+    """The README's table: the workloads and methods that most readers have."""
+    rows = []
+    for group in _by_workload(entries):
+        title = _title(group[0])
+        for entry in group:
+            method = entry["method"]
+            if entry["workload"] not in MAIN_WORKLOADS or method not in MAIN_METHODS:
+                continue
+            if measured(entry):
+                cells = mib(entry.get("held")), mib(entry["peak"]), times(entry.get("time_ratio"))
+                rows.append((title, method, *cells, _gradients(entry)))
+            elif not METHODS[method].ours:
+                rows.append((title, method, "", "", "", entry["why_not"]))
+            else:
+                continue
+            title = ""
+    headings = ("training step", "method", "held, MiB", "peak, MiB", "time", "gradients")
+    return [Table(headings, rows, notes=(circumstances(entries),))]
+
+
+def growth(series: str, figure: str) -> Render:
+    """A curve of growth: a row a method, a column a point."""
+
+    def render(entries: Entries) -> list[Table]:
+        points = sorted((w for w in WORKLOADS.values() if w.series == series), key=lambda w: w.at or 0)
+        points = [point for point in points if f"{point.name} | stock" in entries]
+        rows = []
+        for method in METHODS:
+            found = [entries.get(f"{point.name} | {method}", {}) for point in points]
+            cells = [mib(entry.get(figure)) for entry in found]
+            if any(cells):
+                rows.append((method, *cells))
+        return [Table((series, *(f"{point.at:,}" for point in points)), rows)]
+
+    return render
+
+
+def behind(entries: Entries) -> list[Table]:
+    """Where no mode of this package is both as small at the peak and as fast as a peer, stock included."""
+    rows: list[tuple[str, ...]] = []
+    compared: dict[str, int] = {}
+    for group in _by_workload(entries):
+        own = [e for e in group if METHODS[e["method"]].ours and measured(e)]
+        for peer in group:
+            if METHODS[peer["method"]].ours or not measured(peer):
+                continue
+            compared[peer["method"]] = compared.get(peer["method"], 0) + 1
+            if any(e["peak"] <= peer["peak"] and e["time_ratio"] <= peer["time_ratio"] for e in own):
+                continue
+            ours = "; ".join(f"{e['method']} {mib(e['peak'])}, {times(e['time_ratio'])}" for e in own)
+            rows.append(
+                (peer["workload"], peer["method"], mib(peer["peak"]), times(peer["time_ratio"]), ours)
+            )
+    counts = ", ".join(f"{method} on {count}" for method, count in compared.items())
+    compared_with = f"Compared with {counts} workloads."
+    if not rows:
+        return [note(f"Nowhere. {compared_with}")]
+    headings = ("workload", "peer", "its peak, MiB", "its time", "ours: peak, MiB, and time")
+    return [Table(headings, rows, notes=(compared_with,))]
+
+
+def methods(_entries: Entries) -> list[Table]:
+    return [Table(("method", "what it is"), [(m.name, m.about) for m in METHODS.values() if m.about])]
+
+
+def circumstances(entries: Entries) -> str:
+    """Device, versions, threads and repeats: a sentence for each that the entries were measured in."""
+    repeats: dict[str, int] = {}
+    for entry in entries.values():
+        context = entry["context"]
+        versions = ", ".join(f"{name} {number}" for name, number in context["versions"].items())
+        device = f"{context['device']}; " if context["device"] else ""
+        where = f"{device}{versions}; {context['threads']} threads"
+        repeats[where] = min(repeats.get(where, entry["repeats"]), entry["repeats"])
+    return " ".join(f"{where}; medians of at least {least} steps." for where, least in repeats.items())
+
+
+def measured(entry: Entry) -> bool:
+    return "peak" in entry
+
+
+def series_of(entry: Entry) -> str | None:
+    workload = WORKLOADS.get(entry["workload"])
+    return workload and workload.series
+
+
+def _figures(entry: Entry) -> tuple[str, ...]:
+    spread = entry.get("time_spread") if entry["method"] != "stock" else None
+    return (
+        mib(entry.get("held")), mib(entry["peak"]), mib(entry.get("peak_beyond_gradients")),
+        times(entry.get("time_ratio"), spread), _fits(entry), _gradients(entry), _flips(entry),
+    )  # fmt: skip
+
+
+def _gradients(entry: Entry) -> str:
+    """What is known of the gradients, in a word."""
+    difference = entry.get("gradient_difference")
+    if entry["method"] == "stock":
+        return ""
+    if difference == 0:
+        return "bit-identical"
+    if entry["method"] == "SLTT":
+        return "approximate"
+    error, scale = entry.get("gradient_error"), entry.get("gradient_scale")
+    if error is not None:
+        own = "exact" if error == 0 else f"{error:.0e} off"
+        return f"another forward; {own} for it"
+    if difference is None:
+        return "another network"
+    return f"{difference:.0e}" + (f" of {scale:.0e}" if scale else "") + " off"
+
+
+def _flips(entry: Entry) -> str:
+    """Spikes that differ from stock's; after a slash, those that differ when a branch is rebuilt."""
+    if "flipped_spikes" not in entry:
+        return ""
+    rebuilt = entry.get("rebuilt_flips")
+    return f"{entry['flipped_spikes']:,}" + ("" if rebuilt is None else f" / {rebuilt:,}")
+
+
+def _fits(entry: Entry) -> str:
+    size, workload = entry.get("largest"), WORKLOADS.get(entry["workload"])
+    if size is None or workload is None:
+        return ""
+    return f"{'N' if workload.grows == workload.batch_dim else 'T'} = {size:,}"
+
+
+def _by_workload(entries: Entries) -> Iterable[list[Entry]]:
+    groups: dict[str, list[Entry]] = {}
+    for entry in entries.values():
+        groups.setdefault(entry["workload"], []).append(entry)
+    return groups.values()
+
+
+def _title(entry: Entry) -> str:
+    return f"{entry['workload']}, {'x'.join(map(str, entry['shape']))}"

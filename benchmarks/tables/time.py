@@ -1,0 +1,114 @@
+"""Tables of what is measured over time and depth: reversal, coupled node, SLTT, long sequences, surgery."""
+
+from __future__ import annotations
+
+from ..experiment import Entries, Entry
+from . import Table, mib, times
+
+
+def _reset(entry: Entry) -> str:
+    return "soft" if entry["soft"] else "hard"
+
+
+def drift(entries: Entries) -> list[Table]:
+    ways = {"published": "published procedure", "float": "floating point", "grid": "grid"}
+    rows, last = [], ""
+    for key, entry in entries.items():
+        depth, way = key.split(" | ")
+        flips = f"{entry['flipped_spikes']:,} of {entry['spikes']:,}"
+        rows.append(("" if depth == last else depth, ways[way], flips, f"{entry['max_error']:.3g}"))
+        last = depth
+    headings = ("blocks", "streams", "flipped spikes in the rebuild", "error of the rebuilt input")
+    return [Table(headings, rows)]
+
+
+def surgery(entries: Entries) -> list[Table]:
+    """What a training step holds, its peak, and its time over stock's."""
+    rows = [
+        (
+            e["network"], str(e["blocks"]), e["method"], f"{mib(e['held'])}", f"{mib(e['peak'])}",
+            times(e["time_ratio"]),
+        )
+        for e in entries.values()
+    ]  # fmt: skip
+    return [Table(("network", "blocks", "method", "held, MiB", "peak, MiB", "time"), rows)]
+
+
+def rebuilt(entries: Entries) -> list[Table]:
+    headings = ("reset", "beta", "steps", "grid: membranes that differ", "float inversion: largest error")
+    rows = [
+        (_reset(e), f"{e['beta']:g}", f"{e['steps']:,}", f"{e['differ']:,}", f"{e['float_error']:.3g}")
+        for e in entries.values()
+    ]
+    return [Table(headings, rows)]
+
+
+def bytes_held(entries: Entries) -> list[Table]:
+    figures = ("stock", "grid", "spikes", "remainders", "objects")
+    rows = [
+        (
+            e["loop"], _reset(e), f"{e['beta']:g}", f"{e['firing']:.1%}", f"{e['stock']:.2f}",
+            *(f"{e[name]:.4f}" for name in figures[1:]), f"{e['less']:.1f}x",
+        )
+        for e in entries.values()
+    ]  # fmt: skip
+    return [Table(("loop", "reset", "beta", "firing", *figures, "less"), rows)]
+
+
+def step_time(entries: Entries) -> list[Table]:
+    rows = [
+        (
+            e["loop"], _reset(e), f"{e['beta']:g}", f"{1e3 * e['seconds']:.0f} ms", times(e["tape"]),
+            times(e["grid"]),
+        )
+        for e in entries.values()
+    ]  # fmt: skip
+    return [Table(("loop", "reset", "beta", "stock", "tape, stock arithmetic", "grid"), rows)]
+
+
+def coupled_times(entries: Entries) -> list[Table]:
+    """Of the coupled node's procedures, against the plain one."""
+    rows = [
+        (
+            e["layer"], e["node"], f"{1e3 * e['forward']:.0f} ms", f"{1e3 * e['backward']:.0f} ms",
+            f"{e['backward_ratio'] - 1:+.1%}", f"{1e3 * e['step']:.0f} ms", f"{e['step_ratio'] - 1:+.1%}",
+            e["gradient"],
+        )
+        for e in entries.values()
+    ]  # fmt: skip
+    against = "against plain"
+    return [Table(("layer", "node", "forward", "backward", against, "step", against, "gradient"), rows)]
+
+
+def coupled_held(entries: Entries) -> list[Table]:
+    lengths = list(next(iter(entries.values()))["held"]) if entries else []
+    rows = [
+        (e["node"], *(f"{e['held'][one]:,.1f}" for one in lengths), f"{e['more']:.3f}")
+        for e in entries.values()
+    ]
+    return [Table(("node", *(f"T={length}" for length in lengths), "a step more"), rows)]
+
+
+def sltt(entries: Entries) -> list[Table]:
+    rows = []
+    for key, entry in entries.items():
+        length, name = key.split(" | ")
+        against = entry["seconds"] / entries[f"{length} | through time, stock"]["seconds"]
+        cells = mib(entry["peak"], 2), times(against), f"{entry['cosine']:.4f}"
+        rows.append((f"{int(length):,}", name, *cells))
+    return [Table(("T", "gradient", "peak, MiB", "time", "cosine with through time"), rows)]
+
+
+def long_sequences(entries: Entries) -> list[Table]:
+    rows = []
+    for e in entries.values():
+        head = e["task"], f"{e['steps']:,}", e["network"], f"{e['limit_mb']} MB", e["method"]
+        if "error" in e:
+            out_of_memory = "can't allocate memory" in e["error"]
+            why = "out of memory" if out_of_memory else e["error"].replace("|", "/")
+            rows.append((*head, "", why, ""))
+        else:
+            losses = f"{e['losses'][0]:.3f} to {e['losses'][-1]:.3f}"
+            rows.append((*head, f"{e['seconds']:.1f} s", losses, f"{e['accuracy']:.1%}"))
+    headings = ("sequences", "T", "network", "limit", "method", "step", "loss, first to last", "accuracy")
+    return [Table(headings, rows)]

@@ -1,0 +1,179 @@
+"""The command line, at a tiny size: every experiment measures, stores, goes on, and is shown."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks import pages, running, store, targets
+from benchmarks.__main__ import app
+from benchmarks.experiment import Experiment, Options, Work
+from benchmarks.experiments import EXPERIMENTS
+from benchmarks.tables import markdown, note
+from tests.examples.test_examples import nmnist_folder  # noqa: F401
+
+ARMS = ("RevSResNet24", "RevSResNet24, run plainly", "MS-ResNet20", "MS-ResNet20, trained on")
+SMALL = {
+    "steps": ["--only", "chain-8", "--only", "leaky-loop", "--method", "memory", "--fits"],
+    "drift": ["--only", "8", "--method", "float", "--method", "grid"],
+    "surgery": ["--only", "SEW*", "--method", "wrapped, converted"],
+    "reversal-rebuilt": ["--only", "*beta 0.9,*"],
+    "reversal-bytes": ["--only", "snnTorch, hard reset, beta 0.9"],
+    "reversal-time": ["--only", "SpikingJelly, soft*"],
+    "coupled-times": [],
+    "coupled-held": [],
+    "sltt": [],
+    "long-sequences": ["--method", "reversible"],
+    "time-accuracy": ["--method", "stock", "--method", "SLTT-5"],
+    "block-accuracy": [argument for arm in ARMS for argument in ("--method", arm)],
+}
+
+
+@pytest.fixture(scope="module")
+def invoke(nmnist_folder, tmp_path_factory):  # noqa: F811
+    """Runs an experiment, and gives what is stored afterwards."""
+    out = tmp_path_factory.mktemp("results")
+
+    def call(name, *arguments):
+        size = ["--profile", "quick", "--repeats", "1", "--folder", str(nmnist_folder), "--out", str(out)]
+        outcome = CliRunner().invoke(app, ["run", name, *SMALL[name], *size, *arguments])
+        assert outcome.exit_code == 0, outcome.output
+        return store.load(out / f"{EXPERIMENTS[name].stem('cpu')}.json")
+
+    return call
+
+
+def test_every_experiment_is_tested():
+    assert EXPERIMENTS.keys() == SMALL.keys()
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_an_experiment_measures_stores_and_is_shown(name, invoke):
+    found = invoke(name)
+    assert found
+    for entry in found.values():
+        assert entry["context"]["code"] and entry["date"]
+        assert "why_not" not in entry and "error" not in entry
+    tables = [markdown(render(found)) for render in EXPERIMENTS[name].tables.values()]
+    assert tables[0].count("\n") >= 2
+    assert invoke(name) == found  # the dates say that nothing ran
+
+
+def test_what_the_figures_have_to_be(invoke):
+    steps = invoke("steps")
+    assert {entry["method"] for entry in steps.values()} == {"stock", "memory"}
+    for work in ("chain-8", "leaky-loop"):
+        assert steps[f"{work} | memory"]["gradient_difference"] == 0
+        assert steps[f"{work} | memory"]["held"] < steps[f"{work} | stock"]["held"]
+    assert steps["leaky-loop | memory"]["largest"] >= steps["leaky-loop | stock"]["largest"] > 0
+    drift = invoke("drift")
+    assert drift["8 | float"]["max_error"] > 0 == drift["8 | grid"]["max_error"]
+    assert drift["8 | grid"]["flipped_spikes"] == 0 < drift["8 | grid"]["spikes"]
+    assert all(entry["differ"] == 0 for entry in invoke("reversal-rebuilt").values())
+    gradients = {entry["node"]: entry["gradient"] for entry in invoke("coupled-times").values()}
+    assert set(gradients.values()) == {"equal", ""} and gradients["autograd"] == "equal"
+    assert invoke("sltt")["6 | through time, stock"]["cosine"] == pytest.approx(1)
+
+
+def test_what_networks_learn(invoke):
+    found = invoke("block-accuracy")
+    for data in ("events", "nmnist"):
+        ours, plain, short, long = (found[f"{data}, seed 0 | {arm}"]["losses"] for arm in ARMS)
+        assert ours == plain != []
+        assert len(long) == 2 * len(short) and long[: len(short)] == short
+    assert found["events, seed 0 | RevSResNet24"]["parameters"] == 260_362
+    table = markdown(EXPERIMENTS["block-accuracy"].tables["block-accuracy"](found))
+    assert "equal to those of RevSResNet24, run plainly, bit for bit, in 2 of 2 runs" in table
+    assert all(0 <= entry["test_accuracy"] <= 1 for entry in invoke("time-accuracy").values())
+
+
+def test_pictures_are_drawn(invoke, tmp_path):
+    for name in ("steps", "block-accuracy", "time-accuracy"):
+        drawn = EXPERIMENTS[name].draw(invoke(name), tmp_path, "cpu")
+        assert drawn and all(path.stat().st_size > 1000 for path in drawn)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["nothing"], ["steps", "--only", "nothing"], ["steps", "--method", "nothing"], ["--device", "cuda"]],
+)
+def test_what_is_not_there_is_refused(arguments, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert CliRunner().invoke(app, ["run", *arguments, "--profile", "quick"]).exit_code == 2
+
+
+def counted(together=False):
+    """An experiment that writes down what is measured."""
+    runs = []
+
+    def measure(method, _options, _tick, size):
+        runs.append((method, size))
+        return {"figure": size}
+
+    def all_of(methods, options, tick, size):
+        return {method: measure(method, options, tick, size) for method in methods}
+
+    works = lambda _: [Work(f"work {size}", ("a", "b"), {"size": size}) for size in (1, 2)]  # noqa: E731
+    how = {"together": all_of} if together else {"measure": measure}
+    return Experiment("counted", works, {"counted": lambda _: [note("")]}, **how), runs
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_run_goes_on_where_it_was_interrupted(together, tmp_path):
+    experiment, runs = counted(together)
+    options, path = Options(), tmp_path / "counted.json"
+    every = [(method, size) for size in (1, 2) for method in ("a", "b")]
+
+    def run(only=None, methods=None, fresh=False):
+        before = len(runs)
+        works = running.chosen(experiment, options, only, methods)
+        list(running.run(experiment, works, options, path, fresh, lambda _: None))
+        return runs[before:]
+
+    interrupted = running.chosen(experiment, options, None, None)
+    next(iter(running.run(experiment, interrupted, options, path, False, lambda _: None)))
+    assert list(store.load(path)) == ["work 1 | a", "work 1 | b"]
+    assert run() == [("a", 2), ("b", 2)]
+    assert run() == [] and run(fresh=True) == every
+    entries = store.load(path)
+    del entries["work 2 | b"]
+    path.unlink()
+    store.save(path, entries)
+    assert run(only=["work 1"]) == []
+    # The first method is what the others of one run are compared with.
+    assert run(methods=["b"]) == ([("a", 2), ("b", 2)] if together else [("b", 2)])
+    assert list(store.load(path)) == [f"work {size} | {method}" for method, size in every]
+
+
+def test_stored_keys_are_those_of_the_experiments():
+    options = Options(folder=Path(__file__).parent)
+    for name, experiment in EXPERIMENTS.items():
+        known = {f"{work.name} | {method}" for work in experiment.works(options) for method in work.methods}
+        assert store.load(store.RESULTS / f"{experiment.stem('cpu')}.json").keys() <= known, name
+
+
+def test_targets_that_are_missed_or_not_measured_say_so():
+    target = targets.Target("work", "ratio", 2, "a/* | x/figure over a/k | y/figure")
+    entries = {"k | x": {"figure": 3}, "l | x": {"figure": 5}, "k | y": {"figure": 2}}
+    assert target.measured({"a": entries}) == 2.5 and not target.is_reached(2.5)
+    assert target.measured({}) is None and not target.is_reached(None)
+    rows = {row[0]: row for row in targets.table({}).rows}
+    assert all(row[2] == "not measured" for row in rows.values())
+    assert CliRunner().invoke(app, ["targets"]).exit_code in (0, 1)
+    assert all(target.measured(pages.load_all()) is not None for target in targets.TARGETS)
+
+
+def test_pages_are_written_again_as_they_are(monkeypatch, tmp_path):
+    monkeypatch.setattr(store, "RESULTS", tmp_path)  # nothing to draw
+    monkeypatch.setattr("benchmarks.treatments.draw", lambda: store.ROOT / "README.md")
+    monkeypatch.setattr(pages, "fill", lambda: [store.ROOT / "README.md"])
+    outcome = CliRunner().invoke(app, ["pages"])
+    assert outcome.exit_code == 0 and outcome.output.split() == ["README.md", "README.md"]
+
+
+def test_results_are_json_a_line_an_entry():
+    for path in store.RESULTS.glob("*.json"):
+        entries = json.loads(path.read_text())["results"]
+        contexts = json.loads(path.read_text())["contexts"]
+        assert path.read_text().count("\n") == len(entries) + max(len(contexts), 1) + 3
