@@ -1,7 +1,8 @@
-"""Training a reversible network on event recordings, so that it can be stopped and gone on with.
+"""Training networks that are built to be reversible, so that a run can be stopped and gone on with.
 
     python examples/reversible_networks.py --network former --epochs 5
-    python examples/reversible_networks.py --data nmnist --folder ../shared/data/nmnist
+    python examples/reversible_networks.py --network coupled
+    python examples/reversible_networks.py --folder ../shared/data/nmnist     # the files of N-MNIST
 
 Run it again with the same settings after it was stopped, and it goes on from its checkpoint, with the
 very numbers that it would have had otherwise: parameters, running statistics, the optimizer's and the
@@ -10,7 +11,6 @@ schedule's state, random numbers, and the order of the recordings are all in it.
 
 import os
 from collections.abc import Callable
-from enum import StrEnum
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import typer
 from matplotlib.figure import Figure
+from spikingjelly.activation_based import functional, layer
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -25,29 +26,37 @@ from tqdm import tqdm
 import snn_reversible_plugin as srp
 from snn_reversible_plugin.data import DigitSaccades, NMNISTFolder, event_frames
 from snn_reversible_plugin.models import rev_s_former, rev_s_resnet24
+from snn_reversible_plugin.spikingjelly import CoupledLIF
 
 
-class Network(StrEnum):
-    """RevSResNet24 with 260,362 parameters, or a RevSFormer-1-48."""
+class Coupled(nn.Sequential):
+    """Reversible nodes (Lei et al., 2023) where a LIFNode would stand.
 
-    resnet24 = "resnet24"
-    former = "former"
+    Their states are rebuilt in the backward, bit for bit. What a node says to the next layer is not binary,
+    so nothing that needs spikes of 0 and 1 should follow it.
+    """
+
+    def __init__(self, channels: int = 16) -> None:
+        layers: list[nn.Module] = []
+        for before in (2, channels):
+            conv = layer.Conv2d(before, channels, 3, padding=1, bias=False)
+            layers += [conv, layer.BatchNorm2d(channels), CoupledLIF(), layer.AvgPool2d(2)]  # 17, then 8
+        hidden = layer.Linear(channels * 8 * 8, 64, bias=False)
+        super().__init__(*layers, layer.Flatten(), hidden, CoupledLIF(learn_tau=True), layer.Linear(64, 10))
+        functional.set_step_mode(self, "m")
+
+    def forward(self, x_seq: torch.Tensor) -> torch.Tensor:
+        functional.reset_net(self)
+        return super().forward(x_seq).mean(0)
 
 
-class Data(StrEnum):
-    """Simulated recordings that come with the package, or a folder of N-MNIST."""
-
-    digits = "digits"
-    nmnist = "nmnist"
-
-
-def make_model(network: Network, neuron: str | None) -> nn.Module:
-    """A network for ``[T, N, 2, 34, 34]``; everything around its reversible chains is converted."""
-    if network is Network.resnet24:
-        model: nn.Module = rev_s_resnet24(neuron=neuron or "if")
-    else:
-        model = rev_s_former(1, 48, T=None, in_channels=2, patch=8, neuron=neuron or "lif")
-    return srp.convert_to_reversible(model)
+# For event frames [T, N, 2, 34, 34]: scores [N, 10].
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "resnet24": rev_s_resnet24,
+    "resnet24-leaky": lambda: rev_s_resnet24(neuron="leaky"),
+    "former": lambda: rev_s_former(1, 48, T=None, in_channels=2, patch=8),
+    "coupled": Coupled,
+}
 
 
 class Training:
@@ -63,10 +72,8 @@ class Training:
         self.accuracies: list[float] = []
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
+        parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "schedule")}
+        return parts | {
             "progress": (self.epoch, self.position, self.losses, self.accuracies),
             "order": self.order,
             "random": torch.get_rng_state(),
@@ -74,35 +81,29 @@ class Training:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
+        for name in ("model", "optimizer", "schedule"):
+            getattr(self, name).load_state_dict(state[name])
         self.epoch, self.position, self.losses, self.accuracies = state["progress"]
         self.order = state["order"]
         torch.set_rng_state(state["random"])
         if torch.cuda.is_available():
             torch.cuda.set_rng_state_all(state["random_cuda"])
 
-    def step(self, x_seq: torch.Tensor, target: torch.Tensor) -> None:
-        """One batch."""
-        loss = nn.functional.cross_entropy(self.model(x_seq), target)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        self.schedule.step()
-        self.losses.append(loss.item())
-        self.position += 1
-
     def rest_of_the_epoch(self, device: str, after_step: Callable[[], None]) -> None:
         """From the next batch to the last one."""
         self.model.train()
         self.batches.generator.set_state(self.order)
         batches = islice(self.batches, self.position, None)
-        total = len(self.batches)
-        bar = tqdm(batches, f"epoch {self.epoch + 1}", total, initial=self.position)
-        for x_seq, target in bar:
-            self.step(x_seq.to(device), target.to(device))
-            bar.set_postfix(loss=f"{self.losses[-1]:.4f}")
+        for x_seq, digit in tqdm(
+            batches, f"epoch {self.epoch + 1}", len(self.batches), initial=self.position
+        ):
+            loss = nn.functional.cross_entropy(self.model(x_seq.to(device)), digit.to(device))
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.schedule.step()
+            self.losses.append(loss.item())
+            self.position += 1
             after_step()
         self.epoch, self.position = self.epoch + 1, 0
         self.order = self.batches.generator.get_state()
@@ -119,27 +120,22 @@ def accuracy(model: nn.Module, batches: "DataLoader[Any]", device: str) -> float
 def draw(training: Training, path: Path) -> None:
     """The learning curve: the loss of every batch, the test accuracy after every epoch."""
     figure = Figure(figsize=(6, 3.5), layout="constrained")
-    loss = figure.subplots()
-    loss.plot(range(1, len(training.losses) + 1), training.losses, color="tab:blue", linewidth=0.8)
-    loss.set_xlabel("training step")
-    loss.set_ylabel("loss", color="tab:blue")
-    test = loss.twinx()
+    axes = figure.subplots()
+    axes.plot(range(1, len(training.losses) + 1), training.losses, linewidth=0.8, label="loss")
     ends = [(i + 1) * len(training.batches) for i in range(len(training.accuracies))]
-    test.plot(ends, training.accuracies, "o-", color="tab:orange")
-    test.set_ylim(0, 1)
-    test.set_ylabel("test accuracy", color="tab:orange")
+    axes.plot(ends, training.accuracies, "o-", label="test accuracy")
+    axes.set_xlabel("training step")
+    axes.legend()
     figure.savefig(path, dpi=120)
 
 
 def main(
-    network: Network = Network.resnet24,
-    data: Data = Data.digits,
-    folder: Path = Path("../shared/data/nmnist"),
+    network: str = "resnet24",
+    folder: Path | None = None,
     epochs: int = 5,
     steps: int = 5,
     batch: int = 16,
     lr: float = 5e-3,
-    neuron: str | None = None,
     limit: int | None = None,
     checkpoint: Path = Path("reversible_network.pt"),
     save_every: int = 50,
@@ -149,21 +145,24 @@ def main(
     stop_after: int | None = None,
 ) -> Training:
     """Train, or go on training; --stop-after ends the run after so many steps, as a power cut would."""
+    if network not in NETWORKS:
+        raise typer.BadParameter(f"{network!r} is none of {', '.join(NETWORKS)}")
     torch.manual_seed(seed)
     settings = {
-        "network": str(network), "data": str(data), "epochs": epochs, "steps": steps, "batch": batch,
-        "lr": lr, "neuron": neuron, "limit": limit, "seed": seed,
+        "network": network, "folder": str(folder), "epochs": epochs, "steps": steps, "batch": batch,
+        "lr": lr, "limit": limit, "seed": seed,
     }  # fmt: skip
 
-    def recordings(train: bool) -> "DataLoader[Any]":
-        if data is Data.digits:
-            dataset: Any = DigitSaccades(train=train, limit=limit)
+    def frames(train: bool) -> "DataLoader[Any]":
+        if folder is None:
+            recordings: Any = DigitSaccades(train=train, limit=limit)
         else:
-            dataset = NMNISTFolder(folder, train=train, limit=limit)
-        return event_frames(dataset, steps=steps, batch_size=batch, shuffle=train, seed=seed)
+            recordings = NMNISTFolder(folder, train=train, limit=limit)
+        return event_frames(recordings, steps=steps, batch_size=batch, shuffle=train, seed=seed)
 
-    test = recordings(train=False)
-    training = Training(make_model(network, neuron).to(device), recordings(train=True), epochs, lr)
+    test = frames(train=False)
+    model = srp.convert_to_reversible(NETWORKS[network]().to(device))  # for what stands around the blocks
+    training = Training(model, frames(train=True), epochs, lr)
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location="cpu")
         if saved["settings"] != settings:
@@ -188,7 +187,7 @@ def main(
     while training.epoch < epochs:
         training.rest_of_the_epoch(device, after_step)
         training.accuracies.append(accuracy(training.model, test, device))
-        print(f"test accuracy {training.accuracies[-1]:.1%}")
+        print(f"loss {training.losses[-1]:.4f}, test accuracy {training.accuracies[-1]:.1%}")
         save()
         draw(training, curve)
     return training

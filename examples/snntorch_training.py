@@ -65,21 +65,19 @@ def main(
     losses = []
     for epoch in range(epochs):
         net.train()
-        bar = tqdm(training, desc=f"epoch {epoch + 1} of {epochs}")
-        for x_seq, digit in bar:
+        for x_seq, digit in tqdm(training, desc=f"epoch {epoch + 1} of {epochs}"):
             loss = F.cross_entropy(net(x_seq.to(device)).mean(0), digit.to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-            bar.set_postfix(loss=f"{losses[-1]:.4f}")
 
         net.eval()
         right = 0
         with torch.no_grad():
             for x_seq, digit in test:
                 right += (net(x_seq.to(device)).mean(0).argmax(1).cpu() == digit).sum().item()
-        print(f"test accuracy {right / len(test.dataset):.1%}")
+        print(f"loss {losses[-1]:.4f}, test accuracy {right / len(test.dataset):.1%}")
     return losses
 
 

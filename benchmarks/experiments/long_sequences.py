@@ -59,7 +59,7 @@ def measure(method: str, options: Options, _tick: Tick, **case: Any) -> Entry:
 
 
 def in_a_process(arguments: Entry) -> Entry:
-    """What the example's ``train`` gives, or the error that ended it."""
+    """What the example gives, or the error that ended it."""
     spawn = mp.get_context("spawn")
     ours, theirs = spawn.Pipe()
     child = spawn.Process(target=_child, args=(theirs, arguments))
@@ -80,7 +80,7 @@ def _child(pipe: Any, arguments: Entry) -> None:
     torch.set_num_threads(1)
     example = runpy.run_path(str(ROOT / "examples" / "long_sequences.py"))
     try:
-        result = example["train"](**arguments)
+        result = example["main"](**arguments)
     except (RuntimeError, MemoryError, OverflowError) as error:
         pipe.send({"error": f"{type(error).__name__}: {re.sub(chr(10) + '.*', '', str(error))}"})
         return

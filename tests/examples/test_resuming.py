@@ -49,13 +49,14 @@ def assert_equal(ours, theirs):
 @pytest.mark.parametrize(
     ("arguments", "stop"),
     [
-        ("--network resnet24 --neuron leaky", 4),  # in the second epoch, at a checkpoint
+        ("--network resnet24-leaky", 4),  # in the second epoch, at a checkpoint
         ("--network former", 3),  # at the end of the first epoch, before its checkpoint
-        ("--network resnet24 --data nmnist", 5),  # a step after a checkpoint
+        ("--network resnet24 --folder NMNIST", 5),  # a step after a checkpoint
+        ("--network coupled", 4),
     ],
 )
 def test_going_on_equals_never_having_stopped(example, tmp_path, nmnist_folder, arguments, stop):  # noqa: F811
-    arguments += f" --folder {nmnist_folder}"
+    arguments = arguments.replace("NMNIST", str(nmnist_folder))
     whole, output = run(example, tmp_path, "whole", arguments)
     assert len(whole.losses) == 6 and len(whole.accuracies) == 2
     assert output.count("test accuracy") == 2
@@ -78,6 +79,7 @@ def test_a_checkpoint_of_other_settings_is_refused(example, tmp_path):
     run(example, tmp_path, "first", "--network former --epochs 1")
     app = typer.Typer()
     app.command()(example["main"])
+    assert CliRunner().invoke(app, ["--network", "none"]).exit_code == 2
     arguments = f"{SMALL} --network former --lr 0.1 --checkpoint {tmp_path / 'first.pt'}"
     result = CliRunner().invoke(app, arguments.split())
     assert result.exit_code and "other settings" in result.output
