@@ -8,7 +8,6 @@ about to write asks here too.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
 
 from snn_reversible_plugin.tape.handles import Kept
 
@@ -32,12 +31,9 @@ def outlive(by_storage: KeptByStorage) -> None:
         _sweep()
 
 
-def outlived(storage: int) -> Iterator[Kept]:
+def outlived(storage: int) -> list[weakref.ref[Kept]]:
     """What relies on a storage since earlier tapes; it is told of one write."""
-    for ref in _by_storage.pop(storage, ()):
-        kept = ref()
-        if kept is not None:
-            yield kept
+    return _by_storage.pop(storage, [])
 
 
 def _sweep() -> None:

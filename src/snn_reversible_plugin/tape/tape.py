@@ -43,9 +43,9 @@ from snn_reversible_plugin.tape.surroundings import OwnMode
 Rule = Callable[["Tape", Any, tuple[Any, ...], dict[str, Any]], torch.Tensor | None]
 """Runs an operator, given the tape, it and its arguments; None: it is one like any other."""
 
-# What torch.compiler.disable does, at a hundredth of its time and without an import of the compiler.
+# As torch.compiler.disable does: a compiler steps aside for a mode on the stack, and for nothing else.
 _frames = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
-_set_compiler: Callable[[Any], Any] = getattr(_frames, "set_eval_frame", lambda compiler: compiler)
+_set_compiler = getattr(_frames, "set_eval_frame", lambda _: None)
 _NO_KWARGS: dict[str, Any] = {}
 
 
@@ -196,8 +196,8 @@ class Tape(OwnMode, TorchDispatchMode):
         if not is_plain(tensor):
             return
         storage = storage_key(tensor)
-        found = [ref() for ref in self._kept_by_storage.pop(storage, ())]
-        for kept in (*found, *outlived(storage)):
+        for ref in (*self._kept_by_storage.pop(storage, ()), *outlived(storage)):
+            kept = ref()
             if kept is not None and kept.anchored and not any(kept is one for one in spared):
                 kept.spill()
 
@@ -379,11 +379,7 @@ class Tape(OwnMode, TorchDispatchMode):
 
 
 class OffStack:
-    """Context manager: a tape records nothing inside; None for no tape.
-
-    Nor is anything compiled: a module that the user compiled runs as it is written under a tape, because
-    the compiler steps aside for a mode on the stack. Where that is off it would compile the neurons' code.
-    """
+    """Context manager: a tape records nothing inside, and no compiler traces; None for no tape."""
 
     __slots__ = ("_compiler", "_popped", "_tape")
 
