@@ -14,6 +14,7 @@ from torch import Tensor
 from snn_reversible_plugin.grid import add_snapped, snap
 
 Streams = tuple[Tensor, Tensor]
+ADDITIVE, LEAPFROG = "additive", "leapfrog"
 
 
 def plain(

@@ -4,19 +4,21 @@ The one idea: consecutive residual branches are paired as F and G of two full-wi
 enters both, and their mean leaves. A plan is made first, as data, and is all that a dry run makes.
 
 Source: Gomez et al., "The Reversible Residual Network", NeurIPS 2017, for two streams in
-place of one; Zhang and Zhang, AAAI 2024 (arXiv 2312.07922), for spiking branches.
+place of one; Zhang and Zhang, AAAI 2024 (arXiv 2312.07922), for spiking branches; Chang et al., "Reversible
+Architectures for Arbitrarily Deep Residual Neural Networks", AAAI 2018 (arXiv 1709.03698), for leapfrog.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from torch import nn
 
 from snn_reversible_plugin.blocks.chain import check_states
+from snn_reversible_plugin.blocks.coupling import ADDITIVE, LEAPFROG
 from snn_reversible_plugin.blocks.residual import NO_SHORTCUT, Matcher, consecutive_lists, find_branches
 from snn_reversible_plugin.blocks.wrapped import (
     Branch,
@@ -33,10 +35,13 @@ from snn_reversible_plugin.modules.swap import stock_classes
 
 M = TypeVar("M", bound=nn.Module)
 
-MEANING = (
-    "A chain computes (y1 + y2) / 2 of two streams that both start as x and take the branches in turn: not "
-    "the stock function, and each branch counts half. Fine-tune, or train from the start."
-)
+MEANING = {
+    ADDITIVE: "A chain computes (y1 + y2) / 2 of two streams that both start as x and take the branches in "
+    "turn: not the stock function, and each branch counts half. Fine-tune, or train from the start.",
+    LEAPFROG: "A chain computes x[n+1] = x[n-1] + 2 f[n](x[n]), from x[1] = x[0] + f[0](x[0]): not the "
+    "stock function, but near it where neighbouring branches are alike. Fine-tune, or train from the "
+    "start.",
+}
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,12 @@ class SurgeryReport:
     chains: tuple[tuple[tuple[str, str], ...], ...]
     bits: int
     dry_run: bool
-    meaning: str = field(default=MEANING, repr=False)
+    coupling: str = ADDITIVE
+
+    @property
+    def meaning(self) -> str:
+        """What the chains compute, and what follows."""
+        return MEANING[self.coupling]
 
     @property
     def wrapped(self) -> tuple[str, ...]:
@@ -69,7 +79,7 @@ class SurgeryReport:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain data."""
-        return asdict(self)
+        return asdict(self) | {"meaning": self.meaning}
 
     def print(self) -> None:
         """Print a table of the blocks, the pairs, and what the change of function means."""
@@ -100,6 +110,7 @@ def wrap_residual_blocks(
     states: str = "carry",
     skip: Sequence[str | type[nn.Module]] = (),
     consecutive: Sequence[str] = (),
+    coupling: str = ADDITIVE,
 ) -> SurgeryReport:
     """Turn chains of residual blocks into reversible ones, which keep their last output only.
 
@@ -133,10 +144,14 @@ def wrap_residual_blocks(
         skip: names or types of modules that stay as they are, together with the blocks around them.
         consecutive: names of ``nn.ModuleList`` s whose modules the model's forward calls one after another,
             each with the output of the one before. Calling them otherwise raises a ``RuntimeError``.
+        coupling: ``"additive"``, as above; or ``"leapfrog"``: ``x[n+1] = x[n-1] + 2 f[n](x[n])``, with
+            ``x[1] = x[0] + f[0](x[0])`` and the last x as output: one stream's form, undone as exactly.
+            Magnitudes may grow more in a deep network.
 
     Raises:
         ValueError: no residual block is known in the model (not in a dry run); a name that is not in it; a
-            branch with parameters that are not the block's; ``bits`` or ``states`` that there are not.
+            branch with parameters that are not the block's; ``bits``, ``states`` or a ``coupling`` that
+            there are not.
         TypeError: ``model`` is no ``nn.Module``, or is compiled or scripted; a branch is no module.
 
     Example:
@@ -153,6 +168,8 @@ def wrap_residual_blocks(
     check_model(model)
     check_bits(bits)
     check_states(states)
+    if coupling not in MEANING:
+        raise ValueError(f"coupling must be one of {tuple(MEANING)}, not {coupling!r}")
     with stock_classes(model.modules()):
         plan = _Plan(model, matcher, skip, consecutive)
         runs = list(plan.runs())
@@ -160,7 +177,7 @@ def wrap_residual_blocks(
         present = wrapped_chains(model)
     named = [tuple((f.label, g.label) for f, g in _pairs(chain.branches())) for chain in present]
     named += [tuple((f.label, g.label) for f, g in _pairs(run.branches)) for run in runs]
-    report = SurgeryReport(tuple(plan.in_order()), tuple(named), bits, dry_run)
+    report = SurgeryReport(tuple(plan.in_order()), tuple(named), bits, dry_run, coupling)
     if dry_run:
         return report
     if all(block.why == NO_SHORTCUT for block in report.blocks):
@@ -169,7 +186,7 @@ def wrap_residual_blocks(
             "your own a method residual_branches, or wrap_residual_blocks a matcher."
         )
     for run in runs:
-        WrappedChain(run.blocks, run.branches, bits, states).install()
+        WrappedChain(run.blocks, run.branches, bits, states, coupling=coupling).install()
     return report
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from snn_reversible_plugin.blocks.chain import RevSBlock, RevSSequence
+from snn_reversible_plugin.blocks.coupling import ADDITIVE, LEAPFROG, Streams
 from snn_reversible_plugin.modules.swap import WRAPPED_CHAIN, SwappedClass, swap, swapped_class, without
 
 # NOTE [A chain that runs inside its first block]
@@ -32,6 +33,9 @@ from snn_reversible_plugin.modules.swap import WRAPPED_CHAIN, SwappedClass, swap
 #    pass warns of it.
 # 3. The chain holds submodules that it was given once. A submodule that was replaced since would be run in
 #    its old form, so the blocks' modules are compared before each run.
+# 4. Leapfrog is the same chain with other weights. Its streams, in turn, are a, b = b, a + w f(b); from
+#    a = b = x[0], w is 1 for the first branch and 2 for the others: x[1] = x[0] + f(x[0]),
+#    x[2] = x[0] + 2 f(x[1]), x[3] = x[1] + 2 f(x[2]), and the last one is the output.
 
 
 class Branch(nn.Sequential):
@@ -41,19 +45,21 @@ class Branch(nn.Sequential):
         modules: the block's own submodules, not copies.
         label: what errors call it.
         tokens: the branch takes ``[T, N, C, L]``, where the stream is ``[T, N, C, H, W]``.
+
+    Attributes:
+        weight: how often what the modules compute is added to a stream.
     """
 
     def __init__(self, modules: Iterable[nn.Module], label: str, tokens: bool = False) -> None:
         super().__init__(*modules)
-        self.label, self.tokens = label, tokens
+        self.label, self.tokens, self.weight = label, tokens, 1
 
     def _get_name(self) -> str:
         return self.label
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.tokens:
-            return super().forward(x)  # type: ignore[no-any-return]
-        return super().forward(x.flatten(3)).reshape(x.shape)  # type: ignore[no-any-return]
+        out: Tensor = super().forward(x.flatten(3)).reshape(x.shape) if self.tokens else super().forward(x)
+        return out if self.weight == 1 else self.weight * out
 
 
 class WrappedChain:
@@ -72,9 +78,12 @@ class WrappedChain:
         bits: int = 16,
         states: str = "carry",
         by_conversion: bool = False,
+        coupling: str = ADDITIVE,
     ) -> None:
         pairs = zip(branches[::2], branches[1::2], strict=True)
-        self.blocks, self.by_conversion = tuple(blocks), by_conversion
+        self.blocks, self.by_conversion, self.coupling = tuple(blocks), by_conversion, coupling
+        for branch in branches[1:]:
+            branch.weight = 2 if coupling == LEAPFROG else 1
         self.chain = RevSSequence([RevSBlock(f, g, bits=bits) for f, g in pairs], states=states)
         self._modules = self._modules_now()
         self._pass: _Pass | None = None
@@ -112,11 +121,11 @@ class WrappedChain:
                 self._hand_on(place, x)
             return x
         if compiling:
-            return self._average(x)
+            return self._output(x)
         self._check_modules()
         if self._pass is not None and (problem := self._pass.problem()):
             warnings.warn(problem, RuntimeWarning, stacklevel=4)  # or the pass broke off by an exception
-        out = self._average(x)
+        out = self._output(x)
         self._pass = _Pass(self.label(), len(self.blocks), out)
         if out.requires_grad:
             out.register_hook(self._pass.check)
@@ -127,9 +136,9 @@ class WrappedChain:
         branches = self.branches()
         return f"the wrapped blocks from {branches[0].label} to {branches[-1].label}"
 
-    def _average(self, x: Tensor) -> Tensor:
-        y1, y2 = self.chain((x, x))
-        return (y1 + y2) / 2  # type: ignore[no-any-return]
+    def _output(self, x: Tensor) -> Tensor:
+        streams: Streams = self.chain((x, x))
+        return streams[1] if self.coupling == LEAPFROG else (streams[0] + streams[1]) / 2
 
     def _hand_on(self, place: int, x: Tensor) -> None:
         if self._pass is None or self._pass.place != place - 1 or self._pass.output() is not x:
