@@ -5,7 +5,7 @@ authority, so it is what runs, both times. In chunks where each element is known
 which keeps what autograd saves of the second run small; as a black box otherwise. Which are known is
 in :mod:`.types`.
 
-Source: the neurons of ``spikingjelly.activation_based.neuron`` 2.0.
+Source: the neurons of SpikingJelly 2.0, 0.0.0.0.14 and 0.0.0.0.12.
 """
 
 from __future__ import annotations
@@ -203,6 +203,7 @@ def _in_chunks(module: Any, x_seq: Any) -> Any:
     row = row_of(module)
     if (
         not row.pointwise
+        or not hasattr(module, "functional_forward")  # older releases keep states to themselves
         or module.step_mode != "m"
         or module.store_v_seq
         or type(x_seq) not in (Tensor, nn.Parameter)
