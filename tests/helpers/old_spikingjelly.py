@@ -18,9 +18,9 @@ def folder(version):
     return found
 
 
-def release(version):
+def release(version, parent="bundled"):
     """Its modules, imported as those of a package that has SpikingJelly inside."""
-    parent = "bundled_" + version.replace(".", "_")
+    parent = f"{parent}_{version.replace('.', '_')}"
     if parent not in sys.modules:
         package = ModuleType(parent)
         package.__path__ = [str(folder(version))]

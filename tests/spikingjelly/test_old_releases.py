@@ -101,6 +101,29 @@ def test_others_are_replayed(old, kind):
             assert rev.treatment == "generic replay"
 
 
+@pytest.mark.parametrize("kind", ["KLIFNode", "IzhikevichNode", "a subclass"])
+def test_scripts_that_have_never_run(kind):
+    """TorchScript's first run of a function has another graph than the later ones."""
+    cold = release("0.0.0.0.14", f"cold_{kind.replace(' ', '_')}")
+    if kind == "a subclass":
+
+        class Squared(cold.neuron.BaseNode):
+            def neuronal_charge(self, x):
+                self.v = 0.5 * self.v + x * x
+
+        cold.neuron.Squared, kind = Squared, "Squared"
+    found = []
+    for convert in (True, True, False, False):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(5, 5), make(cold, kind, v_reset=0.0))
+        if convert:
+            srp.convert_to_reversible(net)
+        x = torch.rand(6, 3, 5) * 2
+        net(x).mul(x).sum().backward()
+        found.append(net[0].weight.grad)
+    assert all(torch.equal(one, found[-1]) for one in found)
+
+
 def network(old, multi=True):
     layers = []
     for width in (40, 64, 64):

@@ -28,6 +28,8 @@ from snn_reversible_plugin.neurons.witness import Witness, alone
 from snn_reversible_plugin.ops.autocast import Autocast
 from snn_reversible_plugin.ops.chunks import cuts
 from snn_reversible_plugin.ops.layouts import is_contiguous_in
+from snn_reversible_plugin.spikingjelly.copies import copy_of
+from snn_reversible_plugin.spikingjelly.scripted import same_graph
 from snn_reversible_plugin.spikingjelly.surrogates import is_heaviside, is_known, is_uniform
 from snn_reversible_plugin.spikingjelly.types import row_of
 
@@ -68,7 +70,9 @@ def replayed(module: nn.Module, mixin: Any, args: tuple[Any, ...], kwargs: dict[
         if out is not NotImplemented:
             _mark(module, out, _fires(module))
             return out
-    rerun = Rerun(module, call, args, kwargs, careful=not known)
+    copy = copy_of(type(module))
+    again = same_graph(module, call, args) if copy is not None and copy.is_scripted else call
+    rerun = Rerun(module, again, args, kwargs, careful=not known)
     if known or tape.current() is None:
         out = rerun.run(module, args, kwargs)
         _mark(module, out, _fires(module))
