@@ -3,8 +3,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
+# Releases that are tested beside the installed one, each in a folder of its own.
+OLD_SPIKINGJELLY := 0.0.0.0.12 0.0.0.0.14
 # Named by content, not by date: a fresh checkout touches every file without changing one.
-STAMP := $(VENV)/.installed-$(shell cksum < pyproject.toml | tr ' ' '-')
+STAMP := $(VENV)/.installed-$(shell (cat pyproject.toml; echo $(OLD_SPIKINGJELLY)) | cksum | tr ' ' '-')
 PYTEST_ARGS ?= -n auto --dist worksteal
 DEMO_ARGS ?=
 BENCH_ARGS ?=
@@ -26,6 +28,10 @@ $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or newer is needed, {sys.executable} is {v[0]}.{v[1]}: run make with PYTHON=python3.11")'
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[all,dev]'
+	@rm -rf $(VENV)/old
+	@for version in $(OLD_SPIKINGJELLY); do \
+		$(PY) -m pip install --quiet --disable-pip-version-check --no-deps \
+			--target $(VENV)/old/spikingjelly-$$version spikingjelly==$$version || exit 1; done
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 

@@ -12,7 +12,8 @@ from spikingjelly.activation_based import functional, neuron, surrogate
 
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.reports.measure import AllocationCounter
-from snn_reversible_plugin.spikingjelly import neurons as nodes
+from snn_reversible_plugin.spikingjelly import analytic
+from snn_reversible_plugin.spikingjelly.copies import installed
 from snn_reversible_plugin.spikingjelly.surrogates import proved
 from spikingjelly_against_stock import (
     LOSSES,
@@ -120,7 +121,7 @@ def test_layouts(cls, layout):
 @pytest.mark.parametrize("cls", REV)
 def test_chunks_of_neurons_give_the_same(cls, monkeypatch):
     monkeypatch.setattr("snn_reversible_plugin.ops.chunks.chunk_size", lambda device: 7)
-    monkeypatch.setattr("snn_reversible_plugin.spikingjelly.neurons.chunk_size", lambda device: 7)
+    monkeypatch.setattr("snn_reversible_plugin.spikingjelly.analytic.chunk_size", lambda device: 7)
     for settings, reset, store, name in itertools.product(
         settings_of(cls), RESETS, [False, True], ["ATan", "Rect", "Triangle"]
     ):
@@ -329,7 +330,7 @@ def test_what_is_held():
 
 
 def test_an_arithmetic_that_differs_from_the_installed_one_is_not_used(monkeypatch):
-    nodes._agrees.cache_clear()
+    analytic._agrees.cache_clear()
     monkeypatch.setattr(functional, "lif_multi_step", lambda x, *args: (x.relu(), x[-1].relu(), None))
-    assert not nodes._agrees(neuron.LIFNode, True, True, True, "ATan")
-    nodes._agrees.cache_clear()
+    assert not analytic._agrees(installed(), "LIF", True, True, True, "ATan")
+    analytic._agrees.cache_clear()

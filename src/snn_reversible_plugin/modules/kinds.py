@@ -1,10 +1,11 @@
 """The frameworks that have an adapter: which modules are theirs, which are neurons, where states are.
 
 The one idea: a framework is one object, and whoever needs to know asks it. Nothing of a framework is
-imported for that: a class is recognized by where it comes from. An adapter is imported once its framework
-is: a model with a framework's neurons can't exist before.
+imported for that: a class is recognized by where it comes from, also if it is from a copy that somebody has
+put into another package. An adapter is imported once its framework is: a model with a framework's neurons
+can't exist before.
 
-Source: ``spikingjelly.activation_based.base`` and ``.neuron`` 2.0; ``snntorch/_neurons`` 1.0.
+Source: ``base`` and ``neuron`` of SpikingJelly 0.0.0.0.12, 0.0.0.0.14 and 2.0; ``snntorch/_neurons`` 1.0.
 """
 
 from __future__ import annotations
@@ -40,9 +41,21 @@ class Framework:
     records: tuple[str, ...] = ()
     own_states: str = ""
 
+    def owns(self, cls: type) -> bool:
+        """Whether a class is the framework's own, by the module that it is from."""
+        return cls.__module__.partition(".")[0] == self.name
+
+    def copies(self) -> list[str]:
+        """The packages under which the program has imported it."""
+        return [self.name] if self.name in sys.modules else []
+
+    def load(self, copy: str) -> None:
+        """Make the adapter know the neurons of one of the copies."""
+        importlib.import_module(f"snn_reversible_plugin.{self.name}")
+
     def is_spiking(self, cls: type) -> bool:
         """Whether instances of a class are spiking neurons, by its base class."""
-        return any(is_from(base, self.name) and base.__name__ in self.neuron_bases for base in cls.__mro__)
+        return any(self.owns(base) and base.__name__ in self.neuron_bases for base in cls.__mro__)
 
     def is_neuron(self, cls: type) -> bool:
         """Whether they have a neuron's dynamics, be they spiking neurons or not."""
@@ -69,6 +82,27 @@ class Framework:
         return output if isinstance(output, Tensor) else output[0]  # type: ignore[no-any-return]
 
 
+_HOMES = ("activation_based", "clock_driven")  # where SpikingJelly's releases have their neurons
+
+
+def spikingjelly_root(cls: type) -> str:
+    """The package of a copy of SpikingJelly that a class is from, up to its home; empty for any other.
+
+    Example:
+        >>> from spikingjelly.activation_based import neuron
+        >>> from snn_reversible_plugin.modules.kinds import spikingjelly_root
+        >>> spikingjelly_root(neuron.LIFNode)
+        'spikingjelly.activation_based'
+    """
+    parts = cls.__module__.split(".")
+    for home in _HOMES:
+        if home in parts:
+            root = ".".join(parts[: parts.index(home) + 1])
+            if hasattr(sys.modules.get(f"{root}.base"), "MemoryModule"):
+                return root
+    return ""
+
+
 class _SpikingJelly(Framework):
     """Stateful modules derive from ``MemoryModule``, which keeps its states in a table of its own."""
 
@@ -78,12 +112,23 @@ class _SpikingJelly(Framework):
     records = ("v_seq", "state_seqs")
     own_states = "_memories"
 
+    def owns(self, cls: type) -> bool:
+        return super().owns(cls) or bool(spikingjelly_root(cls))
+
+    def copies(self) -> list[str]:
+        ends = tuple(f".{home}.neuron" for home in _HOMES)
+        found = (name.removesuffix(".neuron") for name in list(sys.modules) if name.endswith(ends))
+        return [root for root in found if hasattr(sys.modules.get(f"{root}.base"), "MemoryModule")]
+
+    def load(self, copy: str) -> None:
+        importlib.import_module(f"snn_reversible_plugin.{self.name}.adapter").load(copy)
+
     def is_neuron(self, cls: type) -> bool:
         # Some are not derived from one of the base neurons.
-        home = "activation_based.neuron."
         return self.is_spiking(cls) or any(
-            is_from(base, self.name) and base.__module__.partition(".")[2].startswith(home)
+            issubclass(base, nn.Module) and base.__module__.startswith(f"{root}.neuron")
             for base in cls.__mro__
+            if (root := spikingjelly_root(base))
         )
 
     def states_of(self, module: nn.Module) -> Table | None:
@@ -94,7 +139,13 @@ class _SpikingJelly(Framework):
         module.reset()  # type: ignore[operator]
 
     def is_multi_step(self, module: nn.Module) -> bool:
-        return getattr(module, "step_mode", "s") == "m"
+        mode = getattr(module, "step_mode", None)
+        if mode is not None:
+            return bool(mode == "m")
+        # In 0.0.0.0.12 it is a type.
+        return any(
+            base.__name__.startswith("MultiStep") for base in type(module).__mro__ if self.owns(base)
+        )
 
     def is_never_stepped(self, module: nn.Module) -> bool:
         modes = getattr(module, "supported_step_mode", lambda: ())()
@@ -123,11 +174,6 @@ FRAMEWORKS: tuple[Framework, ...] = (_SpikingJelly(), _SnnTorch())
 RECORDS = frozenset(name for framework in FRAMEWORKS for name in framework.records)
 
 
-def is_from(cls: type, framework: str) -> bool:
-    """Whether a class is a framework's own: the one place that knows where they come from."""
-    return cls.__module__.partition(".")[0] == framework
-
-
 def framework_of(module: nn.Module) -> Framework | None:
     """The framework that a module's class is from or derives from, the nearest; None for any other."""
     return _framework_of(type(module))  # type: ignore[arg-type]
@@ -135,7 +181,7 @@ def framework_of(module: nn.Module) -> Framework | None:
 
 @functools.cache
 def _framework_of(cls: type) -> Framework | None:
-    found = (framework for base in cls.__mro__ for framework in FRAMEWORKS if is_from(base, framework.name))
+    found = (framework for base in cls.__mro__ for framework in FRAMEWORKS if framework.owns(base))
     return next(found, None)
 
 
@@ -169,15 +215,17 @@ def spikes_of(neuron: nn.Module, output: Any) -> Tensor:
 
 
 def load_adapters() -> None:
-    """Import the adapter of each framework that the program has imported."""
+    """Let each framework's adapter know the copies of it that the program has imported."""
     for framework in FRAMEWORKS:
-        if framework.name in sys.modules and framework.name not in _unusable:
+        for copy in framework.copies():
+            if copy in _unusable:
+                continue
             try:
-                importlib.import_module(f"snn_reversible_plugin.{framework.name}")
-            except (ImportError, AttributeError) as error:
+                framework.load(copy)
+            except Exception as error:
                 # One framework's trouble is none of the other's.
-                _unusable.add(framework.name)
-                version = getattr(sys.modules[framework.name], "__version__", "of unknown version")
+                _unusable.add(copy)
+                version = getattr(sys.modules.get(framework.name), "__version__", "")
                 warnings.warn(
                     f"{framework.name} {version}: its neurons stay stock, because this release lacks what "
                     f"their reversible types are made of ({error}). The tape records them all the same.",

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from spikingjelly.activation_based import base, surrogate
 from torch import Tensor
 
 from snn_reversible_plugin.grid import stream_dtype
@@ -20,7 +19,11 @@ from snn_reversible_plugin.neurons.coupled.module import Coupled, Run, as_it_is,
 from snn_reversible_plugin.neurons.coupled.reference import constants_of
 from snn_reversible_plugin.neurons.surrogates import Surrogate
 from snn_reversible_plugin.ops.chunks import chunk_size
+from snn_reversible_plugin.spikingjelly.copies import installed
 from snn_reversible_plugin.spikingjelly.surrogates import as_autograd, is_heaviside, proved
+
+base: Any = installed().base
+surrogate: Any = installed().surrogate
 
 
 class CoupledLIF(Coupled, base.MemoryModule):

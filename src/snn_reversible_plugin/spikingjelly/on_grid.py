@@ -3,7 +3,7 @@
 The one idea: a node is on the grid with the constants that its equations come to there; in multi-step mode
 and with what isn't written for the grid it is what it was.
 
-Source: ``spikingjelly.activation_based.neuron`` 2.0.
+Source: the neurons of SpikingJelly 2.0, 0.0.0.0.14 and 0.0.0.0.12, whose equations are the same.
 """
 
 from __future__ import annotations
@@ -13,36 +13,34 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from spikingjelly.activation_based import neuron, surrogate
 from torch import Tensor, nn
 
+from snn_reversible_plugin.modules.kinds import is_multi_step
 from snn_reversible_plugin.neurons.integrate_fire.reference import Rule
 from snn_reversible_plugin.neurons.on_grid import switches
 from snn_reversible_plugin.neurons.on_grid.integrate_fire import IntegrateFire, integrate_fire
 from snn_reversible_plugin.neurons.on_grid.neuron import OffGrid, OnGrid, constants_of, value_of
 from snn_reversible_plugin.neurons.on_grid.step import step
-from snn_reversible_plugin.spikingjelly.surrogates import as_autograd, is_heaviside
-from snn_reversible_plugin.spikingjelly.types import ROWS, dynamics_of
-
-_SIGMOID = surrogate.Sigmoid()
+from snn_reversible_plugin.spikingjelly.surrogates import as_autograd, is_heaviside, surrogate_of
+from snn_reversible_plugin.spikingjelly.types import equations_of, row_of, states_beside_v, stores_v_seq
 
 
-def why_not(module: Any, kind: Any) -> str | None:
-    """Why a neuron with the dynamics ``kind``, as it is set now, has no step on the grid, or None."""
-    if module._step_mode != "s":
+def why_not(module: Any) -> str | None:
+    """Why a neuron, as it is set now, has no step on the grid, or None."""
+    if is_multi_step(module):
         return "it runs all time steps in one call"
-    if kind not in ROWS or not ROWS[kind].on_grid:
+    if not row_of(module).on_grid:
         return "its equations are not written for the grid"
-    if not is_heaviside(module.surrogate_function or _SIGMOID):
+    if not is_heaviside(surrogate_of(module)):
         return "its surrogate is not one of SpikingJelly's own spiking ones"
     if not _is_finite(module.v_threshold):
         return f"its threshold is {module.v_threshold}"
     if (
         not (module.v_reset is None or _is_finite(module.v_reset))
-        or module._neuron_precision is not None
-        or (kind is neuron.LIFNode and not _is_finite(module.tau))
-        or module.store_v_seq
-        or len(module._memories) != 1
+        or getattr(module, "_neuron_precision", None) is not None
+        or (equations_of(module) == "LIF" and not _is_finite(module.tau))
+        or stores_v_seq(module)
+        or states_beside_v(module)
     ):
         return "it has settings that are not written for the grid"
     return None
@@ -57,13 +55,12 @@ class NodeOnGrid(OnGrid):
 
     def grid_settings(self: Any) -> Any:
         """All that the node's constants follow from."""
-        kind = dynamics_of(type(self))
-        reason = why_not(self, kind)
+        reason = why_not(self)
         if reason is not None:
             return reason
-        function = self.surrogate_function or _SIGMOID
-        w = self.w if kind is neuron.ParametricLIFNode else None
-        leak = (self.tau, bool(self.decay_input)) if kind is neuron.LIFNode else None
+        function, equations = surrogate_of(self), equations_of(self)
+        w = self.w if equations == "PLIF" else None
+        leak = (self.tau, bool(self.decay_input)) if equations == "LIF" else None
         return (
             self.v_threshold, self.v_reset, bool(self.detach_reset), leak, function,
             getattr(function, "alpha", None), None if w is None else value_of(w),
@@ -95,15 +92,15 @@ class NodeOnGrid(OnGrid):
 
 def _current(node: Any, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """What is added to the decayed membrane, up to the constants' gain; and the decay, if it is learned."""
-    kind, rest = dynamics_of(type(node)), node.v_reset or 0.0
-    if kind is neuron.ParametricLIFNode:
+    equations, rest = equations_of(node), node.v_reset or 0.0
+    if equations == "PLIF":
         q = node.w.float().sigmoid()
         if node.decay_input:
             x = (x + rest if rest else x) * q
         elif rest:
             x = x + rest * q
         return x, (1 - q,)
-    if kind is neuron.LIFNode and rest:
+    if equations == "LIF" and rest:
         x = x + (rest if node.decay_input else rest / node.tau)
     return x, ()
 
@@ -113,10 +110,10 @@ def _constants(node: Any, parameters: tuple[Tensor, ...]) -> IntegrateFire:
     beta, gain, held = 1.0, None, parameters
     if parameters:
         beta, held = float(parameters[0].detach()), (node.w,)
-    elif dynamics_of(type(node)) is neuron.LIFNode:
+    elif equations_of(node) == "LIF":
         beta = _single(1 - 1 / node.tau)
         gain = _single(1 / node.tau) if node.decay_input else None
-    function = node.surrogate_function or _SIGMOID
+    function = surrogate_of(node)
     return integrate_fire(
         f"{switches.name_of(node)}.v",
         switches.bits_of(node),

@@ -5,7 +5,7 @@ authority, so it is what runs, both times. In chunks where each element is known
 which keeps what autograd saves of the second run small; as a black box otherwise. Which are known is
 in :mod:`.types`.
 
-Source: the neurons of ``spikingjelly.activation_based.neuron`` 2.0.
+Source: the neurons of SpikingJelly 2.0, 0.0.0.0.14 and 0.0.0.0.12.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from snn_reversible_plugin.neurons.witness import Witness, alone
 from snn_reversible_plugin.ops.autocast import Autocast
 from snn_reversible_plugin.ops.chunks import cuts
 from snn_reversible_plugin.ops.layouts import is_contiguous_in
+from snn_reversible_plugin.spikingjelly.copies import copy_of
+from snn_reversible_plugin.spikingjelly.scripted import same_graph
 from snn_reversible_plugin.spikingjelly.surrogates import is_heaviside, is_known, is_uniform
 from snn_reversible_plugin.spikingjelly.types import row_of
 
@@ -68,7 +70,9 @@ def replayed(module: nn.Module, mixin: Any, args: tuple[Any, ...], kwargs: dict[
         if out is not NotImplemented:
             _mark(module, out, _fires(module))
             return out
-    rerun = Rerun(module, call, args, kwargs, careful=not known)
+    copy = copy_of(type(module))
+    again = same_graph(module, call, args) if copy is not None and copy.is_scripted else call
+    rerun = Rerun(module, again, args, kwargs, careful=not known)
     if known or tape.current() is None:
         out = rerun.run(module, args, kwargs)
         _mark(module, out, _fires(module))
@@ -203,6 +207,7 @@ def _in_chunks(module: Any, x_seq: Any) -> Any:
     row = row_of(module)
     if (
         not row.pointwise
+        or not hasattr(module, "functional_forward")  # older releases keep states to themselves
         or module.step_mode != "m"
         or module.store_v_seq
         or type(x_seq) not in (Tensor, nn.Parameter)

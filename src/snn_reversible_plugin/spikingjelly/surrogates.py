@@ -6,8 +6,8 @@ surrogates that is known from their source. A user's is watched once: every aten
 forward and of its backward must be pointwise, and its output the cast of a comparison. What can't be
 proved is None here, and the neuron is replayed as a black box.
 
-Source: ``spikingjelly/activation_based/surrogate.py`` and the torch reference of SpikingJelly's
-neuron kernels, version 2.0.
+Source: ``surrogate.py`` of SpikingJelly 2.0, 0.0.0.0.14 and 0.0.0.0.12, and the torch reference of 2.0's
+neuron kernels.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from spikingjelly.activation_based import surrogate
 from torch import Tensor
 
 from snn_reversible_plugin.modules import tracking
 from snn_reversible_plugin.neurons.surrogates import Surrogate, Vjp, by_autograd, describes
 from snn_reversible_plugin.neurons.witness import Watched, watched
 from snn_reversible_plugin.ops.autocast import Autocast
+from snn_reversible_plugin.spikingjelly.copies import LOADED, Copy, copy_of
 
 # What a surrogate derivative multiplies the gradient with, in place of u. SpikingJelly runs these in
 # float32 for the surrogates named here, and the surrogate's own backward otherwise; the operations are
@@ -86,20 +86,25 @@ _RANDOM = ("PoissonPass",)
 
 def fused(function: Any) -> Surrogate | None:
     """A surrogate that SpikingJelly has kernels for in float32, with their rounding; None for others."""
-    known = _name_and_alpha(function)
-    return None if known is None else _closed_form(*known)
+    known = _alpha(function)
+    return None if known is None else _closed_form(type(function).__name__, known)
 
 
-def _name_and_alpha(function: Any) -> tuple[str, float] | None:
-    if function is None:
-        return "Sigmoid", 4.0
+def _alpha(function: Any) -> float | None:
+    """The slope of one of SpikingJelly's that there is a closed form of; None for any other."""
     cls = type(function)
-    if cls.__module__ != surrogate.__name__ or cls.__name__ not in _DERIVATIVES:
+    if _copy_with(cls) is None or cls.__name__ not in _DERIVATIVES:
         return None
     alpha = function.alpha
     if not function.spiking or not isinstance(alpha, (int, float)):
         return None
-    return cls.__name__, float(alpha)
+    return float(alpha)
+
+
+def _copy_with(cls: type) -> Copy | None:
+    """The copy of SpikingJelly that a surrogate's class is defined in."""
+    copy = copy_of(cls)
+    return copy if copy is not None and cls.__module__ == copy.surrogate.__name__ else None
 
 
 @functools.lru_cache(maxsize=256)
@@ -115,9 +120,9 @@ def _closed_form(name: str, alpha: float) -> Surrogate:
 
 
 @functools.lru_cache(maxsize=256)
-def _own_backward(name: str, alpha: float) -> Surrogate:
+def _own_backward(cls: Any, alpha: float) -> Surrogate:
     """The order of operations of the surrogate's own class, which is not that of the kernels."""
-    backward = getattr(surrogate, name).backward
+    backward, name = cls.backward, cls.__name__
 
     def vjp(grad: Tensor, u: Tensor) -> Tensor:
         return backward(grad, u, alpha)  # type: ignore[no-any-return]
@@ -129,23 +134,33 @@ def _named(full_name: str, vjp: Vjp, name: str, alpha: float) -> Surrogate:
     return Surrogate(vjp, uniform=name in _UNIFORM, name=full_name, parameters=(("alpha", alpha),))
 
 
+def surrogate_of(module: Any) -> Any:
+    """The surrogate function of a neuron; 2.0 may be told to take its default."""
+    if module.surrogate_function is not None:
+        return module.surrogate_function
+    copy = copy_of(type(module))
+    assert copy is not None
+    return copy.default_surrogate
+
+
 def as_autograd(function: Any, dtype: torch.dtype = torch.float32) -> Surrogate:
     """One of SpikingJelly's own spiking surrogates, with the gradient that autograd gives, to the bit.
 
     A closed form is taken where one is known, and gives these bits on a sample.
     """
-    known = _name_and_alpha(function)
-    found = None if known is None else _equal_to_autograd(*known, dtype)
-    return found or Surrogate(by_autograd(function or surrogate.Sigmoid()), uniform=is_uniform(function))
+    known = _alpha(function)
+    cls: Any = type(function)
+    found = None if known is None else _equal_to_autograd(cls, known, dtype)
+    return found or Surrogate(by_autograd(function), uniform=is_uniform(function))
 
 
 @functools.lru_cache(maxsize=256)
-def _equal_to_autograd(name: str, alpha: float, dtype: torch.dtype) -> Surrogate | None:
-    function = getattr(surrogate, name)(alpha=alpha)
-    for candidate in (_closed_form(name, alpha), _own_backward(name, alpha)):
-        if describes(candidate, function, dtype):
-            return candidate
-    return None
+def _equal_to_autograd(cls: Any, alpha: float, dtype: torch.dtype) -> Surrogate | None:
+    candidates = [_closed_form(cls.__name__, alpha)]
+    if hasattr(cls, "backward"):
+        candidates.append(_own_backward(cls, alpha))
+    function = cls(alpha=alpha)
+    return next((one for one in candidates if describes(one, function, dtype)), None)
 
 
 def proved(
@@ -155,8 +170,6 @@ def proved(
 
     ``chunk``: how many elements at a time it would be called with.
     """
-    if function is None:
-        function = surrogate.Sigmoid()
     known = _library(function)
     if known is not None:
         fire = None if known == "heaviside" else function
@@ -176,7 +189,8 @@ def is_uniform(function: Any) -> bool:
 
 def is_heaviside(function: Any) -> bool:
     """Whether one of SpikingJelly's surrogates gives zeros and ones by construction."""
-    return function is None or function is surrogate.heaviside or _library(function) == "heaviside"
+    steps = (copy.surrogate.heaviside for copy in LOADED)
+    return function is None or any(function is step for step in steps) or _library(function) == "heaviside"
 
 
 def is_known(function: Any) -> bool:
@@ -187,15 +201,21 @@ def is_known(function: Any) -> bool:
 def _library(function: Any) -> str | None:
     """'heaviside' or 'pointwise' for a surrogate of SpikingJelly's own, None otherwise."""
     cls = type(function)
+    copy = _copy_with(cls)
     if (
-        cls.__module__ != surrogate.__name__
-        or not isinstance(function, surrogate.SurrogateFunctionBase)
+        copy is None
+        or not issubclass(cls, _bases(copy))
         or cls.__name__ in _RANDOM
         or _is_hooked(function)
         or any(isinstance(value, Tensor) for value in vars(function).values())
     ):
         return None
     return "heaviside" if function.spiking and cls.__name__ not in _NOT_HEAVISIDE else "pointwise"
+
+
+def _bases(copy: Copy) -> tuple[type, ...]:
+    names = ("SurrogateFunctionBase", "MultiArgsSurrogateFunctionBase")
+    return tuple(getattr(copy.surrogate, name) for name in names if hasattr(copy.surrogate, name))
 
 
 def _is_hooked(module: torch.nn.Module) -> bool:

@@ -70,6 +70,8 @@ def _kernels(x2: Tensor, neuron: Neuron) -> Any:
     # A difference to a tiny threshold may be flushed to zero.
     exact = math.isfinite(threshold) and (threshold == 0 or abs(threshold) > 1e-30)
     known = neuron.q is None and surrogate.fire is None and not surrogate.strict and exact
+    # Which terms are added first shows where v_seq or the reset has a gradient, which is left to torch.
+    known = known and not neuron.rule.scales and not (neuron.rule.order.selects and len(x2) > 1)
     if not small or not known or not x2.is_contiguous() or torch.compiler.is_compiling():
         return None
     return form_of(SHORT_SEQUENCE, x2.device)

@@ -1,0 +1,340 @@
+"""Neurons with the equations of IFNode, LIFNode or ParametricLIFNode, and an analytic backward.
+
+The one idea: these three are nearly all of practice, and their arithmetic is known, so the backward is
+written out (:mod:`.neurons.integrate_fire.reference`) instead of recorded. :func:`how` says of each call
+whether that is so; a configuration whose arithmetic is not known here, and any subclass with dynamics of
+its own, is replayed as a black box (:mod:`.spikingjelly.replayed`).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import weakref
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from snn_reversible_plugin import tape
+from snn_reversible_plugin.modules.kinds import is_multi_step
+from snn_reversible_plugin.modules.swap import SwappedClass
+from snn_reversible_plugin.neurons.integrate_fire.in_place import multi_step, multi_step_vjp
+from snn_reversible_plugin.neurons.integrate_fire.reference import Neuron, OutputGradients, Rule
+from snn_reversible_plugin.neurons.surrogates import Surrogate, by_autograd
+from snn_reversible_plugin.neurons.witness import agree
+from snn_reversible_plugin.ops.chunks import chunk_size
+from snn_reversible_plugin.spikingjelly.calls import Call, MultiStep, SingleStep, final_membrane
+from snn_reversible_plugin.spikingjelly.copies import Copy, copy_of
+from snn_reversible_plugin.spikingjelly.replayed import as_stock, is_learning, replayed
+from snn_reversible_plugin.spikingjelly.surrogates import (
+    as_autograd,
+    fused,
+    is_heaviside,
+    proved,
+    surrogate_of,
+)
+from snn_reversible_plugin.spikingjelly.types import equations_of, states_beside_v, stores_v_seq
+from snn_reversible_plugin.tape.final_membrane import FinalMembrane, Memories
+
+# -- how a call is run ---------------------------------------------------------------------------------
+
+
+class ByFormula(NamedTuple):
+    """By the written-out forward and backward: what they take beside the input."""
+
+    call: Call
+    v: Tensor | float
+    w: Tensor | None
+
+
+class ByReplay(NamedTuple):
+    """By stock's own forward, run again in the backward, and why."""
+
+    reason: str
+
+
+class ByStock(NamedTuple):
+    """By stock's own forward as it is, and why."""
+
+    reason: str
+
+
+How = ByFormula | ByReplay | ByStock
+_TEXTS = {ByReplay: "generic replay", ByStock: "stock"}
+# What ran last in place of the formulas, for reports; nothing of a neuron that runs by them.
+_instead: weakref.WeakKeyDictionary[Any, ByReplay | ByStock] = weakref.WeakKeyDictionary()
+
+
+class Analytic:
+    """Mixin in front of one of the three neurons."""
+
+    arithmetic = "stock"
+    lean = True
+
+    @property
+    def treatment(self) -> str:
+        """What the backward does, for reports; of the last call that recorded a gradient."""
+        instead = _instead.get(self)
+        return "analytic" if instead is None else _TEXTS[type(instead)]
+
+    @property
+    def treatment_reason(self) -> str:
+        """Why the last call's backward was not the written-out one, for reports."""
+        instead = _instead.get(self)
+        return "" if instead is None else instead.reason
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        chosen = how(self, args, kwargs)
+        if isinstance(chosen, ByFormula):
+            if _instead:
+                _instead.pop(self, None)
+            return _run(self, args[0], chosen)
+        if not tape.may_record():
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        _instead[self] = chosen
+        run = replayed if isinstance(chosen, ByReplay) else as_stock
+        return run(self, Analytic, args, kwargs)  # type: ignore[arg-type]
+
+    def reset(self) -> None:
+        """Set the states to their reset values."""
+        memories = self.__dict__["_memories"]
+        if isinstance(memories, Memories):
+            memories.forget()
+        super().reset()  # type: ignore[misc]
+
+
+class Reversible(Analytic, SwappedClass):
+    """In front of a subclass that has one of the three neurons' dynamics."""
+
+
+def how(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> How:
+    """How a call of one of the three neurons is run: by the formulas where they are stock's arithmetic.
+
+    Example:
+        >>> import torch
+        >>> from snn_reversible_plugin.spikingjelly import RevLIFNode
+        >>> from snn_reversible_plugin.spikingjelly.analytic import how
+        >>> node, x_seq = RevLIFNode(step_mode="m"), torch.rand(4, 3, requires_grad=True)
+        >>> type(how(node, (x_seq,), {})).__name__
+        'ByFormula'
+        >>> how(node, (x_seq.detach(),), {})
+        ByStock(reason='neither its input nor anything of its own has a gradient')
+    """
+    if not tape.runs_eagerly():
+        return ByStock("it is traced, or its operations are counted")
+    copy = copy_of(type(module))
+    assert copy is not None
+    if len(args) != 1 or kwargs:
+        found: ByFormula | str = "it is called with more than its input"
+    else:
+        found = _unusual(module, copy, args[0]) or _by_formula(module, copy, args[0])
+    if isinstance(found, ByFormula):
+        return found
+    if not torch.is_grad_enabled():
+        return ByStock("no gradient is recorded")
+    if not is_learning(module, args, kwargs):
+        return ByStock("neither its input nor anything of its own has a gradient")
+    if _has_no_surrogate(module, copy):
+        return ByStock("in evaluation this release runs code without a surrogate gradient")
+    return ByReplay(found)
+
+
+def _has_no_surrogate(module: Any, copy: Copy) -> bool:
+    """Whether a call is run by the scripted code that 0.0.0.0.14 has for evaluation."""
+    scripted = copy.has_step_modes and not copy.has_operators
+    return scripted and not module.training and equations_of(module) in ("IF", "LIF")
+
+
+def _unusual(module: Any, copy: Copy, x: Any) -> str | None:
+    """What is not covered of an input, or of what the neuron is set to do with it."""
+    multi = is_multi_step(module)
+    if type(x) not in (Tensor, nn.Parameter):
+        return f"its input is a {type(x).__name__} and no plain tensor"
+    if x.dim() < 1 + multi or (multi and x.shape[0] == 0):
+        return f"its input has no {'time steps' if multi else 'dimensions'}: shape {tuple(x.shape)}"
+    if not x.is_floating_point() or x.layout is not torch.strided:
+        return f"its input is {x.dtype}, {x.layout}"
+    if others := states_beside_v(module):
+        return f"it has states beside v: {', '.join(others)}"
+    if stores_v_seq(module) and not multi:
+        return "store_v_seq is on, and it takes one step at a time"
+    if getattr(module, "backend", "torch") not in ("torch", "cupy"):
+        return f"its backend is {module.backend}"
+    if _has_no_surrogate(module, copy):
+        return "it is in evaluation"
+    return None
+
+
+def _by_formula(module: Any, copy: Copy, x: Tensor) -> ByFormula | str:
+    shape = x.shape[1:] if is_multi_step(module) else x.shape
+    v = module._memories.get("v")
+    if isinstance(v, Tensor):
+        if copy.has_operators:
+            if v.shape != shape:
+                v = module.v_reset if module.v_reset is not None else 0.0
+            elif v.dtype != x.dtype or v.device != x.device:
+                v = v.to(dtype=x.dtype, device=x.device)
+        elif (v.shape, v.dtype, v.device) != (shape, x.dtype, x.device):
+            return "its membrane has another shape, dtype or device than its input"
+    elif not isinstance(v, float):
+        return f"its membrane is a {type(v).__name__}"
+    elif not copy.has_step_modes and v != (module.v_reset or 0.0):
+        return "its membrane starts as another number than it rests at"
+    equations = equations_of(module)
+    w = module.w if equations == "PLIF" else None
+    if torch.is_grad_enabled() and not (
+        x.requires_grad
+        or (isinstance(v, Tensor) and v.requires_grad)
+        or (isinstance(w, Tensor) and w.requires_grad)
+    ):
+        return "what learns in it is neither its input nor its state"
+    call = _call(module, copy, shape, x, w)
+    return call if isinstance(call, str) else ByFormula(call, v, w)
+
+
+def _run(module: Any, x: Tensor, chosen: ByFormula) -> Tensor:
+    call, start, w = chosen
+    v: Any = start
+    again = v if isinstance(v, Tensor) else None
+    ws: tuple[Tensor, ...] = ()
+    final = None
+    if not is_multi_step(module):
+        ws = () if w is None else (w,)
+        s, v = SingleStep.apply(x, v, again, call, *ws)
+        v_seq = None
+    else:
+        ws = () if w is None else (w,) * (1 if call.fused else x.shape[0])
+        promises = torch.is_grad_enabled() and tape.may_promise()
+        if promises and not isinstance(v, Tensor) and not call.store_v_seq:
+            final = FinalMembrane(partial(final_membrane, call, v), *map(tape.handle_of, (x, *ws[:1])))
+        s, *states = MultiStep.apply(x, v, again, call, final, *ws)
+        v_seq = states[-1] if call.store_v_seq else None
+        v = states[0]
+        if v_seq is not None:
+            tape.mark_opaque(v_seq)
+            if call.fused:
+                v = v_seq[-1].clone()
+        if v_seq is not None or hasattr(module, "v_seq"):
+            module.v_seq = v_seq
+    if call.neuron.surrogate.spikes:
+        tape.mark_spikes(s)
+    else:
+        tape.mark_opaque(s)
+    if final is not None:
+        final.promise(v)
+        v = final
+        if not isinstance(module._memories, Memories):
+            module.__dict__["_memories"] = Memories(module._memories)
+    elif v_seq is None or not call.fused:
+        tape.mark_opaque(v)
+    module._memories["v"] = v
+    return s
+
+
+def _call(module: Any, copy: Copy, shape: torch.Size, x: Tensor, w: Tensor | None) -> Call | str:
+    """What the formulas need of a neuron, or why they are not stock's arithmetic as it is set."""
+    equations = equations_of(module)
+    rule = _rule(module, equations, copy, x, w)
+    if isinstance(rule, str):
+        return rule
+    function = surrogate_of(module)
+    known = fused(function) if copy.has_operators and x.dtype is torch.float32 else None
+    if w is not None and w.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        known = None
+    is_fused = known is not None
+    if not _runs_torch(equations, copy, x.device, is_fused):
+        return f"stock runs a kernel of its own on {x.device.type}"
+    name = None if known is None else known.name.rpartition(".")[2]  # type: ignore[union-attr]
+    if not _agrees(copy, equations, rule.decay_input, rule.v_reset is None, rule.detach_reset, name):
+        return "the installed SpikingJelly computes it in another order"
+    if known is None and not copy.has_operators and is_heaviside(function):
+        known = as_autograd(function, x.dtype)
+        known = None if known.name is None else known
+    if known is None:
+        chunk = min(shape.numel(), chunk_size(x.device))
+        known = proved(function, shape, x.dtype, x.device, chunk)
+    if known is None:
+        return f"its surrogate {type(function).__name__} is not known to work element by element"
+    return Call(Neuron(rule, known), is_fused, stores_v_seq(module))
+
+
+def _rule(module: Any, equations: Any, copy: Copy, x: Tensor, w: Tensor | None) -> Rule | str:
+    tau, decay_input = None, False
+    if equations == "LIF":
+        tau, decay_input = module.tau, bool(module.decay_input)
+        if not isinstance(tau, float):
+            return f"its tau is a {type(tau).__name__}"
+    elif equations == "PLIF":
+        decay_input = bool(module.decay_input)
+        if not isinstance(w, Tensor) or w.dim() or w.device != x.device:
+            return "its w is not one number on the input's device"
+        if not copy.has_operators and w.dtype != x.dtype:
+            return f"its w is {w.dtype}, its input {x.dtype}"
+    elif equations != "IF":
+        return "its dynamics are its own"
+    v_threshold, v_reset = module.v_threshold, module.v_reset
+    if not isinstance(v_threshold, float):
+        return f"its v_threshold is a {type(v_threshold).__name__}"
+    if not (v_reset is None or isinstance(v_reset, float)):
+        return f"its v_reset is a {type(v_reset).__name__}"
+    if getattr(module, "_neuron_precision", None) is not None:
+        return "it has a precision of its own"
+    return Rule(tau, decay_input, v_threshold, v_reset, bool(module.detach_reset), copy.order(equations))
+
+
+def _runs_torch(equations: Any, copy: Copy, device: torch.device, fused: bool) -> bool:
+    """Whether stock runs torch code here, rather than a kernel or an error message.
+
+    Of a release with ``backend="cupy"`` the torch code is the specification: cupy's kernels are compiled
+    with fast math, and round otherwise.
+    """
+    if device.type == "cpu" or not copy.has_operators:
+        return True
+    choice = os.environ.get(f"SJ_{equations}_CUDA_IMPLEMENTATION", "auto")
+    return device.type == "cuda" and not fused and choice == "auto"
+
+
+@functools.cache
+def _agrees(
+    copy: Copy, equations: str, decay_input: bool, soft: bool, detach_reset: bool, name: str | None
+) -> bool:
+    """Whether a copy of SpikingJelly computes what is written out here; tried once for each case.
+
+    Another release may do its arithmetic in another order; then stock's own code is replayed. ``name``: of
+    the surrogate, in a fused operator; None: the surrogate is called as it is.
+    """
+    tau = 1.7 if equations == "LIF" else None
+    rule = Rule(tau, decay_input, 0.9, None if soft else -0.3, detach_reset, copy.order(equations))
+    function = getattr(copy.surrogate, name or "ATan")(alpha=1.3)
+    dtype = torch.float64 if name is None else torch.float32
+
+    def sample() -> tuple[Tensor, Tensor, OutputGradients, Tensor]:
+        grid = torch.arange(60, dtype=dtype, device="cpu")
+        x_seq, w = (
+            torch.sin(grid).mul_(3).view(3, 20),
+            torch.full((), 0.4, device="cpu", dtype=torch.float32 if copy.has_operators else dtype),
+        )
+        grads = OutputGradients(torch.cos(grid).view(3, 20), torch.sin(grid[:20] + 1))
+        return x_seq, torch.cos(grid[:20] * 2), grads, w
+
+    def stocks() -> Sequence[Tensor]:
+        x_seq, v, grads, w = sample()
+        x_seq.requires_grad_()
+        s, v_last = copy.run(equations, rule, function, x_seq, v, w)
+        return s, v_last, *torch.autograd.grad((s, v_last), x_seq, grads[:2])
+
+    def ours() -> Sequence[Tensor]:
+        x_seq, v, grads, w = sample()
+        known = Surrogate(by_autograd(function)) if name is None else fused(function)
+        assert known is not None
+        own = Neuron(rule, known, w.sigmoid() if equations == "PLIF" else None)
+        with torch.no_grad():
+            s, v_last, _ = multi_step(x_seq, v, own)
+            g_x = multi_step_vjp(x_seq, v, grads, own).x
+        assert g_x is not None
+        return s, v_last, g_x
+
+    return agree(ours, stocks)

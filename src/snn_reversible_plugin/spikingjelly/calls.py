@@ -1,0 +1,165 @@
+"""The autograd functions of IFNode, LIFNode and ParametricLIFNode: a sequence, and a step.
+
+The one idea: over a sequence only the input current is saved, which the tape replays from spikes; a step
+saves its charged membrane, or the current that a fresh one was charged with.
+
+Source: SpikingJelly 2.0, ``_ops/{if_,lif,plif}/reference.py``, which is what runs on a CPU, and on a
+GPU where there is no fused kernel; ``neuron`` of 0.0.0.0.14 and 0.0.0.0.12.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from snn_reversible_plugin import tape
+from snn_reversible_plugin.neurons.integrate_fire.in_place import multi_step, multi_step_vjp
+from snn_reversible_plugin.neurons.integrate_fire.reference import (
+    Neuron,
+    OutputGradients,
+    Wanted,
+    number_pulling,
+    single_step,
+    single_step_vjp,
+    step,
+)
+from snn_reversible_plugin.neurons.rerun import differentiable_once
+from snn_reversible_plugin.tape.final_membrane import FinalMembrane
+
+# NOTE [What stock runs]
+#
+# 1. SpikingJelly 2.0, in float32 with one of seven surrogates, an operator: on a CPU torch code with
+#    derivatives of its own for those surrogates, on a GPU a fused kernel, which is left alone.
+#    ParametricLIF takes the sigmoid of w once. The final membrane is cut from v_seq where that is stored.
+# 2. Otherwise, and in older releases, torch code with the surrogate as it is. ParametricLIF takes the
+#    sigmoid in every step, so w gets T gradients one after the other; w is handed over T times for that.
+# 3. The membrane is handed over twice for the same reason (reference, note on order, 3).
+# 4. The older releases' sums are in another order (reference, note on other orders), and 0.0.0.0.12 stores
+#    v_seq of every sequence.
+
+
+class Call(NamedTuple):
+    """What one call of a neuron does, fixed at the time of the call. ``neuron`` is without its leak q."""
+
+    neuron: Neuron
+    fused: bool
+    store_v_seq: bool = False
+
+    def with_leak(self, w: Tensor | None) -> Neuron:
+        if w is None:
+            return self.neuron
+        return self.neuron._replace(q=w.float().sigmoid() if self.fused else w.sigmoid())
+
+    def leak_vjp(self, g_q: list[Tensor], q: Tensor, w: Tensor) -> list[Tensor]:
+        """Gradients of w, one each time it was handed over, in the order of autograd's arrivals."""
+        if self.fused:
+            total = g_q[0]
+            for g in g_q[1:]:
+                total = total + g
+            g_q = [total]
+        return [torch.ops.aten.sigmoid_backward(g, q).to(w.dtype) for g in g_q]
+
+
+def final_membrane(call: Call, v: float, x_seq: Tensor, w: Tensor | None = None) -> Tensor:
+    """The membrane that a sequence leaves behind."""
+    return multi_step(x_seq, v, call.with_leak(w))[1]
+
+
+class MultiStep(torch.autograd.Function):
+    """Spikes and final membrane, and what is stored of those between, of a whole sequence."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_seq: Tensor,
+        v: Any,
+        _v_again: Any,
+        call: Call,
+        final: FinalMembrane | None,
+        *ws: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.final = None if final is None else weakref.ref(final)
+        ctx.call, ctx.start = call, None if isinstance(v, Tensor) else v
+        ctx.save_for_backward(x_seq, v if ctx.start is None else None, ws[0] if ws else None)
+        with tape.paused():
+            spikes, v, v_seq = multi_step(x_seq, v, call.with_leak(ws[0] if ws else None), call.store_v_seq)
+            if final is not None:
+                v = final.placeholder(v)
+        if v_seq is None:
+            return spikes, v
+        return (spikes, v_seq) if call.fused else (spikes, v, v_seq)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, g_s: Tensor | None, *g_states: Tensor | None) -> Any:
+        x_seq, v, w = ctx.saved_tensors
+        owned = tape.owns(x_seq)
+        call: Call = ctx.call
+        nothing = (None,) * (len(ctx.needs_input_grad) - 5)
+        g_v, g_v_seq = (*g_states, None)[:2]
+        if call.store_v_seq and call.fused:
+            g_v, g_v_seq = None, g_v
+        if g_s is None and g_v is None and g_v_seq is None:
+            return None, None, None, None, None, *nothing
+        neuron = call.with_leak(w)
+        wanted = Wanted(
+            x=ctx.needs_input_grad[0],
+            v=ctx.needs_input_grad[1],
+            q=w is not None and ctx.needs_input_grad[5],
+        )
+        final = None if ctx.final is None else ctx.final()
+        v_last = None if final is None else final.empty()
+        # What is saved is part of the forward's graph, and a gradient must not be.
+        found = multi_step_vjp(
+            x_seq.detach(), ctx.start if v is None else v, OutputGradients(g_s, g_v, g_v_seq), neuron,
+            wanted, owned=owned, v_last=v_last,
+        )  # fmt: skip
+        if final is not None and v_last is not None:
+            final.keep(v_last)
+        g_ws = call.leak_vjp(found.q, neuron.q, w) if wanted.q else nothing  # type: ignore[arg-type]
+        return found.x, *found.v, None, None, *g_ws
+
+
+class SingleStep(torch.autograd.Function):
+    """Spikes and membrane of one step."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, v: Any, _v_again: Any, call: Call, *ws: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.call, ctx.start = call, None if isinstance(v, Tensor) else v
+        with tape.paused():
+            before = torch.full_like(x, v) if ctx.start is not None else v
+            s, v, h, pull = single_step(x, before, call.with_leak(ws[0] if ws else None))
+        if ctx.start is not None:
+            # A fresh membrane is charged with the current alone, which can be replayed.
+            ctx.save_for_backward(x, *ws)
+        else:
+            ctx.save_for_backward(h, *ws, *((pull,) if ws and ctx.needs_input_grad[4] else ()))
+        return s, v
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, g_s: Tensor | None, g_v: Tensor | None) -> Any:
+        h, w, pull = (*ctx.saved_tensors, None, None)[:3]
+        call: Call = ctx.call
+        if g_s is None and g_v is None:
+            return (None,) * len(ctx.needs_input_grad)
+        neuron = call.with_leak(w)
+        learns = w is not None and ctx.needs_input_grad[4]
+        if ctx.start is not None:
+            # What is saved is part of the forward's graph, and a gradient must not be.
+            x = h.detach()
+            _, _, h, pull = step(x, torch.full_like(x, ctx.start), neuron)
+            if (number := number_pulling(ctx.start, neuron.rule)) is not None:
+                pull = number
+        grads = single_step_vjp(h, g_s, g_v, neuron, pull if learns else None)
+        g_vs = grads.v if ctx.needs_input_grad[1] else (None, None)
+        if w is None:
+            return grads.x, *g_vs, None
+        return grads.x, *g_vs, None, call.leak_vjp(grads.q, neuron.q, w)[0] if grads.q else None  # type: ignore[arg-type]
