@@ -25,7 +25,6 @@ KERNELS = ("kernels.py", "triton_kernels.py", "gradient_kernels.py")
 LONGER = {
     "blocks/chain.py": 410,
     "spikingjelly/neurons.py": 525,  # a third of it is docstrings of public types
-    "tape/tape.py": 430,
 }
 
 
