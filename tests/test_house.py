@@ -24,7 +24,7 @@ MOST_LINES, MOST_PARAMETERS = 400, 7
 KERNELS = ("kernels.py", "triton_kernels.py", "gradient_kernels.py")
 # A little longer than the rule, each for one idea. Entries go when files shrink; none may be added.
 LONGER = {
-    "tape/tape.py": 430,
+    "tape/tape.py": 410,
 }
 
 
