@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
+from snn_reversible_plugin.ops.layouts import is_plain
 from snn_reversible_plugin.reports.measure import Allocation, AllocationCounter, mark
+from snn_reversible_plugin.reports.trial import tensors_in
 
 _FORWARD, _TURN, _BACKWARD = "forward", "turn", "backward"
 
@@ -155,7 +156,9 @@ class _Recording(AllocationCounter):
             parts.append(Part(module, backward, [before, *curve[start:end]]))
         running = max((at for at, (start, *_) in enumerate(starts) if start <= top), default=0)
         peak = Peak(starts[running][1], starts[running][2], 0, 0, {}, {})
-        left = {gradient.untyped_storage().data_ptr() for gradient in gradients}
+        left = {
+            part.untyped_storage().data_ptr() for gradient in gradients for part in _dense_parts(gradient)
+        }
         of_parameters = {self._blocks[address][0] for address in left if address in self._blocks}
         tensors: Counter[str] = Counter()
         workspaces: Counter[str] = Counter()
@@ -215,8 +218,8 @@ class _Marks:
             if self._backward:
                 return
             self._running.pop()
-            for leaf in tree_leaves(output):
-                node = leaf.grad_fn if isinstance(leaf, torch.Tensor) else None
+            for tensor in tensors_in(output):
+                node = tensor.grad_fn
                 if node is not None and node.metadata.setdefault(_BACKWARD, name) is name:  # type: ignore[attr-defined]
                     hook = node.register_prehook(lambda _: mark(f"{_BACKWARD} {name}"))
                     self._hooks.callback(hook.remove)
@@ -224,3 +227,10 @@ class _Marks:
                 mark(f"{_FORWARD} {self._running[-1]}")
 
         return hook
+
+
+def _dense_parts(gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors with a storage that a gradient is made of."""
+    if gradient.is_sparse:
+        return gradient._indices(), gradient._values()
+    return (gradient,) if is_plain(gradient) else ()
