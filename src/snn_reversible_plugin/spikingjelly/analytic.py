@@ -27,7 +27,7 @@ from snn_reversible_plugin.neurons.surrogates import Surrogate, by_autograd
 from snn_reversible_plugin.neurons.witness import agree
 from snn_reversible_plugin.ops.chunks import chunk_size
 from snn_reversible_plugin.spikingjelly.calls import Call, MultiStep, SingleStep, final_membrane
-from snn_reversible_plugin.spikingjelly.copies import Copy, copy_of
+from snn_reversible_plugin.spikingjelly.copies import Copy, copy_of, in_torch
 from snn_reversible_plugin.spikingjelly.replayed import as_stock, is_learning, replayed
 from snn_reversible_plugin.spikingjelly.surrogates import (
     as_autograd,
@@ -84,7 +84,9 @@ class Analytic:
     def treatment_reason(self) -> str:
         """Why the last call's backward was not the written-out one, for reports."""
         instead = _instead.get(self)
-        return "" if instead is None else instead.reason
+        if instead is not None:
+            return instead.reason
+        return 'it computes as with backend="torch"' if getattr(self, "backend", "") == "cupy" else ""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         chosen = how(self, args, kwargs)
@@ -93,7 +95,8 @@ class Analytic:
                 _instead.pop(self, None)
             return _run(self, args[0], chosen)
         if not tape.may_record():
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            with in_torch(self):  # type: ignore[arg-type]
+                return super().forward(*args, **kwargs)  # type: ignore[misc]
         _instead[self] = chosen
         run = replayed if isinstance(chosen, ByReplay) else as_stock
         return run(self, Analytic, args, kwargs)  # type: ignore[arg-type]
@@ -286,11 +289,7 @@ def _rule(module: Any, equations: Any, copy: Copy, x: Tensor, w: Tensor | None) 
 
 
 def _runs_torch(equations: Any, copy: Copy, device: torch.device, fused: bool) -> bool:
-    """Whether stock runs torch code here, rather than a kernel or an error message.
-
-    Of a release with ``backend="cupy"`` the torch code is the specification: cupy's kernels are compiled
-    with fast math, and round otherwise.
-    """
+    """Whether stock runs torch code here, rather than a kernel or an error message (:func:`in_torch`)."""
     if device.type == "cpu" or not copy.has_operators:
         return True
     choice = os.environ.get(f"SJ_{equations}_CUDA_IMPLEMENTATION", "auto")
