@@ -165,8 +165,7 @@ def test_a_network_holds_bits(old):
     stock, _ = count_step(loss)
     srp.convert_to_reversible(net)
     ours, _ = count_step(loss)
-    # 0.0.0.0.12 keeps v_seq of every neuron.
-    assert ours < stock / (3 if old.version == "0.0.0.0.12" else 40)
+    assert ours < stock / 40
 
 
 def test_steps_run_on_the_grid(old):

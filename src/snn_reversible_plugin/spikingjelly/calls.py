@@ -68,6 +68,20 @@ def final_membrane(call: Call, v: float, x_seq: Tensor, w: Tensor | None = None)
     return multi_step(x_seq, v, call.with_leak(w))[1]
 
 
+def all_membranes(call: Call, v: float, x_seq: Tensor, w: Tensor | None = None) -> Tensor:
+    """The membranes after each step of a sequence."""
+    v_seq = multi_step(x_seq, v, call.with_leak(w), store_v_seq=True)[2]
+    assert v_seq is not None
+    return v_seq
+
+
+class Promised(NamedTuple):
+    """The promises of a sequence's states, in place of tensors."""
+
+    final: FinalMembrane | None = None
+    stored: FinalMembrane | None = None
+
+
 class MultiStep(torch.autograd.Function):
     """Spikes and final membrane, and what is stored of those between, of a whole sequence."""
 
@@ -78,15 +92,19 @@ class MultiStep(torch.autograd.Function):
         v: Any,
         _v_again: Any,
         call: Call,
-        final: FinalMembrane | None,
+        promised: Promised,
         *ws: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.final = None if final is None else weakref.ref(final)
+        final, stored = promised
+        ctx.promised = [None if one is None else weakref.ref(one) for one in promised]
         ctx.call, ctx.start = call, None if isinstance(v, Tensor) else v
         ctx.save_for_backward(x_seq, v if ctx.start is None else None, ws[0] if ws else None)
         with tape.paused():
-            spikes, v, v_seq = multi_step(x_seq, v, call.with_leak(ws[0] if ws else None), call.store_v_seq)
+            builds_v_seq = call.store_v_seq and stored is None
+            spikes, v, v_seq = multi_step(x_seq, v, call.with_leak(ws[0] if ws else None), builds_v_seq)
+            if stored is not None:
+                v_seq = stored.placeholder(spikes)
             if final is not None:
                 v = final.placeholder(v)
         if v_seq is None:
@@ -111,8 +129,10 @@ class MultiStep(torch.autograd.Function):
             v=ctx.needs_input_grad[1],
             q=w is not None and ctx.needs_input_grad[5],
         )
-        final = None if ctx.final is None else ctx.final()
-        v_last = None if final is None else final.empty()
+        final, stored = (None if one is None else one() for one in ctx.promised)
+        if stored is not None and not stored.settle():
+            stored.compute()
+        v_last = None if final is None or final.settle() else final.empty()
         # What is saved is part of the forward's graph, and a gradient must not be.
         found = multi_step_vjp(
             x_seq.detach(), ctx.start if v is None else v, OutputGradients(g_s, g_v, g_v_seq), neuron,
