@@ -61,7 +61,7 @@ _reversible: dict[type, type[nn.Module]] = {cls.__bases__[0]: cls for cls in _NE
 
 @functools.cache
 def _swaps_states() -> bool:
-    """Whether Synaptic takes a membrane that it is given for its synaptic current, as snnTorch 0.9.1 does."""
+    """Whether Synaptic takes a membrane that it is given for its synaptic current, as in release 0.9.1."""
     with alone():
         neuron = snntorch.Synaptic(alpha=0.5, beta=0.5)
         one = torch.ones(1, dtype=torch.float32, device="cpu")
