@@ -33,6 +33,7 @@ from snn_reversible_plugin.spikingjelly.calls import (
     SingleStep,
     all_membranes,
     final_membrane,
+    first_membrane,
 )
 from snn_reversible_plugin.spikingjelly.copies import Copy, copy_of, in_torch
 from snn_reversible_plugin.spikingjelly.replayed import as_stock, is_learning, replayed
@@ -44,7 +45,7 @@ from snn_reversible_plugin.spikingjelly.surrogates import (
     surrogate_of,
 )
 from snn_reversible_plugin.spikingjelly.types import equations_of, states_beside_v, stores_v_seq
-from snn_reversible_plugin.tape.final_membrane import FinalMembrane, LastOfAll, Memories
+from snn_reversible_plugin.tape.final_membrane import FinalMembrane, LastOfAll, Memories, OfFirstStep
 
 # -- how a call is run ---------------------------------------------------------------------------------
 
@@ -73,6 +74,10 @@ How = ByFormula | ByReplay | ByStock
 _TEXTS = {ByReplay: "generic replay", ByStock: "stock"}
 # What ran last in place of the formulas, for reports; nothing of a neuron that runs by them.
 _instead: weakref.WeakKeyDictionary[Any, ByReplay | ByStock] = weakref.WeakKeyDictionary()
+
+
+# Neurons that were found to take several steps: somebody read the membrane after their first one.
+_stepped: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 class Analytic:
@@ -232,7 +237,13 @@ def _run(module: Any, x: Tensor, chosen: ByFormula) -> Tensor:
     promised = Promised()
     if not is_multi_step(module):
         ws = () if w is None else (w,)
-        s, v = SingleStep.apply(x, v, again, call, *ws)
+        first = None
+        if torch.is_grad_enabled() and tape.may_promise() and again is None and module not in _stepped:
+            held = map(tape.handle_of, (x, *ws))
+            first = OfFirstStep(partial(_stepped.add, module), partial(first_membrane, call, v), *held)
+            promised = Promised(first)
+        s, v = SingleStep.apply(x, v, again, call, first, *ws)
+        states = [v]
         v_seq = None
     else:
         ws = () if w is None else (w,) * (1 if call.fused else x.shape[0])

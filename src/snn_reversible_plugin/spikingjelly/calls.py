@@ -68,6 +68,11 @@ def final_membrane(call: Call, v: float, x_seq: Tensor, w: Tensor | None = None)
     return multi_step(x_seq, v, call.with_leak(w))[1]
 
 
+def first_membrane(call: Call, v: float, x: Tensor, w: Tensor | None = None) -> Tensor:
+    """The membrane that one step leaves behind."""
+    return single_step(x, torch.full_like(x, v), call.with_leak(w))[1]
+
+
 def all_membranes(call: Call, v: float, x_seq: Tensor, w: Tensor | None = None) -> Tensor:
     """The membranes after each step of a sequence."""
     v_seq = multi_step(x_seq, v, call.with_leak(w), store_v_seq=True)[2]
@@ -149,18 +154,21 @@ class SingleStep(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, v: Any, _v_again: Any, call: Call, *ws: Tensor
+        ctx: Any, x: Tensor, v: Any, _v_again: Any, call: Call, first: FinalMembrane | None, *ws: Tensor
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.call, ctx.start = call, None if isinstance(v, Tensor) else v
         with tape.paused():
             before = torch.full_like(x, v) if ctx.start is not None else v
             s, v, h, pull = single_step(x, before, call.with_leak(ws[0] if ws else None))
+            if first is not None:
+                v = first.placeholder(v)
+        ctx.first = None if first is None else weakref.ref(first)
         if ctx.start is not None:
             # A fresh membrane is charged with the current alone, which can be replayed.
             ctx.save_for_backward(x, *ws)
         else:
-            ctx.save_for_backward(h, *ws, *((pull,) if ws and ctx.needs_input_grad[4] else ()))
+            ctx.save_for_backward(h, *ws, *((pull,) if ws and ctx.needs_input_grad[5] else ()))
         return s, v
 
     @staticmethod
@@ -171,15 +179,18 @@ class SingleStep(torch.autograd.Function):
         if g_s is None and g_v is None:
             return (None,) * len(ctx.needs_input_grad)
         neuron = call.with_leak(w)
-        learns = w is not None and ctx.needs_input_grad[4]
+        learns = w is not None and ctx.needs_input_grad[5]
         if ctx.start is not None:
             # What is saved is part of the forward's graph, and a gradient must not be.
             x = h.detach()
-            _, _, h, pull = step(x, torch.full_like(x, ctx.start), neuron)
+            _, v, h, pull = step(x, torch.full_like(x, ctx.start), neuron)
+            first = None if ctx.first is None else ctx.first()
+            if first is not None and first.membrane is None and not first.settle():
+                first.keep(v)
             if (number := number_pulling(ctx.start, neuron.rule)) is not None:
                 pull = number
         grads = single_step_vjp(h, g_s, g_v, neuron, pull if learns else None)
         g_vs = grads.v if ctx.needs_input_grad[1] else (None, None)
         if w is None:
-            return grads.x, *g_vs, None
-        return grads.x, *g_vs, None, call.leak_vjp(grads.q, neuron.q, w)[0] if grads.q else None  # type: ignore[arg-type]
+            return grads.x, *g_vs, None, None
+        return grads.x, *g_vs, None, None, call.leak_vjp(grads.q, neuron.q, w)[0] if grads.q else None  # type: ignore[arg-type]

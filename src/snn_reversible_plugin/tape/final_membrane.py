@@ -35,7 +35,9 @@ from snn_reversible_plugin.tape.replayed import Replayed
 #    that made the current are others. Where they are others already, reading it says so.
 # 4. Never, if the states are reset, or set, first. Stock's ``reset`` looks at the states that it replaces,
 #    so a promise among a stock neuron's goes before (`ForgettingReset`).
-# 5. A sequence that starts from a state that an earlier one left shows a user who reads states: there the
+# 5. In steps, only after the first one of a fresh neuron. A second step reads that membrane, so a neuron
+#    that takes several makes the promise once, before anybody can know.
+# 6. A sequence that starts from a state that an earlier one left shows a user who reads states: there the
 #    membrane is computed at once.
 
 
@@ -123,6 +125,20 @@ class FinalMembrane:
             v: Tensor = _Read.apply(self._place, [self._v])
         tape.mark_opaque(v)
         return v
+
+
+class OfFirstStep(FinalMembrane):
+    """The membrane after a fresh neuron's first step; ``found_out`` is called when somebody reads it."""
+
+    __slots__ = ("_found_out",)
+
+    def __init__(self, found_out: Callable[[], None], run: Callable[..., Tensor], *held: Handle) -> None:
+        super().__init__(run, *held)
+        self._found_out = found_out
+
+    def read(self) -> Tensor:
+        self._found_out()
+        return super().read()
 
 
 class LastOfAll(FinalMembrane):
