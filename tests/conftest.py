@@ -12,7 +12,8 @@ import torch
 CORE = (
     "grid/test_grid.py", "ops/test_bits.py", "tape/test_tape.py", "test_convert.py", "test_import.py",
     "neurons/integrate_fire/test_gradients.py", "neurons/on_grid/test_reversal.py",
-    "spikingjelly/test_neurons.py", "snntorch/test_neurons.py", "snntorch/test_convert.py",
+    "spikingjelly/test_neurons.py", "spikingjelly/test_old_releases.py", "snntorch/test_neurons.py",
+    "snntorch/test_convert.py",
 )  # fmt: skip
 
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / "out" / "matrix"
 PAGE = ROOT / "docs" / "compatibility.md"
+OLD = Path(sys.prefix) / "old"  # older releases of SpikingJelly, which every environment runs too
 START, END = "<!-- matrix -->\n", "<!-- end of matrix -->\n"
 
 NAMES = ("torch", "Python", "SpikingJelly", "snnTorch", "numba")
@@ -47,7 +48,10 @@ class Environment:
 
     def run(self) -> tuple[str, bool]:
         """A row of the table, and whether all is well."""
-        done = subprocess.run(self.command, cwd=ROOT, capture_output=True, text=True, check=False)
+        environment = {**os.environ, "SRP_OLD_RELEASES": str(OLD)}
+        done = subprocess.run(
+            self.command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment
+        )
         header = re.search(r"^versions: (.*)$", done.stdout, re.MULTILINE)
         if not header:
             asked = (self.torch or "newest", self.python, "", self.snntorch, "")
@@ -56,7 +60,9 @@ class Environment:
         failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
         counts = re.findall(r"\d+ (?:passed|failed|skipped|errors?)", done.stdout.splitlines()[-1])
         result = "; ".join([", ".join(counts), *(f"`{test}`" for test in failed)])
-        return row(*(found.get(name, "absent") for name in NAMES), result), done.returncode == 0
+        versions = [found.get(name, "absent") for name in NAMES]
+        versions[NAMES.index("SpikingJelly")] += "".join(f", {version}" for version in old_releases())
+        return row(*versions, result), done.returncode == 0
 
 
 # Every version of everything, not every pair of them; of torch "" is the newest release.
@@ -64,9 +70,14 @@ ENVIRONMENTS = (
     Environment("==2.14.*", "3.11", "==1.*", numba=True),
     Environment("==2.14.*", "3.13", "==0.9.4", numba=False),
     Environment("==2.9.*", "3.12", "==1.*", numba=True),
-    Environment("==2.6.*", "3.11", "==0.9.4", numba=True),
+    Environment("==2.6.*", "3.11", "==0.9.1", numba=True),
     Environment("", "3.13", "==1.*", numba=True),
 )
+
+
+def old_releases() -> list[str]:
+    """The older releases of SpikingJelly that `make venv` has installed aside."""
+    return sorted(path.name.removeprefix("spikingjelly-") for path in OLD.glob("spikingjelly-*"))
 
 
 def interpreter(version: str) -> str:

@@ -1,6 +1,7 @@
 """SpikingJelly's older releases, each imported from a folder of its own, as a bundled copy."""
 
 import importlib
+import os
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -12,7 +13,7 @@ HOMES = {"0.0.0.0.12": "clock_driven", "0.0.0.0.14": "activation_based"}
 
 def folder(version):
     """Where `make venv` has put a release; a test that finds none is skipped."""
-    found = Path(sys.prefix) / "old" / f"spikingjelly-{version}"
+    found = Path(os.environ.get("SRP_OLD_RELEASES", Path(sys.prefix) / "old")) / f"spikingjelly-{version}"
     if not (found / "spikingjelly").exists():
         pytest.skip(f"SpikingJelly {version} is not at {found}: make venv puts it there")
     return found

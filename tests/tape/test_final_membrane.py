@@ -299,7 +299,7 @@ def test_no_promise_without_a_tape_or_where_the_states_are_asked_for(device):
     functional.reset_net(model)
     model[2].store_v_seq = True
     model(batch(device))
-    assert len(promised(model)) == 1
+    assert len(promised(model)) == 2
 
 
 def test_every_way_to_look_into_the_states(device):

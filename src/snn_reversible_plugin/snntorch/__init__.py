@@ -8,6 +8,8 @@ Usable as neuron types (:class:`RevLeaky` and its siblings), by ``convert_to_rev
 
 from __future__ import annotations
 
+import functools
+
 try:
     import snntorch
 except ModuleNotFoundError as error:
@@ -17,6 +19,7 @@ except ModuleNotFoundError as error:
         "snn_reversible_plugin.snntorch needs snnTorch: pip install snn-reversible-plugin[snntorch]"
     ) from error
 
+import torch
 from torch import nn
 
 from snn_reversible_plugin.modules.registry import (
@@ -26,6 +29,7 @@ from snn_reversible_plugin.modules.registry import (
     stays_stock,
 )
 from snn_reversible_plugin.modules.swap import swapped_class
+from snn_reversible_plugin.neurons.witness import alone
 from snn_reversible_plugin.snntorch import on_grid
 from snn_reversible_plugin.snntorch.coupled import CoupledLIF
 from snn_reversible_plugin.snntorch.neurons import (
@@ -55,13 +59,26 @@ _NEURON_TYPES = (RevLeaky, RevLapicque, RevSynaptic, RevAlpha, RevRLeaky, RevRSy
 _reversible: dict[type, type[nn.Module]] = {cls.__bases__[0]: cls for cls in _NEURON_TYPES}
 
 
+@functools.cache
+def _swaps_states() -> bool:
+    """Whether Synaptic takes a membrane that it is given for its synaptic current, as in release 0.9.1."""
+    with alone():
+        neuron = snntorch.Synaptic(alpha=0.5, beta=0.5)
+        one = torch.ones(1, dtype=torch.float32, device="cpu")
+        return not torch.equal(neuron(0 * one, one, 0 * one)[1], 0.5 * one)
+
+
 def _choose(module: nn.Module) -> type[nn.Module]:
+    if isinstance(module, snntorch.Synaptic) and _swaps_states():
+        return swapped_class(Anchored, type(module))
     if mechanism_of(module, ROWS[type(module)].equations) is None:
         return swapped_class(Anchored, type(module))
     return _reversible[type(module)]
 
 
 def _on_grid(module: nn.Module) -> type[nn.Module]:
+    if isinstance(module, snntorch.Synaptic) and _swaps_states():
+        raise StaysStock("this release takes the membrane that it is given for its synaptic current")
     spec = on_grid.spec_of(module)
     reason = "its equations are not written for the grid" if spec is None else on_grid.why_not(module, spec)
     if reason is not None:

@@ -41,8 +41,8 @@ def __getattr__(name: str) -> Any:
 
 
 def register() -> None:
-    """Put ``RevIFNode``, ``RevLIFNode``, ``RevParametricLIFNode`` and ``CoupledLIF`` into SpikingJelly's
-    neuron module.
+    """Put ``RevIFNode``, ``RevLIFNode``, ``RevParametricLIFNode``, and for 2.0 ``CoupledLIF``, into
+    SpikingJelly's neuron module.
 
     Example:
         >>> from spikingjelly.activation_based import neuron
@@ -51,5 +51,6 @@ def register() -> None:
         >>> neuron.RevLIFNode is adapter.RevLIFNode
         True
     """
-    for name in _HOMES:
-        setattr(installed().neuron, name, __getattr__(name))
+    for name, home in _HOMES.items():
+        if home == "neurons" or installed().has_operators:
+            setattr(installed().neuron, name, __getattr__(name))

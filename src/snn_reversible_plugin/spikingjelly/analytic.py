@@ -26,8 +26,16 @@ from snn_reversible_plugin.neurons.integrate_fire.reference import Neuron, Outpu
 from snn_reversible_plugin.neurons.surrogates import Surrogate, by_autograd
 from snn_reversible_plugin.neurons.witness import agree
 from snn_reversible_plugin.ops.chunks import chunk_size
-from snn_reversible_plugin.spikingjelly.calls import Call, MultiStep, SingleStep, final_membrane
-from snn_reversible_plugin.spikingjelly.copies import Copy, copy_of
+from snn_reversible_plugin.spikingjelly.calls import (
+    Call,
+    MultiStep,
+    Promised,
+    SingleStep,
+    all_membranes,
+    final_membrane,
+    first_membrane,
+)
+from snn_reversible_plugin.spikingjelly.copies import Copy, copy_of, in_torch
 from snn_reversible_plugin.spikingjelly.replayed import as_stock, is_learning, replayed
 from snn_reversible_plugin.spikingjelly.surrogates import (
     as_autograd,
@@ -37,7 +45,7 @@ from snn_reversible_plugin.spikingjelly.surrogates import (
     surrogate_of,
 )
 from snn_reversible_plugin.spikingjelly.types import equations_of, states_beside_v, stores_v_seq
-from snn_reversible_plugin.tape.final_membrane import FinalMembrane, Memories
+from snn_reversible_plugin.tape.final_membrane import FinalMembrane, LastOfAll, Memories, OfFirstStep
 
 # -- how a call is run ---------------------------------------------------------------------------------
 
@@ -68,6 +76,10 @@ _TEXTS = {ByReplay: "generic replay", ByStock: "stock"}
 _instead: weakref.WeakKeyDictionary[Any, ByReplay | ByStock] = weakref.WeakKeyDictionary()
 
 
+# Neurons that were found to take several steps: somebody read the membrane after their first one.
+_stepped: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
 class Analytic:
     """Mixin in front of one of the three neurons."""
 
@@ -84,7 +96,28 @@ class Analytic:
     def treatment_reason(self) -> str:
         """Why the last call's backward was not the written-out one, for reports."""
         instead = _instead.get(self)
-        return "" if instead is None else instead.reason
+        if instead is not None:
+            return instead.reason
+        return 'it computes as with backend="torch"' if getattr(self, "backend", "") == "cupy" else ""
+
+    @property
+    def v_seq(self) -> Any:
+        """The membranes of all steps [T, N, ...], where the neuron stores them."""
+        memories, attributes = self.__dict__.get("_memories", {}), self.__dict__
+        if "v_seq" in memories:
+            return memories["v_seq"]
+        if "v_seq" not in attributes:
+            raise AttributeError("v_seq")
+        if isinstance(memories, Memories) and memories.stored is not None:
+            attributes["v_seq"], memories.stored = memories.stored.read(), None
+        return attributes["v_seq"]
+
+    @v_seq.setter
+    def v_seq(self, value: Any) -> None:
+        memories = self.__dict__.get("_memories", {})
+        if isinstance(memories, Memories):
+            memories.stored = None
+        (memories if "v_seq" in memories else self.__dict__)["v_seq"] = value
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         chosen = how(self, args, kwargs)
@@ -93,7 +126,8 @@ class Analytic:
                 _instead.pop(self, None)
             return _run(self, args[0], chosen)
         if not tape.may_record():
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            with in_torch(self):  # type: ignore[arg-type]
+                return super().forward(*args, **kwargs)  # type: ignore[misc]
         _instead[self] = chosen
         run = replayed if isinstance(chosen, ByReplay) else as_stock
         return run(self, Analytic, args, kwargs)  # type: ignore[arg-type]
@@ -200,38 +234,67 @@ def _run(module: Any, x: Tensor, chosen: ByFormula) -> Tensor:
     v: Any = start
     again = v if isinstance(v, Tensor) else None
     ws: tuple[Tensor, ...] = ()
-    final = None
+    promised = Promised()
     if not is_multi_step(module):
         ws = () if w is None else (w,)
-        s, v = SingleStep.apply(x, v, again, call, *ws)
+        first = None
+        if torch.is_grad_enabled() and tape.may_promise() and again is None and module not in _stepped:
+            held = map(tape.handle_of, (x, *ws))
+            first = OfFirstStep(partial(_stepped.add, module), partial(first_membrane, call, v), *held)
+            promised = Promised(first)
+        s, v = SingleStep.apply(x, v, again, call, first, *ws)
+        states = [v]
         v_seq = None
     else:
         ws = () if w is None else (w,) * (1 if call.fused else x.shape[0])
         promises = torch.is_grad_enabled() and tape.may_promise()
-        if promises and not isinstance(v, Tensor) and not call.store_v_seq:
-            final = FinalMembrane(partial(final_membrane, call, v), *map(tape.handle_of, (x, *ws[:1])))
-        s, *states = MultiStep.apply(x, v, again, call, final, *ws)
+        if promises and not isinstance(v, Tensor):
+            promised = _promise(call, v, tuple(map(tape.handle_of, (x, *ws[:1]))))
+        s, *states = MultiStep.apply(x, v, again, call, promised, *ws)
         v_seq = states[-1] if call.store_v_seq else None
         v = states[0]
-        if v_seq is not None:
+        if v_seq is not None and promised.stored is None:
             tape.mark_opaque(v_seq)
             if call.fused:
                 v = v_seq[-1].clone()
-        if v_seq is not None or hasattr(module, "v_seq"):
+        if promised.stored is None and (v_seq is not None or hasattr(module, "v_seq")):
             module.v_seq = v_seq
     if call.neuron.surrogate.spikes:
         tape.mark_spikes(s)
     else:
         tape.mark_opaque(s)
-    if final is not None:
-        final.promise(v)
-        v = final
-        if not isinstance(module._memories, Memories):
-            module.__dict__["_memories"] = Memories(module._memories)
-    elif v_seq is None or not call.fused:
+    if any(promised):
+        _leave(module, promised, states)
+        return s
+    if v_seq is None or not call.fused:
         tape.mark_opaque(v)
     module._memories["v"] = v
     return s
+
+
+def _promise(call: Call, v: float, held: tuple[tape.Handle, ...]) -> Promised:
+    """The states of a sequence, to be computed when somebody reads them."""
+    stored = FinalMembrane(partial(all_membranes, call, v), *held) if call.store_v_seq else None
+    if call.store_v_seq and call.fused:  # stock cuts the last from the membranes of all steps
+        return Promised(stored=stored)
+    return Promised(FinalMembrane(partial(final_membrane, call, v), *held), stored)
+
+
+def _leave(module: Any, promised: Promised, places: list[Tensor]) -> None:
+    """Leave promises among a neuron's states; ``places`` are the outputs that get their gradients."""
+    memories = module._memories
+    if not isinstance(memories, Memories):
+        memories = module.__dict__["_memories"] = Memories(memories)
+    final, stored = promised
+    if stored is not None:
+        stored.promise(places[-1])
+        if "v_seq" in memories:
+            memories["v_seq"] = stored
+        else:
+            memories.stored = stored
+    if final is not None:
+        final.promise(places[0])
+    memories["v"] = LastOfAll(lambda: module.v_seq) if final is None else final
 
 
 def _call(module: Any, copy: Copy, shape: torch.Size, x: Tensor, w: Tensor | None) -> Call | str:
@@ -286,11 +349,7 @@ def _rule(module: Any, equations: Any, copy: Copy, x: Tensor, w: Tensor | None) 
 
 
 def _runs_torch(equations: Any, copy: Copy, device: torch.device, fused: bool) -> bool:
-    """Whether stock runs torch code here, rather than a kernel or an error message.
-
-    Of a release with ``backend="cupy"`` the torch code is the specification: cupy's kernels are compiled
-    with fast math, and round otherwise.
-    """
+    """Whether stock runs torch code here, rather than a kernel or an error message (:func:`in_torch`)."""
     if device.type == "cpu" or not copy.has_operators:
         return True
     choice = os.environ.get(f"SJ_{equations}_CUDA_IMPLEMENTATION", "auto")

@@ -68,6 +68,25 @@ def final_membrane(call: Call, v: float, x_seq: Tensor, w: Tensor | None = None)
     return multi_step(x_seq, v, call.with_leak(w))[1]
 
 
+def first_membrane(call: Call, v: float, x: Tensor, w: Tensor | None = None) -> Tensor:
+    """The membrane that one step leaves behind."""
+    return single_step(x, torch.full_like(x, v), call.with_leak(w))[1]
+
+
+def all_membranes(call: Call, v: float, x_seq: Tensor, w: Tensor | None = None) -> Tensor:
+    """The membranes after each step of a sequence."""
+    v_seq = multi_step(x_seq, v, call.with_leak(w), store_v_seq=True)[2]
+    assert v_seq is not None
+    return v_seq
+
+
+class Promised(NamedTuple):
+    """The promises of a sequence's states, in place of tensors."""
+
+    final: FinalMembrane | None = None
+    stored: FinalMembrane | None = None
+
+
 class MultiStep(torch.autograd.Function):
     """Spikes and final membrane, and what is stored of those between, of a whole sequence."""
 
@@ -78,15 +97,19 @@ class MultiStep(torch.autograd.Function):
         v: Any,
         _v_again: Any,
         call: Call,
-        final: FinalMembrane | None,
+        promised: Promised,
         *ws: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.final = None if final is None else weakref.ref(final)
+        final, stored = promised
+        ctx.promised = [None if one is None else weakref.ref(one) for one in promised]
         ctx.call, ctx.start = call, None if isinstance(v, Tensor) else v
         ctx.save_for_backward(x_seq, v if ctx.start is None else None, ws[0] if ws else None)
         with tape.paused():
-            spikes, v, v_seq = multi_step(x_seq, v, call.with_leak(ws[0] if ws else None), call.store_v_seq)
+            builds_v_seq = call.store_v_seq and stored is None
+            spikes, v, v_seq = multi_step(x_seq, v, call.with_leak(ws[0] if ws else None), builds_v_seq)
+            if stored is not None:
+                v_seq = stored.placeholder(spikes)
             if final is not None:
                 v = final.placeholder(v)
         if v_seq is None:
@@ -111,8 +134,10 @@ class MultiStep(torch.autograd.Function):
             v=ctx.needs_input_grad[1],
             q=w is not None and ctx.needs_input_grad[5],
         )
-        final = None if ctx.final is None else ctx.final()
-        v_last = None if final is None else final.empty()
+        final, stored = (None if one is None else one() for one in ctx.promised)
+        if stored is not None and not stored.settle():
+            stored.compute()
+        v_last = None if final is None or final.settle() else final.empty()
         # What is saved is part of the forward's graph, and a gradient must not be.
         found = multi_step_vjp(
             x_seq.detach(), ctx.start if v is None else v, OutputGradients(g_s, g_v, g_v_seq), neuron,
@@ -129,18 +154,21 @@ class SingleStep(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, v: Any, _v_again: Any, call: Call, *ws: Tensor
+        ctx: Any, x: Tensor, v: Any, _v_again: Any, call: Call, first: FinalMembrane | None, *ws: Tensor
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.call, ctx.start = call, None if isinstance(v, Tensor) else v
         with tape.paused():
             before = torch.full_like(x, v) if ctx.start is not None else v
             s, v, h, pull = single_step(x, before, call.with_leak(ws[0] if ws else None))
+            if first is not None:
+                v = first.placeholder(v)
+        ctx.first = None if first is None else weakref.ref(first)
         if ctx.start is not None:
             # A fresh membrane is charged with the current alone, which can be replayed.
             ctx.save_for_backward(x, *ws)
         else:
-            ctx.save_for_backward(h, *ws, *((pull,) if ws and ctx.needs_input_grad[4] else ()))
+            ctx.save_for_backward(h, *ws, *((pull,) if ws and ctx.needs_input_grad[5] else ()))
         return s, v
 
     @staticmethod
@@ -151,15 +179,18 @@ class SingleStep(torch.autograd.Function):
         if g_s is None and g_v is None:
             return (None,) * len(ctx.needs_input_grad)
         neuron = call.with_leak(w)
-        learns = w is not None and ctx.needs_input_grad[4]
+        learns = w is not None and ctx.needs_input_grad[5]
         if ctx.start is not None:
             # What is saved is part of the forward's graph, and a gradient must not be.
             x = h.detach()
-            _, _, h, pull = step(x, torch.full_like(x, ctx.start), neuron)
+            _, v, h, pull = step(x, torch.full_like(x, ctx.start), neuron)
+            first = None if ctx.first is None else ctx.first()
+            if first is not None and first.membrane is None and not first.settle():
+                first.keep(v)
             if (number := number_pulling(ctx.start, neuron.rule)) is not None:
                 pull = number
         grads = single_step_vjp(h, g_s, g_v, neuron, pull if learns else None)
         g_vs = grads.v if ctx.needs_input_grad[1] else (None, None)
         if w is None:
-            return grads.x, *g_vs, None
-        return grads.x, *g_vs, None, call.leak_vjp(grads.q, neuron.q, w)[0] if grads.q else None  # type: ignore[arg-type]
+            return grads.x, *g_vs, None, None
+        return grads.x, *g_vs, None, None, call.leak_vjp(grads.q, neuron.q, w)[0] if grads.q else None  # type: ignore[arg-type]

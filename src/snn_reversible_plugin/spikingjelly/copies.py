@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from snn_reversible_plugin.modules.kinds import spikingjelly_root
 from snn_reversible_plugin.neurons.integrate_fire.reference import Order, Rule
@@ -126,6 +128,25 @@ def copy_of(cls: type) -> Copy | None:
         if root := spikingjelly_root(base):
             return copy_at(root)
     return None
+
+
+@contextmanager
+def in_torch(module: nn.Module) -> Iterator[None]:
+    """Inside, a neuron that is set to compute in cupy computes in torch.
+
+    Of a release with ``backend="cupy"`` the torch code is the specification: cupy's kernels are compiled
+    with fast math, and round otherwise.
+    """
+    table, key = module.__dict__, "_backend" if "_backend" in module.__dict__ else "backend"
+    set_to = table.get(key)
+    if set_to != "cupy":
+        yield
+        return
+    table[key] = "torch"
+    try:
+        yield
+    finally:
+        table[key] = set_to
 
 
 @functools.cache

@@ -22,6 +22,8 @@ from snn_reversible_plugin.ops.chunks import chunk_size
 from snn_reversible_plugin.spikingjelly.copies import installed
 from snn_reversible_plugin.spikingjelly.surrogates import as_autograd, is_heaviside, proved
 
+if not installed().has_operators:
+    raise ImportError("CoupledLIF needs SpikingJelly 2.0: pip install 'spikingjelly>=2.0'")
 base: Any = installed().base
 surrogate: Any = installed().surrogate
 

@@ -20,18 +20,24 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from snn_reversible_plugin import tape
-from snn_reversible_plugin.tape.handles import Handle, peek
+from snn_reversible_plugin.tape.handles import Handle, Kept, Packed, peek
+from snn_reversible_plugin.tape.replayed import Replayed
 
 # NOTE [When a final membrane is computed]
 #
-# 1. In the neuron's backward, or the chain's, which has it at hand, if it is still among the states then:
-#    afterwards what it would be computed from is let go.
+# 1. In the neuron's backward, or the chain's, which has it at hand, if it is still among the states then,
+#    and what it would be computed from is larger: that is let go. Where it is smaller (bits of spikes and a
+#    convolution's weights), it is held instead, with copies of the parameters, which are about to change:
+#    64 channels of 32 x 32 for a batch of 32 are a membrane of 8.4 MB, 4 steps of bits and a 3 x 3
+#    convolution are 1.2 MB. The same holds of the membranes of all steps (v_seq), four times as large.
 # 2. When it is read before: the sequence is run again, from what the tape holds, or the chain is undone.
 # 3. Before an optimizer's step, should no backward have reached the neuron: afterwards the weights
 #    that made the current are others. Where they are others already, reading it says so.
 # 4. Never, if the states are reset, or set, first. Stock's ``reset`` looks at the states that it replaces,
 #    so a promise among a stock neuron's goes before (`ForgettingReset`).
-# 5. A sequence that starts from a state that an earlier one left shows a user who reads states: there the
+# 5. In steps, only after the first one of a fresh neuron. A second step reads that membrane, so a neuron
+#    that takes several makes the promise once, before anybody can know.
+# 6. A sequence that starts from a state that an earlier one left shows a user who reads states: there the
 #    membrane is computed at once.
 
 
@@ -81,6 +87,30 @@ class FinalMembrane:
         self._v, self._run, self._held = v, None, ()
         _promised.discard(self)
 
+    def settle(self) -> bool:
+        """Hold on, beyond the backward, to what it is computed from, if that is smaller; whether it is."""
+        if self._run is None or not self._held:
+            return False
+        waiting, met, kept = list(self._held), set(self._held), []
+        size, seen, place = 0, set[int](), self._place
+        while waiting:
+            handle = waiting.pop()
+            if not isinstance(handle, (Kept, Packed, Replayed)):
+                return False
+            size += handle.stored(seen)
+            if isinstance(handle, Kept):
+                kept.append(handle)
+            for other in handle.relies_on():
+                if other not in met:
+                    met.add(other)
+                    waiting.append(other)
+        if size >= place.numel() * place.element_size():
+            return False
+        for handle in kept:
+            handle.spill()
+        _promised.discard(self)
+        return True
+
     def compute(self) -> None:
         """Make the membrane known, if it is not."""
         run = self._run
@@ -95,6 +125,43 @@ class FinalMembrane:
             v: Tensor = _Read.apply(self._place, [self._v])
         tape.mark_opaque(v)
         return v
+
+
+class OfFirstStep(FinalMembrane):
+    """The membrane after a fresh neuron's first step; ``found_out`` is called when somebody reads it."""
+
+    __slots__ = ("_found_out",)
+
+    def __init__(self, found_out: Callable[[], None], run: Callable[..., Tensor], *held: Handle) -> None:
+        super().__init__(run, *held)
+        self._found_out = found_out
+
+    def read(self) -> Tensor:
+        self._found_out()
+        return super().read()
+
+
+class LastOfAll(FinalMembrane):
+    """The final membrane of a sequence whose membranes of all steps are promised: the last of those."""
+
+    __slots__ = ("_read_all",)
+
+    def __init__(self, read_all: Callable[[], Tensor]) -> None:
+        super().__init__(_never)
+        self._read_all = read_all
+
+    def compute(self) -> None:
+        """It is what those are."""
+
+    def read(self) -> Tensor:
+        with tape.paused(), torch.inference_mode(False), torch.enable_grad():
+            v = self._read_all()[-1].clone()
+        tape.mark_opaque(v)
+        return v
+
+
+def _never(*_: Any) -> Tensor:
+    raise AssertionError("it is read from the membranes of all steps")
 
 
 class _Read(torch.autograd.Function):
@@ -113,7 +180,8 @@ _promised: weakref.WeakSet[FinalMembrane] = weakref.WeakSet()
 def _compute_all(*_: Any) -> None:
     for membrane in list(_promised):
         with suppress(RuntimeError):  # reading it will say so; perhaps nobody does
-            membrane.compute()
+            if not membrane.settle():
+                membrane.compute()
 
 
 register_optimizer_step_pre_hook(_compute_all)
@@ -160,8 +228,11 @@ class Memories(dict[str, Any]):
     def __reduce_ex__(self, _protocol: Any) -> Any:
         return dict, (self.copy(),)
 
+    stored: FinalMembrane | None = None  # membranes of all steps, of a neuron that has them as an attribute
+
     def forget(self) -> None:
         """Drop what was promised and not read: the states are about to be reset."""
+        self.stored = None
         for key, value in super().items():
             if isinstance(value, FinalMembrane):
                 super().__setitem__(key, None)
