@@ -10,6 +10,7 @@ Source: ``MemoryModule`` of SpikingJelly 2.0, which keeps states in a dict of it
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -27,8 +28,9 @@ from snn_reversible_plugin.tape.handles import Handle, peek
 # 1. In the neuron's backward, or the chain's, which has it at hand, if it is still among the states then:
 #    afterwards what it would be computed from is let go.
 # 2. When it is read before: the sequence is run again, from what the tape holds, or the chain is undone.
-# 3. Before an optimizer's step, should no backward have reached the neuron: afterwards the weights
-#    that made the current are others. Where they are others already, reading it says so.
+# 3. Before an optimizer's step, and before a converted model loads weights, should no backward have
+#    reached the neuron: afterwards the weights that made the current are others. Where they are others
+#    already, reading it says so.
 # 4. Never, if the states are reset, or set, first. Stock's ``reset`` looks at the states that it replaces,
 #    so a promise among a stock neuron's goes before (`ForgettingReset`).
 # 5. A sequence that starts from a state that an earlier one left shows a user who reads states: there the
@@ -67,7 +69,7 @@ class FinalMembrane:
     def promise(self, place: Tensor) -> None:
         """From now on it may be read; ``place``, the function's output, gets the membrane's gradient."""
         self._place = place
-        _promised.add(self)
+        _promises().add(self)
 
     def empty(self) -> Tensor | None:
         """For the backward to fill and to :meth:`keep`; None if that is done."""
@@ -79,7 +81,7 @@ class FinalMembrane:
     def keep(self, v: Tensor) -> None:
         """The membrane is known; what it would be computed from is let go."""
         self._v, self._run, self._held = v, None, ()
-        _promised.discard(self)
+        _promises().discard(self)
 
     def compute(self) -> None:
         """Make the membrane known, if it is not."""
@@ -107,16 +109,25 @@ class _Read(torch.autograd.Function):
         return grad, None
 
 
-_promised: weakref.WeakSet[FinalMembrane] = weakref.WeakSet()
+_local = threading.local()
 
 
-def _compute_all(*_: Any) -> None:
-    for membrane in list(_promised):
+def _promises() -> weakref.WeakSet[FinalMembrane]:
+    """Those that this thread made: another thread may be in the middle of the backward that keeps them."""
+    promised: weakref.WeakSet[FinalMembrane] | None = getattr(_local, "promised", None)
+    if promised is None:
+        promised = _local.promised = weakref.WeakSet()
+    return promised
+
+
+def compute_all(*_: Any) -> None:
+    """Parameters are about to change: make every membrane known that somebody may still read."""
+    for membrane in list(_promises()):
         with suppress(RuntimeError):  # reading it will say so; perhaps nobody does
             membrane.compute()
 
 
-register_optimizer_step_pre_hook(_compute_all)
+register_optimizer_step_pre_hook(compute_all)
 
 
 class Memories(dict[str, Any]):
