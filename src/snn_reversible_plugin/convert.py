@@ -37,6 +37,7 @@ from snn_reversible_plugin.modules.swap import (
 from snn_reversible_plugin.modules.tracking import tracked
 from snn_reversible_plugin.neurons.on_grid import switches
 from snn_reversible_plugin.tape import MODES, hand_over, recording, suspended
+from snn_reversible_plugin.tape.final_membrane import compute_all
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -83,6 +84,10 @@ class Recorded(SwappedClass):
             if _buffers_are_broadcast():
                 hand_over(self.buffers())  # type: ignore[attr-defined]
             return result
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        compute_all()  # final membranes are of the weights before
+        return super().load_state_dict(*args, **kwargs)  # type: ignore[misc]
 
 
 def _buffers_are_broadcast() -> bool:

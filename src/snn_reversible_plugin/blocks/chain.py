@@ -24,6 +24,7 @@ from snn_reversible_plugin.blocks.coupling import Streams, entered, plain, split
 from snn_reversible_plugin.blocks.undo import Rebuild
 from snn_reversible_plugin.grid import check_bits
 from snn_reversible_plugin.modules.states import fresh_states
+from snn_reversible_plugin.ops.interrupts import put_back_interrupted
 
 BRANCHES = ("f", "g")
 
@@ -154,6 +155,7 @@ class RevSSequence(nn.Module):
         return self.blocks[0].bits  # type: ignore[return-value]
 
     def forward(self, x: Tensor | Streams) -> Tensor | Streams:
+        put_back_interrupted()
         blocks: list[RevSBlock] = list(self.blocks)  # type: ignore[arg-type]
         split_up, dim = isinstance(x, Tensor), blocks[0].dim
         x1, x2 = split(x, dim, "RevSSequence")

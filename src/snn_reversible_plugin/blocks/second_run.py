@@ -30,9 +30,18 @@ from snn_reversible_plugin.blocks.undo import Spikes, observed_spikes
 from snn_reversible_plugin.modules.as_it_ran import RandomNumbers
 from snn_reversible_plugin.modules.kinds import Table
 from snn_reversible_plugin.modules.registry import lean_types
-from snn_reversible_plugin.modules.states import Change, Key, Snapshot, differentiable, put, states_of
+from snn_reversible_plugin.modules.states import (
+    Change,
+    Key,
+    Snapshot,
+    differentiable,
+    put,
+    state_tensors,
+    states_of,
+)
 from snn_reversible_plugin.modules.swap import lent_classes
 from snn_reversible_plugin.ops.autocast import Autocast
+from snn_reversible_plugin.ops.interrupts import Left, PuttingBack
 
 # NOTE [What makes the second run the first one]
 #
@@ -245,7 +254,16 @@ class BranchRun:
         swapped: list[tuple[Table, str, Any]] = []
         entry: dict[Key, Tensor] = {}
         left = iter(states)
-        try:
+
+        def put_back(how: Left) -> None:
+            for table, key, value in swapped:
+                table[key] = value
+            self._train(modes)
+            # A while later states may be the user's own; those of the run still have its graph.
+            if how is not Left.UNSEEN or state_tensors(self._block):
+                now.put_back()
+
+        with PuttingBack(put_back):
             for table, key, value in self._entry:
                 if value is Tensor:
                     value = next(left).detach()
@@ -264,11 +282,6 @@ class BranchRun:
                             swapped.append((module._buffers, key, buffer))
                             module._buffers[key] = buffer.clone()
             yield entry
-        finally:
-            for table, key, value in swapped:
-                table[key] = value
-            self._train(modes)
-            now.put_back()
 
     def _train(self, modes: list[bool]) -> None:
         for module, training in zip(self._modules, modes, strict=True):

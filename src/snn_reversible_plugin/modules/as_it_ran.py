@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from snn_reversible_plugin.modules.states import OF_TORCH, Contents, Snapshot, cut_inside, tables_of
+from snn_reversible_plugin.ops.interrupts import surely
 
 
 class RandomNumbers:
@@ -45,11 +47,11 @@ class RandomNumbers:
     def again(self) -> Iterator[None]:
         """Context manager: the same numbers are drawn; afterwards generators go on from where they were."""
         now = self._read()
-        self._set(self._states)
         try:
+            self._set(self._states)
             yield
         finally:
-            self._set(now)
+            surely(partial(self._set, now))
 
     def _read(self) -> list[Tensor]:
         of_devices = (torch.get_device_module(device).get_rng_state(device) for device in self._devices)
@@ -76,13 +78,17 @@ def unchanged(model: nn.Module) -> Iterator[None]:
             for key in [key for key in table if key not in OF_TORCH]:
                 cut_inside(table, key)
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    for parameter, _ in gradients:
-        parameter.grad = None
-    try:
-        with RandomNumbers(parameter.device for parameter, _ in gradients).again():
-            yield
-    finally:
+
+    def put_back() -> None:
         before.put_back()
         contents.put_back()
         for parameter, gradient in gradients:
             parameter.grad = gradient
+
+    try:
+        for parameter, _ in gradients:
+            parameter.grad = None
+        with RandomNumbers(parameter.device for parameter, _ in gradients).again():
+            yield
+    finally:
+        surely(put_back)

@@ -14,6 +14,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from snn_reversible_plugin.ops.interrupts import surely
+
 T = TypeVar("T")
 
 
@@ -148,16 +150,20 @@ def _is_no_architecture(mixin: Any) -> bool:
 def stock_classes(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Inside, these instances have their stock classes."""
     classes = [(module, type(module), _STOCK_TYPE.of(module)) for module in modules]
-    for module, _, _ in classes:
-        unswap(module)
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         for module, cls, marked in classes:
             module.__class__ = cls
             _STOCK_TYPE.clear(module)
             if marked is not None:
                 _STOCK_TYPE.set(module, marked)
+
+    try:
+        for module, _, _ in classes:
+            unswap(module)
+        yield
+    finally:
+        surely(put_back)
 
 
 class Lent(NamedTuple):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,11 +21,13 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
+    _get_current_dispatch_mode_stack,
     _len_torch_dispatch_stack,
     _pop_mode,
     _push_mode,
 )
 
+from snn_reversible_plugin.ops.interrupts import surely
 from snn_reversible_plugin.tape.surroundings import OwnMode
 
 # NOTE [What a test of ours must not show]
@@ -41,8 +44,9 @@ from snn_reversible_plugin.tape.surroundings import OwnMode
 @contextmanager
 def alone() -> Iterator[None]:
     """Inside, autograd runs as in a fresh process: nothing that the user has on sees it, or changes it."""
-    modes = [_pop_mode() for _ in range(_len_torch_dispatch_stack())]
+    modes = _get_current_dispatch_mode_stack()
     try:
+        _set_modes([])
         with ExitStack() as stack:
             stack.enter_context(torch._C.DisableTorchFunction())
             stack.enter_context(torch.inference_mode(False))
@@ -54,8 +58,14 @@ def alone() -> Iterator[None]:
                 stack.enter_context(saved_tensors_hooks(_as_it_is, _as_it_is))
             yield
     finally:
-        for mode in reversed(modes):
-            _push_mode(mode)
+        surely(partial(_set_modes, modes))
+
+
+def _set_modes(modes: list[Any]) -> None:
+    while _len_torch_dispatch_stack():
+        _pop_mode()
+    for mode in modes:
+        _push_mode(mode)
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

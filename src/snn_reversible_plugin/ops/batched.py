@@ -8,23 +8,25 @@ one gradient of the batch after the other. Source: ``torch.autograd.grad``.
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from snn_reversible_plugin.ops.interrupts import Switch
+
 is_batched: Callable[[Tensor], bool] = getattr(
     torch._C._functorch, "is_legacy_batchedtensor", lambda _tensor: False
 )
 
-_local = threading.local()
+_comes_again = Switch()
 
 
 def comes_again() -> bool:
     """Whether the backward that runs here will be run again for the next gradient of a batch."""
-    return getattr(_local, "comes_again", False)
+    return _comes_again.is_on()
 
 
 def one_by_one(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -62,20 +64,12 @@ def one_by_one(backward: Callable[..., Any]) -> Callable[..., Any]:
         rows = []
         for index in range(number):
             row = [None if batch is None else batch[index if len(batch) > 1 else 0] for batch in batches]
-            found = _run(backward, ctx, row, index < number - 1)
+            with _comes_again.on() if index < number - 1 else nullcontext():
+                found = backward(ctx, *row)
             rows.append(found if isinstance(found, (tuple, list)) else (found,))
         return tuple(_wrapped(column, level) for column in zip(*rows, strict=True))
 
     return each
-
-
-def _run(backward: Callable[..., Any], ctx: Any, grads: list[Tensor | None], more: bool) -> Any:
-    outer = comes_again()
-    try:
-        _local.comes_again = more or outer
-        return backward(ctx, *grads)
-    finally:
-        _local.comes_again = outer
 
 
 def _unwrapped(grad: Tensor, level: int) -> Tensor:

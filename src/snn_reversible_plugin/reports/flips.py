@@ -14,6 +14,7 @@ from torch import nn
 
 from snn_reversible_plugin.blocks import RevSSequence
 from snn_reversible_plugin.blocks.undo import Rebuild
+from snn_reversible_plugin.ops.interrupts import surely
 
 
 class FlipCount:
@@ -70,10 +71,14 @@ def counting_flips(model: nn.Module) -> Iterator[FlipCount]:
     if not chains:
         raise ValueError(f"{type(model).__name__} has no RevSSequence, so that nothing is rebuilt")
     before = {name: chain.check for name, chain in chains.items()}
-    for chain in chains.values():
-        chain.check, chain.last_rebuild = True, None
-    try:
-        yield FlipCount(chains)
-    finally:
+
+    def put_back() -> None:
         for name, chain in chains.items():
             chain.check = before[name]
+
+    try:
+        for chain in chains.values():
+            chain.check, chain.last_rebuild = True, None
+        yield FlipCount(chains)
+    finally:
+        surely(put_back)

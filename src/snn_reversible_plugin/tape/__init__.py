@@ -43,7 +43,9 @@ from typing import Any
 
 import torch
 
+from snn_reversible_plugin.ops.interrupts import Left, Restoring, put_back_interrupted
 from snn_reversible_plugin.tape.handles import Handle, Kept, Packed, owns, peek, unpack
+from snn_reversible_plugin.tape.on_stack import OnThread
 from snn_reversible_plugin.tape.origins import OUTSIDE, enter, look_up
 from snn_reversible_plugin.tape.recipes import WORK_LIMIT
 from snn_reversible_plugin.tape.surroundings import runs_eagerly, to_be_repeated
@@ -81,7 +83,7 @@ def current() -> Tape | None:
     return getattr(_local, "tape", None)
 
 
-class recording:
+class recording(Restoring):
     """Context manager: a tape records on this thread.
 
     Inside another recording, under ``no_grad``, and where the stock network has to be seen
@@ -97,7 +99,7 @@ class recording:
         ValueError: an unknown mode.
     """
 
-    __slots__ = ("_hooks", "_tape", "check", "mode", "observer")
+    __slots__ = ("_tape", "check", "mode", "observer")
 
     def __init__(
         self, mode: str = "memory", *, check: bool = False, observer: Observer | None = None
@@ -108,24 +110,29 @@ class recording:
 
     def __enter__(self) -> Tape | None:
         self._tape: Tape | None = None
+        put_back_interrupted()
         if current() is not None or not may_record():
             return current()
         tape = Tape(self.mode, self.check, self.observer)
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(tape.pack, unpack)
-        self._hooks.__enter__()
+        on_thread = OnThread(tape, (tape.pack, unpack))
+
+        def put_back(how: Left) -> None:
+            _local.tape = None
+            on_thread.take_off(how is Left.BY_EXCEPTION)
+
+        self.taking(put_back)
         try:
-            tape.__enter__()
+            on_thread.put_on()
+            _local.tape = tape
         except BaseException:
-            self._hooks.__exit__()
+            self.put_back(True)
             raise
-        self._tape = _local.tape = tape
+        self._tape = tape
         return tape
 
     def __exit__(self, *exc: object) -> None:
         if self._tape is not None:
-            _local.tape = None
-            self._tape.__exit__(*exc)
-            self._hooks.__exit__()
+            self.put_back(exc[0] is not None)
             self._tape.finish()
             self._tape = None
 

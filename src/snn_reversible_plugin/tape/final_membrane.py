@@ -10,6 +10,7 @@ Source: ``MemoryModule`` of SpikingJelly 2.0, which keeps states in a dict of it
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -31,8 +32,9 @@ from snn_reversible_plugin.tape.replayed import Replayed
 #    64 channels of 32 x 32 for a batch of 32 are a membrane of 8.4 MB, 4 steps of bits and a 3 x 3
 #    convolution are 1.2 MB. The same holds of the membranes of all steps (v_seq), four times as large.
 # 2. When it is read before: the sequence is run again, from what the tape holds, or the chain is undone.
-# 3. Before an optimizer's step, should no backward have reached the neuron: afterwards the weights
-#    that made the current are others. Where they are others already, reading it says so.
+# 3. Before an optimizer's step, and before a converted model loads weights, should no backward have
+#    reached the neuron: afterwards the weights that made the current are others. Where they are others
+#    already, reading it says so.
 # 4. Never, if the states are reset, or set, first. Stock's ``reset`` looks at the states that it replaces,
 #    so a promise among a stock neuron's goes before (`ForgettingReset`).
 # 5. In steps, only after the first one of a fresh neuron. A second step reads that membrane, so a neuron
@@ -73,7 +75,7 @@ class FinalMembrane:
     def promise(self, place: Tensor) -> None:
         """From now on it may be read; ``place``, the function's output, gets the membrane's gradient."""
         self._place = place
-        _promised.add(self)
+        _promises().add(self)
 
     def empty(self) -> Tensor | None:
         """For the backward to fill and to :meth:`keep`; None if that is done."""
@@ -85,7 +87,7 @@ class FinalMembrane:
     def keep(self, v: Tensor) -> None:
         """The membrane is known; what it would be computed from is let go."""
         self._v, self._run, self._held = v, None, ()
-        _promised.discard(self)
+        _promises().discard(self)
 
     def settle(self) -> bool:
         """Hold on, beyond the backward, to what it is computed from, if that is smaller; whether it is."""
@@ -174,17 +176,26 @@ class _Read(torch.autograd.Function):
         return grad, None
 
 
-_promised: weakref.WeakSet[FinalMembrane] = weakref.WeakSet()
+_local = threading.local()
 
 
-def _compute_all(*_: Any) -> None:
-    for membrane in list(_promised):
+def _promises() -> weakref.WeakSet[FinalMembrane]:
+    """Those that this thread made: another thread may be in the middle of the backward that keeps them."""
+    promised: weakref.WeakSet[FinalMembrane] | None = getattr(_local, "promised", None)
+    if promised is None:
+        promised = _local.promised = weakref.WeakSet()
+    return promised
+
+
+def compute_all(*_: Any) -> None:
+    """Parameters are about to change: make every membrane known that somebody may still read."""
+    for membrane in list(_promises()):
         with suppress(RuntimeError):  # reading it will say so; perhaps nobody does
             if not membrane.settle():
                 membrane.compute()
 
 
-register_optimizer_step_pre_hook(_compute_all)
+register_optimizer_step_pre_hook(compute_all)
 
 
 class Memories(dict[str, Any]):

@@ -8,13 +8,13 @@ Source: ``torch.jit.trace``, ``torch.export``, ``torch.func``, ``TorchDispatchMo
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _len_torch_dispatch_stack
+
+from snn_reversible_plugin.ops.interrupts import Switch
 
 # NOTE [Modes that somebody else has on]
 #
@@ -34,23 +34,16 @@ _INFRASTRUCTURE = tuple(
     for name in ("FAKE", "PROXY", "FUNCTIONAL")
     if hasattr(torch._C._TorchDispatchModeKey, name)
 )
-_local = threading.local()
+_repeated = Switch()
 
 
 class OwnMode:
     """Mixin of the modes of this package, which are nothing foreign."""
 
 
-@contextmanager
-def to_be_repeated() -> Iterator[None]:
-    """Inside runs, without a graph, what a backward will run again with one."""
-    token = object()
-    before = getattr(_local, "repeated", None)
-    try:
-        _local.repeated = token
-        yield
-    finally:
-        _local.repeated = before
+def to_be_repeated() -> AbstractContextManager[None]:
+    """Context manager: inside runs, without a graph, what a backward will run again with one."""
+    return _repeated.on()
 
 
 def runs_eagerly() -> bool:
@@ -70,7 +63,7 @@ def _is_watched() -> bool:
     foreign = [mode for mode in _get_current_dispatch_mode_stack() if not isinstance(mode, OwnMode)]
     if not foreign:
         return False
-    if not torch.is_grad_enabled() and getattr(_local, "repeated", None) is None:
+    if not torch.is_grad_enabled() and not _repeated.is_on():
         return True
     return any(map(_counts, foreign)) or any(
         torch._C._get_dispatch_mode(key) is not None for key in _INFRASTRUCTURE

@@ -77,7 +77,7 @@ class Tape(OwnMode, TorchDispatchMode):
         self._graph_task = torch._C._current_graph_task_id()
         self._rules: dict[Any, Rule] = {}  # of operators that somebody else runs for the time being
         self._suspended = 0
-        self._paused = 0
+        self.pauses = 0
         self._outsiders = Outsiders()
         self._kept_by_storage: dict[int, list[weakref.ref[Kept]]] = {}
         self._just_kept: list[Kept] = []  # packed since the last operation
@@ -217,7 +217,7 @@ class Tape(OwnMode, TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if self._paused or torch._C._current_graph_task_id() != self._graph_task:
+        if self.pauses or torch._C._current_graph_task_id() != self._graph_task:
             return func(*args, **kwargs)
         just_kept, self._just_kept = self._just_kept, []
         if self._rules and not (types or self._suspended):
@@ -396,7 +396,7 @@ class OffStack:
             self._popped = True
             self._compiler = _set_compiler(None)
         else:
-            self._tape._paused += 1
+            self._tape.pauses += 1
 
     def __exit__(self, *exc: object) -> None:
         if self._tape is None:
@@ -405,4 +405,4 @@ class OffStack:
             _set_compiler(self._compiler)
             _push_mode(self._tape)
         else:
-            self._tape._paused -= 1
+            self._tape.pauses -= 1

@@ -22,6 +22,7 @@ from snn_reversible_plugin.neurons.on_grid.neuron import check_spikes
 from snn_reversible_plugin.neurons.on_grid.step import Stepped
 from snn_reversible_plugin.neurons.on_grid.timeline import NewState, OfTimelines, State
 from snn_reversible_plugin.neurons.surrogates import Surrogate
+from snn_reversible_plugin.ops.batched import one_by_one
 from snn_reversible_plugin.tape.handles import Handle, Passing
 from snn_reversible_plugin.tape.origins import enter
 
@@ -73,6 +74,7 @@ class _Charging(torch.autograd.Function):
         return membrane_of(tau, exc, inh)
 
     @staticmethod
+    @one_by_one
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (tau,) = ctx.saved_tensors
@@ -92,6 +94,7 @@ class _Firing(torch.autograd.Function):
         return spikes[0]
 
     @staticmethod
+    @one_by_one
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         mem, threshold = ctx.saved_tensors

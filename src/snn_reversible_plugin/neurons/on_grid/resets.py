@@ -24,6 +24,7 @@ from snn_reversible_plugin.grid.step import steps_on
 from snn_reversible_plugin.neurons.on_grid.leaky import Fired, Leaky, unpacked
 from snn_reversible_plugin.neurons.on_grid.step import Before, Charged, Parameters, Stepped
 from snn_reversible_plugin.neurons.on_grid.timeline import NewCharged, NewSpikes
+from snn_reversible_plugin.ops.batched import one_by_one
 from snn_reversible_plugin.ops.layouts import flat, like
 from snn_reversible_plugin.tape.origins import enter
 
@@ -199,6 +200,7 @@ class Resetting(torch.autograd.Function):
         return constants.write_reset(h, s - r, found)
 
     @staticmethod
+    @one_by_one
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         h, s, r = ctx.saved_tensors

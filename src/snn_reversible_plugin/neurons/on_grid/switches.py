@@ -6,33 +6,26 @@ autograd differentiates. The second is the specification: ``verify`` holds the f
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 from snn_reversible_plugin.grid import check_bits
 from snn_reversible_plugin.modules.swap import NAME, stock_type
+from snn_reversible_plugin.ops.interrupts import Switch
 
 BITS = 16
 
-_local = threading.local()
+_by_autograd = Switch()
 
 
-@contextmanager
-def autograd() -> Iterator[None]:
-    """Inside, steps on the grid run as operations that autograd differentiates."""
-    before = by_autograd()
-    _local.by_autograd = True
-    try:
-        yield
-    finally:
-        _local.by_autograd = before
+def autograd() -> AbstractContextManager[None]:
+    """Context manager: inside, steps on the grid run as operations that autograd differentiates."""
+    return _by_autograd.on()
 
 
 def by_autograd() -> bool:
     """Whether autograd differentiates steps on the grid here."""
-    return getattr(_local, "by_autograd", False)
+    return _by_autograd.is_on()
 
 
 def bits_of(module: Any) -> int:

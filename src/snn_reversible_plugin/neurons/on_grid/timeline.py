@@ -100,8 +100,8 @@ class Timeline:
     """
 
     __slots__ = (
-        "__weakref__", "charged", "currents", "cursors", "dynamics", "newest", "newest_fired", "reach",
-        "records", "ref", "watched_in",
+        "__weakref__", "_newest", "_whole", "charged", "currents", "cursors", "dynamics", "newest_fired",
+        "reach", "records", "ref", "watched_in",
     )  # fmt: skip
 
     def __init__(self, dynamics: Dynamics, like: Tensor, fired: Any) -> None:
@@ -110,7 +110,8 @@ class Timeline:
         self.records.append([] if fired is None else [fired])
         self.newest_fired: Any = fired  # the spikes of the newest state
         self.currents: list[Handle] = []
-        self.newest: Kept | None = None
+        self._newest: tuple[int, Kept | None] = 0, None
+        self._whole = True
         self.reach: Tensor | None = None  # of all states, where looking at it would wait for a device
         self.watched_in = -1  # the backward in which it was handed in last
         self.cursors: list[_Cursor] = []
@@ -120,7 +121,17 @@ class Timeline:
     @property
     def length(self) -> int:
         """How many steps have been taken."""
-        return len(self.currents)
+        return self._newest[0]
+
+    @property
+    def newest(self) -> Kept | None:
+        """The newest state, after :attr:`length` steps."""
+        return self._newest[1]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a step can follow: it can't where an interrupt came in the middle of the last one."""
+        return self._whole
 
     def step(
         self, current: Handle, newest: Kept, lost: Sequence[Any], fired: Sequence[Any], reach: Tensor | None
@@ -134,13 +145,15 @@ class Timeline:
             fired: its spikes as bits, and what its reset lost, in pieces; empty if it doesn't fire.
             reach: how far its states reach, where that is not known yet.
         """
+        self._whole = False
         self.records.append(lost)
         self.records.append(fired)
         self.newest_fired = fired[0] if fired else None
         self.currents.append(current)
-        self.newest = newest
         if reach is not None:
             self.reach = reach if self.reach is None else torch.maximum(self.reach, reach)
+        self._newest = self.length + 1, newest
+        self._whole = True
 
     def state(self, t: int) -> Tensor:
         """The state after step t, flat."""
@@ -151,9 +164,10 @@ class Timeline:
             cursor = min(behind, key=lambda one: one.t)
             self.cursors.remove(cursor)
         else:
-            assert self.newest is not None
-            newest, _ = self.newest.get(False)
-            cursor = _Cursor(self.length, newest.as_strided((newest.numel(),), (1,)))
+            length, kept = self._newest
+            assert kept is not None
+            newest, _ = kept.get(False)
+            cursor = _Cursor(length, newest.as_strided((newest.numel(),), (1,)))
         at, state = cursor
         while at > t:
             state = self._back(at, state)
@@ -205,6 +219,8 @@ def continued(u: Tensor, dynamics: Dynamics) -> Timeline | None:
         return None
     timeline = known.ref()
     if timeline is None or timeline.dynamics is not dynamics or known.t != timeline.length:
+        return None
+    if not timeline.is_whole:
         return None
     return timeline
 
