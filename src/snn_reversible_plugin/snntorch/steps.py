@@ -56,7 +56,8 @@ class Spec(NamedTuple):
 
     ``states`` are in the order of the arguments of ``forward``; ``constant``: the ``parameters`` may not
     be learned; ``arrange`` puts currents, states and parameters in the charge's order. ``undelayed``: it
-    has a ``reset_delay`` to turn off; ``always_delayed``: it has one that must be on.
+    has a ``reset_delay`` to turn off; ``always_delayed``: it has one that must be on; ``on_grid_only``:
+    resets under which the gradients of stock's graph add up in an order that two functions can't give.
     """
 
     stock_type: type[nn.Module]
@@ -69,11 +70,14 @@ class Spec(NamedTuple):
     undelayed: bool = False
     always_delayed: bool = False
     recurrent: bool = False
+    on_grid_only: tuple[str, ...] = ()
 
 
 def analytic(neuron: Any, spec: Spec, current: Tensor, given: tuple[Tensor | None, ...]) -> Any:
     """Run one analytic step and return what stock's ``forward`` would; None where stock has to run."""
     mechanism = mechanism_of(neuron, spec) if tape.may_record() else None
+    if mechanism in spec.on_grid_only:
+        return None
     states = None if mechanism is None else states_before(neuron, spec, current, given)
     if mechanism is None or states is None:
         return None
