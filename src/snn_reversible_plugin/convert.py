@@ -26,6 +26,7 @@ from snn_reversible_plugin.modules.kinds import is_spiking, load_adapters
 from snn_reversible_plugin.modules.registry import StaysStock, reversible_type, type_on_grid
 from snn_reversible_plugin.modules.swap import (
     NAME,
+    ON_GRID,
     SETTINGS,
     STRICT,
     SwappedClass,
@@ -241,6 +242,7 @@ def _put_on_grid(module: nn.Module, name: str, settings: Settings) -> None:
         return
     swap(module, target)
     NAME.set(module, name)
+    module.fix_grid()  # type: ignore[operator]
     if settings.arithmetic == "grid":
         STRICT.set(module, True)
 
@@ -259,6 +261,7 @@ def restore(model: M) -> M:
         unswap(module)
         SETTINGS.clear(module)
         NAME.clear(module)
+        ON_GRID.clear(module)
         STRICT.clear(module)
     for chain in wrapped_chains(model):
         if chain.by_conversion:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.grid.decays import AFTER, NONE
+from snn_reversible_plugin.grid.range import may_look
 from snn_reversible_plugin.neurons.leaky.call import Charging, Firing, fired, kind_of
 from snn_reversible_plugin.neurons.leaky.reference import (
     Charge,
@@ -242,7 +243,7 @@ def fires_its_own_way(neuron: nn.Module) -> bool:
 def is_ungraded(neuron: Any) -> bool:
     """Whether the factor of a neuron's spikes is known to be 1, without waiting for a device."""
     factor: Tensor = neuron.graded_spikes_factor
-    constant = factor.device.type == "cpu" and not factor.requires_grad and not factor.dim()
+    constant = may_look(factor.device) and not factor.requires_grad and not factor.dim()
     return constant and value_of(factor) == 1
 
 
