@@ -339,6 +339,11 @@ def is_on_grid(module: nn.Module) -> bool:
     return getattr(module, "arithmetic", None) == "grid"
 
 
+def grid_bits(module: nn.Module) -> int | None:
+    """Binary digits behind the point of the grid that a neuron runs on, k; None where it runs on none."""
+    return getattr(module, "bits_in_use", None) if is_on_grid(module) else None
+
+
 def off_grid_reason(name: str, module: nn.Module, settings: Settings) -> str:
     """Why a neuron of a model is off the grid, since the conversion or now; empty where it isn't."""
     now: str = getattr(module, "off_grid_reason", "")
