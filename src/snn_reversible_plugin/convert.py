@@ -26,6 +26,7 @@ from snn_reversible_plugin.modules.kinds import is_spiking, load_adapters
 from snn_reversible_plugin.modules.registry import StaysStock, reversible_type, type_on_grid
 from snn_reversible_plugin.modules.swap import (
     NAME,
+    ON_GRID,
     SETTINGS,
     STRICT,
     SwappedClass,
@@ -246,6 +247,7 @@ def _put_on_grid(module: nn.Module, name: str, settings: Settings) -> None:
         return
     swap(module, target)
     NAME.set(module, name)
+    module.fix_grid()  # type: ignore[operator]
     if settings.arithmetic == "grid":
         STRICT.set(module, True)
 
@@ -264,6 +266,7 @@ def restore(model: M) -> M:
         unswap(module)
         SETTINGS.clear(module)
         NAME.clear(module)
+        ON_GRID.clear(module)
         STRICT.clear(module)
     for chain in wrapped_chains(model):
         if chain.by_conversion:
@@ -339,6 +342,11 @@ def differentiated(model: nn.Module) -> Iterator[None]:
 def is_on_grid(module: nn.Module) -> bool:
     """Whether a neuron, as it is set now, runs on the grid."""
     return getattr(module, "arithmetic", None) == "grid"
+
+
+def grid_bits(module: nn.Module) -> int | None:
+    """Binary digits behind the point of the grid that a neuron runs on, k; None where it runs on none."""
+    return getattr(module, "bits_in_use", None) if is_on_grid(module) else None
 
 
 def off_grid_reason(name: str, module: nn.Module, settings: Settings) -> str:

@@ -2,6 +2,7 @@
 
 from snn_reversible_plugin.grid.numbers import (
     add_snapped,
+    bits_for,
     check_bits,
     decay,
     limit,
@@ -15,6 +16,7 @@ from snn_reversible_plugin.grid.range import check_range, reach, watch
 
 __all__ = [
     "add_snapped",
+    "bits_for",
     "check_bits",
     "check_range",
     "decay",

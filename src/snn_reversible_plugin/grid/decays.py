@@ -67,6 +67,9 @@ class Step:
 def decay_of(beta: float | Tensor, smallest: float, largest: float, whose: str) -> Decay:
     """The decay with these float32 factors: one number, or float64 [n] between the two given ones.
 
+    On a device, where nobody looks at factors, they are float32, [1] or [n], and the two given ones are
+    what room is made for.
+
     Raises:
         ValueError: a factor outside (0, 1], or so small that what it loses doesn't fit two bytes.
     """
@@ -82,7 +85,7 @@ def decay_of(beta: float | Tensor, smallest: float, largest: float, whose: str) 
             f'least {LOWEST:g}, or convert with arithmetic="stock".'
         )
     radix = math.ceil(1 / smallest)
-    inverse: Any = 1 / beta
+    inverse: Any = 1 / (beta.double() if isinstance(beta, Tensor) else beta)
     always = radix == 2 and largest == 0.5
     return Decay(beta, inverse, -0.5 * inverse - MARGIN, inverse - 1, radix, always)
 

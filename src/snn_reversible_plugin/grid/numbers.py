@@ -10,6 +10,7 @@ Networks", NeurIPS 2018, and Maclaurin et al., ICML 2015, without their integer 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from snn_reversible_plugin.grid.decays import MARGIN
 # 4. A sum that cancels is +0, so a stream may not hold -0: `snap` makes none. NaN and infinity are out
 #    of range.
 
+BITS = 16  # of a grid for values on the scale of 1
 _PRECISION = {torch.float32: 24, torch.float64: 53}
 
 
@@ -167,6 +169,30 @@ def limit(bits: int, dtype: torch.dtype = torch.float32) -> float:
         256.0
     """
     return 2.0 ** (_PRECISION[dtype] - bits)
+
+
+def bits_for(scale: float) -> int:
+    """Binary digits behind the point for a neuron whose threshold (or reset) has this magnitude.
+
+    A threshold of 1 gets 16: multiples of 2^-16 below 256. Each factor of two above it takes a bit, so that
+    there is always room for 128 thresholds. Each factor of sixteen below it adds three, not four: inputs
+    rarely shrink as far as a threshold does.
+
+    Args:
+        scale: 0, infinity and NaN count as 1.
+
+    Returns:
+        0 to 23.
+
+    Example:
+        >>> [bits_for(threshold) for threshold in (0.001, 0.01, 0.1, 0.5, 1.0, 1.9, 20.0, 300.0, 1e9)]
+        [22, 20, 18, 16, 16, 16, 12, 8, 0]
+    """
+    if not math.isfinite(scale) or scale == 0:
+        return BITS
+    exponent = math.log2(abs(scale))
+    finer = -math.floor(exponent) if exponent >= 0 else 3 * -math.ceil(exponent) // 4
+    return min(max(BITS + finer, 0), _PRECISION[torch.float32] - 1)
 
 
 def check_bits(bits: int, dtype: torch.dtype = torch.float32) -> None:

@@ -8,6 +8,7 @@ are looked at together when the backward is over. Source: this package's own.
 from __future__ import annotations
 
 import math
+import struct
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -27,6 +28,11 @@ from snn_reversible_plugin.grid.numbers import limit
 # 4. On a CPU the forward of a neuron's step has the number anyway, and looks at once: `check_step`.
 
 REMEDY = "Use fewer bits (each one less doubles the range), or normalize the branches."
+LOST = struct.unpack("f", struct.pack("I", 0x7FC05EED))[0]  # a NaN that no arithmetic makes
+_OF_LOST = (
+    "A decay has moved below what room was made for when the network was converted, or out of (0, 1], or a "
+    'state out of range. Keep it there, convert again between two steps, or use arithmetic="stock".'
+)
 _OF_NAN = "Look for NaN in inputs and parameters (torch.isnan), and for 0 / 0 or inf - inf before it."
 _OF_INFINITY = (
     "Look for infinity in inputs and parameters (torch.isinf), and for what overflowed before it."
@@ -55,12 +61,26 @@ class _Look:
 _looks: weakref.WeakValueDictionary[int, _Look] = weakref.WeakValueDictionary()
 
 
+HOSTS = frozenset({"cpu"})
+
+
+def may_look(device: torch.device) -> bool:
+    """Whether looking at a value on a device waits for nothing. Nobody else may, in a forward."""
+    return device.type in HOSTS
+
+
 def reach(stream: Tensor) -> Tensor:
     """The largest magnitude in a stream, on its device, without waiting for it; NaN if it holds one."""
     if stream.numel() == 0:
         return stream.new_zeros(())
     low, high = torch.aminmax(stream.detach())
     return torch.maximum(low.neg_(), high)
+
+
+def larger(a: Tensor, b: Tensor) -> Tensor:
+    """The larger of two reaches, NaN above all; :data:`LOST`, one of them, stays what it is."""
+    # Below their sign, the bits of floats are ordered as the floats are.
+    return torch.maximum(a.view(torch.int32), b.view(torch.int32)).view(torch.float32)
 
 
 def watch(name: str, reach: Tensor, bits: int, remedy: str = REMEDY) -> None:
@@ -97,7 +117,7 @@ def check_step(reach: Any, name: str, bits: int, remedy: str) -> Tensor | None:
     Returns:
         A reach that is on a device: it is to be watched in the backward.
     """
-    if isinstance(reach, Tensor) and reach.device.type != "cpu":
+    if isinstance(reach, Tensor) and not may_look(reach.device):
         return reach
     if not reach < limit(bits):
         raise _left(name, float(reach), bits, limit(bits), remedy)
@@ -146,7 +166,9 @@ def _check(reached: Iterable[_Reached]) -> None:
 
 def _left(name: str, value: float, bits: int, bound: float, remedy: str) -> OverflowError:
     found = f"reaches {value:g}, and with bits={bits} a grid is exact below {bound:g} only"
-    if math.isnan(value):
+    if math.isnan(value) and struct.pack("f", value) == struct.pack("f", LOST):
+        found, remedy = "lost more in a step than its records hold", _OF_LOST
+    elif math.isnan(value):
         found, remedy = "holds NaN, which no grid has", _OF_NAN
     elif math.isinf(value):
         found, remedy = "is infinite, which no grid reaches", _OF_INFINITY

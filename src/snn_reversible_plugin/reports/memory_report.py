@@ -39,7 +39,8 @@ class ModuleReport:
     """One module's row: ``stock_bytes`` and ``bytes`` held by what its forward saves, stock and converted.
 
     ``treatment`` counts the saved tensors by what became of them. ``neuron`` says how a spiking neuron
-    runs and with which guarantee, or why it stayed stock; it is empty for other modules.
+    runs and with which guarantee, or why it stayed stock; it is empty for other modules. ``grid_bits``:
+    binary digits behind the point, where it runs on a grid.
     """
 
     name: str
@@ -48,6 +49,7 @@ class ModuleReport:
     treatment: dict[str, int]
     stock_bytes: int
     bytes: int
+    grid_bits: int | None = None
 
 
 @dataclass
@@ -81,8 +83,9 @@ class MemoryReport:
         table.add_column("converted", justify="right", no_wrap=True)
         for row in self.modules:
             kinds = ", ".join(f"{count} {kind}" for kind, count in row.treatment.items())
+            neuron = row.neuron if row.grid_bits is None else f"{row.neuron}, 2^-{row.grid_bits}"
             table.add_row(
-                row.name, row.type, kinds, row.neuron, megabytes(row.stock_bytes), megabytes(row.bytes)
+                row.name, row.type, kinds, neuron, megabytes(row.stock_bytes), megabytes(row.bytes)
             )
         table.add_section()
         for label in ("held", "peak"):
@@ -173,6 +176,7 @@ def memory_report(
                 dict(treatments.get(name, {})),
                 by_stock.held[name],
                 held[name],
+                convert.grid_bits(module),
             )
             if row.stock_bytes or row.bytes or row.treatment or row.neuron:
                 rows.append(row)

@@ -29,7 +29,8 @@ class Verification:
     is the message of the check mode, if a rebuilt tensor was not the forward's. ``guarantees`` says of each
     spiking neuron in which arithmetic it runs; ``as_autograd``, where one runs on the grid, whether
     outputs, gradients and spikes are those of autograd through the same forward, bit for bit; else None.
-    ``off_grid`` says why a neuron is off the grid, or left it in this run.
+    ``off_grid`` says why a neuron is off the grid, or left it in this run, ``grid_bits`` how many binary
+    digits behind the point one has that is on it.
     """
 
     outputs_equal: bool
@@ -45,6 +46,7 @@ class Verification:
     guarantees: dict[str, str] = field(default_factory=dict)
     as_autograd: bool | None = None
     off_grid: dict[str, str] = field(default_factory=dict)
+    grid_bits: dict[str, int] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -87,6 +89,9 @@ class Verification:
         for arithmetic in sorted(set(self.guarantees.values())):
             names = [name or "model" for name, kind in self.guarantees.items() if kind == arithmetic]
             table.add_row(f"{arithmetic} arithmetic", "", ", ".join(names))
+        for bits in sorted(set(self.grid_bits.values())):
+            names = [name or "model" for name, its in self.grid_bits.items() if its == bits]
+            table.add_row(f"multiples of 2^-{bits}", "", ", ".join(names))
         for name, reason in self.stays_stock.items():
             table.add_row(f"{name} stays stock", "", reason)
         for name, reason in self.off_grid.items():
@@ -152,6 +157,11 @@ def verify(
             for name, module in model.named_modules()
             if is_spiking(module) and (reason := convert.off_grid_reason(name, module, settings))
         }
+        grid_bits = {
+            name: bits
+            for name, module in model.named_modules()
+            if (bits := convert.grid_bits(module)) is not None
+        }
         replay_error = None
         try:
             with step.unchanged(), convert.reversible(model, mode=settings.mode, check=True):
@@ -175,6 +185,7 @@ def verify(
         guarantees=guarantees,
         as_autograd=as_autograd,
         off_grid=off_grid,
+        grid_bits=grid_bits,
     )
 
 

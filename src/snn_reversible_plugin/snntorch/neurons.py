@@ -80,6 +80,7 @@ ALPHA = Spec(
     _alpha,
     {"_base_zero": AFTER, "_base_int": NONE},
     constant=True,
+    on_grid_only=(NONE,),
 )
 RLEAKY = LEAKY._replace(stock_type=snntorch.RLeaky, states=("spk", "mem"), resets=_RESETS, recurrent=True)
 # Its undelayed reset changes nothing that it returns, and fails where no spikes are passed.

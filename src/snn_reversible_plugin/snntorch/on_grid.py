@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from snn_reversible_plugin import tape
-from snn_reversible_plugin.grid.decays import AFTER, NONE, SUBTRACT
+from snn_reversible_plugin.grid.decays import AFTER, BEFORE, NONE, SUBTRACT
+from snn_reversible_plugin.grid.range import may_look
 from snn_reversible_plugin.modules.swap import LAST_RESET
 from snn_reversible_plugin.neurons.leaky.reference import AlphaCharge
 from snn_reversible_plugin.neurons.on_grid import switches
@@ -85,19 +86,22 @@ def _settings(neuron: Any, spec: Spec) -> str | Settings:
         return surrogate
     if neuron.threshold.dtype is torch.float64:
         return "it is float64"
-    kind, delayed = Leaky, not spec.undelayed or neuron.reset_delay
-    if not delayed and reset != NONE:
-        if neuron.inhibition:
-            return "its neighbours take part in its reset, which has no delay"
-        if neuron.reset_mechanism_val.device.type != "cpu":
-            return "its reset without delay waits for the device, which says which it is"
-        if value_of(neuron.reset_mechanism_val) != (0 if reset == SUBTRACT else 1):
-            return "its two resets are of two kinds"
-        kind = Undelayed
-    elif not delayed and value_of(neuron.reset_mechanism_val) != 2:
-        return "its two resets are of two kinds"
+    undelayed = spec.undelayed and not neuron.reset_delay
+    if undelayed and (reason := _why_not_at_once(neuron, reset)):
+        return reason
+    kind = Undelayed if undelayed and reset != NONE else Leaky
     how = FireAndReset(kind, reset, surrogate, neuron.spike_grad)
     return Settings(how, spec is neurons.ALPHA and reset == AFTER)
+
+
+def _why_not_at_once(neuron: Any, reset: str) -> str:
+    if neuron.inhibition:
+        return "its neighbours take part in its reset, which has no delay"
+    at_once = neuron.reset_mechanism_val
+    if not may_look(at_once.device):
+        return "its reset without delay waits for the device, which says which it is"
+    of_kind = {SUBTRACT: 0, BEFORE: 1, AFTER: 1, NONE: 2}[reset]
+    return "" if value_of(at_once) == of_kind else "its two resets are of two kinds"
 
 
 def _why_unknown(neuron: Any, spec: Spec) -> str:
@@ -123,6 +127,17 @@ class NeuronOnGrid(OnGrid):
         """How it fires and resets."""
         spec = spec_of(self)
         return "its equations are not written for the grid" if spec is None else _settings(self, spec)
+
+    def fix_grid(self: Any) -> None:
+        """By its threshold; decays are those of its states."""
+        spec = spec_of(self)
+        if spec is neurons.LAPICQUE:
+            decays = {"mem": _circuit_of((self.R, self.C, self.time_step))[0]}
+        elif spec is neurons.ALPHA:
+            decays = {"syn_exc": self.alpha, "syn_inh": self.beta}
+        else:
+            decays = {"mem": self.beta} | ({"syn": self.alpha} if hasattr(self, "syn") else {})
+        switches.fix(self, (self.threshold,), decays)
 
     def states_on_grid(self: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Those that are passed, and those that the neuron holds."""
@@ -297,7 +312,8 @@ def _constants(
     neuron: Any, name: str, how: FireAndReset, parameters: tuple[Tensor, Tensor], example: Tensor
 ) -> Leaky:
     whose = f"{switches.name_of(neuron)}.{name}"
-    return leaky(how, whose, switches.bits_of(neuron), parameters, example)
+    smallest = switches.smallest_decay(neuron, name)
+    return leaky(how, whose, switches.bits_of(neuron), parameters, example, smallest)
 
 
 def _circuit(neuron: Any) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.grid.decays import AFTER, NONE
+from snn_reversible_plugin.grid.range import may_look
 from snn_reversible_plugin.neurons.leaky.call import Charging, Firing, fired, kind_of
 from snn_reversible_plugin.neurons.leaky.reference import (
     Charge,
@@ -56,7 +57,8 @@ class Spec(NamedTuple):
 
     ``states`` are in the order of the arguments of ``forward``; ``constant``: the ``parameters`` may not
     be learned; ``arrange`` puts currents, states and parameters in the charge's order. ``undelayed``: it
-    has a ``reset_delay`` to turn off; ``always_delayed``: it has one that must be on.
+    has a ``reset_delay`` to turn off; ``always_delayed``: it has one that must be on; ``on_grid_only``:
+    resets under which the gradients of stock's graph add up in an order that two functions can't give.
     """
 
     stock_type: type[nn.Module]
@@ -69,11 +71,14 @@ class Spec(NamedTuple):
     undelayed: bool = False
     always_delayed: bool = False
     recurrent: bool = False
+    on_grid_only: tuple[str, ...] = ()
 
 
 def analytic(neuron: Any, spec: Spec, current: Tensor, given: tuple[Tensor | None, ...]) -> Any:
     """Run one analytic step and return what stock's ``forward`` would; None where stock has to run."""
     mechanism = mechanism_of(neuron, spec) if tape.may_record() else None
+    if mechanism in spec.on_grid_only:
+        return None
     states = None if mechanism is None else states_before(neuron, spec, current, given)
     if mechanism is None or states is None:
         return None
@@ -238,7 +243,7 @@ def fires_its_own_way(neuron: nn.Module) -> bool:
 def is_ungraded(neuron: Any) -> bool:
     """Whether the factor of a neuron's spikes is known to be 1, without waiting for a device."""
     factor: Tensor = neuron.graded_spikes_factor
-    constant = factor.device.type == "cpu" and not factor.requires_grad and not factor.dim()
+    constant = may_look(factor.device) and not factor.requires_grad and not factor.dim()
     return constant and value_of(factor) == 1
 
 

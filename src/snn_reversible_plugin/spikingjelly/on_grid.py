@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from snn_reversible_plugin.grid.range import may_look
 from snn_reversible_plugin.modules.kinds import is_multi_step
 from snn_reversible_plugin.neurons.integrate_fire.reference import Rule
 from snn_reversible_plugin.neurons.on_grid import switches
 from snn_reversible_plugin.neurons.on_grid.integrate_fire import IntegrateFire, integrate_fire
 from snn_reversible_plugin.neurons.on_grid.neuron import OffGrid, OnGrid, constants_of, value_of
 from snn_reversible_plugin.neurons.on_grid.step import step
+from snn_reversible_plugin.neurons.surrogates import Surrogate, of_users
 from snn_reversible_plugin.spikingjelly.surrogates import as_autograd, is_heaviside, surrogate_of
 from snn_reversible_plugin.spikingjelly.types import equations_of, row_of, states_beside_v, stores_v_seq
 
@@ -31,8 +33,9 @@ def why_not(module: Any) -> str | None:
         return "it runs all time steps in one call"
     if not row_of(module).on_grid:
         return "its equations are not written for the grid"
-    if not is_heaviside(surrogate_of(module)):
-        return "its surrogate is not one of SpikingJelly's own spiking ones"
+    function = surrogate_of(module)
+    if not is_heaviside(function) and isinstance(reason := of_users(function), str):
+        return reason
     if not _is_finite(module.v_threshold):
         return f"its threshold is {module.v_threshold}"
     if (
@@ -66,6 +69,13 @@ class NodeOnGrid(OnGrid):
             getattr(function, "alpha", None), None if w is None else value_of(w),
             switches.bits_of(self),
         )  # fmt: skip
+
+    def fix_grid(self: Any) -> None:
+        """By its threshold and its value of reset; a learned decay is that of its membrane."""
+        decays = {"v": 1 - self.w.detach().sigmoid()} if hasattr(self, "w") else {}
+        if decays and self.w.requires_grad:
+            decays["v"].requires_grad_()
+        switches.fix(self, (self.v_threshold, self.v_reset or 0.0), decays)
 
     def states_on_grid(self: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """The membrane."""
@@ -107,9 +117,12 @@ def _current(node: Any, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
 
 def _constants(node: Any, parameters: tuple[Tensor, ...]) -> IntegrateFire:
     """Made of a node as it is set now."""
-    beta, gain, held = 1.0, None, parameters
+    beta: Any = 1.0
+    gain, held = None, parameters
     if parameters:
-        beta, held = float(parameters[0].detach()), (node.w,)
+        beta, held = parameters[0].detach(), (node.w,)
+        smallest = switches.smallest_decay(node, "v")
+        beta = float(beta) if may_look(beta.device) else (beta, smallest)
     elif equations_of(node) == "LIF":
         beta = _single(1 - 1 / node.tau)
         gain = _single(1 / node.tau) if node.decay_input else None
@@ -120,10 +133,16 @@ def _constants(node: Any, parameters: tuple[Tensor, ...]) -> IntegrateFire:
         beta,
         gain,
         Rule(None, False, node.v_threshold, node.v_reset, bool(node.detach_reset)),
-        replace(as_autograd(function), fire=function),
+        replace(_surrogate_of(function), fire=function),
         held,
     )
 
 
+def _surrogate_of(function: Any) -> Surrogate:
+    known = as_autograd(function) if is_heaviside(function) else of_users(function)
+    assert isinstance(known, Surrogate)
+    return known
+
+
 def _single(value: float) -> float:
-    return float(torch.tensor(value, dtype=torch.float32))
+    return float(torch.tensor(value, dtype=torch.float32, device="cpu"))

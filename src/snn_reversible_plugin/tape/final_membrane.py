@@ -110,7 +110,7 @@ class FinalMembrane:
             return False
         for handle in kept:
             handle.spill()
-        _promised.discard(self)
+        _promises().discard(self)
         return True
 
     def compute(self) -> None:

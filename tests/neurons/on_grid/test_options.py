@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import snntorch
 import torch
+from spikingjelly.activation_based import functional, neuron
 from torch import Tensor, nn
 
 import snn_reversible_plugin as srp
@@ -224,11 +225,11 @@ def test_a_surrogate_that_fires_otherwise_than_on_the_sample_is_seen() -> None:
 @pytest.mark.filterwarnings("ignore:Inhibition is an unstable feature")
 def test_reasons() -> None:
     def changed() -> nn.Module:
-        neuron = make("Leaky", reset_delay=False)
-        neuron.reset_mechanism = "zero"
-        return neuron
+        lif = make("Leaky", reset_delay=False)
+        lif.reset_mechanism = "zero"
+        return lif
 
-    for neuron, reason in (
+    for lif, reason in (
         (make("Alpha", learn_beta=True), "its constants are learned"),
         (make("Alpha", reset_mechanism="subtract"), "its reset is not written for the grid"),
         (make("Lapicque", beta=0.7, learn_beta=True), "its constants are learned"),
@@ -238,7 +239,7 @@ def test_reasons() -> None:
         (changed(), "its two resets are of two kinds"),
         (make("Leaky", surrogate_disable=True), "its surrogate has no gradient"),
     ):
-        net = srp.convert_to_reversible(nn.Sequential(nn.Identity(), neuron))
+        net = srp.convert_to_reversible(nn.Sequential(nn.Identity(), lif))
         assert reason in convert.settings_of(net).off_grid["1"]
 
 
@@ -276,3 +277,44 @@ def test_half_precision_has_stocks_dtypes(half: torch.dtype, how: str) -> None:
             assert (stock is None) == (ours is None)
             assert stock is None or stock.dtype is ours.dtype, (kind, reset)
     assert on_the_grid >= {"autocast": 6, "input": 4, "network": 3}[how]
+
+
+class Stepped(nn.Module):
+    """SpikingJelly's neurons, one time step at a time."""
+
+    def __init__(self, make_neuron: Any) -> None:
+        super().__init__()
+        self.fc1, self.lif1 = nn.Linear(5, 4), make_neuron()
+        self.fc2, self.lif2 = nn.Linear(4, 4), make_neuron()
+
+    def forward(self, x_seq: Tensor) -> list[Tensor]:
+        functional.reset_net(self)
+        seen = []
+        for x in x_seq:
+            seen += [self.lif2(self.fc2(self.lif1(self.fc1(x)))), self.lif1.v, self.lif2.v]
+        return seen
+
+
+@pytest.mark.parametrize("function", SURROGATES)
+@pytest.mark.parametrize("v_reset", [None, 0.0])
+def test_spikingjellys_neurons_with_surrogates_that_users_wrote(
+    function: Any, v_reset: float | None
+) -> None:
+    for node, detach in itertools.product((neuron.IFNode, neuron.ParametricLIFNode), (False, True)):
+        net = Stepped(
+            lambda node=node, detach=detach: node(
+                v_threshold=0.1, v_reset=v_reset, detach_reset=detach, surrogate_function=function
+            )
+        )
+        x_seq = torch.randn(7, 3, 5) * 2 + 0.3
+        stock = train(net, x_seq)
+        functional.reset_net(net)
+        srp.convert_to_reversible(net)
+        assert convert.is_on_grid(net.lif1)
+        with convert.differentiated(net):
+            expected = train(net, x_seq)
+        actual = train(net, x_seq)
+        assert equal(actual, expected)
+        assert torch.stack(actual[0][::3]).any()
+        for ours, theirs in zip(itertools.chain(*actual), itertools.chain(*stock), strict=True):
+            assert torch.allclose(ours, theirs, atol=5e-3, rtol=1e-3)

@@ -506,8 +506,8 @@ def test_a_charged_membrane_out_of_range_is_seen_though_the_reset_brings_it_back
 ) -> None:
     net = nn.Sequential(nn.Identity(), neuron.IFNode(10.0, v_reset))
     srp.convert_to_reversible(net, arithmetic="grid")
-    with pytest.raises(OverflowError, match=r"1 \(\w*IFNode\).*reaches 260"):
-        net(torch.full((1, 3), 260.0, requires_grad=True))
+    with pytest.raises(OverflowError, match=r"1 \(\w*IFNode\).*reaches 2050"):
+        net(torch.full((1, 3), 2050.0, requires_grad=True))
 
 
 @pytest.mark.parametrize("make", [leaky, lambda: Stepped(neuron.IFNode), lambda: Stepped(neuron.LIFNode)])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from snn_reversible_plugin.grid.decays import AFTER, BEFORE, SUBTRACT, Decay, Step, digits_a_byte
+from snn_reversible_plugin.grid.range import LOST
 from snn_reversible_plugin.ops.bits import reference as bits_form
 
 
@@ -59,8 +60,12 @@ def charge(
     if spikes is not None and whole:
         a.mul_(1 - spikes)
     v = a.mul_(step.decay.beta).add_(0.5).floor()
+    unfit = None
     if record and not whole:
-        pieces += _digits(step.decay, a.sub_(v))
+        digits = a.sub_(v).div_(step.decay.beta).floor_()
+        if isinstance(step.decay.beta, Tensor):
+            unfit = (digits >= step.decay.radix).any()  # nobody looked at its factors
+        pieces += _digits(step.decay, digits)
     w = v.float()
     if spikes is not None and step.reset == SUBTRACT:
         w.sub_(spikes * step.theta)
@@ -68,7 +73,10 @@ def charge(
     if spikes is not None and step.reset == AFTER:
         w = w.masked_fill_(spikes != 0, 0.0)
     torch.mul(w, 1 / step.scale, out=out)
-    return pieces, reach(out), None if fires is None else fire(out, *fires)
+    size = reach(out)
+    if unfit is not None:
+        size = torch.where(unfit, LOST, size)
+    return pieces, size, None if fires is None else fire(out, *fires)
 
 
 def undo(state: Tensor, current: Tensor, bits: Tensor | None, step: Step, record: Tensor) -> Tensor:
@@ -135,10 +143,9 @@ def _current_units(current: Tensor, step: Step) -> Tensor:
     return (current * step.gain).mul_(step.scale).round_()
 
 
-def _digits(decay: Decay, fraction: Tensor) -> list[Tensor]:
+def _digits(decay: Decay, digits: Tensor) -> list[Tensor]:
     if decay.radix == 1:
         return []
-    digits = fraction.div_(decay.beta).floor_()
     if decay.radix == 2:
         return [bits_form.pack_bits(digits)]
     if decay.radix > 256:

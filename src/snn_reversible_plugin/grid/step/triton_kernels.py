@@ -27,7 +27,7 @@ from snn_reversible_plugin.ops.bits.triton_kernels import load_bits, load_flags,
 #    16 p: it is divided as in 3., rounding up.
 # 5. Digits have a number of bits that the host knows: of a decay that learns, it was fixed before. A digit
 #    that doesn't fit is lost, and so is a state beyond 2^30, or what a beta outside [2^-16, 1] does. Then
-#    the reach is NaN, which is out of every range: whoever walks back looks at it first.
+#    the reach is a NaN of its own, which is out of every range: whoever walks back looks at it first.
 #
 # NOTE [What a reset to a value loses]
 #
@@ -52,7 +52,8 @@ EACH = tl.constexpr(2)  # or to one for each
 PLANES = tl.constexpr(3)  # bytes of a value that a reset loses
 _ROOM = tl.constexpr(256**3)  # where such values end
 _LARGEST = tl.constexpr(2.0**30)
-_NAN = tl.constexpr(0x7FC00000)
+_INFINITY = tl.constexpr(0x7F800000)
+_LOST = tl.constexpr(0x7FC05EED)  # as a float, `grid.range.LOST`
 
 
 @triton.jit
@@ -143,7 +144,8 @@ def _size(values):
 
 @triton.jit
 def _add_reach(reach, size, lost, mask):
-    size = tl.where(mask, tl.where(lost, _NAN, size), 0)
+    # A state that is NaN or infinite is said to be that.
+    size = tl.where(mask, tl.where(lost & (size < _INFINITY), _LOST, size), 0)
     tl.atomic_max(reach, tl.max(tl.max(size, axis=1), axis=0), sem="relaxed")
 
 

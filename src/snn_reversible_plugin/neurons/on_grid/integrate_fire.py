@@ -21,6 +21,7 @@ from snn_reversible_plugin.grid.decays import NONE, Step, decay_of
 from snn_reversible_plugin.grid.range import check_step, reach
 from snn_reversible_plugin.grid.step import steps_on
 from snn_reversible_plugin.neurons.integrate_fire.reference import Rule, fire_reset_vjp
+from snn_reversible_plugin.neurons.on_grid.neuron import check_spikes
 from snn_reversible_plugin.neurons.on_grid.step import Before, Charged, Constants, Parameters, Stepped
 from snn_reversible_plugin.neurons.on_grid.timeline import REMEDY, NewCharged
 from snn_reversible_plugin.neurons.rerun import differentiable_once
@@ -41,7 +42,7 @@ class IntegrateFire(Constants):
 
     rule: Rule
     surrogate: Surrogate
-    beta: float
+    beta: Any
 
     @property
     def resets_at_once(self) -> bool:
@@ -77,7 +78,7 @@ class IntegrateFire(Constants):
         """That of the charged membrane; not both of the given are None."""
         rule, surrogate, stride = self.rule, self.surrogate, h.stride()
         given = [g for g in (g_s, g_v) if g is not None and g.stride() == stride]
-        if len(given) < 2 or (rule.v_reset is None and rule.detach_reset):
+        if len(given) < 2 or surrogate.strict or (rule.v_reset is None and rule.detach_reset):
             return fire_reset_vjp(h, g_s, g_v, rule, surrogate)
         # The same, with fewer passes over memory.
         g_s, g_v = given
@@ -114,7 +115,7 @@ class IntegrateFire(Constants):
 def integrate_fire(
     name: str,
     bits: int,
-    beta: float,
+    beta: float | tuple[Tensor, float],
     gain: float | None,
     rule: Rule,
     surrogate: Surrogate,
@@ -125,7 +126,8 @@ def integrate_fire(
     Args:
         name: whose membrane it is, for errors.
         bits: the grid's.
-        beta: the decay, a float32 in (0, 1].
+        beta: the decay, a float32 in (0, 1]; on a device, where a learned one is not looked at, it as a
+            tensor, and the smallest that there is room for.
         gain: what the input is multiplied with, None for 1.
         rule: the neuron's threshold and reset, as the user gave them.
         surrogate: its firing function, a Heaviside step that autograd differentiates, and the gradient.
@@ -137,10 +139,14 @@ def integrate_fire(
     scale = 2.0**bits
     theta = round(rule.v_threshold * scale) / scale
     to = None if rule.v_reset is None else round(rule.v_reset * scale) / scale
-    charge = Step(decay_of(beta, beta, beta, name), theta * scale, NONE, scale, gain)
+    factor, smallest, largest = (*beta, 1.0) if isinstance(beta, tuple) else (beta, beta, beta)
+    if isinstance(factor, Tensor):
+        factor = factor.view(1)
+    decay = decay_of(factor, smallest, largest, name)
+    charge = Step(decay, theta * scale, NONE, scale, gain)
     rule = rule._replace(v_threshold=theta, v_reset=to)
     fire, surrogate = surrogate.fire, replace(surrogate, fire=None)
-    return IntegrateFire(name, bits, charge, fire, parameters, rule, surrogate, beta)
+    return IntegrateFire(name, bits, charge, fire, parameters, rule, surrogate, factor)
 
 
 class Stepping(torch.autograd.Function):
@@ -159,11 +165,13 @@ class Stepping(torch.autograd.Function):
         record = timeline is not None
         h, s, after = like(v), like(v), like(v)
         flat_h, flat_s = flat(h, stride), flat(s, stride)
-        fires = rule.v_threshold, True, flat_s
+        fires = rule.v_threshold, not constants.surrogate.strict, flat_s
         digits, reach, bits = form.charge(
             flat(v, stride), flat(x, stride), None, step, record, flat_h, fires
         )
         reaches.append(reach)
+        if constants.surrogate.users:
+            check_spikes(constants.fire, h - rule.v_threshold, s)
         resets, reach = form.reset(
             flat_h, flat_s, step.theta, rule.v_reset, step.scale, record, flat(after, stride)
         )

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from snn_reversible_plugin.grid import decay, snap
 from snn_reversible_plugin.grid.decays import AFTER, BEFORE, NONE, SUBTRACT, Step, decay_of
+from snn_reversible_plugin.grid.range import may_look
 from snn_reversible_plugin.grid.step import as_pieces, steps_on
 from snn_reversible_plugin.neurons.leaky.reference import through_clamp
 from snn_reversible_plugin.neurons.on_grid.neuron import check_spikes
@@ -54,7 +55,7 @@ class Leaky(Constants):
         surrogate: None for a state that doesn't fire.
         beta: the decay, clamped.
         theta: the threshold on the grid, as a tensor of the parameter's shape.
-        flat_theta: the same as a number, or float32 [n].
+        flat_theta: the same as a number, on a device float32 [1], or float32 [n].
     """
 
     surrogate: Surrogate | None
@@ -191,7 +192,7 @@ class Leaky(Constants):
     def vjp(self, mem: Tensor, g: Tensor) -> Tensor:
         """The gradient of a membrane from that of its spikes."""
         assert self.surrogate is not None
-        write = in_one_pass(self.surrogate) if mem.device.type == "cpu" else None
+        write = in_one_pass(self.surrogate) if may_look(mem.device) else None
         stride = mem.stride()
         if write is None or g.stride() != stride or g.dtype is not torch.float32:
             return self.surrogate.vjp(g, mem - self.theta)
@@ -239,7 +240,12 @@ class FireAndReset(NamedTuple):
 
 
 def leaky(
-    how: FireAndReset, name: str, bits: int, parameters: tuple[Tensor, Tensor], example: Tensor
+    how: FireAndReset,
+    name: str,
+    bits: int,
+    parameters: tuple[Tensor, Tensor],
+    example: Tensor,
+    smallest: float = 0.5,
 ) -> Leaky:
     """The constants of one of a neuron's states.
 
@@ -249,27 +255,33 @@ def leaky(
         bits: the grid's.
         parameters: the decay, which is clamped to [0, 1], and the threshold: of any shape that broadcasts.
         example: a tensor of the state's shape and layout.
+        smallest: the smallest decay that there is room for on a device, which is not asked for its own.
 
     Raises:
         ValueError: a decay that can't be undone.
     """
-    beta, threshold = parameters
+    (beta, threshold), scale = parameters, 2.0**bits
     with torch.no_grad():
-        clamped = beta.float().clamp(0, 1)
-        factor: Any = float(clamped) if clamped.numel() == 1 else _each(clamped, example).double()
-        if isinstance(factor, float):
-            low = high = factor
+        clamped, theta = beta.float().clamp(0, 1), snap(threshold.float(), bits)
+        factor, flat_theta = (_as_number_or_each(one, example) for one in (clamped, theta))
+        if not may_look(example.device):
+            decay = decay_of(factor, smallest, 1.0, name)
+        elif not bool(theta.isfinite().all()):
+            raise ValueError(f"{name}: a threshold that is not finite can't be on the grid.")
+        elif isinstance(factor, float):
+            decay = decay_of(factor, factor, factor, name)
         else:
             low, high = (float(end) for end in torch.aminmax(clamped))
-        theta = snap(threshold.float(), bits)
-        if not bool(theta.isfinite().all()):
-            raise ValueError(f"{name}: a threshold that is not finite can't be on the grid.")
-        flat_theta: Any = float(theta) if theta.numel() == 1 else _each(theta, example)
-    scale = 2.0**bits
-    charge = Step(
-        decay_of(factor, low, high, name), how.kind.lowest(flat_theta * scale, example), how.reset, scale
-    )
+            decay = decay_of(factor.double(), low, high, name)
+    charge = Step(decay, how.kind.lowest(flat_theta * scale, example), how.reset, scale)
     return how.kind(name, bits, charge, how.fire, parameters, how.surrogate, clamped, theta, flat_theta)
+
+
+def _as_number_or_each(parameter: Tensor, example: Tensor) -> Any:
+    """A number, on a device as a tensor of one; or an element for each neuron, flat."""
+    if parameter.numel() > 1:
+        return _each(parameter, example)
+    return float(parameter) if may_look(example.device) else parameter.view(1)
 
 
 def _each(parameter: Tensor, example: Tensor) -> Tensor:
@@ -339,7 +351,9 @@ def _gated(g: Tensor, factor: Any, reset: Tensor) -> Tensor:
         return (g * factor).mul_(1 - _spikes(reset, g))
     out = torch.empty(g.shape, device=g.device)
     form = steps_on(g.device)
-    form.gate(flat(g, out.stride()), float(factor), as_pieces(reset), out.view(-1))
+    if isinstance(factor, Tensor):
+        factor = float(factor) if may_look(factor.device) else factor.view(1)
+    form.gate(flat(g, out.stride()), factor, as_pieces(reset), out.view(-1))
     return out
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from snn_reversible_plugin import tape
+from snn_reversible_plugin.grid.range import may_look
 from snn_reversible_plugin.modules.swap import STRICT, SwappedClass
 from snn_reversible_plugin.neurons.on_grid import switches
 
@@ -46,8 +47,8 @@ class OffGrid(Exception):
 class OnGrid(SwappedClass):
     """In front of a neuron's class: its single steps are reversible in time.
 
-    An attribute ``grid_bits`` of the neuron sets the grid's binary digits behind the point, 16 by default.
-    Adapters give the two methods that raise here.
+    An attribute ``grid_bits`` of the neuron sets the grid's binary digits behind the point; by default they
+    follow its threshold. Adapters give the methods that raise here.
     """
 
     def grid_settings(self) -> Any:
@@ -61,9 +62,18 @@ class OnGrid(SwappedClass):
         """
         raise NotImplementedError
 
+    def fix_grid(self) -> None:
+        """Fix what a conversion fixes: :func:`~.neurons.on_grid.switches.fix`."""
+        raise NotImplementedError
+
     def states_on_grid(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """The states that a call with these arguments starts from; without any, those the neuron holds."""
         raise NotImplementedError
+
+    @property
+    def bits_in_use(self) -> int:
+        """The grid's binary digits behind the point."""
+        return switches.bits_of(self)
 
     @property
     def is_set_for_grid(self) -> bool:
@@ -165,7 +175,7 @@ def check_spikes(fire: Any, u: Tensor, spikes: Tensor) -> None:
     Raises:
         OffGrid: it gives others.
     """
-    if u.device.type == "cpu":
+    if may_look(u.device):
         with torch.no_grad():
             theirs = fire(u)
         if not torch.equal(theirs, spikes):
@@ -175,7 +185,7 @@ def check_spikes(fire: Any, u: Tensor, spikes: Tensor) -> None:
 def value_of(parameter: Tensor) -> Any:
     """What tells whether a parameter is what it was: on a CPU its values, because a write through ``.data``
     moves no version; on a device, which is not waited for, its version and address."""
-    if parameter.device.type != "cpu":
+    if not may_look(parameter.device):
         return id(parameter), parameter._version, parameter.data_ptr()
     with (
         torch._C._DisableTorchDispatch()

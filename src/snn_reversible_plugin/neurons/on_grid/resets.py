@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.grid import reach, snap
 from snn_reversible_plugin.grid.decays import SUBTRACT
+from snn_reversible_plugin.grid.range import may_look
 from snn_reversible_plugin.grid.step import steps_on
 from snn_reversible_plugin.neurons.on_grid.leaky import Fired, Leaky, unpacked
 from snn_reversible_plugin.neurons.on_grid.step import Before, Charged, Parameters, Stepped
@@ -49,7 +50,7 @@ class ResetByGiven(Leaky):
     @staticmethod
     def lowest(theta: Any, example: Tensor) -> Any:
         """Of all states: they may be anywhere. Kernels on devices have room for half of them only."""
-        return -(2.0**24) if example.device.type == "cpu" else -(2.0**23)
+        return -(2.0**24) if may_look(example.device) else -(2.0**23)
 
     def reset_by(self, before: Before, parameters: Parameters) -> Tensor | None:
         """They themselves, which are on the tape."""

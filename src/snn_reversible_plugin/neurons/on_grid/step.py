@@ -14,13 +14,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.grid import snap
 from snn_reversible_plugin.grid.decays import NONE, Step
-from snn_reversible_plugin.grid.range import check_step, reach
+from snn_reversible_plugin.grid.range import check_step, larger, reach
 from snn_reversible_plugin.neurons.on_grid import switches
 from snn_reversible_plugin.neurons.on_grid.timeline import (
     REMEDY,
@@ -207,5 +206,5 @@ def _checked(constants: Constants, reaches: Sequence[Any]) -> Tensor | None:
     for one in reaches:
         later = check_step(one, constants.name, constants.bits, REMEDY)
         if later is not None:
-            unknown = later if unknown is None else torch.maximum(unknown, later)
+            unknown = later if unknown is None else larger(unknown, later)
     return unknown

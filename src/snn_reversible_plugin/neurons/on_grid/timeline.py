@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from snn_reversible_plugin.grid import watch
+from snn_reversible_plugin.grid.range import larger
 from snn_reversible_plugin.grid.step import steps_on
 from snn_reversible_plugin.neurons.on_grid.remainders import Remainders
 from snn_reversible_plugin.ops.layouts import flat
@@ -151,7 +152,7 @@ class Timeline:
         self.newest_fired = fired[0] if fired else None
         self.currents.append(current)
         if reach is not None:
-            self.reach = reach if self.reach is None else torch.maximum(self.reach, reach)
+            self.reach = reach if self.reach is None else larger(self.reach, reach)
         self._newest = self.length + 1, newest
         self._whole = True
 
