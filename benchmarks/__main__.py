@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import pages, running, store, targets, treatments
+from . import pages, running, store, targets
 from .experiment import Options
 from .experiments import EXPERIMENTS
 from .pictures import IMAGES
@@ -81,7 +81,7 @@ def run(
     for experiment in experiments:
         path = results / f"{experiment.stem(device)}.json"
         if entries := store.load(path):
-            for table in next(iter(experiment.tables.values()))(entries):
+            for table in experiment.table(entries):
                 console.print(table.screen())
             written += [path, *experiment.draw(entries, images, device)]
     if results == store.RESULTS:
@@ -92,7 +92,7 @@ def run(
 @app.command(name="pages")
 def fill_pages() -> None:
     """Write the stored numbers into README and docs, and draw every picture."""
-    drawn = [treatments.draw()]
+    drawn: list[Path] = []
     for experiment in EXPERIMENTS.values():
         for device in ("cpu", "cuda"):
             if entries := store.load(store.RESULTS / f"{experiment.stem(device)}.json"):

@@ -61,7 +61,8 @@ class Experiment:
         measure: called as ``measure(method, options, tick, **settings)``, gives the method's entry.
         together: instead, where the methods of a work are measured in one run, the first of them always:
             called with all methods, gives their entries.
-        tables: by their names on the pages; the first is shown on the screen too.
+        table: on the screen, and by the experiment's name on the pages.
+        more: other tables by their names on the pages.
         draw: draws its pictures of the entries into a folder, for a device; returns their paths.
         goes_stale: measured again where code, versions or machine are others.
         threads: of torch; None for what the user has set.
@@ -69,12 +70,17 @@ class Experiment:
 
     name: str
     works: Callable[[Options], Iterable[Work]]
-    tables: Mapping[str, Render]
+    table: Render
     measure: Callable[..., Entry] | None = None
     together: Callable[..., Entries] | None = None
+    more: Mapping[str, Render] = field(default_factory=dict)
     draw: Callable[[Entries, Path, str], list[Path]] = lambda _entries, _folder, _device: []
     goes_stale: bool = True
     threads: int | None = None
+
+    @property
+    def tables(self) -> dict[str, Render]:
+        return {self.name: self.table, **self.more}
 
     def stem(self, device: str) -> str:
         """Of the file of its results."""

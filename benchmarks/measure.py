@@ -61,7 +61,6 @@ class Result:
     fired: int | None = None
     rebuilt_flips: int | None = None
     rebuild_error: float | None = None
-    bytes_a_neuron_step: float | None = None
     largest: int | None = None
     why_not: str | None = None
 
@@ -113,9 +112,6 @@ def measure(
                 [p.grad for p in training.plain.model.parameters()], gradients
             )
             training.plain = None
-        if workload.neurons and result.held is not None:
-            steps = math.prod(shape) // shape[-1]
-            result.bytes_a_neuron_step = result.held / (workload.neurons * steps)
         training.model.zero_grad()
         trainings[name] = training
 

@@ -70,14 +70,7 @@ class Method:
 
     @property
     def label(self) -> str:
-        return f"this package: {self.name}" if self.ours else _LABELS.get(self.name, self.name)
-
-
-_LABELS = {
-    "checkpoint": "checkpoint by hand",
-    "published": "published reversible",
-    "SLTT": "SLTT (approximate)",
-}
+        return f"this package: {self.name}" if self.ours else self.name
 
 
 def _training(workload: Workload, model: nn.Module, plain: Training | None = None) -> Training:

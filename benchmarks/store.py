@@ -96,11 +96,16 @@ def settle() -> None:
         os.execve(sys.executable, sys.orig_argv, os.environ | ALLOCATOR)
 
 
-@cache
 def code(*files: Path) -> str:
     """A short name for the code that figures depend on."""
-    found = {path for pattern in DECIDING for path in ROOT.glob(pattern)}
-    return code_of(path.read_text() for path in found | {*files})
+    found = {path for pattern in DECIDING for path in ROOT.glob(pattern)} | {*files}
+    return _named(definitions_in(path) for path in found)
+
+
+@cache
+def definitions_in(path: Path) -> frozenset[str]:
+    """What a file defines; files are taken not to change while this runs."""
+    return frozenset(_definitions(ast.parse(path.read_text())))
 
 
 def code_of(texts: Iterable[str]) -> str:
@@ -115,8 +120,12 @@ def code_of(texts: Iterable[str]) -> str:
         >>> code_of(["x = 1"]) == code_of(["x = 2"])
         False
     """
-    pieces = {piece for text in texts for piece in _definitions(ast.parse(text))}
-    return hashlib.sha256("\0".join(sorted(pieces)).encode()).hexdigest()[:12]
+    return _named(_definitions(ast.parse(text)) for text in texts)
+
+
+def _named(files: Iterable[Iterable[str]]) -> str:
+    definitions = {one for file in files for one in file}
+    return hashlib.sha256("\0".join(sorted(definitions)).encode()).hexdigest()[:12]
 
 
 def _definitions(module: ast.Module) -> Iterator[str]:

@@ -25,11 +25,12 @@ def train(
 ) -> list[float]:
     """The loss of each update, in as many digits as a float32 has."""
     model.train()
+    device = next(model.parameters()).device
     losses: list[float] = []
     for batches in epochs:
         for x_seq, digit in batches:
             optimizer.zero_grad()
-            loss = backward(model, x_seq, digit)
+            loss = backward(model, x_seq.to(device), digit.to(device))
             optimizer.step()
             schedule.step()
             losses.append(float(f"{loss:.9g}"))
@@ -52,8 +53,9 @@ def through_time(scores_of: Scores) -> Backward:
 def accuracy(model: nn.Module, batches: Batches, scores_of: Scores) -> float:
     """The part of the recordings whose digit the model tells."""
     model.eval()
+    device = next(model.parameters()).device
     right = seen = 0
     for x_seq, digit in batches:
-        right += int((scores_of(model, x_seq).argmax(1) == digit).sum())
+        right += int((scores_of(model, x_seq.to(device)).argmax(1).cpu() == digit).sum())
         seen += len(digit)
     return right / seen

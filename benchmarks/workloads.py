@@ -52,8 +52,6 @@ class Workload:
         checkpointed: the same loss for a user's own loop, checkpointed by hand.
         batch_dim: which dimension of the shape is the batch.
         grows: the dimension that grows in that search; None for no search.
-        neurons: in one example, where bytes a neuron and step are of interest.
-        counterpart: the workload that this one is built to replace.
         series, at: the curve of growth that this is a point of, and where.
     """
 
@@ -66,8 +64,6 @@ class Workload:
     checkpointed: Loss | None = None
     batch_dim: int = 1
     grows: int | None = None
-    neurons: int | None = None
-    counterpart: str | None = None
     series: str | None = None
     at: int | None = None
 
@@ -165,7 +161,7 @@ NETWORKS = (
     ),
     Workload(
         "rev-s-former-4-384", lambda: models.rev_s_former(4, 384), (4, 8, 3, 32, 32), (2, 1, 3, 32, 32),
-        logits_loss, counterpart="spikformer",
+        logits_loss,
     ),
     Workload(
         "ms-resnet34", ms_resnet34, (4, 8, 3, 32, 32), (2, 1, 3, 16, 16), logits_loss,
@@ -173,15 +169,15 @@ NETWORKS = (
     ),
     Workload(
         "rev-s-resnet37", lambda: models.rev_s_resnet37(num_classes=100), (4, 8, 3, 32, 32),
-        (2, 1, 3, 16, 16), logits_loss, counterpart="ms-resnet34", grows=1,
+        (2, 1, 3, 16, 16), logits_loss, grows=1,
     ),
     Workload(
         "leaky-loop", LeakyLoop, (100, 128, 512), (16, 16, 512), _leaky_loss,
-        checkpointed=_leaky_checkpointed, grows=0, neurons=2 * 512,
+        checkpointed=_leaky_checkpointed, grows=0,
     ),
     Workload(
         "lif-loop", LIFLoop, (100, 128, 512), (16, 16, 512), logits_loss,
-        checkpointed=_lif_loop_checkpointed, grows=0, neurons=2 * 512,
+        checkpointed=_lif_loop_checkpointed, grows=0,
     ),
     Workload(
         "tutorial-6", tutorial_6_net, (128, 1, 28, 28), (8, 1, 28, 28), _tutorial_6_loss,
@@ -205,7 +201,7 @@ GROWTH = (
         Workload(
             f"{name}-t{steps}", partial(make, 256), (steps, 32, 256),
             (steps, 4, 256) if steps in QUICK_LENGTHS else None, loss_of, checkpointed=checkpointed,
-            neurons=2 * 256, series=f"time steps of {name}", at=steps,
+            series=f"time steps of {name}", at=steps,
         )
         for name, make, loss_of, checkpointed in (
             ("leaky-loop", LeakyLoop, _leaky_loss, _leaky_checkpointed),

@@ -1,7 +1,16 @@
-"""Everything that is measured: a file an experiment, and one list of them."""
+"""Everything that is measured, and how it is shown. What measures it is a file an experiment.
+
+Only the latter decides figures: another table here makes no stored result stale.
+"""
 
 from __future__ import annotations
 
+from functools import partial
+
+from .. import pictures, recordings
+from ..experiment import Experiment
+from ..tables import learning, time
+from ..tables import steps as of_steps
 from . import (
     block_accuracy,
     coupled,
@@ -14,17 +23,49 @@ from . import (
     time_accuracy,
 )
 
+_GROWTH = {
+    f"{name}-{figure}": of_steps.growth(series, figure)
+    for name, series in (
+        ("blocks", "blocks"),
+        ("time-leaky", "time steps of leaky-loop"),
+        ("time-lif", "time steps of lif-loop"),
+        ("batch", "batch of vgg"),
+    )
+    for figure in ("held", "peak")
+}
+_MORE = {
+    "all": of_steps.networks, "main": of_steps.main, "behind": of_steps.behind, "methods": of_steps.methods
+}  # fmt: skip
+_TIME = partial(learning.by_method, methods=[*time_accuracy.METHODS])
+_BLOCK = partial(
+    learning.by_data, arms=[*block_accuracy.ARMS], data=recordings.DATA, equals=block_accuracy.EQUALS
+)
+_TRAINED = {"goes_stale": False, "threads": 1}
 EXPERIMENTS = {
     experiment.name: experiment
     for experiment in (
-        steps.STEPS,
-        drift.DRIFT,
-        surgery.SURGERY,
-        *reversal.REVERSAL,
-        *coupled.COUPLED,
-        sltt.SLTT,
-        long_sequences.LONG_SEQUENCES,
-        time_accuracy.TIME_ACCURACY,
-        block_accuracy.BLOCK_ACCURACY,
+        Experiment(
+            "steps", steps.works, of_steps.everything, together=steps.together, more=_MORE | _GROWTH,
+            draw=pictures.draw_steps,
+        ),
+        Experiment("drift", drift.works, time.drift, drift.measure),
+        Experiment("surgery", surgery.works, time.surgery, together=surgery.together),
+        Experiment("reversal-rebuilt", reversal.lengths, time.rebuilt, reversal.rebuilt),
+        Experiment("reversal-bytes", reversal.loops, time.bytes_held, reversal.bytes_held),
+        Experiment("reversal-time", reversal.short_loops, time.step_time, reversal.step_time),
+        Experiment("coupled-times", coupled.layers, time.coupled_times, together=coupled.times),
+        Experiment("coupled-held", coupled.small, time.coupled_held, coupled.held),
+        Experiment("sltt", sltt.works, time.sltt, together=sltt.together),
+        Experiment(
+            "long-sequences", long_sequences.works, time.long_sequences, long_sequences.measure, **_TRAINED
+        ),
+        Experiment(
+            "time-accuracy", time_accuracy.works, _TIME, time_accuracy.measure, draw=time_accuracy.draw,
+            **_TRAINED,
+        ),
+        Experiment(
+            "block-accuracy", block_accuracy.works, _BLOCK, block_accuracy.measure,
+            draw=block_accuracy.draw, **_TRAINED,
+        ),
     )
-}
+}  # fmt: skip

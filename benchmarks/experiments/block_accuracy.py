@@ -19,7 +19,7 @@ from snn_reversible_plugin.data import event_frames
 from snn_reversible_plugin.models import rev_s_resnet24
 
 from .. import pictures, recordings
-from ..experiment import Entries, Entry, Experiment, Options, Tick, Work
+from ..experiment import Entries, Entry, Options, Tick, Work
 from ..recordings import DATA
 from ..tables import learning
 from ..training import accuracy, through_time, train
@@ -126,7 +126,7 @@ def measure(arm: str, options: Options, tick: Tick, data: str, seed: int) -> Ent
     """Train one network."""
     make, before_fine_tuning = ARMS[arm]
     torch.manual_seed(seed)
-    model = HalfSize(make())
+    model = HalfSize(make()).to(options.device)
     loader, test = batches(data, options.folder, 16 if options.quick else None)
     epochs = 1 if options.quick else round(UPDATES / len(loader))
     loader.generator.manual_seed(seed)
@@ -166,14 +166,3 @@ def draw(entries: Entries, folder: Path, _device: str) -> list[Path]:
         pictures.draw_spread(accuracies, "test accuracy, %", folder / "block-accuracy.png"),
         pictures.draw_losses(losses, folder / "block-losses.png", dashed=EQUALS),
     ]
-
-
-BLOCK_ACCURACY = Experiment(
-    "block-accuracy",
-    works,
-    {"block-accuracy": lambda entries: [learning.by_data(entries, [*ARMS], DATA, EQUALS)]},
-    measure,
-    draw=draw,
-    goes_stale=False,
-    threads=1,
-)

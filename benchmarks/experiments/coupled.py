@@ -24,9 +24,8 @@ from snn_reversible_plugin.neurons.coupled.in_place import by_group, forward
 from snn_reversible_plugin.reports.measure import count_step
 from snn_reversible_plugin.spikingjelly.coupled import surrogate_of
 
-from ..experiment import Entries, Entry, Experiment, Options, Tick, Work
+from ..experiment import Entries, Entry, Options, Tick, Work
 from ..measure import alternate, ratio
-from ..tables import time as tables
 
 LAYERS = {
     "linear, T=100, N=128, 512 wide": [100, 128, 512],
@@ -145,9 +144,3 @@ def held(name: str, options: Options, _tick: Tick, lengths: list[int]) -> Entry:
         row.append((bytes_held - 4 * x_seq.numel()) / (16 * 64))
     more = (row[-1] - row[0]) / (lengths[-1] - lengths[0])
     return {"node": name, "held": dict(zip(map(str, lengths), row, strict=True)), "more": more}
-
-
-COUPLED = (
-    Experiment("coupled-times", layers, {"coupled-times": tables.coupled_times}, together=times),
-    Experiment("coupled-held", small, {"coupled-held": tables.coupled_held}, held),
-)

@@ -13,12 +13,11 @@ import torch
 
 from snn_reversible_plugin import RevSSequence
 
-from ..experiment import Entry, Experiment, Options, Tick, Work
+from ..experiment import Entry, Options, Tick, Work
 from ..measure import Result, watch_spikes
 from ..methods import Training
 from ..networks import reversible_chain
 from ..peers.published import publish
-from ..tables import time as tables
 from ..workloads import rate_loss
 
 
@@ -45,6 +44,3 @@ def measure(way: str, options: Options, _tick: Tick, depth: int, shape: list[int
     return {
         "flipped_spikes": result.rebuilt_flips, "spikes": result.spikes, "max_error": result.rebuild_error
     }  # fmt: skip
-
-
-DRIFT = Experiment("drift", works, {"drift": tables.drift}, measure)

@@ -17,9 +17,8 @@ from unittest import mock
 
 import torch
 
-from ..experiment import Entry, Experiment, Options, Tick, Work
+from ..experiment import Entry, Options, Tick, Work
 from ..store import ROOT
-from ..tables import time as tables
 
 # The frames that loading leaves behind go back to the system, or a run could use them beyond its limit;
 # the tensors of a step stay with the process, or page faults would be what the clock sees.
@@ -46,7 +45,8 @@ QUICK: tuple[Entry, ...] = (
 
 def works(options: Options) -> Iterator[Work]:
     for case in QUICK if options.quick else CASES:
-        if case["task"] != "nmnist" or options.folder.is_dir():
+        there = case["task"] != "nmnist" or options.folder.is_dir()
+        if there and options.device == "cpu":  # the limit is on the process's own memory
             name = f"{case['task']}-{case['steps']}-{case['network']}"
             yield Work(name, ("stock", "reversible", "sltt"), case)
 
@@ -85,8 +85,3 @@ def _child(pipe: Any, arguments: Entry) -> None:
         pipe.send({"error": f"{type(error).__name__}: {re.sub(chr(10) + '.*', '', str(error))}"})
         return
     pipe.send(result)
-
-
-LONG_SEQUENCES = Experiment(
-    "long-sequences", works, {"long-sequences": tables.long_sequences}, measure, goes_stale=False, threads=1
-)

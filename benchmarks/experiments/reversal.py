@@ -24,10 +24,9 @@ import snn_reversible_plugin as srp
 from snn_reversible_plugin.neurons.on_grid import timeline
 from snn_reversible_plugin.reports.measure import count_step
 
-from ..experiment import Entry, Experiment, Options, Tick, Work
+from ..experiment import Entry, Options, Tick, Work
 from ..measure import alternate, ratio
 from ..networks import LeakyLoop, LIFLoop, Loop
-from ..tables import time as tables
 
 
 def snntorch_loop(beta: float, soft: bool, width: int) -> Loop:
@@ -69,10 +68,10 @@ def _spikes(out: Any) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
-def timelines_of(run: Callable[[], Any]) -> tuple[Any, list[timeline.Timeline]]:
-    """What a forward returns, and the timelines that it made."""
-    out = run()
-    return out, [one for one in gc.get_objects() if type(one) is timeline.Timeline]
+def timelines() -> list[timeline.Timeline]:
+    """All that live."""
+    gc.collect()
+    return [one for one in gc.get_objects() if type(one) is timeline.Timeline]
 
 
 def held(net: nn.Module, x_seq: Tensor) -> tuple[float, float]:
@@ -105,20 +104,20 @@ def lengths(options: Options) -> Iterator[Work]:
         yield Work(f"{_reset(soft)}, beta {beta}, T = {steps}", ("grid",), settings)
 
 
-def rebuilt(_grid: str, _options: Options, _tick: Tick, soft: bool, beta: float, steps: int) -> Entry:
+def rebuilt(_grid: str, options: Options, _tick: Tick, soft: bool, beta: float, steps: int) -> Entry:
     """Bits that differ in membranes rebuilt from the last one, and how far plain float inversion gets."""
     torch.manual_seed(0)
     net = nn.Linear(8, 64)
     lif = snntorch.Leaky(beta, reset_mechanism="subtract" if soft else "zero")
-    root = nn.ModuleList([net, lif])
+    root = nn.ModuleList([net, lif]).to(options.device)
     srp.convert_to_reversible(root)
-    x, seen = torch.randn(4, 8) * (2 - 1.8 * beta), []
+    x, seen = (torch.randn(4, 8) * (2 - 1.8 * beta)).to(options.device), []
     with srp.reversible(root):
         mem = lif.reset_mem()
         for _ in range(steps):
             spk, mem = lif(net(x), mem)
             seen.append((mem, spk))
-    (line,) = (one for one in gc.get_objects() if type(one) is timeline.Timeline)
+    (line,) = timelines()
     differ = sum(
         int((line.state(t).view_as(mem) != mem).sum()) for t, (mem, _) in reversed(list(enumerate(seen, 1)))
     )
@@ -152,21 +151,21 @@ def loops(options: Options) -> Iterator[Work]:
 
 
 def bytes_held(
-    _grid: str, _options: Options, _tick: Tick, loop: str, soft: bool, beta: float, shape: list[int]
+    _grid: str, options: Options, _tick: Tick, loop: str, soft: bool, beta: float, shape: list[int]
 ) -> Entry:
     """Bytes for each neuron and step, by cause."""
     torch.manual_seed(0)
     steps, batch, width = shape
-    x_seq = torch.rand(shape)
-    net, rate = tuned(LOOPS[loop](beta, soft, width), x_seq[:40], 0.1)
+    x_seq = torch.rand(shape).to(options.device)
+    net, rate = tuned(LOOPS[loop](beta, soft, width).to(options.device), x_seq[:40], 0.1)
     twin = srp.convert_to_reversible(copy.deepcopy(net))
     n = 2 * steps * batch * width
     stock = sum(held(net, x_seq))
     tensors, objects = held(twin, x_seq)
-    out, lines = timelines_of(lambda: twin(x_seq))
-    records = sum(line.records.nbytes for line in lines)
+    out = twin(x_seq)
+    records = sum(line.records.nbytes for line in timelines())
     spikes = 2 * (steps + 1) * -(-batch * width // 8)
-    del out, lines
+    del out
     return {
         "firing": rate, "stock": stock / n, "grid": (tensors + objects) / n, "spikes": spikes / n,
         "remainders": (records - spikes) / n, "objects": objects / n, "less": stock / (tensors + objects),
@@ -176,24 +175,17 @@ def bytes_held(
 def short_loops(options: Options) -> Iterator[Work]:
     shape = [5, 2, 16] if options.quick else [50, 128, 512]
     for loop, soft in product(LOOPS, (True, False)):
-        settings = {"loop": loop, "soft": soft, "beta": 0.9, "shape": shape, "repeats": options.rounds(7)}
+        settings = {"loop": loop, "soft": soft, "shape": shape, "repeats": options.rounds(7)}
         yield Work(f"{loop}, {_reset(soft)}", ("grid",), settings)
 
 
 def step_time(
-    _grid: str,
-    _options: Options,
-    tick: Tick,
-    loop: str,
-    soft: bool,
-    beta: float,
-    shape: list[int],
-    repeats: int,
+    _grid: str, options: Options, tick: Tick, loop: str, soft: bool, shape: list[int], repeats: int
 ) -> Entry:
     """A training step on the grid against stock's, alternating."""
     torch.manual_seed(0)
-    x_seq = torch.rand(shape)
-    net, _ = tuned(LOOPS[loop](beta, soft, shape[-1]), x_seq, 0.1)
+    x_seq = torch.rand(shape).to(options.device)
+    net, _ = tuned(LOOPS[loop](0.9, soft, shape[-1]).to(options.device), x_seq, 0.1)
     models = {
         "stock": net,
         "tape": srp.convert_to_reversible(copy.deepcopy(net), arithmetic="stock"),
@@ -205,11 +197,4 @@ def step_time(
     }
     times = alternate(runs, repeats, x_seq.device, tick)
     ratios = {name: ratio(times[name], times["stock"]) for name in ("tape", "grid")}
-    return {"seconds": statistics.median(times["stock"])} | ratios
-
-
-REVERSAL = (
-    Experiment("reversal-rebuilt", lengths, {"reversal-rebuilt": tables.rebuilt}, rebuilt),
-    Experiment("reversal-bytes", loops, {"reversal-bytes": tables.bytes_held}, bytes_held),
-    Experiment("reversal-time", short_loops, {"reversal-time": tables.step_time}, step_time),
-)
+    return {"beta": 0.9, "seconds": statistics.median(times["stock"])} | ratios

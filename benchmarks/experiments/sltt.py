@@ -16,9 +16,8 @@ from torch import Tensor, nn
 import snn_reversible_plugin as srp
 from snn_reversible_plugin.training import sltt_backward
 
-from ..experiment import Entries, Entry, Experiment, Options, Tick, Work
+from ..experiment import Entries, Entry, Options, Tick, Work
 from ..measure import alternate, counter_on
-from ..tables import time as tables
 
 BATCH = 16
 
@@ -102,6 +101,3 @@ def _measured(name: str, steps: int, repeats: int, device: str) -> tuple[Entry, 
         step()
     gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     return {"peak": counter.peak, "seconds": min(seconds)}, gradient
-
-
-SLTT = Experiment("sltt", works, {"sltt": tables.sltt}, together=together)

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
-from .. import pictures
-from ..experiment import Entries, Experiment, Options, Tick, Work
+from ..experiment import Entries, Options, Tick, Work
 from ..measure import measure
 from ..methods import METHODS
 from ..search import find_largest
-from ..tables import steps as tables
 from ..workloads import WORKLOADS
 
 
@@ -33,29 +31,3 @@ def together(
     if options.fits or (options.fits is None and not options.quick):
         find_largest(work, tuple(shape), options.device, results, tick)
     return {result.method: asdict(result) for result in results}
-
-
-GROWTH = {
-    "blocks": "blocks",
-    "time-leaky": "time steps of leaky-loop",
-    "time-lif": "time steps of lif-loop",
-    "batch": "batch of vgg",
-}
-STEPS = Experiment(
-    "steps",
-    works,
-    {
-        "steps": tables.everything,
-        "all": tables.networks,
-        "main": tables.main,
-        "behind": tables.behind,
-        "methods": tables.methods,
-        **{
-            f"{name}-{figure}": tables.growth(series, figure)
-            for name, series in GROWTH.items()
-            for figure in ("held", "peak")
-        },
-    },
-    together=together,
-    draw=pictures.draw_steps,
-)

@@ -14,10 +14,9 @@ from torch import nn
 import snn_reversible_plugin as srp
 from snn_reversible_plugin.reports.measure import count_step
 
-from ..experiment import Entries, Experiment, Options, Tick, Work
+from ..experiment import Entries, Options, Tick, Work
 from ..measure import alternate, ratio
 from ..networks import multi_step
-from ..tables import time as tables
 
 NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "Spikformer": lambda depth: spikformer.Spikformer(
@@ -81,6 +80,3 @@ def together(
         time_ratio = ratio(seconds[method], seconds["stock"])
         found[method] = {"method": method, "held": held, "peak": peak, "time_ratio": time_ratio}
     return found
-
-
-SURGERY = Experiment("surgery", works, {"surgery": tables.surgery}, together=together)

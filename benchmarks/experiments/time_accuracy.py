@@ -20,7 +20,7 @@ from snn_reversible_plugin.spikingjelly import CoupledLIF
 from snn_reversible_plugin.training import sltt_backward
 
 from .. import pictures, recordings
-from ..experiment import Entries, Entry, Experiment, Options, Tick, Work
+from ..experiment import Entries, Entry, Options, Tick, Work
 from ..tables import learning
 from ..training import Backward, accuracy, through_time, train
 
@@ -94,7 +94,7 @@ def measure(method: str, options: Options, tick: Tick, seed: int, epochs: int) -
     batch = 4 if options.quick else BATCH
     x, y, *test = frames(options.folder, 16 if options.quick else None)
     torch.manual_seed(seed)
-    model = prepare(network(neurons))
+    model = prepare(network(neurons)).to(options.device)
     drawn = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
     whole = len(y) // batch * batch
@@ -116,14 +116,3 @@ def measure(method: str, options: Options, tick: Tick, seed: int, epochs: int) -
 def draw(entries: Entries, folder: Path, _device: str) -> list[Path]:
     losses = {name: [run["losses"] for run in learning.runs_of(entries, name)] for name in METHODS}
     return [pictures.draw_losses({"N-MNIST": losses}, folder / "time-losses.png", dashed=["grid"])]
-
-
-TIME_ACCURACY = Experiment(
-    "time-accuracy",
-    works,
-    {"time-accuracy": lambda entries: learning.by_method(entries, [*METHODS])},
-    measure,
-    draw=draw,
-    goes_stale=False,
-    threads=1,
-)

@@ -16,7 +16,7 @@ def runs_of(entries: Entries, method: str, data: str = "") -> list[Entry]:
 
 def by_data(
     entries: Entries, arms: Sequence[str], data: Mapping[str, str], equals: Mapping[str, str]
-) -> Table:
+) -> list[Table]:
     """Test accuracy, mean and standard deviation over the seeds, a row a network, a column a data set.
 
     ``equals`` are the arms whose losses have to be those of another.
@@ -31,7 +31,7 @@ def by_data(
         if every := runs_of(entries, arm):
             rows.append((arm, f"{every[0]['parameters']:,}", *cells))
     headings = ("network", "parameters", *data.values())
-    return Table(headings, rows, notes=tuple(_equal_losses(entries, equals)))
+    return [Table(headings, rows, notes=tuple(_equal_losses(entries, equals)))]
 
 
 def _equal_losses(entries: Entries, equals: Mapping[str, str]) -> Iterator[str]:

@@ -76,7 +76,7 @@ def growth(series: str, figure: str) -> Render:
 
 def behind(entries: Entries) -> list[Table]:
     """Where no mode of this package is both as small at the peak and as fast as a peer, stock included."""
-    rows: list[tuple[str, ...]] = []
+    rows = []
     compared: dict[str, int] = {}
     for group in _by_workload(entries):
         own = [e for e in group if METHODS[e["method"]].ours and measured(e)]

@@ -85,7 +85,11 @@ def test_a_result_survives_the_move_of_a_file(tmp_path, monkeypatch):
     """Renamed, a file that decides has the same key; changed, it has another."""
     monkeypatch.setattr(store, "ROOT", tmp_path)
     monkeypatch.setattr(store, "DECIDING", ("*.py", "*/*.py"))
-    code = store.code.__wrapped__
+
+    def code():
+        store.definitions_in.cache_clear()
+        return store.code()
+
     (tmp_path / "networks.py").write_text(SOURCE)
     entry = SETTINGS | {"context": NOW | {"code": code()}}
     (tmp_path / "folder").mkdir()
