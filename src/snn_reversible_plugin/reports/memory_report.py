@@ -9,22 +9,21 @@ step the allocator counts, so there what modules return is in, too.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from snn_reversible_plugin import convert
-from snn_reversible_plugin.modules.as_it_ran import unchanged
 from snn_reversible_plugin.modules.checks import is_compiled
 from snn_reversible_plugin.modules.swap import stock_type
 from snn_reversible_plugin.modules.tracking import tracked
 from snn_reversible_plugin.ops.layouts import storage_key
 from snn_reversible_plugin.reports.measure import StepCost
 from snn_reversible_plugin.reports.over_step import OverStep, over_step
-from snn_reversible_plugin.reports.trial import Loss, as_converted, costs, loss_of, megabytes
+from snn_reversible_plugin.reports.trial import Loss, Step, as_converted, costs, megabytes
 from snn_reversible_plugin.tape import recording
 from snn_reversible_plugin.tape.handles import Handle, storage_once
 
@@ -121,7 +120,9 @@ class MemoryReport:
 
 
 @torch.enable_grad()
-def memory_report(model: nn.Module, *inputs: Any, loss: Loss | None = None) -> MemoryReport:
+def memory_report(
+    model: nn.Module, *inputs: Any, kwargs: Mapping[str, Any] | None = None, loss: Loss | None = None
+) -> MemoryReport:
     """Measure, module by module, what is held between forward and backward, stock and converted.
 
     The model is left as it was: buffers, neuron states, gradients, random numbers.
@@ -129,6 +130,7 @@ def memory_report(model: nn.Module, *inputs: Any, loss: Loss | None = None) -> M
     Args:
         model: a converted model; another one is reported as ``convert_to_reversible(model)`` would make it.
         inputs: what the model is called with.
+        kwargs: what it is called with by name.
         loss: from the model's output to a scalar; the mean of squares of all outputs by default.
 
     Raises:
@@ -144,22 +146,23 @@ def memory_report(model: nn.Module, *inputs: Any, loss: Loss | None = None) -> M
         >>> report.converted.held < report.stock.held
         True
     """
+    step = Step(model, inputs, kwargs or {}, loss)
     with as_converted(model) as settings:
-        by_stock = _SavedByStock(model, inputs)
+        by_stock = _SavedByStock(step)
         with (
-            unchanged(model),
+            step.unchanged(),
             convert.stock(model),
             tracked(model, by_stock),
             torch.autograd.graph.saved_tensors_hooks(by_stock.pack, lambda tensor: tensor),
         ):
-            loss_of(model(*inputs), loss)
-        by_tape = _SavedByTape(model, inputs)
-        with unchanged(model), recording(settings.mode, observer=by_tape) as tape:
+            step.run()
+        by_tape = _SavedByTape(step)
+        with step.unchanged(), recording(settings.mode, observer=by_tape) as tape:
             assert tape is not None
             with tracked(model, tape):
-                step = loss_of(model(*inputs), loss)
+                graph = step.run()
                 held, treatments = by_tape.count()
-                del step
+                del graph
         rows = []
         for name, module in model.named_modules():
             name = name or "model"
@@ -174,29 +177,17 @@ def memory_report(model: nn.Module, *inputs: Any, loss: Loss | None = None) -> M
             if row.stock_bytes or row.bytes or row.treatment or row.neuron:
                 rows.append(row)
         del by_tape
-        return MemoryReport(
-            rows,
-            *costs(model, inputs, loss, repeats=1),
-            settings.mode,
-            *_over_both(model, inputs, loss),
-        )
+        return MemoryReport(rows, *costs(step, repeats=1), settings.mode, *_over_both(step))
 
 
-def _over_both(
-    model: nn.Module, inputs: tuple[Any, ...], loss: Loss | None
-) -> tuple[OverStep, OverStep] | tuple[None, None]:
+def _over_both(step: Step) -> tuple[OverStep, OverStep] | tuple[None, None]:
     """A step of stock and a step of the converted model."""
-
-    def step() -> torch.Tensor:
-        return loss_of(model(*inputs), loss)
-
-    tensors = [*model.parameters(), *tree_leaves(inputs)]
-    if any(isinstance(tensor, torch.Tensor) and tensor.device.type != "cpu" for tensor in tensors):
+    if any(tensor.device.type != "cpu" for tensor in step.alive()):
         return None, None
-    with unchanged(model), convert.stock(model):
-        by_stock = over_step(model, step)
-    with unchanged(model):
-        return by_stock, over_step(model, step)
+    with step.unchanged(), convert.stock(step.model):
+        by_stock = over_step(step.model, step.run)
+    with step.unchanged():
+        return by_stock, over_step(step.model, step.run)
 
 
 def _about_neuron(name: str, module: nn.Module, settings: convert.Settings) -> str:
@@ -212,19 +203,17 @@ def _about_neuron(name: str, module: nn.Module, settings: convert.Settings) -> s
     return f"{about}: {reason}" if reason else about
 
 
-def _storages(model: nn.Module, inputs: tuple[Any, ...]) -> set[int]:
-    """What lives anyway."""
-    tensors = [*model.parameters(), *model.buffers(), *tree_leaves(inputs)]
-    return {storage_key(t) for t in tensors if isinstance(t, torch.Tensor)}
+def _storages(step: Step) -> set[int]:
+    return {storage_key(tensor) for tensor in step.alive()}
 
 
 class _SavedByStock:
     """A pack hook that keeps everything and counts it."""
 
-    def __init__(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def __init__(self, step: Step) -> None:
         self.where: str | None = None
         self.held: Counter[str] = Counter()
-        self._seen = _storages(model, inputs)
+        self._seen = _storages(step)
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
         self.held[self.where or "model"] += storage_once(tensor, self._seen)
@@ -235,8 +224,8 @@ class _SavedByTape:
     """Asks the handles that autograd was given what they hold, each thing once, when the forward is over: a
     stream is not undone before the sum after it is known."""
 
-    def __init__(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._seen = _storages(model, inputs)
+    def __init__(self, step: Step) -> None:
+        self._seen = _storages(step)
         self._packed: list[tuple[str, Handle]] = []
 
     def packed(self, where: str | None, tensor: torch.Tensor, handle: Handle) -> None:

@@ -6,8 +6,9 @@ The one idea: every run starts from the same state and the same random numbers, 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -34,44 +35,100 @@ def as_converted(model: nn.Module) -> Iterator[convert.Settings]:
         convert.restore(model)
 
 
-def loss_of(output: Any, loss: Loss | None) -> torch.Tensor:
-    """The user's loss; by default the mean of squares of all outputs that have a gradient."""
-    if loss is not None:
-        return loss(output)
-    terms = [leaf.float().square().mean() for leaf in differentiable(output)]
-    if not terms:
-        raise ValueError(
-            "no output of the model has a gradient: are all parameters frozen, or is grad mode off?"
-        )
-    return torch.stack(terms).sum()
+@dataclass(frozen=True)
+class Step:
+    """A training step of a model: what it is called with, and its loss.
+
+    Without a loss of the user's it is the mean of squares of all outputs that have a gradient.
+    """
+
+    model: nn.Module
+    inputs: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    loss: Loss | None = None
+
+    def forward(self) -> Any:
+        """What the model returns."""
+        return self.model(*self.inputs, **self.kwargs)
+
+    def loss_of(self, output: Any) -> torch.Tensor:
+        """The loss of what the model returned.
+
+        Raises:
+            ValueError: no output has a gradient.
+        """
+        if self.loss is not None:
+            return self.loss(output)
+        terms = [tensor.abs().float().square().mean() for tensor in differentiable(output)]
+        if not terms:
+            raise ValueError(
+                "no output of the model has a gradient: are all parameters frozen, or is grad mode off?"
+            )
+        return torch.stack(terms).sum()
+
+    def run(self) -> torch.Tensor:
+        """Forward and loss."""
+        return self.loss_of(self.forward())
+
+    def leaves(self) -> list[torch.Tensor]:
+        """The inputs that gather a gradient."""
+        inputs = tensors_in((self.inputs, self.kwargs))
+        return [tensor for tensor in inputs if tensor.requires_grad and tensor.is_leaf]
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Context manager: afterwards the model is as it was, and so are gradients of inputs."""
+        gradients = [(leaf, leaf.grad) for leaf in self.leaves()]
+        for leaf, _ in gradients:
+            leaf.grad = None
+        try:
+            with unchanged(self.model):
+                yield
+        finally:
+            for leaf, gradient in gradients:
+                leaf.grad = gradient
+
+    def alive(self) -> Iterable[torch.Tensor]:
+        """The tensors that live anyway: parameters, buffers, inputs."""
+        return (*self.model.parameters(), *self.model.buffers(), *tensors_in((self.inputs, self.kwargs)))
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """The tensors in what a model takes or returns: nested, in data classes too."""
+    found: list[torch.Tensor] = []
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, torch.Tensor):
+            found.append(leaf)
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            found += tensors_in([getattr(leaf, one.name) for one in fields(leaf)])
+        elif isinstance(leaf, Mapping):
+            found += tensors_in(list(leaf.values()))
+    return found
 
 
 def differentiable(output: Any) -> list[torch.Tensor]:
     """The tensors of a nested output that have a gradient."""
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+    return [tensor for tensor in tensors_in(output) if tensor.requires_grad]
 
 
-def costs(
-    model: nn.Module, inputs: tuple[Any, ...], loss: Loss | None, repeats: int
-) -> tuple[StepCost, StepCost]:
-    """The cost of a step, stock and converted; times are medians of alternating runs."""
+def costs(step: Step, repeats: int) -> tuple[StepCost, StepCost]:
+    """The cost of a step, stock and converted; times are medians of alternating runs.
 
-    def step() -> torch.Tensor:
-        return loss_of(model(*inputs), loss)
-
-    def stock_step() -> torch.Tensor:
-        with convert.stock(model):
-            return step()
-
-    seconds: dict[Callable[[], torch.Tensor], list[float]] = {stock_step: [], step: []}
+    Stock's backward runs stock, too: a checkpoint runs its part of the network again in it.
+    """
+    around: dict[str, Callable[[], AbstractContextManager[None]]] = {
+        "stock": lambda: convert.stock(step.model),
+        "converted": nullcontext,
+    }
+    seconds: dict[str, list[float]] = {how: [] for how in around}
     for _ in range(repeats):
-        for run, times in seconds.items():
-            with unchanged(model):
-                times.append(time_step(run))
+        for how, times in seconds.items():
+            with step.unchanged(), around[how]():
+                times.append(time_step(step.run))
     found = []
-    for run, times in seconds.items():
-        with unchanged(model):
-            held, peak = count_step(run)
+    for how, times in seconds.items():
+        with step.unchanged(), around[how]():
+            held, peak = count_step(step.run)
         found.append(StepCost(held, peak, statistics.median(times)))
     return found[0], found[1]
 

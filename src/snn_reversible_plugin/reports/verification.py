@@ -7,18 +7,17 @@ rebuilt tensor is compared with a checksum that the forward left.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from snn_reversible_plugin import convert, tape
-from snn_reversible_plugin.modules.as_it_ran import unchanged
 from snn_reversible_plugin.modules.kinds import is_spiking, spikes_of
 from snn_reversible_plugin.reports.measure import StepCost
-from snn_reversible_plugin.reports.trial import Loss, as_converted, costs, loss_of, megabytes
+from snn_reversible_plugin.reports.trial import Loss, Step, as_converted, costs, megabytes, tensors_in
 
 
 @dataclass
@@ -98,7 +97,13 @@ class Verification:
 
 
 @torch.enable_grad()
-def verify(model: nn.Module, *inputs: Any, loss: Loss | None = None, repeats: int = 3) -> Verification:
+def verify(
+    model: nn.Module,
+    *inputs: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    loss: Loss | None = None,
+    repeats: int = 3,
+) -> Verification:
     """Run a batch stock and converted, and compare: outputs, gradients, spikes, memory, time.
 
     The converted step runs once more in check mode, where every rebuilt tensor is compared with a
@@ -107,6 +112,7 @@ def verify(model: nn.Module, *inputs: Any, loss: Loss | None = None, repeats: in
     Args:
         model: a converted model; another one is verified as ``convert_to_reversible(model)`` would make it.
         inputs: what the model is called with. Gradients of inputs that require one are compared too.
+        kwargs: what it is called with by name.
         loss: from the model's output to a scalar; the mean of squares of all outputs by default.
         repeats: how many times each is timed, alternating; the medians are reported.
 
@@ -122,14 +128,15 @@ def verify(model: nn.Module, *inputs: Any, loss: Loss | None = None, repeats: in
         >>> srp.verify(srp.convert_to_reversible(model), torch.rand(4, 8)).ok
         True
     """
+    step = Step(model, inputs, kwargs or {}, loss)
     with as_converted(model) as settings:
         with convert.stock(model):
-            expected = _run(model, inputs, loss)
-        actual = _run(model, inputs, loss)
+            expected = _run(step)
+        actual = _run(step)
         as_autograd = None
         if any(convert.is_on_grid(module) for module in model.modules()):
             with convert.differentiated(model):
-                exact = _run(model, inputs, loss)
+                exact = _run(step)
             as_autograd = (
                 _equal(exact.outputs, actual.outputs)
                 and _equal(exact.gradients, actual.gradients)
@@ -147,11 +154,11 @@ def verify(model: nn.Module, *inputs: Any, loss: Loss | None = None, repeats: in
         }
         replay_error = None
         try:
-            with unchanged(model), convert.reversible(model, mode=settings.mode, check=True):
-                loss_of(model(*inputs), loss).backward()
+            with step.unchanged(), convert.reversible(model, mode=settings.mode, check=True):
+                step.run().backward()
         except RuntimeError as error:
             replay_error = str(error)
-        prices = costs(model, inputs, loss, repeats)
+        prices = costs(step, repeats)
     return Verification(
         outputs_equal=_equal(expected.outputs, actual.outputs),
         output_difference=_difference(expected.outputs, actual.outputs),
@@ -180,40 +187,44 @@ class _Run:
     spikes: list[torch.Tensor]
 
 
-def _run(model: nn.Module, inputs: tuple[Any, ...], loss: Loss | None) -> _Run:
+def _run(step: Step) -> _Run:
     spikes: list[torch.Tensor] = []
 
     def watch(module: nn.Module, _inputs: Any, output: Any) -> None:
         with tape.paused(), torch.no_grad():
             spikes.append(spikes_of(module, output).ne(0))
 
-    watched = [module for module in model.modules() if is_spiking(module)]
+    watched = [module for module in step.model.modules() if is_spiking(module)]
     hooks = [module.register_forward_hook(watch) for module in watched]
-    leaves = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-    of = [*(p for p in model.parameters() if p.requires_grad), *leaves]
     try:
-        with unchanged(model):
-            output = model(*inputs)
-            for hook in hooks:  # a reversible chain runs its neurons again in the backward
+        with step.unchanged():
+            output = step.forward()
+            for hook in hooks:  # what a backward runs again is no call of the network's
                 hook.remove()
-            gradients = torch.autograd.grad(loss_of(output, loss), of, allow_unused=True)
+            step.loss_of(output).backward()
+            gradients = [leaf.grad for leaf in (*step.model.parameters(), *step.leaves())]
     finally:
         for hook in hooks:
             hook.remove()
-    outputs = [leaf.detach() for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
-    return _Run(outputs, list(gradients), spikes)
+    return _Run([tensor.detach() for tensor in tensors_in(output)], gradients, spikes)
 
 
 def _equal(expected: list[Any], actual: list[Any]) -> bool:
     return all(
-        (a is None and b is None) or (a is not None and b is not None and torch.equal(_bits(a), _bits(b)))
+        (a is None and b is None) or (a is not None and b is not None and _same(_dense(a), _dense(b)))
         for a, b in zip(expected, actual, strict=True)
     )
 
 
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """Bit patterns, so that a NaN equals itself."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether all numbers are; NaN is NaN, and zero has no sign."""
+    if a.dtype is not b.dtype or a.shape != b.shape:
+        return False
+    return bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.layout is torch.strided else tensor.to_dense()
 
 
 def _difference(expected: list[Any], actual: list[Any]) -> float:
@@ -223,6 +234,9 @@ def _difference(expected: list[Any], actual: list[Any]) -> float:
             continue
         if a is None or b is None:
             return float("inf")
+        a, b = _dense(a), _dense(b)
         if a.numel():
-            largest = max(largest, float((a.double() - b.double()).abs().max()))
+            wide = torch.complex128 if a.is_complex() else torch.float64
+            off = (a.to(wide) - b.to(wide)).abs()  # of what is infinite in both it is NaN
+            largest = max(largest, float(off.nan_to_num(0.0 if _same(a, b) else float("inf")).max()))
     return largest

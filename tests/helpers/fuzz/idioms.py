@@ -33,7 +33,7 @@ EDITS = {
     "membrane used in place": "memory += m",
     "membrane passed on": "k = k + 0.5 * m",
     "checkpoint": "k = k + checkpoint(torch.tanh, m, use_reentrant=False)",
-    "retain_grad": "m.requires_grad and m.retain_grad()",
+    "retain_grad": "c.requires_grad and c.retain_grad()",
     "hook on a tensor": "m.requires_grad and m.register_hook(lambda g: g if g is None else g * 0.5)",
     "select": "k = torch.cat([k[:, 4:], k[:, :4]], 1)",
     "where": "k = torch.where(m > 0.2, k, x)",
