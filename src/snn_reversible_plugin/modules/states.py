@@ -52,7 +52,8 @@ def holds_states(module: nn.Module) -> bool:
 def tables_of(module: nn.Module) -> list[Table]:
     """Where a module holds what is no parameter and no module."""
     states = states_of(module)
-    tables = [module._buffers, module.__dict__]
+    # The buffers of a scripted module are in no dictionary: they change in place only.
+    tables = [table for table in (module._buffers, module.__dict__) if isinstance(table, dict)]
     return tables if states is None or states is module._buffers else [*tables, states]
 
 
@@ -105,7 +106,7 @@ def _tables(modules: Iterable[nn.Module], buffers: bool) -> Iterator[tuple[Table
         yield module.__dict__, "scratch" if spiking else "attributes"
         if states is not None:
             yield states, "states"
-        if buffers and states is not module._buffers:
+        if buffers and states is not module._buffers and isinstance(module._buffers, dict):
             yield module._buffers, "statistics"
 
 
@@ -130,6 +131,9 @@ class Contents:
                 for key, value in table.items():
                     if key not in OF_TORCH and not any(value is other for other in tables):
                         _copy(value, copies, tensors)
+            if not isinstance(module._buffers, dict):
+                for buffer in module.buffers(recurse=False):
+                    _copy(buffer, copies, tensors)
         self._copies = list(copies.values())
 
     def put_back(self) -> None:

@@ -116,14 +116,17 @@ def swap(module: nn.Module, target: type[nn.Module]) -> None:
 
 def unswap(module: nn.Module) -> None:
     """Give an instance its stock class back, through however many swaps."""
-    module.__class__ = stock_type(module)
+    stock = stock_type(module)
+    if stock is not type(module):  # a traced module breaks where its own class is set
+        module.__class__ = stock
     _STOCK_TYPE.clear(module)
 
 
 def stock_type(module: nn.Module) -> type[nn.Module]:
     """The class that an instance has when it is stock."""
     cls: type[nn.Module] = type(module)
-    parametrized = is_parametrized(module)
+    # What was parametrized before the conversion has torch's class behind the swap, else in front of it.
+    parametrized = is_parametrized(module) and parts_of(cls) is None
     if parametrized:
         (cls,) = cls.__bases__
     marked = _STOCK_TYPE.of(module)
@@ -154,7 +157,8 @@ def stock_classes(modules: Iterable[nn.Module]) -> Iterator[None]:
 
     def put_back() -> None:
         for module, cls, marked in classes:
-            module.__class__ = cls
+            if cls is not type(module):
+                module.__class__ = cls
             _STOCK_TYPE.clear(module)
             if marked is not None:
                 _STOCK_TYPE.set(module, marked)

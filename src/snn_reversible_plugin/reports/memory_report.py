@@ -186,7 +186,7 @@ def memory_report(
 
 def _over_both(step: Step) -> tuple[OverStep, OverStep] | tuple[None, None]:
     """A step of stock and a step of the converted model."""
-    if any(tensor.device.type != "cpu" for tensor in step.inputs_alive()):
+    if any(tensor.device.type != "cpu" for tensor in step.alive()):
         return None, None
     with step.unchanged(), convert.stock(step.model):
         by_stock = over_step(step.model, step.run)
@@ -208,7 +208,7 @@ def _about_neuron(name: str, module: nn.Module, settings: convert.Settings) -> s
 
 
 def _storages(step: Step) -> set[int]:
-    return {storage_key(tensor) for tensor in step.inputs_alive()}
+    return {storage_key(tensor) for tensor in step.alive()}
 
 
 class _SavedByStock:

@@ -88,7 +88,7 @@ class Step:
             for leaf, gradient in gradients:
                 leaf.grad = gradient
 
-    def inputs_alive(self) -> Iterable[torch.Tensor]:
+    def alive(self) -> Iterable[torch.Tensor]:
         """The tensors that live anyway: parameters, buffers, inputs."""
         return (*self.model.parameters(), *self.model.buffers(), *tensors_in((self.inputs, self.kwargs)))
 
