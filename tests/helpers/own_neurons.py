@@ -7,6 +7,10 @@ import snn_reversible_plugin as srp
 from snn_reversible_plugin.reports.measure import count_step
 
 
+def spikes(steps, features=256, batch=64):
+    return (torch.rand(steps, batch, features) > 0.5).float()
+
+
 class Fire(torch.autograd.Function):
     """Zeros and ones, with the gradient of a triangle."""
 

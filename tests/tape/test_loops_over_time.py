@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from own_neurons import Alternating, Fire, Scale, gradients, lif, scan, times_less
+from own_neurons import Alternating, Fire, Scale, gradients, lif, scan, spikes, times_less
 from snn_reversible_plugin import tape
 
 
@@ -21,10 +21,6 @@ class Operations(TorchDispatchMode):
         self.counts[name] = self.counts.get(name, 0) + 1
         self.all += 1
         return func(*args, **(kwargs or {}))
-
-
-def spikes(steps, features=256, batch=64):
-    return (torch.rand(steps, batch, features) > 0.5).float()
 
 
 @pytest.mark.parametrize(("neuron", "least"), [(lif, 100), (scan, 70)])

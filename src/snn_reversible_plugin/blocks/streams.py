@@ -41,7 +41,7 @@ from snn_reversible_plugin.tape.tape import Tape
 #    (grid, note 3), in one wait for the device.
 
 BITS = 16
-SNAP = Operator(Kind.PURE, inplace=True)
+SNAP = Operator(Kind.PURE, "snap", inplace=True)
 SUMS = {aten.add.Tensor: False, aten.add_.Tensor: True}  # whether it writes into its first argument
 
 

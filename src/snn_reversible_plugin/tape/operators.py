@@ -30,14 +30,16 @@ class Kind(enum.Enum):
 class Operator:
     """How the tape treats one operator.
 
-    ``work`` is 1 for convolutions and matrix products. ``mutated`` lists the positions or names of the
-    arguments written to; ``inplace`` says that it is the first alone, so that the operator on a copy is
-    a recipe. ``atomic``: on CUDA its result depends on the order of atomic additions. ``cheap``: a view or
-    a cast. ``constant``: it fills a tensor like its argument with one number. ``allocates``: what it makes
-    is often filled by somebody else.
+    ``name`` is its schema's, without the underscore of one that works in place. ``work`` is 1 for
+    convolutions and matrix products. ``mutated`` lists the positions or names of the arguments written to;
+    ``inplace`` says that it is the first alone, so that the operator on a copy is a recipe. ``atomic``: on
+    CUDA its result depends on the order of atomic additions. ``cheap``: a view or a cast. ``constant``: it
+    fills a tensor like its argument with one number. ``allocates``: what it makes is often filled by
+    somebody else.
     """
 
     kind: Kind
+    name: str
     work: int = 0
     mutated: tuple[int | str, ...] = ()
     inplace: bool = False
@@ -164,13 +166,15 @@ def _read_off(func: Any) -> Operator:
     if mutated:
         # The second return of an operator like `_native_batch_norm_legit` is no alias of the first.
         inplace = replayable and mutated == (0,) and len(schema.returns) == 1
-        return Operator(Kind.MUTATING, work, mutated, inplace, binary, atomic)
+        return Operator(Kind.MUTATING, name, work, mutated, inplace, binary, atomic)
     if not replayable:
-        return Operator(Kind.OPAQUE, binary=binary)
+        return Operator(Kind.OPAQUE, name, binary=binary)
     if name in _NORMS:
-        return Operator(Kind.NORM)
+        return Operator(Kind.NORM, name)
     if any(ret.alias_info is not None for ret in schema.returns):
-        return Operator(Kind.VIEW, cheap=True)
+        return Operator(Kind.VIEW, name, cheap=True)
     constant = func in (aten.zeros_like.default, aten.ones_like.default, aten.full_like.default)
     cheap, allocates = name == "_to_copy", name in _ALLOCATE
-    return Operator(Kind.PURE, work, atomic=atomic, cheap=cheap, constant=constant, allocates=allocates)
+    return Operator(
+        Kind.PURE, name, work, atomic=atomic, cheap=cheap, constant=constant, allocates=allocates
+    )

@@ -81,17 +81,21 @@ def look_up(tensor: torch.Tensor) -> Any:
     return entry.handle
 
 
-def written(tensor: torch.Tensor) -> None:
-    """An in-place operation that the tape recorded is about to return, and to move the version on."""
+def written(tensor: torch.Tensor, root: torch.Tensor | None = None) -> None:
+    """An in-place operation that the tape recorded is about to return, and to move the version on.
+
+    ``root``: what the tensor is a view of, if its entry says what it holds by now.
+    """
     if not is_plain(tensor):
         return
     with _writing:
         _writes[storage_key(tensor)] = next(_serial)
-    entry = _entries.get(id(tensor))
-    if entry is not None and entry() is tensor:
-        entry.serial = next(_serial)
-        if entry.version >= 0:
-            entry.version += 1
+    for one in (tensor,) if root is None else (tensor, root):
+        entry = _entries.get(id(one))
+        if entry is not None and entry() is one:
+            entry.serial = next(_serial)
+            if entry.version >= 0:
+                entry.version += 1
 
 
 def tidy() -> None:

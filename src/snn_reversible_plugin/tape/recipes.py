@@ -7,14 +7,14 @@ it would, its output is kept. Both are counted when the operation runs, from wha
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from snn_reversible_plugin.ops.layouts import is_plain
-from snn_reversible_plugin.tape.handles import Kept
+from snn_reversible_plugin.tape.handles import Handle, Kept
 from snn_reversible_plugin.tape.operators import Kind, Operator
 from snn_reversible_plugin.tape.origins import OUTSIDE, look_up
 from snn_reversible_plugin.tape.replayed import NO_PRODUCTS, Products, Replayed
@@ -60,6 +60,7 @@ class Price:
     depth: float
     cheap: bool
     known: dict[int, Any]
+    newly_kept: int = 0
 
 
 def price(
@@ -99,10 +100,59 @@ def price(
     return Price(products, depth + 1, cheap, known)
 
 
+def price_of_part(
+    operator: Operator,
+    root: torch.Tensor,
+    before: Handle,
+    written: tuple[torch.Tensor, Sequence[Any], dict[str, Any]],
+    work_limit: float,
+    kept: int,
+) -> Price | None:
+    """The price of a root's value after an operation wrote into a view of it, or None: keep the root.
+
+    Args:
+        operator: the operation.
+        root: what the view is of.
+        before: the root's value before.
+        written: the view, and the operation's other operands, by position and by name.
+        work_limit: how many products a rebuild may run.
+        kept: bytes that are kept for the root's other parts.
+    """
+    view, operands, named = written
+    if not is_plain(view) or (operator.atomic and view.is_cuda):
+        return None
+    size, whole = _bytes(view), _bytes(root)
+    part = size / whole
+    products, depth = NO_PRODUCTS, 0.0
+    if isinstance(before, Replayed):
+        products, depth = before.products, before.depth
+    of_operands, newly_kept = 0.0, 0
+    known: dict[int, Any] = {}
+    for tensor in tensors_among((*operands, *named.values())):
+        handle = known[id(tensor)] = look_up(tensor)
+        if not is_plain(tensor):
+            return None
+        if isinstance(handle, Replayed):
+            of_operands = max(of_operands, handle.depth)
+            products = _together(products, handle.products, part)
+        elif handle is None or (isinstance(handle, Kept) and not handle.anchored):
+            newly_kept += tensor.untyped_storage().nbytes()
+    if operator.work:
+        products = {**products, next(_serial): part}
+    if operator.name == "copy":
+        depth = max(depth, of_operands * part) + part
+    else:
+        depth += (of_operands + 1) * part
+    too_much = newly_kept > size or 2 * (kept + newly_kept) > whole
+    if depth >= MAX_DEPTH or too_much or sum(products.values()) > work_limit + 1e-3:
+        return None
+    return Price(products, depth, False, known, newly_kept)
+
+
 def _together(some: Products, more: Products, part: float) -> Products:
     """Products of both, those of ``more`` for a part of the output: what both have counts once."""
-    if part == 1 and not some:
-        return more
+    if not more or (part == 1 and not some):
+        return more or some
     together = dict(some)
     for serial, share in more.items():
         together[serial] = min(together.get(serial, 0.0) + share * part, max(1.0, share))

@@ -36,9 +36,11 @@ from snn_reversible_plugin.tape.origins import (
     written,
 )
 from snn_reversible_plugin.tape.outlived import outlive, outlived
+from snn_reversible_plugin.tape.outsiders import Outsiders, alias
 from snn_reversible_plugin.tape.recipes import WORK_LIMIT, price, tensors_among
 from snn_reversible_plugin.tape.replayed import Replayed
 from snn_reversible_plugin.tape.surroundings import OwnMode
+from snn_reversible_plugin.tape.writes import TensorsOfParts
 
 Rule = Callable[["Tape", Any, tuple[Any, ...], dict[str, Any]], torch.Tensor | None]
 """Runs an operator, given the tape, it and its arguments; None: it is one like any other."""
@@ -67,7 +69,7 @@ class Tape(OwnMode, TorchDispatchMode):
         super().__init__()
         self.where: str | None = None
         self.replays_products = WORK_LIMIT[mode] > 0
-        self._work_limit = WORK_LIMIT[mode]
+        self.work_limit = WORK_LIMIT[mode]
         self._check = check
         self._observer = observer
         tidy()
@@ -76,11 +78,11 @@ class Tape(OwnMode, TorchDispatchMode):
         self._rules: dict[Any, Rule] = {}  # of operators that somebody else runs for the time being
         self._suspended = 0
         self._paused = 0
-        self._outside: dict[Any, weakref.ref[Kept]] = {}
+        self._outsiders = Outsiders()
         self._kept_by_storage: dict[int, list[weakref.ref[Kept]]] = {}
-        self._latest_view: tuple[torch.Tensor | None, Kept | None] = None, None
         self._just_kept: list[Kept] = []  # packed since the last operation
         self._last_product: tuple[Replayed, torch.Tensor, int] | None = None
+        self._parts = TensorsOfParts(self)
 
     # What the verbs of this package are made of.
 
@@ -92,7 +94,7 @@ class Tape(OwnMode, TorchDispatchMode):
         if isinstance(known, Packed):
             with OffStack(self):
                 known.materialize(tensor)
-        handle = self._relied_on(tensor, known)
+        handle = self.relied_on(tensor, known)
         handle.need()
         if isinstance(handle, Kept):
             self._just_kept.append(handle)
@@ -104,11 +106,11 @@ class Tape(OwnMode, TorchDispatchMode):
 
     def handle_of(self, tensor: torch.Tensor) -> Handle:
         """A handle for one who may look at it, or not."""
-        return self._relied_on(tensor, look_up(tensor))
+        return self.relied_on(tensor, look_up(tensor))
 
     def keep(self, tensor: torch.Tensor) -> Kept:
         """A handle that keeps a tensor's value by reference, for somebody who is no node of the graph."""
-        kept = Kept(_alias(tensor))
+        kept = Kept(alias(tensor))
         kept.anchored = True
         self._remember(kept)
         return kept
@@ -148,11 +150,11 @@ class Tape(OwnMode, TorchDispatchMode):
 
     def finish(self) -> None:
         """Forget what only a forward needs: whatever autograd saved keeps its tape alive."""
-        self._outside.clear()
+        self._outsiders.clear()
         self._just_kept.clear()
         outlive(self._kept_by_storage)
         self._kept_by_storage.clear()
-        self._latest_view = None, None
+        self._parts.clear()
         if self._last_product is not None:  # of a block that is rebuilt; see recipes, note 9
             recipe, value, version = self._last_product
             self._last_product = None
@@ -170,10 +172,11 @@ class Tape(OwnMode, TorchDispatchMode):
             if out.dtype is torch.bool and base is None:
                 enter(out, Packed())
                 return
-            recipe = self._recipe(func, operator, args, kwargs, [out])
+            part = None if base is None else self._parts.read(func, args, kwargs, out)
+            recipe = part or self._recipe(func, operator, args, kwargs, [out])
             self._enter(out, recipe, base)
-            if operator.work and recipe is not None and self.in_backward:
-                self._last_product = recipe, _alias(out), out._version
+            if operator.work and isinstance(recipe, Replayed) and self.in_backward:
+                self._last_product = recipe, alias(out), out._version
             return
         if not isinstance(out, (tuple, list)):
             return  # a number that the user reads off
@@ -183,7 +186,10 @@ class Tape(OwnMode, TorchDispatchMode):
         for index, tensor in enumerate(out):
             if not isinstance(tensor, torch.Tensor):
                 continue
-            if recipe is None or (index and operator.kind is Kind.NORM):
+            part = self._parts.read(func, args, kwargs, tensor, index) if base is not None else None
+            if part is not None:
+                self._enter(tensor, part, base)
+            elif recipe is None or (index and operator.kind is Kind.NORM):
                 enter(tensor, None, base)
             else:
                 self._enter(tensor, recipe.output(index, siblings), base)
@@ -255,14 +261,26 @@ class Tape(OwnMode, TorchDispatchMode):
                 for at in operator.mutated
             )
         )
-        recipe = None
+        recipe: Handle | None = None
+        root = after = parts = None
         if operator.inplace and not (types or self._suspended) and isinstance(args[0], torch.Tensor):
+            root = args[0]._base
+            if root is not None:
+                recipe, after, parts = self._parts.write(root, func, operator, args, kwargs)
             before = look_up(args[0])
-            if isinstance(before, Handle) and not (isinstance(before, Kept) and not before.anchored):
+            if (
+                recipe is None
+                and isinstance(before, Handle)
+                and not (isinstance(before, Kept) and not before.anchored)
+            ):
                 recipe = self._recipe(func, operator, args, kwargs, [args[0]])
+            if root is not None and parts is not None:
+                parts.wrote(args[0], root, recipe)
         for tensor in mutated:
             self.before_write(tensor, spared)
         out = func(*args, **kwargs)
+        if root is not None and after is not None:
+            self._enter(root, after)
         for tensor in mutated:
             if recipe is not None:
                 self._enter(tensor, recipe)
@@ -270,7 +288,7 @@ class Tape(OwnMode, TorchDispatchMode):
                 enter(tensor, Packed())
             elif look_up(tensor) is not OUTSIDE:
                 enter(tensor, None)
-            written(tensor)
+            written(tensor, root if after is not None else None)
         return out
 
     def _enter_unknown(self, operator: Operator, out: Any) -> None:
@@ -298,71 +316,53 @@ class Tape(OwnMode, TorchDispatchMode):
     ) -> Replayed | None:
         """The recipe of an operation, or None where keeping its output is cheaper."""
         operands = (*args, *kwargs.values()) if kwargs else args
-        cost = price(operator, operands, outputs, self._work_limit)
+        cost = price(operator, operands, outputs, self.work_limit)
         if cost is None:
             return None
         known = cost.known
         return Replayed(
             func,
-            tuple([self._operand(arg, known) for arg in args]),
-            {name: self._operand(arg, known) for name, arg in kwargs.items()} if kwargs else _NO_KWARGS,
+            tuple([self.operand(arg, known) for arg in args]),
+            {name: self.operand(arg, known) for name, arg in kwargs.items()} if kwargs else _NO_KWARGS,
             cost.products,
             cost.depth,
             operator.inplace,
             cost.cheap,
         )
 
-    def _operand(self, arg: Any, known: dict[int, Any]) -> Any:
+    def operand(self, arg: Any, known: dict[int, Any]) -> Any:
         if isinstance(arg, torch.Tensor):
-            handle = known[id(arg)] = self._relied_on(arg, known[id(arg)])
+            handle = known[id(arg)] = self.relied_on(arg, known[id(arg)])
             return handle
         if isinstance(arg, (list, tuple)) and any(isinstance(item, torch.Tensor) for item in arg):
-            return [self._operand(item, known) for item in arg]
+            return [self.operand(item, known) for item in arg]
         return arg
 
-    def _relied_on(self, tensor: torch.Tensor, handle: Any) -> Handle:
+    def relied_on(self, tensor: torch.Tensor, handle: Any) -> Handle:
         """The handle to store, for a tensor of which :func:`look_up` said this."""
         if isinstance(handle, Passing):
             handle = handle.leads_to()
         if isinstance(handle, Packed):
             handle.materialize(tensor)
         elif handle is OUTSIDE:
-            handle = self._keep_outsider(tensor)
+            handle = self._outsiders.known(tensor)
+            if handle is None:
+                handle = self._outsiders.keep(tensor)
+                self._remember(handle)
         elif handle is None:
-            handle = Kept(_alias(tensor))
+            handle = Kept(alias(tensor))
             enter(tensor, handle)
             self._remember(handle)
         if isinstance(handle, Kept):
             handle.anchored = True
         return handle  # type: ignore[no-any-return]
 
-    def _keep_outsider(self, tensor: torch.Tensor) -> Kept:
-        # A loop over time takes the same view of a weight at each step: one handle serves them all.
-        # Each view is looked up twice, as an operand and for autograd.
-        view, kept = self._latest_view
-        if view is not tensor:
-            key = id(tensor) if tensor.is_leaf else _view_key(tensor)
-            earlier = self._outside.get(key)
-            kept = earlier() if earlier is not None else None
-            if not tensor.is_leaf:
-                self._latest_view = tensor, kept
-        if kept is not None and kept.version == tensor._version and _same(kept.tensor, tensor):
-            return kept
-        self._latest_view = None, None
-        # A leaf can be held as it is; another tensor would tie its graph into a cycle.
-        kept = Kept(tensor if tensor.is_leaf else _alias(tensor))
-        if kept.version >= 0:
-            key = id(tensor) if tensor.is_leaf else _view_key(tensor)
-            self._outside[key] = weakref.ref(kept)
-        self._remember(kept)
-        return kept
-
     def _remember(self, kept: Kept) -> None:
         kept.where = self.where
         if is_plain(kept.tensor):
             self._kept_by_storage.setdefault(storage_key(kept.tensor), []).append(weakref.ref(kept))
 
-    def _enter(self, out: torch.Tensor, recipe: Replayed | None, base: torch.Tensor | None = None) -> None:
+    def _enter(self, out: torch.Tensor, recipe: Handle | None, base: torch.Tensor | None = None) -> None:
         """Write down a tensor's recipe; None: it has none."""
         if recipe is not None and (self._check or self._observer is not None):
             recipe.where = self.where
@@ -410,27 +410,3 @@ class OffStack:
             _push_mode(self._tape)
         else:
             self._tape._paused -= 1
-
-
-def _alias(tensor: torch.Tensor) -> torch.Tensor:
-    """The same storage and version counter, without the tensor's place in the graph."""
-    with (
-        torch._C._DisableTorchDispatch(),
-        torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False),
-        torch.no_grad(),
-    ):
-        return tensor.detach()
-
-
-def _view_key(tensor: torch.Tensor) -> Any:
-    if not is_plain(tensor):
-        return id(tensor)
-    bits = tensor.is_conj(), tensor.is_neg()
-    return storage_key(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, bits
-
-
-def _same(kept: torch.Tensor, tensor: torch.Tensor) -> bool:
-    """Whether what is kept is this leaf, or a view of it that was not copied away since."""
-    if tensor.is_leaf or not is_plain(tensor):
-        return kept is tensor
-    return kept.data_ptr() == tensor.data_ptr()

@@ -1,0 +1,76 @@
+"""Tensors that came from outside of a tape: parameters, inputs, and their views, kept by reference.
+
+The one idea: somebody else holds them anyway, so one handle serves all who rely on one of them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+
+from snn_reversible_plugin.ops.layouts import is_plain, storage_key
+from snn_reversible_plugin.tape.handles import Kept
+
+
+class Outsiders:
+    """The handles of a recording's outsiders.
+
+    A loop over time takes the same view of a weight at each step: one handle serves them all. Each view is
+    looked up twice, as an operand and for autograd.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[Any, weakref.ref[Kept]] = {}
+        self._latest_view: tuple[torch.Tensor | None, Kept | None] = None, None
+
+    def known(self, tensor: torch.Tensor) -> Kept | None:
+        """The handle that a tensor, or an equal view, has."""
+        view, kept = self._latest_view
+        if view is not tensor:
+            earlier = self._kept.get(_key(tensor))
+            kept = earlier() if earlier is not None else None
+            if not tensor.is_leaf:
+                self._latest_view = tensor, kept
+        if kept is not None and kept.version == tensor._version and _same(kept.tensor, tensor):
+            return kept
+        self._latest_view = None, None
+        return None
+
+    def keep(self, tensor: torch.Tensor) -> Kept:
+        """A new handle."""
+        # A leaf can be held as it is; another tensor would tie its graph into a cycle.
+        kept = Kept(tensor if tensor.is_leaf else alias(tensor))
+        if kept.version >= 0:
+            self._kept[_key(tensor)] = weakref.ref(kept)
+        return kept
+
+    def clear(self) -> None:
+        """Forget them."""
+        self._kept.clear()
+        self._latest_view = None, None
+
+
+def _key(tensor: torch.Tensor) -> Any:
+    if tensor.is_leaf or not is_plain(tensor):
+        return id(tensor)
+    bits = tensor.is_conj(), tensor.is_neg()
+    return storage_key(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, bits
+
+
+def _same(kept: torch.Tensor, tensor: torch.Tensor) -> bool:
+    """Whether what is kept is this leaf, or a view of it that was not copied away since."""
+    if tensor.is_leaf or not is_plain(tensor):
+        return kept is tensor
+    return kept.data_ptr() == tensor.data_ptr()
+
+
+def alias(tensor: torch.Tensor) -> torch.Tensor:
+    """The same storage and version counter, without the tensor's place in the graph."""
+    with (
+        torch._C._DisableTorchDispatch(),
+        torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False),
+        torch.no_grad(),
+    ):
+        return tensor.detach()
