@@ -1,5 +1,6 @@
 """Operations on flat tensors, and who computes them."""
 
 from snn_reversible_plugin.ops.bits import pack_bits, unpack_bits
+from snn_reversible_plugin.ops.levels import pack_levels, unpack_levels
 
-__all__ = ["pack_bits", "unpack_bits"]
+__all__ = ["pack_bits", "pack_levels", "unpack_bits", "unpack_levels"]

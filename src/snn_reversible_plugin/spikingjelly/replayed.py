@@ -94,6 +94,16 @@ def _fires(module: nn.Module) -> bool:
     return row_of(module).fires and is_heaviside(_surrogate(module))
 
 
+def _highest_count(module: nn.Module) -> int | None:
+    """The highest count of I-LIF's ``round(clamp(v, 0, highest))``, where a few bits hold it."""
+    surrogate = _surrogate(module)
+    known = type(surrogate).__name__ == "MultiLevelSpikeCount" and is_known(surrogate)
+    if not known or row_of(module).name != "ILIFNode" or not surrogate.spiking:
+        return None
+    highest: int = surrogate.max_spike_count
+    return highest if highest <= tape.MOST_COUNTS else None
+
+
 def is_learning(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a gradient could go through a call: to its input, its states, or what it holds."""
     memories = module.__dict__.get("_memories", {})
@@ -116,6 +126,8 @@ def _mark(module: nn.Module, out: Any, binary: bool) -> None:
     outputs = list(out) if isinstance(out, (tuple, list)) else [out]
     if binary:
         tape.mark_spikes(outputs.pop(0))
+    elif (highest := _highest_count(module)) is not None:
+        tape.mark_levels(outputs.pop(0), highest)
     states = (*module.__dict__.get("_memories", {}).values(), module.__dict__.get("v_seq"))
     tape.mark_opaque(*(t for t in (*outputs, *states) if isinstance(t, Tensor)))
 

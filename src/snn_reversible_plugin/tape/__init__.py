@@ -45,20 +45,23 @@ from typing import Any
 import torch
 
 from snn_reversible_plugin.ops.interrupts import Left, Restoring, put_back_interrupted
-from snn_reversible_plugin.tape.handles import Handle, Kept, Packed, owns, peek, unpack
+from snn_reversible_plugin.tape.handles import Handle, Kept, Packed, PackedLevels, owns, peek, unpack
+from snn_reversible_plugin.tape.off_stack import OffStack
 from snn_reversible_plugin.tape.on_stack import OnThread
 from snn_reversible_plugin.tape.origins import OUTSIDE, enter, look_up
 from snn_reversible_plugin.tape.recipes import WORK_LIMIT
 from snn_reversible_plugin.tape.surroundings import runs_eagerly, to_be_repeated
-from snn_reversible_plugin.tape.tape import Observer, OffStack, Rule, Tape
+from snn_reversible_plugin.tape.tape import Observer, Rule, Tape
 
 __all__ = [
     "MODES",
+    "MOST_COUNTS",
     "current",
     "hand_over",
     "handle_of",
     "is_recording",
     "keep",
+    "mark_levels",
     "mark_opaque",
     "mark_spikes",
     "may_promise",
@@ -76,6 +79,7 @@ __all__ = [
 ]
 
 MODES = tuple(WORK_LIMIT)
+MOST_COUNTS = 12
 
 _local = threading.local()
 
@@ -251,6 +255,13 @@ def mark_spikes(spikes: torch.Tensor) -> None:
     """Vouch that a tensor holds zeros and ones by construction: one bit when something saves it."""
     if current() is not None:
         enter(spikes, Packed())
+
+
+def mark_levels(counts: torch.Tensor, high: int) -> None:
+    """Vouch that a tensor holds whole numbers from 0 to ``high``, at most ``MOST_COUNTS``, by construction:
+    two to four bits an element when something saves it."""
+    if current() is not None:
+        enter(counts, PackedLevels(0, high))
 
 
 def mark_opaque(*tensors: torch.Tensor) -> None:

@@ -178,16 +178,38 @@ class Packed(Handle):
         if not is_dense(spikes):
             spikes = spikes.contiguous()
         self.size, self.stride, self.dtype = spikes.size(), spikes.stride(), spikes.dtype
-        self.bits = ops.pack_bits(spikes.as_strided((spikes.numel(),), (1,)))
+        self.bits = self._pack(spikes.as_strided((spikes.numel(),), (1,)))
 
     def get(self, last: bool) -> tuple[torch.Tensor, bool]:
         assert self.bits is not None
         spikes = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.bits.device)
-        ops.unpack_bits(self.bits, spikes.as_strided((spikes.numel(),), (1,)))
+        self._unpack(self.bits, spikes.as_strided((spikes.numel(),), (1,)))
         return self.verified(spikes, "unpacking its spikes"), True
+
+    def _pack(self, flat: torch.Tensor) -> torch.Tensor:
+        return ops.pack_bits(flat)
+
+    def _unpack(self, bits: torch.Tensor, flat: torch.Tensor) -> None:
+        ops.unpack_bits(bits, flat)
 
     def stored(self, seen: set[int]) -> int:
         return 0 if self.bits is None else storage_once(self.bits, seen)
+
+
+class PackedLevels(Packed):
+    """Integers from ``low`` to ``high`` in floating point, or NaN: two to four bits an element."""
+
+    __slots__ = ("high", "low")
+
+    def __init__(self, low: int, high: int) -> None:
+        super().__init__()
+        self.low, self.high = low, high
+
+    def _pack(self, flat: torch.Tensor) -> torch.Tensor:
+        return ops.pack_levels(flat, self.low, self.high)
+
+    def _unpack(self, bits: torch.Tensor, flat: torch.Tensor) -> None:
+        ops.unpack_levels(bits, flat, self.low, self.high)
 
 
 def unpack(handle: Handle) -> torch.Tensor:
@@ -235,7 +257,13 @@ def owns(tensor: torch.Tensor) -> bool:
 
 
 def checksum(tensor: torch.Tensor) -> torch.Tensor:
-    """A position-dependent integer checksum of the bits, on the tensor's device."""
-    words = tensor.detach().contiguous().reshape(-1).view(torch.uint8).to(torch.int64)
+    """A position-dependent integer checksum of the bits, on the tensor's device.
+
+    Which of the many NaN an operation gives is nobody's promise, and may hang on the place in a vector.
+    """
+    tensor = tensor.detach()
+    if tensor.is_floating_point():
+        tensor = tensor.masked_fill(tensor.isnan(), torch.nan)
+    words = tensor.contiguous().reshape(-1).view(torch.uint8).to(torch.int64)
     weights = torch.arange(1, words.numel() + 1, device=words.device) % 65521
     return (words + 1).mul_(weights).sum()

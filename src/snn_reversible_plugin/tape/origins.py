@@ -15,6 +15,7 @@ import torch
 
 from snn_reversible_plugin.ops.layouts import is_plain, storage_key
 from snn_reversible_plugin.tape.handles import Handle
+from snn_reversible_plugin.tape.spans import ANY, Span
 
 OUTSIDE: Any = object()
 
@@ -36,9 +37,10 @@ OUTSIDE: Any = object()
 class _Entry(weakref.ref):
     """What is known of a live tensor: its handle (None: made under a tape, no recipe) at a version."""
 
-    __slots__ = ("address", "handle", "serial", "version")
+    __slots__ = ("address", "handle", "serial", "span", "version")
 
     handle: Handle | None
+    span: Span | None
     version: int
     address: int
     serial: int
@@ -53,13 +55,18 @@ _FEW = 4096
 _many = _FEW
 
 
-def enter(tensor: torch.Tensor, handle: Handle | None, base: torch.Tensor | None = None) -> None:
-    """Write down a tensor's handle. A new view gets the version counter of its ``base`` only after
-    the operation has returned, so the base is asked."""
+def enter(
+    tensor: torch.Tensor,
+    handle: Handle | None,
+    base: torch.Tensor | None = None,
+    span: Span | None = None,
+) -> None:
+    """Write down a tensor's handle, and what is known of its values. A new view gets the version counter of
+    its ``base`` only after the operation has returned, so the base is asked."""
     if not is_plain(tensor):
         return
     entry = _Entry(tensor, _drop_handle)
-    entry.handle = handle
+    entry.handle, entry.span = handle, span
     counted = tensor if base is None else base
     entry.version = -1 if counted.is_inference() else counted._version
     entry.address = tensor.data_ptr()
@@ -72,13 +79,24 @@ def look_up(tensor: torch.Tensor) -> Any:
     entry = _entries.get(id(tensor))
     if entry is None or entry() is not tensor:
         return OUTSIDE
-    if (
-        (entry.version >= 0 and entry.version != tensor._version)
-        or entry.address != tensor.data_ptr()
-        or (_writes and _writes.get(storage_key(tensor), -1) > entry.serial)
-    ):
-        return None
-    return entry.handle
+    return entry.handle if _stands(entry, tensor) else None
+
+
+def span_of(tensor: torch.Tensor) -> Span:
+    """What is known of a tensor's values."""
+    entry = _entries.get(id(tensor))
+    if entry is None or entry() is not tensor or entry.span is None or not _stands(entry, tensor):
+        return ANY
+    return entry.span
+
+
+def _stands(entry: _Entry, tensor: torch.Tensor) -> bool:
+    """Whether nothing was written to a tensor since its entry."""
+    return (
+        (entry.version < 0 or entry.version == tensor._version)
+        and entry.address == tensor.data_ptr()
+        and not (_writes and _writes.get(storage_key(tensor), -1) > entry.serial)
+    )
 
 
 def written(tensor: torch.Tensor, root: torch.Tensor | None = None) -> None:

@@ -18,15 +18,12 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch.utils._python_dispatch import (
-    TorchDispatchMode,
-    _get_current_dispatch_mode,
-    _pop_mode,
-    _push_mode,
-)
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from snn_reversible_plugin.ops.layouts import is_plain, storage_key
+from snn_reversible_plugin.tape.few_bits import few_bits
 from snn_reversible_plugin.tape.handles import Handle, Kept, Packed, Passing, checksum
+from snn_reversible_plugin.tape.off_stack import OffStack
 from snn_reversible_plugin.tape.operators import Kind, Operator, aten, operator_of
 from snn_reversible_plugin.tape.origins import (
     OUTSIDE,
@@ -39,15 +36,13 @@ from snn_reversible_plugin.tape.outlived import outlive, outlived
 from snn_reversible_plugin.tape.outsiders import Outsiders, alias
 from snn_reversible_plugin.tape.recipes import WORK_LIMIT, price, tensors_among
 from snn_reversible_plugin.tape.replayed import Replayed
+from snn_reversible_plugin.tape.spans import Span
 from snn_reversible_plugin.tape.surroundings import OwnMode
 from snn_reversible_plugin.tape.writes import TensorsOfParts
 
 Rule = Callable[["Tape", Any, tuple[Any, ...], dict[str, Any]], torch.Tensor | None]
 """Runs an operator, given the tape, it and its arguments; None: it is one like any other."""
 
-# As torch.compiler.disable does: a compiler steps aside for a mode on the stack, and for nothing else.
-_frames = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
-_set_compiler = getattr(_frames, "set_eval_frame", lambda _: None)
 _NO_KWARGS: dict[str, Any] = {}
 
 
@@ -172,9 +167,12 @@ class Tape(OwnMode, TorchDispatchMode):
             if out.dtype is torch.bool and base is None:
                 enter(out, Packed())
                 return
-            part = None if base is None else self._parts.read(func, args, kwargs, out)
-            recipe = part or self._recipe(func, operator, args, kwargs, [out])
-            self._enter(out, recipe, base)
+            span, recipe = few_bits(operator, args, kwargs)
+            if recipe is None and base is not None:
+                recipe = self._parts.read(func, args, kwargs, out)
+            if recipe is None:
+                recipe = self._recipe(func, operator, args, kwargs, [out])
+            self._enter(out, recipe, base, span)
             if operator.work and isinstance(recipe, Replayed) and self.in_backward:
                 self._last_product = recipe, alias(out), out._version
             return
@@ -262,10 +260,12 @@ class Tape(OwnMode, TorchDispatchMode):
             )
         )
         recipe: Handle | None = None
-        root = after = parts = None
+        root = after = parts = span = None
         if operator.inplace and not (types or self._suspended) and isinstance(args[0], torch.Tensor):
             root = args[0]._base
-            if root is not None:
+            if root is None:
+                span, recipe = few_bits(operator, args, kwargs)
+            else:
                 recipe, after, parts = self._parts.write(root, func, operator, args, kwargs)
             before = look_up(args[0])
             if (
@@ -283,7 +283,7 @@ class Tape(OwnMode, TorchDispatchMode):
             self._enter(root, after)
         for tensor in mutated:
             if recipe is not None:
-                self._enter(tensor, recipe)
+                self._enter(tensor, recipe, None, span)
             elif operator.binary or tensor.dtype is torch.bool:
                 enter(tensor, Packed())
             elif look_up(tensor) is not OUTSIDE:
@@ -362,13 +362,19 @@ class Tape(OwnMode, TorchDispatchMode):
         if is_plain(kept.tensor):
             self._kept_by_storage.setdefault(storage_key(kept.tensor), []).append(weakref.ref(kept))
 
-    def _enter(self, out: torch.Tensor, recipe: Handle | None, base: torch.Tensor | None = None) -> None:
+    def _enter(
+        self,
+        out: torch.Tensor,
+        recipe: Handle | None,
+        base: torch.Tensor | None = None,
+        span: Span | None = None,
+    ) -> None:
         """Write down a tensor's recipe; None: it has none."""
         if recipe is not None and (self._check or self._observer is not None):
             recipe.where = self.where
             if self._check:
                 recipe.checksum = checksum(out)
-        enter(out, recipe, base)
+        enter(out, recipe, base, span)
 
     def _label(self, handle: Handle, tensor: torch.Tensor) -> None:
         if handle.where is None:
@@ -376,33 +382,3 @@ class Tape(OwnMode, TorchDispatchMode):
         if self._check and handle.checksum is None and not isinstance(handle, Kept):
             with OffStack(self), torch.no_grad():
                 handle.checksum = checksum(tensor)
-
-
-class OffStack:
-    """Context manager: a tape records nothing inside, and no compiler traces; None for no tape."""
-
-    __slots__ = ("_compiler", "_popped", "_tape")
-
-    def __init__(self, tape: Tape | None) -> None:
-        self._tape = tape
-
-    def __enter__(self) -> None:
-        self._popped = False
-        if self._tape is None:
-            return
-        # Off the stack it costs nothing; below a mode that the user entered it has to stay.
-        if _get_current_dispatch_mode() is self._tape:
-            _pop_mode()
-            self._popped = True
-            self._compiler = _set_compiler(None)
-        else:
-            self._tape.pauses += 1
-
-    def __exit__(self, *exc: object) -> None:
-        if self._tape is None:
-            return
-        if self._popped:
-            _set_compiler(self._compiler)
-            _push_mode(self._tape)
-        else:
-            self._tape.pauses -= 1
