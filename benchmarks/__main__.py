@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -66,7 +67,7 @@ def run(
     works = {one.name: running.chosen(one, options, only, method) for one in experiments}
     if not any(works.values()):
         raise typer.BadParameter(f"no work in the profile {profile.value} matches {only} and {method}")
-    console = Console()
+    console = _console()
     columns = (TextColumn("{task.description:60}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=sum(map(len, works.values())))
@@ -98,16 +99,20 @@ def fill_pages() -> None:
             if entries := store.load(store.RESULTS / f"{experiment.stem(device)}.json"):
                 drawn += experiment.draw(entries, IMAGES, device)
     for path in (*drawn, *pages.fill()):
-        print(path.relative_to(store.ROOT))
+        print(path)
 
 
 @app.command(name="targets")
 def show_targets() -> None:
     """Print what the project set out to reach beside what is stored; fails where something is missed."""
     results = pages.load_all()
-    Console().print(targets.table(results).screen())
+    _console().print(targets.table(results).screen())
     if not all(target.is_reached(target.measured(results)) for target in targets.TARGETS):
         raise typer.Exit(1)
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 140)  # in a file, lines as wide as tables are
 
 
 if __name__ == "__main__":

@@ -38,6 +38,11 @@ def draw_steps(entries: Entries, folder: Path, device: str) -> list[Path]:
     ]
 
 
+def path_of(folder: Path, name: str, device: str) -> Path:
+    """Of a picture whose name has the device in it only where that is no CPU."""
+    return folder / (f"{name}.png" if device == "cpu" else f"{name}-{device}.png")
+
+
 def at_first_sight(entries: Entries) -> Entries:
     """What the README's picture shows."""
     return {name: entry for name, entry in entries.items() if entry["workload"] in AT_FIRST_SIGHT}

@@ -147,7 +147,7 @@ def measure(arm: str, options: Options, tick: Tick, data: str, seed: int) -> Ent
     }  # fmt: skip
 
 
-def draw(entries: Entries, folder: Path, _device: str) -> list[Path]:
+def draw(entries: Entries, folder: Path, device: str) -> list[Path]:
     """One point a run, and the losses of runs from the start."""
     runs = {
         title: {arm: learning.runs_of(entries, arm, data) for arm in ARMS} for data, title in DATA.items()
@@ -163,6 +163,8 @@ def draw(entries: Entries, folder: Path, _device: str) -> list[Path]:
         for title, arms in runs.items()
     }
     return [
-        pictures.draw_spread(accuracies, "test accuracy, %", folder / "block-accuracy.png"),
-        pictures.draw_losses(losses, folder / "block-losses.png", dashed=EQUALS),
+        pictures.draw_spread(
+            accuracies, "test accuracy, %", pictures.path_of(folder, "block-accuracy", device)
+        ),
+        pictures.draw_losses(losses, pictures.path_of(folder, "block-losses", device), dashed=EQUALS),
     ]

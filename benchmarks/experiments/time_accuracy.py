@@ -113,6 +113,10 @@ def measure(method: str, options: Options, tick: Tick, seed: int, epochs: int) -
     return right | {"updates": len(losses), "losses": losses}
 
 
-def draw(entries: Entries, folder: Path, _device: str) -> list[Path]:
+def draw(entries: Entries, folder: Path, device: str) -> list[Path]:
     losses = {name: [run["losses"] for run in learning.runs_of(entries, name)] for name in METHODS}
-    return [pictures.draw_losses({"N-MNIST": losses}, folder / "time-losses.png", dashed=["grid"])]
+    return [
+        pictures.draw_losses(
+            {"N-MNIST": losses}, pictures.path_of(folder, "time-losses", device), dashed=["grid"]
+        )
+    ]

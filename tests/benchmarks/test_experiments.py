@@ -1,13 +1,14 @@
 """The command line, at a tiny size: every experiment measures, stores, goes on, and is shown."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from benchmarks import __main__ as command
 from benchmarks import pages, running, store, targets
-from benchmarks.__main__ import app
 from benchmarks.experiment import Experiment, Options, Work
 from benchmarks.experiments import EXPERIMENTS
 from benchmarks.tables import markdown, note
@@ -37,7 +38,7 @@ def invoke(nmnist_folder, tmp_path_factory):  # noqa: F811
 
     def call(name, *arguments):
         size = ["--profile", "quick", "--repeats", "1", "--folder", str(nmnist_folder), "--out", str(out)]
-        outcome = CliRunner().invoke(app, ["run", name, *SMALL[name], *size, *arguments])
+        outcome = CliRunner().invoke(command.app, ["run", name, *SMALL[name], *size, *arguments])
         assert outcome.exit_code == 0, outcome.output
         return store.load(out / f"{EXPERIMENTS[name].stem('cpu')}.json")
 
@@ -100,7 +101,7 @@ def test_pictures_are_drawn(invoke, tmp_path):
 )
 def test_what_is_not_there_is_refused(arguments, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert CliRunner().invoke(app, ["run", *arguments, "--profile", "quick"]).exit_code == 2
+    assert CliRunner().invoke(command.app, ["run", *arguments, "--profile", "quick"]).exit_code == 2
 
 
 def counted(together=False):
@@ -161,15 +162,19 @@ def test_targets_that_are_missed_or_not_measured_say_so():
     assert target.measured({}) is None and not target.is_reached(None)
     rows = {row[0]: row for row in targets.table({}).rows}
     assert all(row[2] == "not measured" for row in rows.values())
-    assert CliRunner().invoke(app, ["targets"]).exit_code in (0, 1)
+    assert CliRunner().invoke(command.app, ["targets"]).exit_code in (0, 1)
     assert all(target.measured(pages.load_all()) is not None for target in targets.TARGETS)
 
 
-def test_pages_are_written_again_as_they_are(monkeypatch, tmp_path):
-    monkeypatch.setattr(store, "RESULTS", tmp_path)  # nothing to draw
-    monkeypatch.setattr(pages, "fill", lambda: [store.ROOT / "README.md"])
-    outcome = CliRunner().invoke(app, ["pages"])
-    assert outcome.exit_code == 0 and outcome.output.split() == ["README.md"]
+def test_pages_and_pictures_are_made_again(monkeypatch, tmp_path):
+    shutil.copy(store.RESULTS / "time-accuracy.json", tmp_path)
+    monkeypatch.setattr(store, "RESULTS", tmp_path)
+    monkeypatch.setattr(command, "IMAGES", tmp_path)
+    before = [page.read_text() for page in pages.pages()]
+    outcome = CliRunner().invoke(command.app, ["pages"])
+    assert outcome.exit_code == 0, outcome.output
+    assert (tmp_path / "time-losses.png").stat().st_size > 1000
+    assert [page.read_text() for page in pages.pages()] == before  # they were up to date
 
 
 def test_results_are_json_a_line_an_entry():
