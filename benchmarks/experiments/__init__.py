@@ -13,6 +13,7 @@ from ..tables import learning, time
 from ..tables import steps as of_steps
 from . import (
     block_accuracy,
+    columns,
     coupled,
     drift,
     long_sequences,
@@ -49,6 +50,7 @@ EXPERIMENTS = {
             draw=pictures.draw_steps,
         ),
         Experiment("drift", drift.works, time.drift, drift.measure),
+        Experiment("columns", columns.works, time.columns, together=columns.together),
         Experiment("surgery", surgery.works, time.surgery, together=surgery.together),
         Experiment("reversal-rebuilt", reversal.lengths, time.rebuilt, reversal.rebuilt),
         Experiment("reversal-bytes", reversal.loops, time.bytes_held, reversal.bytes_held),

@@ -22,6 +22,19 @@ def drift(entries: Entries) -> list[Table]:
     return [Table(headings, rows)]
 
 
+def columns(entries: Entries) -> list[Table]:
+    """T-RevSNN's sub-networks as they are trained."""
+    rows = [
+        (
+            e["size"], str(e["steps"]), e["way"], mib(e["held"]), mib(e["peak"]), times(e["time_ratio"]),
+            f"{e['max_error']:.3g}",
+        )
+        for e in entries.values()
+    ]  # fmt: skip
+    headings = ("T-RevSNN", "sub-networks", "way", "held, MiB", "peak, MiB", "time", "rebuild off by")
+    return [Table(headings, rows)]
+
+
 def surgery(entries: Entries) -> list[Table]:
     """What a training step holds, its peak, and its time over stock's."""
     rows = [

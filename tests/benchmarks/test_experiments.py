@@ -18,6 +18,7 @@ ARMS = ("RevSResNet24", "RevSResNet24, run plainly", "MS-ResNet20", "MS-ResNet20
 SMALL = {
     "steps": ["--only", "chain-8", "--only", "leaky-loop", "--method", "memory", "--fits"],
     "drift": ["--only", "8", "--method", "float", "--method", "grid"],
+    "columns": ["--method", "published", "--method", "grid"],
     "surgery": ["--only", "SEW*", "--method", "wrapped, converted"],
     "reversal-rebuilt": ["--only", "*beta 0.9,*"],
     "reversal-bytes": ["--only", "snnTorch, hard reset, beta 0.9"],
@@ -71,6 +72,8 @@ def test_what_the_figures_have_to_be(invoke):
     drift = invoke("drift")
     assert drift["8 | float"]["max_error"] > 0 == drift["8 | grid"]["max_error"]
     assert drift["8 | grid"]["flipped_spikes"] == 0 < drift["8 | grid"]["spikes"]
+    columns = invoke("columns")
+    assert columns["tiny, 4 | grid"]["max_error"] == 0 < columns["tiny, 4 | published"]["max_error"]
     assert all(entry["differ"] == 0 for entry in invoke("reversal-rebuilt").values())
     gradients = {entry["node"]: entry["gradient"] for entry in invoke("coupled-times").values()}
     assert set(gradients.values()) == {"equal", ""} and gradients["autograd"] == "equal"
