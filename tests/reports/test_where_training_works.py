@@ -112,7 +112,6 @@ INPUT = (torch.rand(4, 2, 8, generator=torch.Generator().manual_seed(1)) * 3).re
 NUMBERS = torch.arange(8).reshape(4, 2)
 
 
-@pytest.mark.parametrize("arithmetic", ["stock", "auto"])
 @pytest.mark.parametrize(
     ("cls", "x", "kwargs"),
     [
@@ -124,8 +123,8 @@ NUMBERS = torch.arange(8).reshape(4, 2)
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
 )  # fmt: skip
-def test_reports(cls, x, kwargs, arithmetic):
-    net = srp.convert_to_reversible(cls(), arithmetic=arithmetic)
+def test_reports(cls, x, kwargs):
+    net = srp.convert_to_reversible(cls())
     before = x.grad
     verification = srp.verify(net, x, repeats=1, **kwargs)
     assert verification.ok and x.grad is before
