@@ -93,6 +93,12 @@ class NegativeZero(Base):
         return super().forward(x) * -0.0
 
 
+class WithAScriptedPart(Base):
+    def __init__(self):
+        super().__init__()
+        self.first = torch.jit.script(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(2)))
+
+
 class Frozen(Base):
     def __init__(self):
         super().__init__()
@@ -118,7 +124,7 @@ NUMBERS = torch.arange(8).reshape(4, 2)
         (InADataClass, INPUT, {}), (ByName, INPUT, {"kwargs": {"scale": 2.0}}), (Sparse, NUMBERS, {}),
         (Checkpointed, INPUT, {}), (CheckpointedReentrantly, INPUT, {}), (Loop, INPUT, {}),
         (WithLSTM, INPUT, {}), (NotANumber, INPUT, {}), (NegativeZero, INPUT, {}), (Frozen, INPUT, {}),
-        (Double, INPUT, {}),
+        (Double, INPUT, {}), (WithAScriptedPart, INPUT, {}),
         (Base, INPUT, {"loss": functools.partial(nn.functional.l1_loss, target=torch.zeros(4, 2, 3))}),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
