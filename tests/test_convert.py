@@ -215,6 +215,15 @@ def test_stock_context(net, x):
     assert type(srp.restore(net).lif1) is neuron.LIFNode
 
 
+def test_tools_that_look_up_exact_classes_run_inside_stock(net):
+    """As exporters do: a function a class, found by the class itself."""
+    exporters = {neuron.LIFNode: "LIF", neuron.IFNode: "IF", neuron.ParametricLIFNode: "PLIF"}
+    assert not any(type(module) in exporters for module in net.modules())
+    with srp.stock(net):
+        found = [exporters[type(module)] for module in net.modules() if type(module) in exporters]
+    assert found == ["LIF", "IF", "PLIF"]
+
+
 def test_reversible_context_records_a_loop_that_calls_submodules(x):
     def run(net, record):
         reset(net)

@@ -4,7 +4,9 @@ import copy
 import pickle
 
 import pytest
+import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from snn_reversible_plugin.modules import swap
 from snn_reversible_plugin.modules.swap import (
@@ -103,3 +105,22 @@ def test_classes_are_given_back_whatever_happens(fails):
     except ArithmeticError:
         pass
     assert (type(module), type(other), stock_type(module)) == (own, nn.Linear, nn.Linear)
+
+
+def test_a_class_that_was_parametrized_before_the_swap():
+    module = weight_norm(nn.Linear(2, 2))
+    parametrized = type(module)
+    swap.swap(module, swapped_class(Front, parametrized))
+    assert stock_type(module) is parametrized
+    with stock_classes([module]):
+        assert type(module) is parametrized
+    unswap(module)
+    assert type(module) is parametrized
+
+
+def test_a_traced_module_goes_unharmed_through_going_back():
+    traced = torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2))
+    unswap(traced)
+    with stock_classes([traced]):
+        pass
+    assert traced(torch.ones(1, 2)).shape == (1, 2)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 
@@ -32,6 +33,8 @@ def tracked(model: nn.Module, tracker: Tracker) -> Iterator[None]:
         tracker.where = outer.pop() if outer else None
 
     for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue  # takes no hooks; its work counts as its parent's
         hooks.append(module.register_forward_pre_hook(entering(name or "model"), prepend=True))
         hooks.append(module.register_forward_hook(leaving, always_call=True))
     try:

@@ -190,6 +190,8 @@ class _Marks:
 
     def __enter__(self) -> _Marks:
         for name, module in self._model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # takes no hooks; its work counts as its parent's
             for hook in (
                 module.register_forward_pre_hook(self._entering(name), prepend=True),
                 module.register_forward_hook(self._leaving(name), always_call=True),
