@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.modules.registry import reversible_type
 from snn_reversible_plugin.neurons.leaky import call as step
-from snn_reversible_plugin.snntorch import _swaps_states
 
 RESETS = ("subtract", "zero", "none")
 
@@ -86,8 +85,6 @@ def trajectory(
 
 
 STATES = {"Leaky": 1, "Lapicque": 1, "Synaptic": 2, "Alpha": 3, "RLeaky": 2, "RSynaptic": 3}
-if _swaps_states():
-    del STATES["Synaptic"]  # it is run as it is in a release that mistakes its membrane for its current
 
 
 def neuron_states(neuron: nn.Module) -> int:

@@ -252,3 +252,25 @@ def test_what_is_older_is_named_in_one_sentence(monkeypatch):
         net = srp.convert_to_reversible(nn.Sequential(nn.Linear(3, 3), nn.ReLU()))
     adapter.load.cache_clear()
     assert net(torch.rand(2, 3)).shape == (2, 3)
+
+
+def test_settings_are_changed_by_the_releases_own_functions():
+    old = release("0.0.0.0.14")
+    net = nn.Sequential(
+        nn.Linear(3, 3), make(old, "LIFNode", multi=False), make(old, "KLIFNode", multi=False)
+    )
+    twin = srp.convert_to_reversible(copy.deepcopy(net), arithmetic="stock")
+    x = torch.rand(4, 2, 3)
+    for one in (net, twin):
+        old.functional.set_step_mode(one, "m")
+        old.functional.set_backend(one, "torch")
+    for _ in range(2):
+        found = []
+        for one in (net, twin):
+            old.functional.reset_net(one)
+            one.zero_grad()
+            out = one(x)
+            out.sum().backward()
+            found.append([out, one[1].v, one[2].v, one[0].weight.grad])
+    assert all(map(same, *found))
+    assert [one.step_mode for one in twin[1:]] == ["m", "m"]
