@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from snn_reversible_plugin import tape
-from snn_reversible_plugin.blocks.chain_function import run_reversibly
+from snn_reversible_plugin.blocks.chain_function import Update, run_reversibly
 from snn_reversible_plugin.blocks.coupling import Streams, entered, plain, split
+from snn_reversible_plugin.blocks.parallel import Group
 from snn_reversible_plugin.blocks.undo import Rebuild
 from snn_reversible_plugin.grid import check_bits
 from snn_reversible_plugin.modules.states import fresh_states
@@ -91,6 +92,10 @@ class RevSSequence(nn.Module):
         states: ``"carry"`` hands neuron states from call to call as the frameworks do; ``"reset"`` starts
             the neurons fresh in each call and leaves them fresh. Either way no final membrane of
             SpikingJelly's neurons is held, unless it is read or the next call starts from it.
+        parallel: run so many consecutive blocks at once: a group computes ``y1 = x1 + snap(sum of f(x2))``,
+            ``y2 = x2 + snap(sum of g(y1))`` over its blocks, which is **another function** than the same
+            blocks one after another. Branches that are alike are batched into one call of wider layers
+            (:mod:`...blocks.parallel`).
         mode: of the tape inside a rebuilt branch: ``"memory"`` runs its convolutions and matrix products
             once more for a lower peak, ``"speed"`` does not.
         check: compare each rebuilt block input and each spike with the forward's: raises where a branch
@@ -126,6 +131,7 @@ class RevSSequence(nn.Module):
         blocks: Iterable[RevSBlock],
         *,
         states: str = "carry",
+        parallel: int = 1,
         mode: str = "speed",
         check: bool = False,
     ) -> None:
@@ -142,12 +148,15 @@ class RevSSequence(nn.Module):
         check_states(states)
         if mode not in tape.MODES:
             raise ValueError(f"mode must be one of {tape.MODES}, not {mode!r}")
+        if not isinstance(parallel, int) or parallel < 1:
+            raise ValueError(f"parallel must be a number of blocks, at least 1, not {parallel!r}")
         self.states, self.mode, self.check, self.reversible = states, mode, check, True
+        self.parallel = parallel
         self.last_rebuild: Rebuild | None = None
         self._inspected = False
 
     def extra_repr(self) -> str:
-        return f"states={self.states!r}"
+        return f"states={self.states!r}" + (f", parallel={self.parallel}" if self.parallel > 1 else "")
 
     @property
     def bits(self) -> int | None:
@@ -156,15 +165,11 @@ class RevSSequence(nn.Module):
 
     def forward(self, x: Tensor | Streams) -> Tensor | Streams:
         put_back_interrupted()
-        blocks: list[RevSBlock] = list(self.blocks)  # type: ignore[arg-type]
-        split_up, dim = isinstance(x, Tensor), blocks[0].dim
+        split_up = isinstance(x, Tensor)
+        dim: int = self.blocks[0].dim  # type: ignore[assignment]
         x1, x2 = split(x, dim, "RevSSequence")
         del x
-        updates = [
-            (_where(index, block, name), block, name)
-            for index, block in enumerate(blocks)
-            for name in BRANCHES
-        ]
+        updates = self._updates()
         with fresh_states(self) if self.states == "reset" else nullcontext():
             if self.reversible and tape.may_record():
                 outs = run_reversibly(self, updates, x1, x2, dim if split_up else None)
@@ -173,6 +178,21 @@ class RevSSequence(nn.Module):
             branches = [(where, partial(block, branch=name)) for where, block, name in updates]
             y1, y2 = plain(branches, *entered(x1, x2, self.bits), self.bits)
             return torch.cat((y1, y2), dim) if split_up else (y1, y2)
+
+    def _updates(self) -> list[Update]:
+        blocks: list[RevSBlock] = list(self.blocks)  # type: ignore[arg-type]
+        if self.parallel == 1:
+            return [
+                (_where(index, block, name), block, name)
+                for index, block in enumerate(blocks)
+                for name in BRANCHES
+            ]
+        updates: list[Update] = []
+        for first in range(0, len(blocks), self.parallel):
+            group = Group(blocks[first : first + self.parallel])
+            where = f"blocks {first} to {first + len(group.blocks) - 1}"
+            updates += [(f"{where}: {name}", group, name) for name in BRANCHES]
+        return updates
 
 
 def check_states(states: str) -> None:

@@ -152,7 +152,7 @@ class _Run:
         """Walk back.
 
         Args:
-            states: copies of the last states; rebuilt in place.
+            states: the last ones; those before are rebuilt in their place.
             kept: of :meth:`forward`, emptied.
             inputs: those of the forward; the ones that require a gradient get one.
             g_states: gradients of the last states.
@@ -213,6 +213,8 @@ class _Run:
             if not step:  # nobody reads the states before the first step
                 return
             state = states[k]
+            if step == self.steps - 1 and self.bits is not None:
+                state = states[k] = state.clone()  # the user's until now
             if self.bits is None:
                 before = (state - out) / self.alphas[step][k].detach()
             else:
@@ -290,7 +292,7 @@ class _Columns(torch.autograd.Function):
         run.unchanged.check()
         count = len(nothing) - 1 - len(run.parameters)
         saved = list(ctx.saved_tensors)
-        states = [state.detach().clone() for state in saved[: run.levels]]  # the states may go
+        states = [state.detach() for state in saved[: run.levels]]
         inputs, saved = saved[run.levels : run.levels + count], saved[run.levels + count :]
         kept = [[saved.pop(0) for _ in range(length)] for length in ctx.counts]
         if hasattr(ctx, "maybe_clear_saved_tensors") and not comes_again():

@@ -98,17 +98,24 @@ def _pieces(stream: Tensor, branch: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(*flat, strict=True)
 
 
+class SpikeObserver:
+    """A forward hook of neurons that writes their spikes down."""
+
+    def __init__(self, found: Spikes) -> None:
+        self._found = found
+
+    def __call__(self, neuron: nn.Module, _inputs: Any, output: Any) -> None:
+        spikes = spikes_of(neuron, output)
+        with tape.paused(), torch.no_grad():
+            self._found.append((ops.pack_bits(spikes.detach().reshape(-1)), spikes.numel()))
+
+
 @contextmanager
 def observed_spikes(modules: Iterable[nn.Module]) -> Iterator[Spikes]:
     """The spikes of every neuron among the modules, of both frameworks, in the order of the calls."""
     found: Spikes = []
-
-    def hook(neuron: nn.Module, _inputs: Any, output: Any) -> None:
-        spikes = spikes_of(neuron, output)
-        with tape.paused(), torch.no_grad():
-            found.append((ops.pack_bits(spikes.detach().reshape(-1)), spikes.numel()))
-
-    hooks = [module.register_forward_hook(hook) for module in modules if is_spiking(module)]
+    observer = SpikeObserver(found)
+    hooks = [module.register_forward_hook(observer) for module in modules if is_spiking(module)]
     try:
         yield found
     finally:

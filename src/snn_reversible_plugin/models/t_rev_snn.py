@@ -22,6 +22,7 @@ from snn_reversible_plugin.blocks import RevSColumns
 HIDDEN = 4  # times as many channels inside a block
 HEADS = 4
 EPS = 1e-6
+THRESHOLD = 0.5
 
 
 class _Fire(torch.autograd.Function):
@@ -29,8 +30,8 @@ class _Fire(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward((x >= 0) & (x <= 1))
-        return (x >= 0.5).to(x.dtype)
+        ctx.save_for_backward((x >= 0).logical_and_(x <= 1))
+        return (x >= THRESHOLD).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
@@ -48,6 +49,8 @@ class Fire(nn.Module):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return (x >= THRESHOLD).to(x.dtype)
         return _Fire.apply(x)  # type: ignore[no-any-return, no-untyped-call]
 
 

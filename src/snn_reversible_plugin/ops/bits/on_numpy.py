@@ -29,6 +29,8 @@ def pack_bits(flat: torch.Tensor, bits_each: int = 1) -> torch.Tensor:
 
 def _as_bits(part: torch.Tensor, bits_each: int) -> np.ndarray[Any, Any]:
     if bits_each == 1:
+        if part.dtype is torch.bool:
+            return part.numpy()
         # numpy has no bfloat16, and compares the others faster than torch does.
         return (part.ne(0) if part.dtype is torch.bfloat16 else part).numpy() != 0
     values = part.to(torch.uint8).numpy()
