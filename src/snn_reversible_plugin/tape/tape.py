@@ -12,6 +12,7 @@ a function to run again; a recipe is one operation, so a loop that the user wrot
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ from snn_reversible_plugin.tape.origins import (
 )
 from snn_reversible_plugin.tape.outlived import outlive, outlived
 from snn_reversible_plugin.tape.outsiders import Outsiders, alias
+from snn_reversible_plugin.tape.own_functions import OwnFunctions
 from snn_reversible_plugin.tape.recipes import WORK_LIMIT, price, tensors_among
 from snn_reversible_plugin.tape.replayed import Replayed
 from snn_reversible_plugin.tape.spans import Span
@@ -78,6 +80,7 @@ class Tape(OwnMode, TorchDispatchMode):
         self._just_kept: list[Kept] = []  # packed since the last operation
         self._last_product: tuple[Replayed, torch.Tensor, int] | None = None
         self._parts = TensorsOfParts(self)
+        self._own_functions = OwnFunctions()
 
     # What the verbs of this package are made of.
 
@@ -89,6 +92,8 @@ class Tape(OwnMode, TorchDispatchMode):
         if isinstance(known, Packed):
             with OffStack(self):
                 known.materialize(tensor)
+        if self._own_functions and self._own_functions.keeps(tensor, known, sys._getframe().f_back):
+            known = None
         handle = self.relied_on(tensor, known)
         handle.need()
         if isinstance(handle, Kept):
@@ -230,6 +235,10 @@ class Tape(OwnMode, TorchDispatchMode):
             spared = () if operator.inplace else just_kept
             return self._run_mutating(func, operator, types, args, kwargs, spared)
         out = func(*args, **kwargs)
+        if operator.work and not torch.is_grad_enabled():
+            self._own_functions.product()
+        elif self._own_functions and torch.is_grad_enabled():
+            self._own_functions.over()
         if operator.kind is Kind.VIEW and look_up(args[0]) is OUTSIDE:
             return out
         # Without grad mode, a user's autograd function runs: what it allocates, a kernel may fill unseen.

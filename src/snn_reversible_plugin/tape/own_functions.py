@@ -1,0 +1,69 @@
+"""What an autograd function of the user's saves that computes a block of layers itself: kept as it is.
+
+The one idea: a function that runs convolutions in its forward, where nothing is recorded for autograd, is a
+checkpoint or a reversible block: its backward runs them again. If the tape rebuilt what it saves, the same
+would be run twice, and both would be alive at the peak.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+
+import torch
+
+from snn_reversible_plugin.tape.handles import Handle, Kept
+from snn_reversible_plugin.tape.replayed import Replayed
+
+# NOTE [Who saves]
+#
+# 1. A function's forward runs without grad mode, and what it saves is packed when that has returned, in the
+#    very call that ran it: by the same frame, at the same instruction. An operation that comes after it
+#    saves from another place, and gets a recipe as ever: a layer that is written as a function is replayed.
+# 2. Bits are less than what stock holds, so what is rebuilt from bits alone, without a product, is.
+
+
+class OwnFunctions:
+    """Knows whether what is packed now is saved by a function that has just run a product itself."""
+
+    __slots__ = ("_calls",)
+
+    def __init__(self) -> None:
+        self._calls: set[tuple[int, int]] = set()
+
+    def product(self) -> None:
+        """A convolution or matrix product has run without grad mode."""
+        self._calls.clear()
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None:
+            self._calls.add((id(frame), frame.f_lasti))
+            frame = frame.f_back
+
+    def over(self) -> None:
+        """An operation runs in grad mode."""
+        self._calls.clear()
+
+    def keeps(self, tensor: torch.Tensor, handle: object, caller: FrameType | None) -> bool:
+        """Whether a tensor that has this handle, and is saved from this frame, is to be kept as it is."""
+        if not self._calls or caller is None or not isinstance(handle, Replayed):
+            return False
+        return (id(caller), caller.f_lasti) in self._calls and not _is_from_bits(handle, tensor.nbytes)
+
+    def __bool__(self) -> bool:
+        return bool(self._calls)
+
+
+def _is_from_bits(handle: Replayed, size: int) -> bool:
+    """Whether a value is rebuilt by no product, and from nothing large that is not bits."""
+    waiting: list[Handle] = [handle]
+    seen: set[Handle] = {handle}
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, Replayed) and one.products:
+            return False
+        if isinstance(one, Kept) and 8 * one.tensor.nbytes >= size:
+            return False
+        more = [operand for operand in one.relies_on() if operand not in seen]
+        seen.update(more)
+        waiting += more
+    return True
