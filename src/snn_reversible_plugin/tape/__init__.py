@@ -45,6 +45,7 @@ from typing import Any
 import torch
 
 from snn_reversible_plugin.ops.interrupts import Left, Restoring, put_back_interrupted
+from snn_reversible_plugin.tape.exposed import look_again
 from snn_reversible_plugin.tape.handles import Handle, Kept, Packed, PackedLevels, owns, peek, unpack
 from snn_reversible_plugin.tape.off_stack import OffStack
 from snn_reversible_plugin.tape.on_stack import OnThread
@@ -119,6 +120,7 @@ class recording(Restoring):
         put_back_interrupted()
         if current() is not None or not may_record():
             return current()
+        look_again()
         tape = Tape(self.mode, self.check, self.observer)
         on_thread = OnThread(tape, (tape.pack, unpack))
 

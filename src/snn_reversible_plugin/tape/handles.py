@@ -60,7 +60,7 @@ class Handle:
         return _label_of(self).checksum
 
     @checksum.setter
-    def checksum(self, of_value: torch.Tensor) -> None:
+    def checksum(self, of_value: torch.Tensor | None) -> None:
         _labels.setdefault(self, Label()).checksum = of_value
 
     def get(self, last: bool) -> tuple[torch.Tensor, bool]:
@@ -114,24 +114,75 @@ def storage_once(tensor: torch.Tensor, seen: set[int]) -> int:
     return stored_once(storage_key(tensor), tensor.untyped_storage().nbytes(), seen)
 
 
+class Exposure:
+    """How a kept value is known that somebody may write to past the version counter."""
+
+    __slots__ = ()
+
+    def is_unchanged(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor holds what it did."""
+        raise NotImplementedError
+
+    def value(self, kept: Kept) -> torch.Tensor:
+        """What it held.
+
+        Raises:
+            RuntimeError: it holds something else by now, and that was all that was known.
+        """
+        raise NotImplementedError
+
+    def size(self) -> int:
+        """Bytes held for it."""
+        return 0
+
+
 class Kept(Handle):
     """The tensor itself, by reference, with the version that it had."""
 
     treatment = "kept"
-    __slots__ = ("anchored", "tensor", "version")
+    __slots__ = ("anchored", "exposure", "outside", "parameter", "tensor", "version")
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
         self.version = -1 if tensor.is_inference() else tensor._version
         self.anchored = False  # something relies on it, so that holding it costs nothing more
+        self.outside = self.parameter = False  # whether it came from outside, and whether to be learned
+        self.exposure: Exposure | None = None  # how it is known, where somebody may write to it unseen
 
-    def spill(self) -> None:
-        """Copy the value, because the tensor is about to be changed in place."""
+    def spill(self, spared: bool = False) -> None:
+        """Copy the value, because the tensor is about to be changed in place.
+
+        ``spared``: it is wanted for the value that it will have.
+        """
+        if spared:
+            if self.checksum is not None:
+                self.checksum = None
+            return
+        if self.exposure is not None and not self.exposure.is_unchanged(self.tensor):
+            return  # which then knows what it was, or that it is gone
         if self.tensor._version == self.version:
-            self.tensor = self.tensor.clone()
+            self.tensor, self.exposure = self.tensor.clone(), None
             self.version = self.tensor._version
 
     def get(self, last: bool) -> tuple[torch.Tensor, bool]:
+        if self.exposure is not None:
+            return self.exposure.value(self), False
+        self.check_version()
+        if self.checksum is not None and not torch.equal(checksum(self.tensor), self.checksum):
+            raise self.was_written()
+        return self.tensor, False
+
+    def was_written(self) -> RuntimeError:
+        """The error for a value that is gone."""
+        return RuntimeError(
+            f"{self.where or 'the model'}: a tensor of shape {tuple(self.tensor.shape)} "
+            f"({self.tensor.dtype}) that the backward needs was written to past its version counter (by "
+            ".data, numpy, or a buffer that was filled again). Hand over a clone, write to a clone, or put "
+            "snn_reversible_plugin.reversible(model) around the loop: inside, writes by .data are seen."
+        )
+
+    def check_version(self) -> None:
+        """Refuse a value that was changed in place."""
         if self.version >= 0 and self.tensor._version != self.version:
             raise RuntimeError(
                 f"{self.where or 'the model'}: a tensor of shape {tuple(self.tensor.shape)} "
@@ -139,10 +190,10 @@ class Kept(Handle):
                 f"it is at version {self.tensor._version}, the forward saw version {self.version}. "
                 "Call backward before changing parameters or inputs, or change a clone."
             )
-        return self.tensor, False
 
     def stored(self, seen: set[int]) -> int:
-        return storage_once(self.tensor, seen)
+        beside = 0 if self.exposure is None else stored_once(id(self), self.exposure.size(), seen)
+        return storage_once(self.tensor, seen) + beside
 
 
 class Passing(Handle):

@@ -116,6 +116,13 @@ def written(tensor: torch.Tensor, root: torch.Tensor | None = None) -> None:
                 entry.version += 1
 
 
+def written_unseen(tensor: torch.Tensor) -> None:
+    """Somebody wrote to a tensor's storage, and moved no version on: nothing is known of it any more."""
+    if is_plain(tensor):
+        with _writing:
+            _writes[storage_key(tensor)] = next(_serial)
+
+
 def tidy() -> None:
     """Sweep what no live tensor will be looked up for, where that has become much."""
     global _many

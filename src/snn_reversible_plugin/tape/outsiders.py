@@ -42,6 +42,7 @@ class Outsiders:
         """A new handle."""
         # A leaf can be held as it is; another tensor would tie its graph into a cycle.
         kept = Kept(tensor if tensor.is_leaf else alias(tensor))
+        kept.outside, kept.parameter = True, tensor.requires_grad or not tensor.is_leaf
         if kept.version >= 0:
             self._kept[_key(tensor)] = weakref.ref(kept)
         return kept

@@ -22,17 +22,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from snn_reversible_plugin.ops.layouts import is_plain, storage_key
+from snn_reversible_plugin.tape.exposed import look_after
 from snn_reversible_plugin.tape.few_bits import few_bits
 from snn_reversible_plugin.tape.handles import Handle, Kept, Packed, Passing, checksum
 from snn_reversible_plugin.tape.off_stack import OffStack
 from snn_reversible_plugin.tape.operators import Kind, Operator, aten, operator_of
-from snn_reversible_plugin.tape.origins import (
-    OUTSIDE,
-    enter,
-    look_up,
-    tidy,
-    written,
-)
+from snn_reversible_plugin.tape.origins import OUTSIDE, enter, look_up, tidy, written, written_unseen
 from snn_reversible_plugin.tape.outlived import outlive, outlived
 from snn_reversible_plugin.tape.outsiders import Outsiders, alias
 from snn_reversible_plugin.tape.own_functions import OwnFunctions
@@ -152,6 +147,8 @@ class Tape(OwnMode, TorchDispatchMode):
         """Forget what only a forward needs: whatever autograd saved keeps its tape alive."""
         self._outsiders.clear()
         self._just_kept.clear()
+        if not self.in_backward:
+            look_after(self._kept_by_storage.values())
         outlive(self._kept_by_storage)
         self._kept_by_storage.clear()
         self._parts.clear()
@@ -207,8 +204,8 @@ class Tape(OwnMode, TorchDispatchMode):
         storage = storage_key(tensor)
         for ref in (*self._kept_by_storage.pop(storage, ()), *outlived(storage)):
             kept = ref()
-            if kept is not None and kept.anchored and not any(kept is one for one in spared):
-                kept.spill()
+            if kept is not None and kept.anchored:
+                kept.spill(any(kept is one for one in spared))
 
     # The recording mode.
 
@@ -287,6 +284,7 @@ class Tape(OwnMode, TorchDispatchMode):
                 parts.wrote(args[0], root, recipe)
         for tensor in mutated:
             self.before_write(tensor, spared)
+            written_unseen(tensor)  # an interrupt may come between the write and what is noted of it
         out = func(*args, **kwargs)
         if root is not None and after is not None:
             self._enter(root, after)
@@ -388,6 +386,6 @@ class Tape(OwnMode, TorchDispatchMode):
     def _label(self, handle: Handle, tensor: torch.Tensor) -> None:
         if handle.where is None:
             handle.where = self.where
-        if self._check and handle.checksum is None and not isinstance(handle, Kept):
+        if self._check and handle.checksum is None and is_plain(tensor):
             with OffStack(self), torch.no_grad():
                 handle.checksum = checksum(tensor)

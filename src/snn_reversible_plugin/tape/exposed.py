@@ -1,0 +1,147 @@
+"""Values that a tape relies on and that somebody outside can still write to, past the version counter.
+
+The one idea: ``mem.data[1] = 0``, ``mem.numpy()[:] = 0`` and a refilled input buffer move no counter. What
+a recording that is over relies on is compared with what it was: by a copy where it is small, and then
+nothing is lost; by a checksum where it is not, and then the backward says so.
+
+Source: this package's own; ``zlib.crc32``.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+import zlib
+from collections.abc import Iterable
+
+import torch
+
+from snn_reversible_plugin.ops.layouts import is_dense
+from snn_reversible_plugin.tape.handles import Exposure, Kept
+from snn_reversible_plugin.tape.origins import written_unseen
+
+# NOTE [What is looked after]
+#
+# 1. On a CPU, of the tensors that the tape holds by reference: states and whatever else a call leaves in
+#    the user's hands, told by the references to their storage, and what the call was given, parameters
+#    apart. Those change between a forward and its backward only by mistake, and are large.
+# 2. From the end of a recording to the start of this thread's next one, or to the backward. A membrane of
+#    SMALL bytes that a step-by-step loop leaves is copied, compared when the next step begins, and its copy
+#    let go: so there is one copy a neuron, whatever the number of steps.
+# 3. An input is looked after until its backward, with a checksum: a copy of each step's would be much.
+# 4. What was written to is nobody's newest state any more: its entry is void, a timeline ends before it.
+
+SMALL = 1 << 16  # bytes
+SMALL_INPUT = 1 << 10
+
+_use_count = getattr(torch._C, "_storage_Use_Count", None)
+_local = threading.local()
+
+
+class Copied(Exposure):
+    """By a copy, which is the value from now on where the tensor is not what it was."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._value = tensor.clone()
+
+    def is_unchanged(self, tensor: torch.Tensor) -> bool:
+        return torch.equal(_bytes(tensor), _bytes(self._value))
+
+    def value(self, kept: Kept) -> torch.Tensor:
+        # A copy lies elsewhere, and a kernel may round by alignment.
+        tensor = kept.tensor
+        same = kept.version == tensor._version and self.is_unchanged(tensor)
+        return tensor if same else self._value
+
+    def size(self) -> int:
+        return self._value.untyped_storage().nbytes()
+
+
+class Summed(Exposure):
+    """By a checksum: a backward that wants a value that is gone says so."""
+
+    __slots__ = ("_sum",)
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._sum = _sum_of(tensor)
+
+    def is_unchanged(self, tensor: torch.Tensor) -> bool:
+        return _sum_of(tensor) == self._sum
+
+    def value(self, kept: Kept) -> torch.Tensor:
+        kept.check_version()
+        if not self.is_unchanged(kept.tensor):
+            raise kept.was_written()
+        return kept.tensor
+
+
+def look_after(by_storage: Iterable[list[weakref.ref[Kept]]]) -> None:
+    """A recording is over, and relies on these."""
+    for refs in by_storage:
+        _look_after(refs)
+
+
+def _look_after(refs: list[weakref.ref[Kept]]) -> None:
+    kept = [one for ref in refs if (one := ref()) is not None and one.anchored and one.exposure is None]
+    if not kept or not _can_be_compared(kept[0].tensor):
+        return
+    is_held = None
+    for one in kept:
+        tensor = one.tensor
+        if one.version != tensor._version or not is_dense(tensor) or one.parameter:
+            continue
+        size = tensor.numel() * tensor.element_size()
+        if one.outside:
+            one.exposure = Copied(tensor) if size <= SMALL_INPUT else Summed(tensor)
+            continue
+        if is_held is None:
+            is_held = _is_held(kept)
+        if is_held:
+            one.exposure = Copied(tensor) if size <= SMALL else Summed(tensor)
+            _looked_after().append(weakref.ref(one))
+
+
+def look_again() -> None:
+    """A recording starts: what nobody has written to since the last one is as safe as any other value."""
+    refs = _looked_after()
+    while refs:
+        kept = refs.pop()()
+        if kept is None or kept.exposure is None:
+            continue
+        if kept.version == kept.tensor._version and kept.exposure.is_unchanged(kept.tensor):
+            kept.exposure = None
+        else:
+            written_unseen(kept.tensor)
+
+
+def _looked_after() -> list[weakref.ref[Kept]]:
+    refs: list[weakref.ref[Kept]] | None = getattr(_local, "refs", None)
+    if refs is None:
+        refs = _local.refs = []
+    return refs
+
+
+def _can_be_compared(tensor: torch.Tensor) -> bool:
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_quantized
+    return plain and tensor.device.type == "cpu" and not (tensor.is_conj() or tensor.is_neg())
+
+
+def _is_held(kept: list[Kept]) -> bool:
+    """Whether a storage has references beside the tape's own."""
+    if _use_count is None:
+        return True
+    storage = kept[0].tensor.untyped_storage()
+    own = len({id(one.tensor) for one in kept}) + 1
+    return _use_count(storage._cdata) > own  # type: ignore[no-any-return]
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    flat = tensor.detach().as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+    return flat.view(torch.uint8)
+
+
+def _sum_of(tensor: torch.Tensor) -> int:
+    with torch._C._DisableTorchDispatch():
+        return zlib.crc32(_bytes(tensor).numpy())  # type: ignore[arg-type]

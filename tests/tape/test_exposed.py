@@ -1,0 +1,211 @@
+"""Writes that move no version counter: to membranes between calls, to inputs, to parameters."""
+
+import contextlib
+
+import numpy as np
+import pytest
+import snntorch
+import torch
+from snntorch import utils
+from spikingjelly.activation_based import functional, neuron
+from torch import nn
+
+import snn_reversible_plugin as srp
+from snn_reversible_plugin.convert import differentiated
+from snn_reversible_plugin.reports.measure import count_step
+
+
+def clamp(state, _t):
+    state.data.clamp_(-0.5, 0.5)
+
+
+def episode(state, t):
+    if t == 2:
+        state.data[1] = 0
+
+
+def by_numpy(state, _t):
+    state.detach().numpy()[:, 0] = 0.25
+
+
+def in_place(state, _t):
+    with torch.no_grad():
+        state.mul_(0.5)
+
+
+def by_set(state, _t):
+    state.data = state.data * 0.5
+
+
+WRITES = [clamp, episode, by_numpy, in_place, by_set]
+
+
+def of_snntorch(width, **options):
+    return nn.Sequential(
+        nn.Linear(4, width), snntorch.Leaky(beta=0.9, init_hidden=True, **options), nn.Linear(width, 2),
+        snntorch.Synaptic(alpha=0.8, beta=0.9, init_hidden=True, output=True),
+    )  # fmt: skip
+
+
+def of_spikingjelly(width):
+    return nn.Sequential(nn.Linear(4, width), neuron.LIFNode(), nn.Linear(width, 2), neuron.IFNode())
+
+
+def states(net):
+    if isinstance(net[1], neuron.BaseNode):
+        return [net[1].v]
+    return [net[1].mem, net[3].syn]
+
+
+def gradients(net, x_seq, write, around=contextlib.nullcontext):
+    functional.reset_net(net)
+    utils.reset(net)
+    loss = 0
+    with around():
+        for t, x in enumerate(x_seq):
+            out = net(x)
+            loss = loss + sum((o + 1).square().sum() for o in (out if isinstance(out, tuple) else (out,)))
+            for state in states(net):
+                write(state, t)
+    loss.backward()
+    return [p.grad for p in net.parameters()]
+
+
+def compare(make, arithmetic, write, x_seq):
+    torch.manual_seed(0)
+    stock = make()
+    torch.manual_seed(0)
+    net = srp.convert_to_reversible(make(), arithmetic=arithmetic)
+    found = gradients(net, x_seq, write)
+    if arithmetic == "stock":
+        expected = gradients(stock, x_seq, write)
+    else:
+        net.zero_grad()
+        expected = gradients(net, x_seq, write, lambda: differentiated(net))
+    assert any(gradient.abs().sum() > 0 for gradient in expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("make", [of_snntorch, of_spikingjelly])
+@pytest.mark.parametrize("arithmetic", ["stock", "auto"])
+def test_membranes_between_calls(write, make, arithmetic):
+    compare(lambda: make(8), arithmetic, write, torch.rand(5, 3, 4) * 2)
+
+
+@pytest.mark.parametrize("arithmetic", ["stock", "auto"])
+def test_a_large_membrane_is_found_in_the_backward(arithmetic):
+    net = srp.convert_to_reversible(of_snntorch(1 << 14), arithmetic=arithmetic)
+    with pytest.raises(RuntimeError, match=r"past its version counter.*clone"):
+        gradients(net, torch.rand(3, 3, 4), clamp)
+    # Nothing is left of it, and nothing is said where nothing was written.
+    gradients(net, torch.rand(3, 3, 4), lambda _state, _t: None)
+
+
+def test_a_write_after_the_last_call():
+    torch.manual_seed(0)
+    x_seq, found = torch.rand(4, 3, 4) * 2, []
+    for converted in (False, True):
+        torch.manual_seed(1)
+        net = of_snntorch(8)
+        if converted:
+            srp.convert_to_reversible(net, arithmetic="stock")
+        loss = sum(net(x)[0].square().sum() for x in x_seq)
+        net[1].mem.data.zero_()
+        loss.backward()
+        found.append([p.grad for p in net.parameters()])
+    for stock, ours in zip(*found, strict=True):
+        assert torch.equal(stock, ours)
+
+
+class Frames(nn.Module):
+    """Its input is cast first, so stock holds nothing of the buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.lif = nn.Linear(4, 8), snntorch.Leaky(beta=0.9, init_hidden=True, output=True)
+
+    def forward(self, frame):
+        return self.lif(self.fc(frame.float() / 4))
+
+
+@pytest.mark.parametrize("batch", [3, 300])
+@pytest.mark.parametrize("fill", ["numpy", "data", "source"])
+def test_a_buffer_that_is_filled_again(batch, fill):
+    frames, found = torch.randint(0, 255, (4, batch, 4), dtype=torch.uint8), []
+    for converted in (False, True):
+        torch.manual_seed(0)
+        net = Frames()
+        if converted:
+            srp.convert_to_reversible(net, arithmetic="stock")
+        source = np.zeros((batch, 4), dtype=np.uint8)
+        buffer = torch.from_numpy(source) if fill == "source" else torch.zeros(batch, 4, dtype=torch.uint8)
+        loss = 0
+        for frame in frames:
+            if fill == "numpy":
+                buffer.numpy()[:] = frame.numpy()
+            elif fill == "source":
+                source[:] = frame.numpy()
+            else:
+                buffer.data.copy_(frame)
+            loss = loss + net(buffer)[1].square().sum()
+        if converted and batch > 256:  # too large to be copied: said, and not computed wrongly
+            with pytest.raises(RuntimeError, match=r"past its version counter.*Hand over a clone"):
+                loss.backward()
+            return
+        loss.backward()
+        found.append([p.grad for p in net.parameters()])
+    for stock, ours in zip(*found, strict=True):
+        assert torch.equal(stock, ours)
+
+
+def test_there_is_one_copy_a_neuron():
+    """Whatever the number of steps: a copy goes when the next step has found nothing."""
+    width = 512
+    net = srp.convert_to_reversible(
+        nn.Sequential(nn.Linear(4, width), snntorch.Leaky(beta=0.9, init_hidden=True, output=True))
+    )
+
+    def held(steps):
+        x_seq = torch.rand(steps, 8, 4)
+
+        def loss():
+            utils.reset(net)
+            return sum(net(x)[0].sum() for x in x_seq)
+
+        loss().backward()
+        return count_step(loss)[0]
+
+    assert (held(40) - held(20)) / (20 * 8 * width) < 0.6  # bytes a neuron and step
+
+
+@pytest.mark.parametrize("what", ["parameter", "membrane", "input"])
+def test_check_mode_names_what_was_written(what):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.lif, self.out = nn.Linear(4, 8), snntorch.Leaky(beta=0.9), nn.Linear(8, 2)
+
+        def forward(self, x_seq):
+            mem, self.mems = self.lif.init_leaky(), []
+            total = 0
+            for x in x_seq:
+                spikes, mem = self.lif(self.fc(x), mem)
+                self.mems.append(mem)
+                total = total + self.out(spikes)
+            return total
+
+    net = srp.convert_to_reversible(Net(), arithmetic="stock")
+    x_seq = torch.rand(5, 3000, 4)
+    with srp.reversible(net, check=True):
+        loss = net(x_seq).square().sum()
+    if what == "parameter":
+        net.out.weight.data.add_(1)
+    elif what == "membrane":
+        net.mems[2].data.add_(1)
+    else:
+        x_seq.data.add_(1)
+    with pytest.raises(RuntimeError, match=r"^(fc|lif|out)") as error:
+        loss.backward()
+    assert "version counter" in str(error.value) or "has changed" in str(error.value)
