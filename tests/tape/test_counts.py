@@ -140,6 +140,9 @@ def test_spikingjellys_neuron_of_counts(store_v_seq):
     saved = []
 
     class Observer:
+        def computed(self, *_):
+            pass
+
         def packed(self, where, tensor, handle):
             saved.append(handle)
 

@@ -25,6 +25,9 @@ class Saved:
     def __init__(self):
         self.handles = []
 
+    def computed(self, where, operator, out, refused):
+        pass
+
     def packed(self, where, tensor, handle):
         self.handles.append((tuple(tensor.shape), tensor.dtype, handle))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +25,8 @@ from snn_reversible_plugin.reports.measure import StepCost
 from snn_reversible_plugin.reports.over_step import OverStep, over_step
 from snn_reversible_plugin.reports.trial import Loss, Step, as_converted, costs, megabytes
 from snn_reversible_plugin.tape import recording
-from snn_reversible_plugin.tape.handles import Handle, storage_once
+from snn_reversible_plugin.tape.findings import Findings, FoundBits, KeptInFull
+from snn_reversible_plugin.tape.handles import Handle, Packed, storage_once
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,7 +58,9 @@ class MemoryReport:
     """Bytes held by module, and the price of a whole training step. Made by :func:`memory_report`.
 
     ``stock_over_step`` and ``converted_over_step`` are the allocator's count over the step, by module, with
-    what stands at the peak and why; None where the step ran on a GPU.
+    what stands at the peak and why; None where the step ran on a GPU. ``bits`` are the tensors of which a
+    few bits an element are stored, and ``kept`` those that are stored in full, the largest first: the
+    operation that made each, why it is kept, and what one may change.
     """
 
     modules: list[ModuleReport]
@@ -66,6 +69,8 @@ class MemoryReport:
     mode: str
     stock_over_step: OverStep | None = None
     converted_over_step: OverStep | None = None
+    bits: list[FoundBits] = field(default_factory=list)
+    kept: list[KeptInFull] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain data."""
@@ -102,6 +107,11 @@ class MemoryReport:
         table.add_row("[bold]time of a training step", "", f"{ratio:.2f}x stock", "", "", "")
         console = Console()
         console.print(table)
+        for one in self.kept[:MOST_CAUSES]:
+            made = f"the output of {one.operation}" if one.operation else "a tensor"
+            console.print(
+                f"kept in full, {megabytes(one.bytes)} in {one.module}: {made}: {one.why}. {one.remedy}"
+            )
         for label, run in (("stock", self.stock_over_step), ("converted", self.converted_over_step)):
             if run is not None:
                 largest = [
@@ -180,8 +190,11 @@ def memory_report(
             )
             if row.stock_bytes or row.bytes or row.treatment or row.neuron:
                 rows.append(row)
+        bits, kept = by_tape.found()
         del by_tape
-        return MemoryReport(rows, *costs(step, repeats=1), settings.mode, *_over_both(step))
+        before, after = costs(step, repeats=1)
+        over = _over_both(step)
+        return MemoryReport(rows, before, after, settings.mode, over[0], over[1], bits, kept)
 
 
 def _over_both(step: Step) -> tuple[OverStep, OverStep] | tuple[None, None]:
@@ -224,13 +237,20 @@ class _SavedByStock:
         return tensor.detach()
 
 
-class _SavedByTape:
+class _SavedByTape(Findings):
     """Asks the handles that autograd was given what they hold, each thing once, when the forward is over: a
     stream is not undone before the sum after it is known."""
 
     def __init__(self, step: Step) -> None:
+        super().__init__()
         self._seen = _storages(step)
         self._packed: list[tuple[str, Handle]] = []
+        self._stored: list[tuple[str, Packed, int]] = []
+        self._kept: list[KeptInFull] = []
+
+    def found(self) -> tuple[list[FoundBits], list[KeptInFull]]:
+        """What is bits, and what is kept in full, once it is counted."""
+        return self.bits(self._stored), sorted(self._kept, key=lambda one: -one.bytes)
 
     def packed(self, where: str | None, tensor: torch.Tensor, handle: Handle) -> None:
         self._packed.append((where or "model", handle))
@@ -247,6 +267,11 @@ class _SavedByTape:
                 handle = waiting.pop()
                 if id(handle) not in seen:
                     seen.add(id(handle))
-                    held[where] += handle.stored(seen)
+                    size = handle.stored(seen)
+                    held[where] += size
+                    if isinstance(handle, Packed) and size:
+                        self._stored.append((where, handle, size))
+                    if kept := self.kept(where, handle, size):
+                        self._kept.append(kept)
                     waiting += handle.relies_on()
         return held, treatments

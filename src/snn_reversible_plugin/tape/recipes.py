@@ -52,6 +52,17 @@ MANY_PRODUCTS = 16  # parts of products are not told apart beyond
 _serial = itertools.count()
 
 
+class Refused:
+    """Why an operation has no recipe, in words for a report."""
+
+    WORK = "more different convolutions and matrix products lead to it than the mode runs again"
+    DEPTH = "a long chain of operations leads to it"
+    OPERANDS = "its operands, stored nowhere, would have to be kept in its place, and are larger"
+    SMALL = "it is much smaller than what it is computed from"
+    ATOMIC = "its result depends on the order of additions on a GPU"
+    LAYOUT = "its layout is special"
+
+
 @dataclass(slots=True)
 class Price:
     """What a rebuild takes, see :class:`Replayed`; ``known``: what :func:`look_up` said, by tensor's id."""
@@ -65,20 +76,22 @@ class Price:
 
 def price(
     operator: Operator, operands: Iterable[Any], outputs: list[torch.Tensor], work_limit: float
-) -> Price | None:
-    """The price of a recipe, or None where keeping the output is cheaper."""
+) -> Price | str:
+    """The price of a recipe, or why keeping the output is cheaper: one of :class:`Refused`."""
     size = 0
     for tensor in outputs:
         if not is_plain(tensor):
-            return None
+            return Refused.LAYOUT
         size = max(size, _bytes(tensor))
     depth, cheap, products = 0.0, operator.cheap, NO_PRODUCTS
     newly_kept = largest = 0
     known: dict[int, Any] = {}
     for tensor in tensors_among(operands):
         handle = known[id(tensor)] = look_up(tensor)
-        if not is_plain(tensor) or (operator.atomic and tensor.is_cuda):
-            return None
+        if not is_plain(tensor):
+            return Refused.LAYOUT
+        if operator.atomic and tensor.is_cuda:
+            return Refused.ATOMIC
         if handle is OUTSIDE:
             continue
         of_operand = _bytes(tensor)
@@ -93,10 +106,14 @@ def price(
             newly_kept += tensor.untyped_storage().nbytes()
     if operator.work:
         products = {**products, next(_serial): 1.0}
-    if depth >= MAX_DEPTH or newly_kept > size or (products and sum(products.values()) > work_limit + 1e-3):
-        return None
+    if products and sum(products.values()) > work_limit + 1e-3:
+        return Refused.WORK
+    if depth >= MAX_DEPTH:
+        return Refused.DEPTH
+    if newly_kept > size:
+        return Refused.OPERANDS
     if operator.kind is not Kind.VIEW and size * SMALL_OUTPUT <= largest:
-        return None
+        return Refused.SMALL
     return Price(products, depth + 1, cheap, known)
 
 

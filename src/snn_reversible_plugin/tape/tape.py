@@ -44,7 +44,9 @@ _NO_KWARGS: dict[str, Any] = {}
 
 
 class Observer(Protocol):
-    """Is told of every tensor that autograd saves under the tape. See ``memory_report``."""
+    """Is told of every operation, and of every tensor that autograd saves. See ``memory_report``."""
+
+    def computed(self, where: str | None, operator: Operator, out: Any, refused: str | None) -> None: ...
 
     def packed(self, where: str | None, tensor: torch.Tensor, handle: Handle) -> None: ...
 
@@ -76,6 +78,7 @@ class Tape(OwnMode, TorchDispatchMode):
         self._last_product: tuple[Replayed, torch.Tensor, int] | None = None
         self._parts = TensorsOfParts(self)
         self._own_functions = OwnFunctions()
+        self._refused: str | None = None  # why the last operation has no recipe
 
     # What the verbs of this package are made of.
 
@@ -248,6 +251,9 @@ class Tape(OwnMode, TorchDispatchMode):
             self.record(func, operator, (*args[:3], None, None, *args[5:]), kwargs, out)
         else:
             self.record(func, operator, args, kwargs, out)
+        if self._observer is not None:
+            self._observer.computed(self.where, operator, out, self._refused)
+            self._refused = None
         return out
 
     def _run_mutating(
@@ -324,7 +330,8 @@ class Tape(OwnMode, TorchDispatchMode):
         """The recipe of an operation, or None where keeping its output is cheaper."""
         operands = (*args, *kwargs.values()) if kwargs else args
         cost = price(operator, operands, outputs, self.work_limit)
-        if cost is None:
+        if isinstance(cost, str):
+            self._refused = cost
             return None
         known = cost.known
         return Replayed(
