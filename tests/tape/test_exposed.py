@@ -95,12 +95,8 @@ def test_membranes_between_calls(write, make, arithmetic):
 
 
 @pytest.mark.parametrize("arithmetic", ["stock", "auto"])
-def test_a_large_membrane_is_found_in_the_backward(arithmetic):
-    net = srp.convert_to_reversible(of_snntorch(1 << 14), arithmetic=arithmetic)
-    with pytest.raises(RuntimeError, match=r"past its version counter.*clone"):
-        gradients(net, torch.rand(3, 3, 4), clamp)
-    # Nothing is left of it, and nothing is said where nothing was written.
-    gradients(net, torch.rand(3, 3, 4), lambda _state, _t: None)
+def test_large_membranes(arithmetic):
+    compare(lambda: of_snntorch(1 << 14), arithmetic, clamp, torch.rand(3, 3, 4))
 
 
 def test_a_write_after_the_last_call():
@@ -130,34 +126,23 @@ class Frames(nn.Module):
         return self.lif(self.fc(frame.float() / 4))
 
 
-@pytest.mark.parametrize("batch", [3, 300])
 @pytest.mark.parametrize("fill", ["numpy", "data", "source"])
-def test_a_buffer_that_is_filled_again(batch, fill):
-    frames, found = torch.randint(0, 255, (4, batch, 4), dtype=torch.uint8), []
-    for converted in (False, True):
-        torch.manual_seed(0)
-        net = Frames()
-        if converted:
-            srp.convert_to_reversible(net, arithmetic="stock")
-        source = np.zeros((batch, 4), dtype=np.uint8)
-        buffer = torch.from_numpy(source) if fill == "source" else torch.zeros(batch, 4, dtype=torch.uint8)
-        loss = 0
-        for frame in frames:
-            if fill == "numpy":
-                buffer.numpy()[:] = frame.numpy()
-            elif fill == "source":
-                source[:] = frame.numpy()
-            else:
-                buffer.data.copy_(frame)
-            loss = loss + net(buffer)[1].square().sum()
-        if converted and batch > 256:  # too large to be copied: said, and not computed wrongly
-            with pytest.raises(RuntimeError, match=r"past its version counter.*Hand over a clone"):
-                loss.backward()
-            return
+def test_a_buffer_that_is_filled_again_is_found_in_the_backward(fill):
+    frames = torch.randint(0, 255, (4, 3, 4), dtype=torch.uint8)
+    net = srp.convert_to_reversible(Frames(), arithmetic="stock")
+    source = np.zeros((3, 4), dtype=np.uint8)
+    buffer = torch.from_numpy(source) if fill == "source" else torch.zeros(3, 4, dtype=torch.uint8)
+    loss = 0
+    for frame in frames:
+        if fill == "numpy":
+            buffer.numpy()[:] = frame.numpy()
+        elif fill == "source":
+            source[:] = frame.numpy()
+        else:
+            buffer.data.copy_(frame)
+        loss = loss + net(buffer)[1].square().sum()
+    with pytest.raises(RuntimeError, match=r"past its version counter.*Hand over a clone"):
         loss.backward()
-        found.append([p.grad for p in net.parameters()])
-    for stock, ours in zip(*found, strict=True):
-        assert torch.equal(stock, ours)
 
 
 def test_there_is_one_copy_a_neuron():

@@ -45,7 +45,7 @@ from typing import Any
 import torch
 
 from snn_reversible_plugin.ops.interrupts import Left, Restoring, put_back_interrupted
-from snn_reversible_plugin.tape.exposed import look_again
+from snn_reversible_plugin.tape.exposed import compare_later, look_again
 from snn_reversible_plugin.tape.handles import Handle, Kept, Packed, PackedLevels, owns, peek, unpack
 from snn_reversible_plugin.tape.off_stack import OffStack
 from snn_reversible_plugin.tape.on_stack import OnThread
@@ -250,7 +250,9 @@ def _let_go(tape: Tape) -> None:
     for steps, ref in _local.__dict__.pop("returned", {}).values():
         state = ref() if steps == 1 else None
         if state is not None:
+            kept = tape.kept_of(state)
             tape.before_write(state)
+            compare_later(state, kept)
 
 
 def mark_spikes(spikes: torch.Tensor) -> None:

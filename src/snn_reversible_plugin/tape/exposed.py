@@ -13,6 +13,7 @@ import threading
 import weakref
 import zlib
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -32,7 +33,6 @@ from snn_reversible_plugin.tape.origins import written_unseen
 # 4. What was written to is nobody's newest state any more: its entry is void, a timeline ends before it.
 
 SMALL = 1 << 16  # bytes
-SMALL_INPUT = 1 << 10
 
 _use_count = getattr(torch._C, "_storage_Use_Count", None)
 _local = threading.local()
@@ -94,7 +94,7 @@ def _look_after(refs: list[weakref.ref[Kept]]) -> None:
             continue
         size = tensor.numel() * tensor.element_size()
         if one.outside:
-            one.exposure = Copied(tensor) if size <= SMALL_INPUT else Summed(tensor)
+            one.exposure = Summed(tensor)
             continue
         if is_held is None:
             is_held = _is_held(kept)
@@ -103,8 +103,21 @@ def _look_after(refs: list[weakref.ref[Kept]]) -> None:
             _looked_after().append(weakref.ref(one))
 
 
+def compare_later(state: torch.Tensor, kept: Iterable[weakref.ref[Kept]]) -> None:
+    """The tape has a copy of its own of a state: whether the user's is still the same, is seen later."""
+    copies = [one for ref in kept if (one := ref()) is not None and one.anchored]
+    if copies and _can_be_compared(state) and is_dense(state):
+        _handed_out().append((weakref.ref(state), weakref.ref(copies[-1])))
+
+
 def look_again() -> None:
     """A recording starts: what nobody has written to since the last one is as safe as any other value."""
+    pairs = _handed_out()
+    while pairs:
+        of_state, of_kept = pairs.pop()
+        state, kept = of_state(), of_kept()
+        if state is not None and kept is not None and not _same_bits(state, kept.tensor):
+            written_unseen(state)
     refs = _looked_after()
     while refs:
         kept = refs.pop()()
@@ -114,6 +127,19 @@ def look_again() -> None:
             kept.exposure = None
         else:
             written_unseen(kept.tensor)
+
+
+def _handed_out() -> list[tuple[weakref.ref[torch.Tensor], weakref.ref[Kept]]]:
+    pairs: list[Any] | None = getattr(_local, "pairs", None)
+    if pairs is None:
+        pairs = _local.pairs = []
+    return pairs
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    alike = (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+    with torch._C._DisableTorchDispatch():
+        return alike and torch.equal(_bytes(a), _bytes(b))
 
 
 def _looked_after() -> list[weakref.ref[Kept]]:

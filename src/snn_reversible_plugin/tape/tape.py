@@ -210,6 +210,10 @@ class Tape(OwnMode, TorchDispatchMode):
             if kept is not None and kept.anchored:
                 kept.spill(any(kept is one for one in spared))
 
+    def kept_of(self, tensor: torch.Tensor) -> list[weakref.ref[Kept]]:
+        """What relies on a tensor by reference."""
+        return self._kept_by_storage.get(storage_key(tensor), [])
+
     # The recording mode.
 
     def __torch_dispatch__(
