@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from snn_reversible_plugin import tape
-from snn_reversible_plugin.grid.decays import AFTER, NONE, SUBTRACT
+from snn_reversible_plugin.grid.decays import AFTER, NONE
 from snn_reversible_plugin.grid.range import may_look
 from snn_reversible_plugin.neurons.leaky.call import Charging, Firing, fired, kind_of
 from snn_reversible_plugin.neurons.leaky.reference import (
@@ -128,8 +128,6 @@ def analytic(neuron: Any, spec: Spec, current: Tensor, given: tuple[Tensor | Non
             spikes = Firing.apply(surrogate, charged[-1], threshold)
             tape.mark_spikes(spikes)
         ungraded = is_ungraded(neuron)
-    if mechanism in (NONE, SUBTRACT) and not any(one.requires_grad for one in (threshold, *parameters)):
-        tape.returns(neuron, charged[-1])  # no charge keeps it, so a copy for the spikes costs nothing
     neuron.reset = reset
     _set_states(neuron, spec.states[-len(charged) :], charged)
     if neuron.inhibition:

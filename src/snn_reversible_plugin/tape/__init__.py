@@ -37,7 +37,6 @@ Example:
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -73,7 +72,6 @@ __all__ = [
     "paused",
     "peek",
     "recording",
-    "returns",
     "runs_eagerly",
     "suspended",
     "to_be_repeated",
@@ -141,7 +139,6 @@ class recording(Restoring):
     def __exit__(self, *exc: object) -> None:
         if self._tape is not None:
             self.put_back(exc[0] is not None)
-            _let_go(self._tape)
             self._tape.finish()
             self._tape = None
 
@@ -222,35 +219,6 @@ def hand_over(tensors: Iterable[torch.Tensor]) -> None:
             tape.before_write(tensor)
             if look_up(tensor) is not OUTSIDE:
                 enter(tensor, None)
-
-
-# NOTE [A state between two calls]
-#
-# A loop that calls a network once a step has a recording a call, and between them the states that neurons
-# hold are the user's, who may write to them under no_grad: episodes that are over are zeroed. No tape sees
-# it. So where a neuron took one step in a recording, what relies on the state after it is given a copy when
-# the recording ends: one state, which goes with the next step. Several steps in one recording are a loop
-# inside of it, and nothing is copied.
-
-
-def returns(key: object, state: torch.Tensor) -> None:
-    """Say that a step has left a state with the user, who may write to it once this recording is over.
-
-    ``key``: whose state it is.
-    """
-    if current() is None:
-        return
-    returned = _local.__dict__.setdefault("returned", {})
-    steps, _ = returned.get(id(key), (0, None))
-    returned[id(key)] = steps + 1, weakref.ref(state)
-
-
-def _let_go(tape: Tape) -> None:
-    """The recording is over."""
-    for steps, ref in _local.__dict__.pop("returned", {}).values():
-        state = ref() if steps == 1 else None
-        if state is not None:
-            tape.before_write(state)
 
 
 def mark_spikes(spikes: torch.Tensor) -> None:

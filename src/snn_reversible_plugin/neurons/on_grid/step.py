@@ -176,7 +176,6 @@ def step(
         else:
             timeline.step(handle, tape.keep(state), charged.lost, charged.fired, unknown)
             enter(state, NewState(timeline, t))
-            tape.returns(timeline, state)
         spikes = constants.let_fire(charged, parameters)
         if spikes is not None and timeline is not None:
             enter(spikes, NewSpikes(timeline, t))
