@@ -157,8 +157,8 @@ class WrappedChain:
             if block in sharded_modules(block):
                 raise RuntimeError(
                     f"{self.label()}: fully_shard was called on block {number}, whose parameters exist "
-                    "only while that block runs, and the chain runs inside its first block. Shard the model, "
-                    "the container of the blocks, or layers inside them instead."
+                    "only while that block runs, and the chain runs inside its first block. Shard the "
+                    "model, the container of the blocks, or layers inside them instead."
                 )
 
     def _modules_now(self) -> tuple[nn.Module, ...]:
