@@ -10,6 +10,7 @@ from snn_reversible_plugin.blocks.wrapped import wrapped_chains
 from snn_reversible_plugin.models import rev_s_resnet24
 from tests.blocks.test_chain import branch
 from tests.blocks.test_leapfrog import network
+from tests.blocks.test_pipeline import Top
 from two_processes import together
 
 WAYS = ["model", "chain", "blocks", "branches", "neurons' neighbours", "half precision"]
@@ -150,3 +151,49 @@ def train_wrapped(rank):
 @pytest.mark.skipif(not shards_on_the_cpu(), reason="this torch has no FSDP2 for the CPU")
 def test_wrapped_blocks_train_as_their_plain_run(tmp_path):
     assert together(tmp_path, train_wrapped) == 2 * [dict.fromkeys(WRAPPED_WAYS, (True, True, 0))]
+
+
+COLUMNS_WAYS = ["model", "columns", "levels", "half precision"]
+
+
+def train_columns(rank):
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    results = {}
+    for way in COLUMNS_WAYS:
+        parameters = []
+        for reversible in (True, False):
+            torch.manual_seed(1)
+            model = Top()
+            model.columns.reversible = model.columns.check = reversible
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+            for levels in model.columns.subnets:
+                for level in levels:
+                    if way == "levels":
+                        fully_shard(level)
+                    for conv in [m for m in level.modules() if isinstance(m, nn.Conv2d)]:
+                        if way == "half precision":
+                            fully_shard(conv, mp_policy=policy)
+            if way == "columns":
+                fully_shard(model.columns)
+            fully_shard(model)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+            torch.manual_seed(10 + rank)
+            for _ in range(3):
+                optimizer.zero_grad()
+                model(torch.rand(2, 2, 4, 5, 5)).square().mean().backward()
+                optimizer.step()
+            parameters.append([p.full_tensor() for p in model.parameters()])
+            if reversible:
+                flips = model.columns.last_rebuild.flipped_bits
+        torch.manual_seed(1)
+        moved = [not torch.equal(p, q) for p, q in zip(parameters[0], Top().parameters(), strict=True)]
+        same = all(torch.equal(a, b) for a, b in zip(*parameters, strict=True))
+        results[way] = (same, sum(moved) > 0.7 * len(moved), flips)
+    return results
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shards_on_the_cpu(), reason="this torch has no FSDP2 for the CPU")
+def test_columns_train_as_their_plain_run(tmp_path):
+    assert together(tmp_path, train_columns) == 2 * [dict.fromkeys(COLUMNS_WAYS, (True, True, 0))]
