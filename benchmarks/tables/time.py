@@ -35,6 +35,18 @@ def columns(entries: Entries) -> list[Table]:
     return [Table(headings, rows)]
 
 
+def parallel(entries: Entries) -> list[Table]:
+    """Reversible blocks in sequence and in groups."""
+    rows = [
+        (
+            str(e["channels"]), f"{e['pixels']}x{e['pixels']}", e["way"], mib(e["held"]), mib(e["peak"]),
+            times(e["time_ratio"]),
+        )
+        for e in entries.values()
+    ]  # fmt: skip
+    return [Table(("channels", "pixels", "blocks", "held, MiB", "peak, MiB", "time"), rows)]
+
+
 def surgery(entries: Entries) -> list[Table]:
     """What a training step holds, its peak, and its time over stock's."""
     rows = [

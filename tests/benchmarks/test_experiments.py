@@ -19,6 +19,7 @@ SMALL = {
     "steps": ["--only", "chain-8", "--only", "leaky-loop", "--method", "memory", "--fits"],
     "drift": ["--only", "8", "--method", "float", "--method", "grid"],
     "columns": ["--method", "published", "--method", "grid"],
+    "parallel": [],
     "surgery": ["--only", "SEW*", "--method", "wrapped, converted"],
     "reversal-rebuilt": ["--only", "*beta 0.9,*"],
     "reversal-bytes": ["--only", "snnTorch, hard reset, beta 0.9"],

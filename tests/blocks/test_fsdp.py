@@ -6,8 +6,11 @@ from torch import nn
 
 import snn_reversible_plugin as srp
 from snn_reversible_plugin.blocks import RevSSequence
+from snn_reversible_plugin.blocks.wrapped import wrapped_chains
 from snn_reversible_plugin.models import rev_s_resnet24
 from tests.blocks.test_chain import branch
+from tests.blocks.test_leapfrog import network
+from tests.blocks.test_pipeline import Top
 from two_processes import together
 
 WAYS = ["model", "chain", "blocks", "branches", "neurons' neighbours", "half precision"]
@@ -94,3 +97,103 @@ def shards_on_the_cpu():
 @pytest.mark.parametrize(("name", "ways"), [("small", WAYS), ("resnet24", ["branches"])])
 def test_two_processes_train_as_the_plain_blocks_do(tmp_path, name, ways):
     assert together(tmp_path, train, ways, name) == 2 * [dict.fromkeys(ways, (True, True, True, True))]
+
+
+WRAPPED_WAYS = ["model", "container", "layers"]
+
+
+def wrapped(reversible):
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(5, 5), network(4), nn.Linear(5, 5))
+    srp.wrap_residual_blocks(model, states="reset")
+    (chain,) = wrapped_chains(model)
+    chain.chain.reversible = chain.chain.check = reversible
+    return model, chain.chain
+
+
+def train_wrapped(rank):
+    from torch.distributed.fsdp import fully_shard
+
+    results = {}
+    for way in WRAPPED_WAYS:
+        parameters = []
+        for reversible in (True, False):
+            model, chain = wrapped(reversible)
+            if way == "container":
+                fully_shard(model[1])
+            for layer in (
+                [m for m in model[1].modules() if isinstance(m, nn.Conv2d)] if way == "layers" else []
+            ):
+                fully_shard(layer)
+            fully_shard(model)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+            torch.manual_seed(10 + rank)
+            for _ in range(3):
+                optimizer.zero_grad()
+                model(torch.rand(3, 2, 4, 5, 5) * 3).square().mean().backward()
+                optimizer.step()
+            parameters.append([p.full_tensor() for p in model.parameters()])
+            if reversible:
+                flips = chain.last_rebuild.flipped_spikes
+        moved = [
+            not torch.equal(p, q) for p, q in zip(parameters[0], wrapped(True)[0].parameters(), strict=True)
+        ]
+        same = all(torch.equal(a, b) for a, b in zip(*parameters, strict=True))
+        results[way] = (same, sum(moved) > 0.8 * len(moved), flips)
+    model, _ = wrapped(True)
+    fully_shard(model[1][1])
+    with pytest.raises(RuntimeError, match=r"fully_shard was called on block 1.*Shard the model"):
+        model(torch.rand(3, 2, 4, 5, 5))
+    return results
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shards_on_the_cpu(), reason="this torch has no FSDP2 for the CPU")
+def test_wrapped_blocks_train_as_their_plain_run(tmp_path):
+    assert together(tmp_path, train_wrapped) == 2 * [dict.fromkeys(WRAPPED_WAYS, (True, True, 0))]
+
+
+COLUMNS_WAYS = ["model", "columns", "levels", "half precision"]
+
+
+def train_columns(rank):
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    results = {}
+    for way in COLUMNS_WAYS:
+        parameters = []
+        for reversible in (True, False):
+            torch.manual_seed(1)
+            model = Top()
+            model.columns.reversible = model.columns.check = reversible
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+            for levels in model.columns.subnets:
+                for level in levels:
+                    if way == "levels":
+                        fully_shard(level)
+                    for conv in [m for m in level.modules() if isinstance(m, nn.Conv2d)]:
+                        if way == "half precision":
+                            fully_shard(conv, mp_policy=policy)
+            if way == "columns":
+                fully_shard(model.columns)
+            fully_shard(model)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+            torch.manual_seed(10 + rank)
+            for _ in range(3):
+                optimizer.zero_grad()
+                model(torch.rand(2, 2, 4, 5, 5)).square().mean().backward()
+                optimizer.step()
+            parameters.append([p.full_tensor() for p in model.parameters()])
+            if reversible:
+                flips = model.columns.last_rebuild.flipped_bits
+        torch.manual_seed(1)
+        moved = [not torch.equal(p, q) for p, q in zip(parameters[0], Top().parameters(), strict=True)]
+        same = all(torch.equal(a, b) for a, b in zip(*parameters, strict=True))
+        results[way] = (same, sum(moved) > 0.7 * len(moved), flips)
+    return results
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shards_on_the_cpu(), reason="this torch has no FSDP2 for the CPU")
+def test_columns_train_as_their_plain_run(tmp_path):
+    assert together(tmp_path, train_columns) == 2 * [dict.fromkeys(COLUMNS_WAYS, (True, True, 0))]

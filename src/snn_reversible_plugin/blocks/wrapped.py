@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from snn_reversible_plugin.blocks.chain import RevSBlock, RevSSequence
 from snn_reversible_plugin.blocks.coupling import ADDITIVE, LEAPFROG, Streams
+from snn_reversible_plugin.blocks.inner_backward import sharded_modules
 from snn_reversible_plugin.modules.swap import WRAPPED_CHAIN, SwappedClass, swap, swapped_class, without
 
 # NOTE [A chain that runs inside its first block]
@@ -123,6 +124,7 @@ class WrappedChain:
         if compiling:
             return self._output(x)
         self._check_modules()
+        self._check_sharding()
         if self._pass is not None and (problem := self._pass.problem()):
             warnings.warn(problem, RuntimeWarning, stacklevel=4)  # or the pass broke off by an exception
         out = self._output(x)
@@ -149,6 +151,15 @@ class WrappedChain:
                 "unwrap_residual_blocks(model)."
             )
         self._pass.place = place
+
+    def _check_sharding(self) -> None:
+        for number, block in enumerate(self.blocks):
+            if block in sharded_modules(block):
+                raise RuntimeError(
+                    f"{self.label()}: fully_shard was called on block {number}, whose parameters exist "
+                    "only while that block runs, and the chain runs inside its first block. Shard the "
+                    "model, the container of the blocks, or layers inside them instead."
+                )
 
     def _modules_now(self) -> tuple[nn.Module, ...]:
         return tuple(module for block in self.blocks for module in block.modules())
