@@ -45,6 +45,7 @@ from typing import Any
 import torch
 
 from snn_reversible_plugin.ops.interrupts import Left, Restoring, put_back_interrupted
+from snn_reversible_plugin.ops.layouts import storage_key
 from snn_reversible_plugin.tape.exposed import compare_later, look_again
 from snn_reversible_plugin.tape.handles import Handle, Kept, Packed, PackedLevels, owns, peek, unpack
 from snn_reversible_plugin.tape.off_stack import OffStack
@@ -250,7 +251,7 @@ def _let_go(tape: Tape) -> None:
     for steps, ref in _local.__dict__.pop("returned", {}).values():
         state = ref() if steps == 1 else None
         if state is not None:
-            kept = tape.kept_of(state)
+            kept = tape.kept_by_storage.get(storage_key(state), [])
             tape.before_write(state)
             compare_later(state, kept)
 

@@ -73,7 +73,7 @@ class Tape(OwnMode, TorchDispatchMode):
         self._suspended = 0
         self.pauses = 0
         self._outsiders = Outsiders()
-        self._kept_by_storage: dict[int, list[weakref.ref[Kept]]] = {}
+        self.kept_by_storage: dict[int, list[weakref.ref[Kept]]] = {}
         self._just_kept: list[Kept] = []  # packed since the last operation
         self._last_product: tuple[Replayed, torch.Tensor, int] | None = None
         self._parts = TensorsOfParts(self)
@@ -151,9 +151,9 @@ class Tape(OwnMode, TorchDispatchMode):
         self._outsiders.clear()
         self._just_kept.clear()
         if not self.in_backward:
-            look_after(self._kept_by_storage.values())
-        outlive(self._kept_by_storage)
-        self._kept_by_storage.clear()
+            look_after(self.kept_by_storage.values())
+        outlive(self.kept_by_storage)
+        self.kept_by_storage.clear()
         self._parts.clear()
         if self._last_product is not None:  # of a block that is rebuilt; see recipes, note 9
             recipe, value, version = self._last_product
@@ -205,14 +205,10 @@ class Tape(OwnMode, TorchDispatchMode):
         if not is_plain(tensor):
             return
         storage = storage_key(tensor)
-        for ref in (*self._kept_by_storage.pop(storage, ()), *outlived(storage)):
+        for ref in (*self.kept_by_storage.pop(storage, ()), *outlived(storage)):
             kept = ref()
             if kept is not None and kept.anchored:
                 kept.spill(any(kept is one for one in spared))
-
-    def kept_of(self, tensor: torch.Tensor) -> list[weakref.ref[Kept]]:
-        """What relies on a tensor by reference."""
-        return self._kept_by_storage.get(storage_key(tensor), [])
 
     # The recording mode.
 
@@ -378,7 +374,7 @@ class Tape(OwnMode, TorchDispatchMode):
     def _remember(self, kept: Kept) -> None:
         kept.where = self.where
         if is_plain(kept.tensor):
-            self._kept_by_storage.setdefault(storage_key(kept.tensor), []).append(weakref.ref(kept))
+            self.kept_by_storage.setdefault(storage_key(kept.tensor), []).append(weakref.ref(kept))
 
     def _enter(
         self,
