@@ -22,6 +22,7 @@ from snn_reversible_plugin.modules.swap import swapped_class
 from snn_reversible_plugin.spikingjelly import on_grid
 from snn_reversible_plugin.spikingjelly.analytic import Analytic, Reversible
 from snn_reversible_plugin.spikingjelly.copies import copy_at, copy_of, installed
+from snn_reversible_plugin.spikingjelly.exports import teach_exporter
 from snn_reversible_plugin.spikingjelly.replayed import Replayed
 from snn_reversible_plugin.spikingjelly.types import add_rows, equations_of, own_entries
 
@@ -64,6 +65,7 @@ def load(root: str) -> None:
             register_reversible(cls, subclasses=True)(_choose)
         if row.on_grid:
             register_on_grid(cls)(_on_grid)
+    teach_exporter(root)
     if root.partition(".")[0] == "spikingjelly" and installed() is copy_at(root):
         # Types of their own, which users may name.
         importlib.import_module("snn_reversible_plugin.spikingjelly.neurons")
