@@ -11,7 +11,7 @@ from torch import nn
 import snn_reversible_plugin as srp
 from snn_reversible_plugin.modules.states import reset_states
 from snn_reversible_plugin.reports.measure import count_step
-from snn_reversible_plugin.tape.final_membrane import FinalMembrane, _promised
+from snn_reversible_plugin.tape.final_membrane import FinalMembrane, _promises
 from tests.blocks.test_chain import NEURONS, assert_same, chain
 from two_processes import together
 
@@ -221,13 +221,13 @@ def test_a_reset_reads_nothing_and_lets_go():
     for block in model.blocks:
         block.f.register_forward_hook(lambda *_: runs.append(1))
     for reset in (functional.reset_net, reset_states):
-        before = len(_promised)
+        before = len(_promises())
         out = model(batch())
-        assert len(promises(model)) == len(_promised) - before == 12
+        assert len(promises(model)) == len(_promises()) - before == 12
         assert len(runs) == 3
         assert "reset" in vars(neurons(model)[0])
         reset(model)
-        assert not promises(model) and len(_promised) == before
+        assert not promises(model) and len(_promises()) == before
         assert len(runs) == 3
         assert all(module.v == 0.0 and "reset" not in vars(module) for module in neurons(model))
         out.sum().backward()

@@ -14,7 +14,7 @@ from spikingjelly.activation_based import functional, layer, neuron, surrogate
 
 import snn_reversible_plugin as srp
 from snn_reversible_plugin.reports.measure import AllocationCounter
-from snn_reversible_plugin.tape.final_membrane import FinalMembrane, Memories, _promised
+from snn_reversible_plugin.tape.final_membrane import FinalMembrane, Memories, _promises
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 pytestmark = pytest.mark.parametrize("device", DEVICES)
@@ -239,10 +239,10 @@ def test_a_backward_fulfils_every_promise_and_lets_go(device):
     model = srp.convert_to_reversible(network(NEURONS["lif"], device))
     loss = model(batch(device)).sum()
     mine = promised(model)
-    assert all(one in _promised for one in mine)
+    assert all(one in _promises() for one in mine)
     loss.backward()
     for one in mine:
-        assert one not in _promised
+        assert one not in _promises()
         assert one._held == ()
         assert one.empty() is None
 
