@@ -77,10 +77,12 @@ class Summed(Exposure):
         return kept.tensor
 
 
-def look_after(by_storage: Iterable[list[weakref.ref[Kept]]]) -> None:
-    """A recording is over, and relies on these."""
-    for refs in by_storage:
-        _look_after(refs)
+def look_after(by_storage: dict[int, list[weakref.ref[Kept]]], spared: set[int]) -> None:
+    """A recording is over, and relies on these, but for some storages: a norm writes to those unseen,
+    and autograd saves them for nothing."""
+    for storage, refs in by_storage.items():
+        if storage not in spared:
+            _look_after(refs)
 
 
 def _look_after(refs: list[weakref.ref[Kept]]) -> None:

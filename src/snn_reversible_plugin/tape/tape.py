@@ -74,6 +74,7 @@ class Tape(OwnMode, TorchDispatchMode):
         self.pauses = 0
         self._outsiders = Outsiders()
         self.kept_by_storage: dict[int, list[weakref.ref[Kept]]] = {}
+        self._statistics: set[int] = set()  # storages of running ones, which no backward reads
         self._just_kept: list[Kept] = []  # packed since the last operation
         self._last_product: tuple[Replayed, torch.Tensor, int] | None = None
         self._parts = TensorsOfParts(self)
@@ -151,7 +152,7 @@ class Tape(OwnMode, TorchDispatchMode):
         self._outsiders.clear()
         self._just_kept.clear()
         if not self.in_backward:
-            look_after(self.kept_by_storage.values())
+            look_after(self.kept_by_storage, self._statistics)
         outlive(self.kept_by_storage)
         self.kept_by_storage.clear()
         self._parts.clear()
@@ -248,6 +249,7 @@ class Tape(OwnMode, TorchDispatchMode):
         elif operator.constant:
             self._record_constant(func, args, out)
         elif operator.kind is Kind.NORM and args[5]:
+            self._statistics.update(storage_key(tensor) for tensor in tensors_among(args[3:5]))
             self.record(func, operator, (*args[:3], None, None, *args[5:]), kwargs, out)
         else:
             self.record(func, operator, args, kwargs, out)
