@@ -333,15 +333,15 @@ class Tape(OwnMode, TorchDispatchMode):
         if isinstance(cost, str):
             self._refused = cost
             return None
-        known = cost.known
         return Replayed(
             func,
-            tuple([self.operand(arg, known) for arg in args]),
-            {name: self.operand(arg, known) for name, arg in kwargs.items()} if kwargs else _NO_KWARGS,
+            tuple([self.operand(arg, cost.known) for arg in args]),
+            {key: self.operand(arg, cost.known) for key, arg in kwargs.items()} if kwargs else _NO_KWARGS,
             cost.products,
             cost.depth,
             operator.inplace,
             cost.cheap,
+            cost.series,
         )
 
     def operand(self, arg: Any, known: dict[int, Any]) -> Any:
