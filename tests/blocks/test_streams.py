@@ -244,7 +244,7 @@ def test_held_memory_does_not_grow_by_a_stream_a_block(device):
     stream = 4 * 4 * 4 * 16 * 16 * 4
     by_block = (held(14, "grid") - held(4, "grid")) / 10
     assert by_block < 0.1 * stream  # spikes, a bit an element, and no copy
-    assert held(14, "grid") < held(14, "stock") - 3 * stream
+    assert held(30, "grid") < held(30, "stock") - 3 * stream  # there one stream in a few blocks is kept
 
 
 def test_evaluation_is_the_same_function(device):

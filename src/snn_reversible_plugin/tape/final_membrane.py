@@ -97,8 +97,8 @@ class FinalMembrane:
         size, seen, place = 0, set[int](), self._place
         while waiting:
             handle = waiting.pop()
-            if not isinstance(handle, (Kept, Packed, Replayed)):
-                return False
+            if not isinstance(handle, (Kept, Packed, Replayed)) or handle.treatment == "reversed":
+                return False  # what a stream is undone from goes with the backward
             size += handle.stored(seen)
             if isinstance(handle, Kept):
                 kept.append(handle)

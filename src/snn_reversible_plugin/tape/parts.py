@@ -137,7 +137,9 @@ def written_part(
     """The recipe of a root's value after ``func`` wrote into a view of it; ``written`` are both."""
     args, kwargs = operands
     recipe = before, _place(*written), func, *args
-    return Replayed(write, recipe, kwargs, price.products, price.depth, inplace=True)
+    after = Replayed(write, recipe, kwargs, price.products, price.depth, inplace=True)
+    after.series = price.series
+    return after
 
 
 def write(value: torch.Tensor, place: Place, func: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -152,7 +154,9 @@ def copied_into(view: torch.Tensor, source: torch.Tensor, value: Handle, price: 
     if source.size() == view.size() and source.stride() == view.stride() and source.dtype is view.dtype:
         return value
     options = tuple(view.size()), view.stride(), view.dtype, view.device
-    return Replayed(laid_out, (value, *options), {}, price.products, price.depth)
+    copy = Replayed(laid_out, (value, *options), {}, price.products, price.depth)
+    copy.series = price.series
+    return copy
 
 
 def laid_out(

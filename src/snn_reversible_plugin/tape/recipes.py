@@ -30,6 +30,7 @@ from snn_reversible_plugin.tape.replayed import NO_PRODUCTS, Products, Replayed
 #    stored, each counted once however many paths lead to it; their number is bounded by the mode, so a long
 #    chain gets an anchor now and then by itself. So does a chain of cheaper operations, by its `depth`: one
 #    step in so many of a loop is kept, and what stands beyond it stays free.
+#    Of products that run one after another there are fewer: all that lies between them stands at once.
 #    Both are measured in operations of this size: of a stack of T steps, each step's chain is a T-th. So
 #    a stack of T convolutions, each of one step, has run one. What leads to a part of a tensor has it all.
 # 5. A recipe describes a value; the entry that leads to it describes a tensor *at a version*. An
@@ -45,6 +46,7 @@ from snn_reversible_plugin.tape.replayed import NO_PRODUCTS, Products, Replayed
 #    output of a convolution or matrix product, which it asks for first, waits and isn't computed again.
 
 MAX_DEPTH = 256
+MAX_SERIES = 2
 WORK_LIMIT = {"memory": 5, "speed": 0}
 SMALL_OUTPUT = 16  # an output this many times smaller than the largest activation it is made of is kept
 MANY_PRODUCTS = 16  # parts of products are not told apart beyond
@@ -72,6 +74,7 @@ class Price:
     cheap: bool
     known: dict[int, Any]
     newly_kept: int = 0
+    series: int = 0
 
 
 def price(
@@ -84,7 +87,7 @@ def price(
             return Refused.LAYOUT
         size = max(size, _bytes(tensor))
     depth, cheap, products = 0.0, operator.cheap, NO_PRODUCTS
-    newly_kept = largest = 0
+    newly_kept = largest = series = 0
     known: dict[int, Any] = {}
     for tensor in tensors_among(operands):
         handle = known[id(tensor)] = look_up(tensor)
@@ -100,13 +103,14 @@ def price(
             part = of_operand / size if of_operand < size else 1.0
             depth = max(depth, handle.depth * part)
             cheap = cheap and handle.cheap
+            series = max(series, handle.series)
             if handle.products and handle.products is not products:
                 products = _together(products, handle.products, part)
         elif handle is None or (isinstance(handle, Kept) and not handle.anchored):
             newly_kept += tensor.untyped_storage().nbytes()
     if operator.work:
-        products = {**products, next(_serial): 1.0}
-    if products and sum(products.values()) > work_limit + 1e-3:
+        products, series = {**products, next(_serial): 1.0}, series + 1
+    if products and (series > MAX_SERIES or sum(products.values()) > work_limit + 1e-3):
         return Refused.WORK
     if depth >= MAX_DEPTH:
         return Refused.DEPTH
@@ -114,7 +118,7 @@ def price(
         return Refused.OPERANDS
     if operator.kind is not Kind.VIEW and size * SMALL_OUTPUT <= largest:
         return Refused.SMALL
-    return Price(products, depth + 1, cheap, known)
+    return Price(products, depth + 1, cheap, known, series=series)
 
 
 def price_of_part(
@@ -143,7 +147,7 @@ def price_of_part(
     products, depth = NO_PRODUCTS, 0.0
     if isinstance(before, Replayed):
         products, depth = before.products, before.depth
-    of_operands, newly_kept = 0.0, 0
+    of_operands, newly_kept, series = 0.0, 0, getattr(before, "series", 0)
     known: dict[int, Any] = {}
     for tensor in tensors_among((*operands, *named.values())):
         handle = known[id(tensor)] = look_up(tensor)
@@ -151,6 +155,7 @@ def price_of_part(
             return None
         if isinstance(handle, Replayed):
             of_operands = max(of_operands, handle.depth)
+            series = max(series, handle.series)
             products = _together(products, handle.products, part)
         elif handle is None or (isinstance(handle, Kept) and not handle.anchored):
             newly_kept += tensor.untyped_storage().nbytes()
@@ -163,7 +168,7 @@ def price_of_part(
     too_much = newly_kept > size or 2 * (kept + newly_kept) > whole
     if depth >= MAX_DEPTH or too_much or sum(products.values()) > work_limit + 1e-3:
         return None
-    return Price(products, depth, False, known, newly_kept)
+    return Price(products, depth, False, known, newly_kept, series)
 
 
 def _together(some: Products, more: Products, part: float) -> Products:

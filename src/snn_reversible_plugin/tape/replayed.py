@@ -44,15 +44,15 @@ class Replayed(Handle):
     """``func(*args, **kwargs)``, or output ``index`` of it, where handles stand for tensors.
 
     ``products`` are the convolutions and matrix products that a rebuild runs, by serial number, each with
-    the part of one that this value accounts for (see recipes). ``depth`` is the longest chain of operations
-    down to something stored, in operations as large as this one. ``cheap`` says that a rebuild is hardly
-    more than a copy.
+    the part of one that this value accounts for (see recipes), ``series`` how many run one after another.
+    ``depth`` is the longest chain of operations down to something stored, in operations as large as this
+    one. ``cheap`` says that a rebuild is hardly more than a copy.
     """
 
     treatment = "replayed"
     __slots__ = (
         "args", "awaited", "cache", "cheap", "claiming", "depth", "func", "inplace", "kwargs", "needs",
-        "products", "uses", "walk",
+        "products", "series", "uses", "walk",
     )  # fmt: skip
 
     index: int | None = None
@@ -67,9 +67,11 @@ class Replayed(Handle):
         depth: float = 0,
         inplace: bool = False,
         cheap: bool = False,
+        series: int = 0,
     ) -> None:
         self.func, self.args, self.kwargs = func, args, kwargs
         self.products, self.depth, self.inplace, self.cheap = products, depth, inplace, cheap
+        self.series = series
         self.uses = self.needs = 0
         self.walk: int | None = None
         self.claiming = False
@@ -79,7 +81,7 @@ class Replayed(Handle):
     def output(self, index: int, siblings: list[weakref.ref[Replayed]]) -> Replayed:
         """The same recipe for one of several outputs; ``siblings`` collects those of one call."""
         one = _OneOfSeveral(self.func, self.args, self.kwargs, self.products, self.depth, self.inplace)
-        one.index, one.siblings = index, siblings
+        one.index, one.siblings, one.series = index, siblings, self.series
         siblings.append(weakref.ref(one))
         return one
 

@@ -229,7 +229,7 @@ class Tape(OwnMode, TorchDispatchMode):
             out = None if rule is None else rule(self, func, args, kwargs)
             if out is not None:
                 return out
-        operator = operator_of(func)
+        operator, self._refused = operator_of(func), None
         if operator.kind is Kind.MUTATING:
             # What an operation fills beside its result (the noise of rrelu), autograd saved a moment ago,
             # for the value that it will have.
@@ -255,7 +255,6 @@ class Tape(OwnMode, TorchDispatchMode):
             self.record(func, operator, args, kwargs, out)
         if self._observer is not None:
             self._observer.computed(self.where, operator, out, self._refused)
-            self._refused = None
         return out
 
     def _run_mutating(
@@ -281,12 +280,8 @@ class Tape(OwnMode, TorchDispatchMode):
                 span, recipe = few_bits(operator, args, kwargs)
             else:
                 recipe, after, parts = self._parts.write(root, func, operator, args, kwargs)
-            before = look_up(args[0])
-            if (
-                recipe is None
-                and isinstance(before, Handle)
-                and not (isinstance(before, Kept) and not before.anchored)
-            ):
+            before = look_up(args[0]) if recipe is None else None
+            if isinstance(before, Handle) and not (isinstance(before, Kept) and not before.anchored):
                 recipe = self._recipe(func, operator, args, kwargs, [args[0]])
             if root is not None and parts is not None:
                 parts.wrote(args[0], root, recipe)
@@ -335,15 +330,15 @@ class Tape(OwnMode, TorchDispatchMode):
         if isinstance(cost, str):
             self._refused = cost
             return None
-        known = cost.known
         return Replayed(
             func,
-            tuple([self.operand(arg, known) for arg in args]),
-            {name: self.operand(arg, known) for name, arg in kwargs.items()} if kwargs else _NO_KWARGS,
+            tuple([self.operand(arg, cost.known) for arg in args]),
+            {key: self.operand(arg, cost.known) for key, arg in kwargs.items()} if kwargs else _NO_KWARGS,
             cost.products,
             cost.depth,
             operator.inplace,
             cost.cheap,
+            cost.series,
         )
 
     def operand(self, arg: Any, known: dict[int, Any]) -> Any:

@@ -81,4 +81,5 @@ class TensorsOfParts:
         recipe = Replayed(func, (value, *args[1:]), kwargs, depth=1, cheap=True)
         if isinstance(value, Replayed):
             recipe.products, recipe.depth, recipe.cheap = value.products, value.depth + 1, value.cheap
+            recipe.series = value.series
         return recipe if index < 0 else recipe.output(index, [])
