@@ -33,11 +33,7 @@ def assert_same_graph(ours, theirs):
     for name, node in ours.nodes.items():
         for key, value in vars(node).items():
             other = vars(theirs.nodes[name])[key]
-            same = value == other
-            assert same if isinstance(same, bool) else bool(getattr(same, "all", lambda: same)()), (
-                name,
-                key,
-            )
+            assert np.all(value == other), (name, key)
 
 
 @pytest.mark.parametrize("name", NEURONS)
