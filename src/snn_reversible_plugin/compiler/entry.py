@@ -74,6 +74,12 @@ def compile(  # named as torch's
     return compiled
 
 
+def look_of(model: Any) -> Any:
+    """What stands in front of the forward of a model that :func:`compile` made; None for any other."""
+    look = getattr(model, "__dict__", {}).get("forward")
+    return look if isinstance(look, FirstLook) else None
+
+
 class FirstLook:
     """Stands in front of a compiled model's forward, and decides once, with the first inputs, what it is.
 
