@@ -6,6 +6,7 @@ import torch
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 
+import snn_reversible_plugin as srp
 from graph_only import GraphOnly
 
 
@@ -169,3 +170,53 @@ def test_equal_bit_for_bit_and_small(name):
         stored[mode] = ours.saved_bytes
     assert stored["memory"] <= part * stock.saved_bytes
     assert stored["memory"] <= min(stored.values())
+
+
+class Broken(nn.Module):
+    """Something between two layers that the compiler can't look into."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(12, 32), neuron.IFNode(step_mode="m"))
+        self.second = nn.Sequential(nn.Linear(32, 16), neuron.IFNode(step_mode="m"), nn.Linear(16, 4))
+
+    def forward(self, x_seq):
+        x_seq = self.first(x_seq)
+        torch._dynamo.graph_break()
+        return self.second(x_seq)
+
+
+def test_each_region_is_served():
+    x = torch.rand(ROWS) * 3
+    stock, ours = GraphOnly(None), GraphOnly()
+    for a, b in zip(train(Broken, x, stock), train(Broken, x, ours), strict=True):
+        assert torch.equal(a, b)
+    # What crosses the break is an input of the second region, and held as it is.
+    assert [region.packed for region in ours.packing.regions] == [0, 1]
+    assert 0 < ours.saved_bytes < 0.3 * stock.saved_bytes
+
+
+def test_a_converted_model():
+    x = torch.rand(ROWS) * 3
+    ours, converted = GraphOnly(), GraphOnly()
+    expected = train(Broken, x, ours)
+    actual = train(lambda: srp.convert_to_reversible(Broken()), x, converted)
+    assert all(map(torch.equal, expected, actual))
+    assert converted.saved_bytes == ours.saved_bytes
+
+
+def test_sizes_that_change():
+    """The second size makes the compiler use symbols; codes are packed along what stays."""
+    net = Broken()
+    backend = GraphOnly()
+    compiled = torch.compile(net, backend=backend)
+    for batch in (16, 24, 9):
+        x = torch.rand(4, batch, 12) * 3
+        gradients = []
+        for run in (compiled, net):
+            functional.reset_net(net)
+            net.zero_grad()
+            run(x).square().sum().backward()
+            gradients.append([parameter.grad for parameter in net.parameters()])
+        assert all(map(torch.equal, *gradients))
+    assert len(backend.packing.regions) == 4
