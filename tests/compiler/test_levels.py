@@ -43,6 +43,8 @@ X = torch.tensor([-3.0, -0.5, -0.0, 0.2, 0.5, 1.5, 2.5, 9.0, math.nan, math.inf]
         (lambda x: torch.floor(x.clamp(0, 8)), 4),
         (lambda x: x.clamp(0, 2.5).round(), 2),
         (lambda x: torch.nn.functional.max_pool1d((x > 0).float()[None, None], 2), 1),
+        (lambda x: ((x > 0).float() + 1).int(), 1),
+        (lambda x: torch.round(x.clamp(0, 3)).int(), None),
         (lambda x: (x > 0).float() * 0.5, None),
         (lambda x: torch.round(x), None),
         (lambda x: x.clamp(0, 1), None),

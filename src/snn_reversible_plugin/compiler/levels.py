@@ -151,7 +151,8 @@ def _cast(node: fx.Node, of: Of) -> Levels:
     levels, value = of(node.args[0]), tensor_of(node)
     if value is None or levels is ANYTHING:
         return ANYTHING
-    if not value.is_floating_point() and not levels.whole:
+    # What an integer makes of NaN is anybody's guess.
+    if not value.is_floating_point() and (levels.nan or not levels.whole):
         return ANYTHING
     return levels
 
