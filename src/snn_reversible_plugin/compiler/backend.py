@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import fx
@@ -52,7 +53,20 @@ class Backend:
         from torch._inductor.compile_fx import compile_fx
 
         patches = {**self.patches, "joint_custom_post_pass": self.packing}
-        return compile_fx(module, inputs, config_patches=patches)  # type: ignore[arg-type, return-value]
+        with as_planned():
+            return compile_fx(module, inputs, config_patches=patches)  # type: ignore[arg-type, return-value]
+
+
+def as_planned() -> AbstractContextManager[None]:
+    """Inside, the partitioner does what a plan says.
+
+    It doesn't merge what the backward computes again with the forward's: what is equal within each, the
+    pass has merged. And a budget of the user's has nothing to add: it even has random numbers drawn a
+    second time (pytorch 190758).
+    """
+    from torch._functorch import config
+
+    return config.patch(cse=False, activation_memory_budget=1.0)  # type: ignore[no-any-return]
 
 
 def patches_of(torch_mode: str | None, options: dict[str, Any] | None) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """What the pass asks of a joint graph: which nodes are the forward's, their size, and if they run again.
 
-The one idea: a joint graph holds forward and backward of a region in one list of aten operations, and all
-that sets them apart is whether a node depends on a gradient that comes in (a *tangent*). Source:
-``torch._functorch.partitioners``.
+The one idea: a joint graph holds forward and backward of a region in one list of aten operations,
+and all that sets them apart is whether a node depends on a gradient that comes in (a *tangent*).
+Source: ``torch._functorch.partitioners``.
 """
 
 from __future__ import annotations
@@ -89,6 +89,45 @@ def runs_again(node: fx.Node) -> bool:
     if not isinstance(target, torch._ops.OpOverload) or target.namespace not in ("aten", "prims"):
         return False
     return not (target._schema.is_mutable or is_random(node))
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether a value shares the memory of the one it was taken from."""
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and any(
+        result.alias_info is not None for result in target._schema.returns
+    )
+
+
+def parent_of(node: fx.Node) -> fx.Node:
+    """The call that computed a value, where that is one of several."""
+    if name_of(node) == "getitem" and isinstance(node.args[0], fx.Node):
+        return node.args[0]
+    return node
+
+
+def merge_equal(graph: fx.Graph) -> None:
+    """Let a value that is computed twice from the same be computed once: a reset reads the spike itself.
+
+    The partitioner does so too, but after the pass.
+    """
+    first: dict[tuple[Any, ...], fx.Node] = {}
+    for node in graph.nodes:
+        if node.op != "call_function" or not runs_again(node) or name_of(node) in ("full", "empty"):
+            continue
+        key = (node.target, _hashable(node.args), _hashable(node.kwargs))
+        earlier = first.setdefault(key, node)
+        if earlier is not node:
+            node.replace_all_uses_with(earlier)
+            graph.erase_node(node)
+
+
+def _hashable(argument: Any) -> Any:
+    if isinstance(argument, (list, tuple)):
+        return tuple(map(_hashable, argument))
+    if isinstance(argument, dict):
+        return tuple((name, _hashable(value)) for name, value in argument.items())
+    return argument if isinstance(argument, fx.Node) else (type(argument), argument)
 
 
 class Joint:

@@ -151,7 +151,8 @@ def _cast(node: fx.Node, of: Of) -> Levels:
     levels, value = of(node.args[0]), tensor_of(node)
     if value is None or levels is ANYTHING:
         return ANYTHING
-    if not value.is_floating_point() and not levels.whole:
+    # What an integer makes of NaN is anybody's guess.
+    if not value.is_floating_point() and (levels.nan or not levels.whole):
         return ANYTHING
     return levels
 
@@ -162,6 +163,10 @@ def _sum(sign: int) -> Callable[[fx.Node, Of], Levels]:
         return of(node.args[0]) + other * of(alpha) * Levels(sign, sign, True)
 
     return rule
+
+
+def _swapped_difference(node: fx.Node, of: Of) -> Levels:
+    return of(node.args[1]) + -(of(node.args[0]) * of(node.kwargs.get("alpha", 1)))
 
 
 def _product(node: fx.Node, of: Of) -> Levels:
@@ -256,11 +261,15 @@ _RULES: dict[str, Callable[[fx.Node, Of], Levels]] = {
     "getitem": _getitem,
     "full": _filled,
     "full_like": _filled,
+    "scalar_tensor": _first,
+    **dict.fromkeys(["zeros", "zeros_like", "new_zeros"], lambda node, of: of(0)),
+    **dict.fromkeys(["ones", "ones_like", "new_ones"], lambda node, of: of(1)),
     "convert_element_type": _cast,
     "_to_copy": _cast,
     "add": _sum(1),
     "sub": _sum(-1),
     "mul": _product,
+    "rsub": _swapped_difference,
     "neg": lambda node, of: -of(node.args[0]),
     "where": _where,
     "clamp": _clamp,

@@ -15,7 +15,7 @@ from torch import nn
 
 from snn_reversible_plugin.modules.as_it_ran import unchanged
 
-# Tracing and compiling take about a third of a second for a time step of two layers.
+# Tracing alone takes about a third of a CPU second for a time step of two layers.
 MOST_UNROLLED = 128
 
 

@@ -1,9 +1,9 @@
 """The pass: from a joint graph as the compiler has it to one whose backward starts from bits.
 
-The one idea: every user of a spike reads ``unpack(pack(spikes))`` instead. Then the codes can be what
-is stored, and a tag on each other node of the forward tells the partitioner to compute it again in the
-backward.
-Source: ``torch._functorch.partitioners`` (tags of selective activation checkpointing).
+The one idea: the backward gets a forward of its own. It is a copy of the calls whose values it
+wants, reads what is stored and nothing else of the forward's, and each of its nodes is tagged so
+that the partitioner puts it into the backward. The forward stays as it was, and packs. Source:
+``torch._functorch.partitioners`` (tags of selective activation checkpointing).
 """
 
 from __future__ import annotations
@@ -16,16 +16,22 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.utils.checkpoint import CheckpointPolicy
 
 from snn_reversible_plugin.compiler import graph as graphs
-from snn_reversible_plugin.compiler import levels, packing, plan
-from snn_reversible_plugin.compiler.graph import Joint, name_of, size_of
+from snn_reversible_plugin.compiler import levels, packing, peak, plan
+from snn_reversible_plugin.compiler.graph import Joint, name_of, parent_of, size_of, tensor_of
+from snn_reversible_plugin.compiler.plan import Plan
 
 
 @dataclass
 class Region:
-    """What the pass did to one region: bytes stored, by kind, and the number of values packed."""
+    """What the pass did to one region: bytes ``stored``, by kind, and how many values are ``packed``."""
 
     packed: int = 0
     stored: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        """What the region stores for its backward, inputs and parameters aside."""
+        return sum(self.stored.values())
 
 
 class Packing(CustomGraphPass):
@@ -36,52 +42,70 @@ class Packing(CustomGraphPass):
         self.regions: list[Region] = []
 
     def __call__(self, graph: fx.Graph) -> None:
+        graphs.merge_equal(graph)
         joint = Joint(graph)
         if joint.has_backward:
-            self.regions.append(rewrite(graph, joint, self.mode))
+            self.regions.append(rewrite(joint, plan.plan(joint, self.mode)))
 
     def uuid(self) -> bytes:
-        files = (__file__, *(module.__file__ for module in (graphs, levels, packing, plan)))
+        files = (__file__, *(module.__file__ for module in (graphs, levels, packing, peak, plan)))
         return get_hash_for_files(files, extra=self.mode)
 
 
-def rewrite(graph: fx.Graph, joint: Joint, mode: str) -> Region:
-    """Pack what is worth it, and tag every node of the forward that the backward wants."""
-    found = levels.levels_of(graph)
-    writer = packing.Packing(graph)
-    codes = set()
-    for node in plan.worth_codes(joint, found):
-        readers = [user for user in node.users if user.op != "output"]
-        code, value = writer.pack(node, found[node])
-        for reader in readers:
-            reader.replace_input_with(node, value)
-        codes.add(code)
+def rewrite(joint: Joint, chosen: Plan) -> Region:
+    """Give the backward what is stored, and copies of the calls that it takes to compute the rest again."""
+    graph, region = joint.graph, Region(packed=len(chosen.codes))
+    wanted = joint.wanted(chosen.stored)
+    first = next(node for node in graph.nodes if node in joint.of_tangents and node.op == "call_function")
+    early: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node is first:
+            break
+        early.add(node)
+    writer = packing.Writer(graph)
+    codes: dict[fx.Node, packing.Code] = {}
+    with _fake_mode(joint):
+        for group in chosen.groups:
+            for node, code in zip(group, writer.pack(group, chosen.codes[group[0]]), strict=True):
+                codes[node] = code
+        saved = {code.stored for code in codes.values()} | (chosen.stored & wanted) - codes.keys()
+        writer.behind = first.prev
+        again: dict[fx.Node, fx.Node] = {}  # a value of the forward: the backward's
+        copies: list[fx.Node] = []
+        for node in joint.forward:
+            if node not in wanted or node not in early or (node in saved and node not in codes):
+                continue
+            start = writer.behind
+            again[node] = writer.unpack(codes[node]) if node in codes else writer.copy(node, again)
+            while start is not writer.behind:
+                start = start.next
+                copies.append(start)
+    for node in graph.nodes:
+        if node in joint.of_tangents or (node in wanted and node not in early):
+            for source in node.all_input_nodes:
+                if source in again:
+                    node.replace_input_with(source, again[source])
+            if node in wanted:
+                copies.append(node)
+    _tag(copies, CheckpointPolicy.MUST_RECOMPUTE)
+    # A value that is one of several is stored where the call that made it is, see the partitioner.
+    _tag([*saved, *map(parent_of, saved)], CheckpointPolicy.MUST_SAVE)
     graph.lint()
-    joint = Joint(graph)
-    stored = plan.must_be_stored(joint, codes, mode)
-    if mode == "memory":
-        stored |= plan.anchors(joint, stored, MOST_PRODUCTS)
-    _tag(joint, stored)
-    region = Region(packed=len(codes))
-    for node in stored & joint.wanted(stored):
-        kind = "codes" if node in codes else name_of(plan.parent_of(node))
+    packed = {code.stored for code in codes.values()}
+    for node in saved:
+        kind = "codes" if node in packed else name_of(parent_of(node))
         region.stored[kind] = region.stored.get(kind, 0) + size_of(node)
     return region
 
 
-MOST_PRODUCTS = 2
+def _tag(nodes: list[fx.Node], policy: CheckpointPolicy) -> None:
+    for node in nodes:
+        if isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)):  # and no size that is a symbol
+            node.meta["ac_graph_id"] = 1
+            node.meta["recompute"] = policy
 
 
-def _tag(joint: Joint, stored: set[fx.Node]) -> None:
-    wanted = joint.wanted(stored)
-    # A value that is one of several is stored where the call that made it is, see the partitioner.
-    kept = stored | {plan.parent_of(node) for node in stored}
-    for node in joint.forward:
-        if node not in wanted and node not in kept:
-            continue
-        node.meta["ac_graph_id"] = 1
-        saved = node in kept
-        if not (saved or isinstance(node.meta.get("val"), (torch.Tensor, tuple, list))):
-            continue  # a size that is a symbol
-        policy = CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.MUST_RECOMPUTE
-        node.meta["recompute"] = policy
+def _fake_mode(joint: Joint) -> torch._subclasses.FakeTensorMode:
+    """The mode in which values without a real tensor are made."""
+    fakes = (tensor_of(node) for node in joint.graph.nodes)
+    return next(fake.fake_mode for fake in fakes if fake is not None)  # type: ignore[attr-defined, no-any-return]

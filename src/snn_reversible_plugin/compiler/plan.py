@@ -7,7 +7,9 @@ Source: the treatments of ``docs/how-it-works.md``, carried over from the tape t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -17,12 +19,15 @@ from snn_reversible_plugin.compiler.graph import (
     Joint,
     is_product,
     is_random,
+    is_view,
     name_of,
+    parent_of,
     runs_again,
     size_of,
     tensor_of,
 )
-from snn_reversible_plugin.compiler.levels import Levels
+from snn_reversible_plugin.compiler.levels import Levels, levels_of
+from snn_reversible_plugin.compiler.peak import peak_of
 
 # NOTE [What is stored]
 #
@@ -31,11 +36,62 @@ from snn_reversible_plugin.compiler.levels import Levels
 #    else is made of them (a membrane's reset, a sum, a cast) starts from the codes too.
 # 2. Random results: as codes where they are a mask, as they are elsewhere. Nothing is drawn twice.
 # 3. What no second run gives (operators of other libraries, collectives).
-# 4. Results that are small beside what they were computed from: statistics of a batch norm, norms, means.
+# 4. Results that are small beside what they were computed from: statistics of a batch norm, norms,
+#    means.
 # 5. In mode "speed" convolutions and products.
-# 6. An anchor where a value would need more than so many products: see `anchors`.
+# 6. Anchors. A membrane that a loop over time carries along, a residual stream of floats: its last
+#    value brings all before it back at once, a product each, and they wait for their turn. So it is
+#    stored now and then, at the distance, in products, that holds least of those near the lowest guessed
+#    peak. No product is computed a third time at any distance. Example: T = 100 steps of one layer, its
+#    membrane stored every 16: 6 membranes are held, and the backward has at most 16 more, where it would
+#    begin with 100 without them.
 
-SMALL_OUTPUT = 16  # a result this many times smaller than its largest input is stored
+SMALLEST_PACKED = 64  # elements; below, a code saves nothing worth an operation
+NEAR_LOWEST = 1.2  # among plans whose peak is within this of the lowest, what holds least is taken
+SMALL_OUTPUT = 64  # a result this many times smaller than its largest input is stored
+
+
+@dataclass
+class Plan:
+    """The values that are ``stored``, among them those that are stored as ``codes``, with their levels.
+
+    What is packed together stands in ``groups``, together.
+    """
+
+    stored: set[fx.Node]
+    codes: dict[fx.Node, Levels]
+    groups: list[list[fx.Node]]
+
+
+def plan(joint: Joint, mode: str) -> Plan:
+    """Choose what a region stores."""
+    levels = levels_of(joint.graph)
+    stored = must_be_stored(joint, worth := set(worth_codes(joint, levels)), mode)
+    codes = {node: levels[node] for node in joint.forward if node in worth & stored}
+    if mode == "memory":
+        stored |= anchors(joint, stored, codes)
+    return Plan(stored, codes, list(_groups(codes)))
+
+
+def _groups(codes: dict[fx.Node, Levels]) -> Iterator[list[fx.Node]]:
+    """What goes into the same bytes: values of one layer at successive time steps, or one alone."""
+    open_groups: dict[Any, list[fx.Node]] = {}
+    for node, levels in codes.items():
+        value, bits = tensor_of(node), levels.bits
+        assert value is not None and bits is not None
+        key = (str(value.shape), value.dtype, value.device, levels, _layer(node))
+        group = open_groups.setdefault(key, [])
+        group.append(node)
+        if len(group) == 8 // bits:
+            yield open_groups.pop(key)
+    yield from open_groups.values()
+
+
+def _layer(node: fx.Node) -> str:
+    """The module in which a value is computed, as far as that is known."""
+    stack = node.meta.get("nn_module_stack") or {}
+    names = [entry[0] for entry in stack.values() if isinstance(entry, tuple)]
+    return str(names[-1]) if names else ""
 
 
 def worth_codes(joint: Joint, levels: dict[fx.Node, Levels]) -> list[fx.Node]:
@@ -45,7 +101,8 @@ def worth_codes(joint: Joint, levels: dict[fx.Node, Levels]) -> list[fx.Node]:
     for node in joint.forward:
         if node not in wanted or not is_coded(node, levels):
             continue
-        if any(not is_coded(user, levels) and _leads_on(node, user, joint, wanted) for user in node.users):
+        others = [user for user in node.users if not is_coded(user, levels)]
+        if any(_leads_on(node, user, joint, wanted) for user in others):
             chosen[_made_at(node, levels)] = None
     drawn = _drawn(joint)
     for node in joint.forward:
@@ -60,10 +117,10 @@ def worth_codes(joint: Joint, levels: dict[fx.Node, Levels]) -> list[fx.Node]:
 def is_coded(node: fx.Node, levels: dict[fx.Node, Levels]) -> bool:
     """Whether codes of a value take fewer bytes than it does."""
     value = tensor_of(node)
-    if value is None or node not in levels or levels[node].is_constant or value.numel() < 64:
+    if value is None or node not in levels or levels[node].is_constant:
         return False
-    bits = levels[node].bits
-    return bits is not None and bits < 8 * value.element_size()
+    bits, width = levels[node].bits, value.element_size()
+    return bits is not None and bits < 8 * width and size_of(node) >= SMALLEST_PACKED * width
 
 
 def _leads_on(node: fx.Node, user: fx.Node, joint: Joint, wanted: set[fx.Node]) -> bool:
@@ -145,23 +202,9 @@ def must_be_stored(joint: Joint, codes: set[fx.Node], mode: str) -> set[fx.Node]
             continue
         parent = parent_of(node)
         costly = not runs_again(parent) or (mode == "speed" and is_product(parent))
-        if costly or (_is_small(node, parent) and not _is_view(parent)):
+        if costly or (_is_small(node, parent) and not (is_view(parent) or is_product(parent))):
             stored.add(node)
     return stored & joint.wanted(stored)
-
-
-def parent_of(node: fx.Node) -> fx.Node:
-    """The call that computed a value, where that is one of several."""
-    if name_of(node) == "getitem" and isinstance(node.args[0], fx.Node):
-        return node.args[0]
-    return node
-
-
-def _is_view(node: fx.Node) -> bool:
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and any(
-        out.alias_info is not None for out in target._schema.returns
-    )
 
 
 def _is_small(node: fx.Node, parent: fx.Node) -> bool:
@@ -169,12 +212,23 @@ def _is_small(node: fx.Node, parent: fx.Node) -> bool:
     return size_of(node) * SMALL_OUTPUT <= largest
 
 
-def anchors(joint: Joint, stored: set[fx.Node], most_products: int) -> set[fx.Node]:
-    """Further values to store, so that none is more than ``most_products`` products away from stored ones.
+def anchors(joint: Joint, stored: set[fx.Node], codes: dict[fx.Node, Levels]) -> set[fx.Node]:
+    """Further values to store, so that the backward has fewer of them alive at once, see note 6."""
+    most = sum(is_product(node) for node in joint.wanted(stored))
+    plans: list[tuple[int, set[fx.Node]]] = [(peak_of(joint, stored, codes), set())]
+    distance = 2
+    while distance < most and (found := _at_distance(joint, stored, distance)):
+        plans.append((peak_of(joint, stored | found, codes), found))
+        distance *= 2
+    lowest = min(peak for peak, _ in plans)
+    near = [found for peak, found in plans if peak <= NEAR_LOWEST * lowest]
+    return min(near, key=lambda found: sum(map(size_of, found)))
 
-    Each product counts once however many paths lead to it. What is counted is not time, since no
-    product is computed a third time, but memory: a value far from stored ones brings all between them
-    back at once.
+
+def _at_distance(joint: Joint, stored: set[fx.Node], distance: int) -> set[fx.Node]:
+    """Values to store so that none is more than ``distance`` products away from stored ones.
+
+    A product counts once however many paths lead to it.
     """
     wanted = joint.wanted(stored)
     number = {node: index for index, node in enumerate(n for n in joint.forward if is_product(n))}
@@ -187,13 +241,8 @@ def anchors(joint: Joint, stored: set[fx.Node], most_products: int) -> set[fx.No
         for source in node.all_input_nodes:
             products |= behind.get(source, 0)
         value = tensor_of(node)
-        if products.bit_count() > most_products and value is not None and value.is_floating_point():
+        if products.bit_count() > distance and value is not None and value.is_floating_point():
             found.add(node)
             continue
         behind[node] = products
     return found
-
-
-def bytes_of(nodes: Iterable[fx.Node]) -> int:
-    """What values take together."""
-    return sum(size_of(node) for node in nodes)

@@ -17,10 +17,12 @@ import torch
 from torch import nn
 
 from snn_reversible_plugin import convert
+from snn_reversible_plugin.compiler.entry import look_of
 from snn_reversible_plugin.modules.checks import is_compiled
 from snn_reversible_plugin.modules.swap import stock_type
 from snn_reversible_plugin.modules.tracking import tracked
 from snn_reversible_plugin.ops.layouts import storage_key
+from snn_reversible_plugin.reports.compiled import verify_compiled
 from snn_reversible_plugin.reports.measure import StepCost
 from snn_reversible_plugin.reports.over_step import OverStep, over_step
 from snn_reversible_plugin.reports.trial import Loss, Step, as_converted, costs, megabytes
@@ -141,7 +143,9 @@ def memory_report(
     The model is left as it was: buffers, neuron states, gradients, random numbers.
 
     Args:
-        model: a converted model; another one is reported as ``convert_to_reversible(model)`` would make it.
+        model: a converted model; another one is reported as ``convert_to_reversible(model)`` would make
+            it. Of one that :func:`~snn_reversible_plugin.compile` made the rows are kinds of what its
+            regions store.
         inputs: what the model is called with.
         kwargs: what it is called with by name.
         loss: from the model's output to a scalar; the mean of squares of all outputs by default.
@@ -160,6 +164,8 @@ def memory_report(
         True
     """
     step = Step(model, inputs, kwargs or {}, loss)
+    if look_of(model) is not None:
+        return _of_compiled(step)
     with as_converted(model) as settings:
         by_stock = _SavedByStock(step)
         with (
@@ -218,6 +224,16 @@ def _about_neuron(name: str, module: nn.Module, settings: convert.Settings) -> s
     about = f"{treatment}, {getattr(module, 'arithmetic', 'stock')} arithmetic"
     reason = convert.off_grid_reason(name, module, settings)
     return f"{about}: {reason}" if reason else about
+
+
+def _of_compiled(step: Step) -> MemoryReport:
+    """Beside stock compiled the same way."""
+    found = verify_compiled(step, repeats=1)
+    rows = [
+        ModuleReport(kind, "compiled regions", "", {"stored": 1}, 0, size)
+        for kind, size in found.stored.items()
+    ]
+    return MemoryReport(rows, found.stock, found.compiled, look_of(step.model).backend.mode)
 
 
 def _storages(step: Step) -> set[int]:

@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 from snn_reversible_plugin import convert, tape
+from snn_reversible_plugin.compiler.entry import look_of
 from snn_reversible_plugin.modules.kinds import is_spiking, spikes_of
+from snn_reversible_plugin.reports.compiled import CompiledVerification, verify_compiled
 from snn_reversible_plugin.reports.measure import StepCost
 from snn_reversible_plugin.reports.trial import Loss, Step, as_converted, costs, megabytes, tensors_in
 
@@ -108,14 +110,16 @@ def verify(
     kwargs: Mapping[str, Any] | None = None,
     loss: Loss | None = None,
     repeats: int = 3,
-) -> Verification:
+) -> Verification | CompiledVerification:
     """Run a batch stock and converted, and compare: outputs, gradients, spikes, memory, time.
 
     The converted step runs once more in check mode, where every rebuilt tensor is compared with a
     checksum that the forward left. The model is left as it was.
 
     Args:
-        model: a converted model; another one is verified as ``convert_to_reversible(model)`` would make it.
+        model: a converted model; another one is verified as ``convert_to_reversible(model)`` would make
+            it. One that :func:`~snn_reversible_plugin.compile` made is compared with stock compiled the
+            same way.
         inputs: what the model is called with. Gradients of inputs that require one are compared too.
         kwargs: what it is called with by name.
         loss: from the model's output to a scalar; the mean of squares of all outputs by default.
@@ -134,6 +138,8 @@ def verify(
         True
     """
     step = Step(model, inputs, kwargs or {}, loss)
+    if look_of(model) is not None:
+        return verify_compiled(step, repeats)
     with as_converted(model) as settings:
         with convert.stock(model):
             expected = _run(step)

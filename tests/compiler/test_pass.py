@@ -1,0 +1,222 @@
+"""Networks partitioned with the pass and without: equal bit for bit, and a small part is stored."""
+
+import pytest
+import snntorch
+import torch
+from spikingjelly.activation_based import functional, layer, neuron, surrogate
+from torch import nn
+
+import snn_reversible_plugin as srp
+from graph_only import GraphOnly
+
+
+class Fire(torch.autograd.Function):
+    """A spike of a user's own, with a triangle for its gradient."""
+
+    @staticmethod
+    def forward(ctx, v):
+        ctx.save_for_backward(v)
+        return (v > 0).to(v)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (v,) = ctx.saved_tensors
+        return grad * (1 - v.abs()).clamp(min=0)
+
+
+class Rounded(torch.autograd.Function):
+    """Integer spikes, straight through inside of the range."""
+
+    @staticmethod
+    def forward(ctx, v):
+        ctx.save_for_backward(v)
+        return v.clamp(0, 4).round()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (v,) = ctx.saved_tensors
+        return grad * ((v > 0) & (v < 4))
+
+
+class Loop(nn.Module):
+    """A loop over time with neurons of its own; spikes are written into slices."""
+
+    def __init__(self, fire=Fire, recurrent=False):
+        super().__init__()
+        self.fire, self.recurrent = fire, recurrent
+        self.first, self.second = nn.Linear(12, 32), nn.Linear(32, 24)
+        self.back = nn.Linear(24, 24) if recurrent else None
+
+    def forward(self, x_seq):
+        v1 = v2 = spikes = torch.zeros(())
+        out = torch.zeros(len(x_seq), x_seq.shape[1], 24)
+        for t, x in enumerate(x_seq):
+            v1 = 0.8 * v1 + self.first(x)
+            fired = self.fire.apply(v1 - 0.3)
+            v1 = v1 - fired * 0.3
+            current = self.second(fired)
+            if self.recurrent and t:
+                current = current + self.back(spikes)
+            v2 = 0.5 * v2 + current
+            spikes = self.fire.apply(v2 - 0.1)
+            v2 = v2 * (1 - spikes)
+            out[t] = spikes
+        return out
+
+
+class Block(nn.Module):
+    """A residual block; the branch ends in spikes, as SEW-ResNet's, or begins with them, as MS-ResNet's."""
+
+    def __init__(self, spikes_last):
+        super().__init__()
+        parts = [layer.Conv2d(8, 8, 3, padding=1, bias=False), layer.BatchNorm2d(8)]
+        lif = neuron.LIFNode(detach_reset=True)
+        self.branch = nn.Sequential(*parts, lif) if spikes_last else nn.Sequential(lif, *parts)
+
+    def forward(self, x_seq):
+        return x_seq + self.branch(x_seq)
+
+
+def multi_step(*layers):
+    net = nn.Sequential(*layers)
+    functional.set_step_mode(net, "m")
+    return net
+
+
+def conv(before=2, after=8):
+    return layer.Conv2d(before, after, 3, padding=1, bias=False), layer.BatchNorm2d(after)
+
+
+def layers():
+    return multi_step(
+        *conv(),
+        neuron.LIFNode(surrogate_function=surrogate.ATan()),
+        layer.MaxPool2d(2),
+        *conv(8, 8),
+        neuron.IFNode(),
+    )
+
+
+def sums():
+    return multi_step(*conv(), neuron.IFNode(), *(Block(True) for _ in range(2)), *conv(8, 8))
+
+
+def streams():
+    return multi_step(*conv(), *(Block(False) for _ in range(5)), neuron.IFNode(), *conv(8, 4))
+
+
+def dropouts():
+    return multi_step(
+        *conv(), neuron.IFNode(), layer.Dropout(0.4), *conv(8, 8), nn.Dropout(0.3), *conv(8, 8)
+    )
+
+
+class SnnTorch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.lif1 = nn.Linear(12, 32), snntorch.Leaky(beta=0.9, learn_beta=True)
+        self.fc2, self.lif2 = nn.Linear(32, 24), snntorch.Leaky(beta=0.8, reset_mechanism="zero")
+
+    def forward(self, x_seq):
+        mem1, mem2, out = self.lif1.init_leaky(), self.lif2.init_leaky(), []
+        for x in x_seq:
+            spk1, mem1 = self.lif1(self.fc1(x), mem1)
+            _, mem2 = self.lif2(self.fc2(spk1), mem2)
+            out.append(mem2)
+        return torch.stack(out)
+
+
+def train(make, x, backend, steps=1):
+    torch._dynamo.reset()
+    torch.manual_seed(1)
+    net = make()
+    compiled = torch.compile(net, backend=backend)
+    found = []
+    for _ in range(steps):
+        functional.reset_net(net)
+        net.zero_grad()
+        torch.manual_seed(2)
+        out = compiled(x)
+        (out * torch.arange(out.numel()).view_as(out).remainder(5)).sum().backward()
+        found += [out.detach(), *(p.grad for p in net.parameters()), *(b.clone() for b in net.buffers())]
+    return found
+
+
+IMAGES, ROWS = (2, 4, 2, 8, 8), (5, 16, 12)
+NETWORKS = {
+    "layers": (layers, IMAGES, 0.04),
+    "sums of spikes": (sums, IMAGES, 0.05),
+    "float streams": (streams, IMAGES, 0.2),
+    "dropout": (dropouts, IMAGES, 0.25),
+    "own loop": (Loop, ROWS, 0.5),
+    "recurrent, integer spikes": (lambda: Loop(Rounded, recurrent=True), ROWS, 0.7),
+    "snnTorch": (SnnTorch, ROWS, 0.7),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_equal_bit_for_bit_and_small(name):
+    """Both modes where layers are many time steps wide, and where a loop steps them."""
+    make, shape, part = NETWORKS[name]
+    x = (torch.rand(shape) > 0.5).float() + torch.rand(shape)
+    stock = GraphOnly(None)
+    expected = train(make, x, stock)
+    stored = {}
+    for mode in ("memory", "speed") if name in ("layers", "snnTorch") else ("memory",):
+        ours = GraphOnly(mode)
+        actual = train(make, x, ours)
+        for a, b in zip(expected, actual, strict=True):
+            assert torch.equal(a, b)
+        stored[mode] = ours.saved_bytes
+    assert stored["memory"] <= part * stock.saved_bytes
+    assert stored["memory"] <= min(stored.values())
+
+
+class Broken(nn.Module):
+    """Something between two layers that the compiler can't look into."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(12, 32), neuron.IFNode(step_mode="m"))
+        self.second = nn.Sequential(nn.Linear(32, 16), neuron.IFNode(step_mode="m"), nn.Linear(16, 4))
+
+    def forward(self, x_seq):
+        x_seq = self.first(x_seq)
+        torch._dynamo.graph_break()
+        return self.second(x_seq)
+
+
+def test_each_region_is_served():
+    x = torch.rand(ROWS) * 3
+    stock, ours = GraphOnly(None), GraphOnly()
+    for a, b in zip(train(Broken, x, stock), train(Broken, x, ours), strict=True):
+        assert torch.equal(a, b)
+    # What crosses the break is an input of the second region, and held as it is.
+    assert [region.packed for region in ours.packing.regions] == [0, 1]
+    assert 0 < ours.saved_bytes < 0.3 * stock.saved_bytes
+
+
+def test_a_converted_model():
+    x = torch.rand(ROWS) * 3
+    ours, converted = GraphOnly(), GraphOnly()
+    expected = train(Broken, x, ours)
+    actual = train(lambda: srp.convert_to_reversible(Broken()), x, converted)
+    assert all(map(torch.equal, expected, actual))
+    assert converted.saved_bytes == ours.saved_bytes
+
+
+def test_sizes_that_change():
+    """The second size makes the compiler use symbols; codes are packed along what stays."""
+    net = Broken()
+    backend = GraphOnly()
+    compiled = torch.compile(net, backend=backend)
+    for batch in (16, 24, 9):
+        x = torch.rand(4, batch, 12) * 3
+        gradients = []
+        for run in (compiled, net):
+            functional.reset_net(net)
+            net.zero_grad()
+            run(x).square().sum().backward()
+            gradients.append([parameter.grad for parameter in net.parameters()])
+        assert all(map(torch.equal, *gradients))
+    assert len(backend.packing.regions) == 4
