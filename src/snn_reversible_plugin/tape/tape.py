@@ -22,7 +22,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from snn_reversible_plugin.ops.layouts import is_plain, storage_key
-from snn_reversible_plugin.tape.exposed import look_after
+from snn_reversible_plugin.tape.exposed import leave_alone, look_after
 from snn_reversible_plugin.tape.few_bits import few_bits
 from snn_reversible_plugin.tape.handles import Handle, Kept, Packed, Passing, checksum
 from snn_reversible_plugin.tape.off_stack import OffStack
@@ -248,6 +248,7 @@ class Tape(OwnMode, TorchDispatchMode):
         elif operator.constant:
             self._record_constant(func, args, out)
         elif operator.kind is Kind.NORM and args[5]:
+            leave_alone(just_kept, args[3:5])
             self.record(func, operator, (*args[:3], None, None, *args[5:]), kwargs, out)
         else:
             self.record(func, operator, args, kwargs, out)
