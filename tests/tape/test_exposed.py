@@ -1,6 +1,7 @@
 """Writes that move no version counter: to membranes between calls, to inputs, to parameters."""
 
 import contextlib
+import copy
 
 import numpy as np
 import pytest
@@ -194,3 +195,23 @@ def test_check_mode_names_what_was_written(what):
     with pytest.raises(RuntimeError, match=r"^(fc|lif|out)") as error:
         loss.backward()
     assert "version counter" in str(error.value) or "has changed" in str(error.value)
+
+
+@pytest.mark.parametrize("calls", [1, 3])
+def test_running_statistics_are_counted_in_by_rights(calls):
+    def outcome(model, check=False):
+        model.zero_grad()
+        around = srp.reversible(model, check=True) if check else contextlib.nullcontext()
+        torch.manual_seed(0)
+        x = torch.rand(calls, 2, 2, 6, 6)
+        with around:
+            sum(model(step).square().sum() for step in x).backward()
+        return [*(p.grad.clone() for p in model.parameters()), *(b.clone() for b in model.buffers())]
+
+    layers = [nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Sigmoid(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)]
+    stock = nn.Sequential(*layers)
+    model = srp.convert_to_reversible(copy.deepcopy(stock))
+    checked = copy.deepcopy(model)
+    expected = outcome(stock)
+    assert all(map(torch.equal, expected, outcome(model)))
+    assert all(map(torch.equal, expected, outcome(checked, check=True)))

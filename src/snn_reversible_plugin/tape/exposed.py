@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from snn_reversible_plugin.ops.layouts import is_dense
+from snn_reversible_plugin.ops.layouts import is_dense, storage_key
 from snn_reversible_plugin.tape.handles import Exposure, Kept
 from snn_reversible_plugin.tape.origins import written_unseen
 
@@ -30,7 +30,9 @@ from snn_reversible_plugin.tape.origins import written_unseen
 #    SMALL bytes that a step-by-step loop leaves is copied, compared when the next step begins, and its copy
 #    let go: so there is one copy a neuron, whatever the number of steps.
 # 3. An input is looked after until its backward, with a checksum: a copy of each step's would be much.
-# 4. What was written to is nobody's newest state any more: its entry is void, a timeline ends before it.
+# 4. A batch norm in training counts in its running statistics at every call, past the version counter, and
+#    autograd saves them for a backward that doesn't read them then: they are left alone.
+# 5. What was written to is nobody's newest state any more: its entry is void, a timeline ends before it.
 
 SMALL = 1 << 16  # bytes
 
@@ -77,12 +79,20 @@ class Summed(Exposure):
         return kept.tensor
 
 
-def look_after(by_storage: dict[int, list[weakref.ref[Kept]]], spared: set[int]) -> None:
-    """A recording is over, and relies on these, but for some storages: a norm writes to those unseen,
-    and autograd saves them for nothing."""
-    for storage, refs in by_storage.items():
-        if storage not in spared:
-            _look_after(refs)
+def leave_alone(kept: Iterable[Kept], statistics: Iterable[torch.Tensor | None]) -> None:
+    """A batch norm has counted in these running statistics, and of ``kept`` may be what autograd saved."""
+    storages = {storage_key(tensor) for tensor in statistics if tensor is not None}
+    for one in kept:
+        if storages and storage_key(one.tensor) in storages:
+            one.statistic = True
+            if one.checksum is not None:
+                one.checksum = None
+
+
+def look_after(by_storage: Iterable[list[weakref.ref[Kept]]]) -> None:
+    """A recording is over, and relies on these."""
+    for refs in by_storage:
+        _look_after(refs)
 
 
 def _look_after(refs: list[weakref.ref[Kept]]) -> None:
@@ -92,7 +102,7 @@ def _look_after(refs: list[weakref.ref[Kept]]) -> None:
     is_held = None
     for one in kept:
         tensor = one.tensor
-        if one.version != tensor._version or not is_dense(tensor) or one.parameter:
+        if one.version != tensor._version or not is_dense(tensor) or one.parameter or one.statistic:
             continue
         size = tensor.numel() * tensor.element_size()
         if one.outside:

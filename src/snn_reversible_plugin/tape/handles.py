@@ -140,13 +140,14 @@ class Kept(Handle):
     """The tensor itself, by reference, with the version that it had."""
 
     treatment = "kept"
-    __slots__ = ("anchored", "exposure", "outside", "parameter", "tensor", "version")
+    __slots__ = ("anchored", "exposure", "outside", "parameter", "statistic", "tensor", "version")
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
         self.version = -1 if tensor.is_inference() else tensor._version
         self.anchored = False  # something relies on it, so that holding it costs nothing more
         self.outside = self.parameter = False  # whether it came from outside, and whether to be learned
+        self.statistic = False  # whether a batch norm counts in it, which moves no version
         self.exposure: Exposure | None = None  # how it is known, where somebody may write to it unseen
 
     def spill(self, spared: bool = False) -> None:

@@ -22,7 +22,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from snn_reversible_plugin.ops.layouts import is_plain, storage_key
-from snn_reversible_plugin.tape.exposed import look_after
+from snn_reversible_plugin.tape.exposed import leave_alone, look_after
 from snn_reversible_plugin.tape.few_bits import few_bits
 from snn_reversible_plugin.tape.handles import Handle, Kept, Packed, Passing, checksum
 from snn_reversible_plugin.tape.off_stack import OffStack
@@ -74,7 +74,6 @@ class Tape(OwnMode, TorchDispatchMode):
         self.pauses = 0
         self._outsiders = Outsiders()
         self.kept_by_storage: dict[int, list[weakref.ref[Kept]]] = {}
-        self._statistics: set[int] = set()  # storages of running ones, which no backward reads
         self._just_kept: list[Kept] = []  # packed since the last operation
         self._last_product: tuple[Replayed, torch.Tensor, int] | None = None
         self._parts = TensorsOfParts(self)
@@ -152,7 +151,7 @@ class Tape(OwnMode, TorchDispatchMode):
         self._outsiders.clear()
         self._just_kept.clear()
         if not self.in_backward:
-            look_after(self.kept_by_storage, self._statistics)
+            look_after(self.kept_by_storage.values())
         outlive(self.kept_by_storage)
         self.kept_by_storage.clear()
         self._parts.clear()
@@ -249,7 +248,7 @@ class Tape(OwnMode, TorchDispatchMode):
         elif operator.constant:
             self._record_constant(func, args, out)
         elif operator.kind is Kind.NORM and args[5]:
-            self._statistics.update(storage_key(tensor) for tensor in tensors_among(args[3:5]))
+            leave_alone(just_kept, args[3:5])
             self.record(func, operator, (*args[:3], None, None, *args[5:]), kwargs, out)
         else:
             self.record(func, operator, args, kwargs, out)
