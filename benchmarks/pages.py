@@ -33,6 +33,10 @@ TABLES = {
 NOT_MEASURED = {
     "1 bit": "the size of a packed spike, by construction",
     "4 bytes": "the size of a float32",
+    "4 bits": "the size of a code, by construction",
+    "8 bits": "the size of a code, by construction",
+    "64 KiB": "what is copied at most, in the source",
+    "128 times": "the length of a loop that is compiled, in the source",
 }
 
 _TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -40,7 +40,7 @@ def test_steps_are_stock_steps(
         for requires_grad in (False, True):
             start = tuple(torch.randn(3, 4).requires_grad_(requires_grad) for _ in range(STATES[kind]))
             assert_same(neuron, inputs(4, 3, 4), start=start)
-    assert bool(charged) == (kind != "Alpha" or reset != "subtract")
+    assert bool(charged) == (kind != "Alpha" or reset == "zero")
 
 
 @pytest.mark.parametrize("reset", RESETS)

@@ -207,6 +207,10 @@ class _Marks:
         self._backward = True
         mark(f"{_TURN} ")
 
+    def _begin_backward(self, name: str) -> None:
+        if self._backward:  # a chain that tries its branches runs a backward in its forward
+            mark(f"{_BACKWARD} {name}")
+
     def _entering(self, name: str) -> Any:
         def hook(_module: nn.Module, _inputs: Any) -> None:
             if not self._backward:
@@ -223,7 +227,7 @@ class _Marks:
             for tensor in tensors_in(output):
                 node = tensor.grad_fn
                 if node is not None and node.metadata.setdefault(_BACKWARD, name) is name:  # type: ignore[attr-defined]
-                    hook = node.register_prehook(lambda _: mark(f"{_BACKWARD} {name}"))
+                    hook = node.register_prehook(lambda _: self._begin_backward(name))
                     self._hooks.callback(hook.remove)
             if self._running:
                 mark(f"{_FORWARD} {self._running[-1]}")
