@@ -142,8 +142,7 @@ class recording(Restoring):
     def __exit__(self, *exc: object) -> None:
         if self._tape is not None:
             self.put_back(exc[0] is not None)
-            _let_go(self._tape)
-            self._tape.finish()
+            self._tape.finish(_let_go(self._tape))
             self._tape = None
 
 
@@ -246,14 +245,18 @@ def returns(key: object, state: torch.Tensor) -> None:
     returned[id(key)] = steps + 1, weakref.ref(state)
 
 
-def _let_go(tape: Tape) -> None:
-    """The recording is over."""
+def _let_go(tape: Tape) -> set[int]:
+    """The recording is over; the storages of states that a loop inside of it left."""
+    of_loops = set()
     for steps, ref in _local.__dict__.pop("returned", {}).values():
-        state = ref() if steps == 1 else None
-        if state is not None:
+        state = ref()
+        if state is not None and steps == 1:
             kept = tape.kept_by_storage.get(storage_key(state), [])
             tape.before_write(state)
             compare_later(state, kept)
+        elif state is not None:
+            of_loops.add(storage_key(state))
+    return of_loops
 
 
 def mark_spikes(spikes: torch.Tensor) -> None:

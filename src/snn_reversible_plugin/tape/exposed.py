@@ -29,6 +29,8 @@ from snn_reversible_plugin.tape.origins import written_unseen
 # 2. From the end of a recording to the start of this thread's next one, or to the backward. A membrane of
 #    SMALL bytes that a step-by-step loop leaves is copied, compared when the next step begins, and its copy
 #    let go: so there is one copy a neuron, whatever the number of steps.
+#    The states that a loop inside of a recording leaves are compared by checksums: nobody steps on from
+#    there as a rule, and a copy would be all that a neuron of few steps holds.
 # 3. An input is looked after until its backward, with a checksum: a copy of each step's would be much.
 # 4. A batch norm in training counts in its running statistics at every call, past the version counter, and
 #    autograd saves them for a backward that doesn't read them then: they are left alone.
@@ -89,13 +91,13 @@ def leave_alone(kept: Iterable[Kept], statistics: Iterable[torch.Tensor | None])
                 one.checksum = None
 
 
-def look_after(by_storage: Iterable[list[weakref.ref[Kept]]]) -> None:
-    """A recording is over, and relies on these."""
-    for refs in by_storage:
-        _look_after(refs)
+def look_after(by_storage: dict[int, list[weakref.ref[Kept]]], of_loops: set[int]) -> None:
+    """A recording is over, and relies on these; ``of_loops``: the storages of states that loops left."""
+    for storage, refs in by_storage.items():
+        _look_after(refs, SMALL if storage not in of_loops else 0)
 
 
-def _look_after(refs: list[weakref.ref[Kept]]) -> None:
+def _look_after(refs: list[weakref.ref[Kept]], small: int) -> None:
     kept = [one for ref in refs if (one := ref()) is not None and one.anchored and one.exposure is None]
     if not kept or not _can_be_compared(kept[0].tensor):
         return
@@ -111,7 +113,7 @@ def _look_after(refs: list[weakref.ref[Kept]]) -> None:
         if is_held is None:
             is_held = _is_held(kept)
         if is_held:
-            one.exposure = Copied(tensor) if size <= SMALL else Summed(tensor)
+            one.exposure = Copied(tensor) if size <= small else Summed(tensor)
             _looked_after().append(weakref.ref(one))
 
 

@@ -146,12 +146,15 @@ class Tape(OwnMode, TorchDispatchMode):
         finally:
             self._rules = outer
 
-    def finish(self) -> None:
-        """Forget what only a forward needs: whatever autograd saved keeps its tape alive."""
+    def finish(self, of_loops: set[int]) -> None:
+        """Forget what only a forward needs: whatever autograd saved keeps its tape alive.
+
+        ``of_loops``: the storages of states that loops left in the user's hands.
+        """
         self._outsiders.clear()
         self._just_kept.clear()
         if not self.in_backward:
-            look_after(self.kept_by_storage.values())
+            look_after(self.kept_by_storage, of_loops)
         outlive(self.kept_by_storage)
         self.kept_by_storage.clear()
         self._parts.clear()
