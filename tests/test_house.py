@@ -10,10 +10,9 @@ PACKAGE = "snn_reversible_plugin"
 SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 FILES = sorted(SOURCE.rglob("*.py"))
 FLOORS = {
-    "ops": 0,
-    "modules": 1, "data": 1,
-    "grid": 2, "tape": 2, "training": 2,
-    "neurons": 3, "blocks": 3,
+    "ops": 1, "data": 1,
+    "modules": 2, "grid": 2, "tape": 2,
+    "neurons": 3, "blocks": 3, "training": 3,
     "spikingjelly": 4, "snntorch": 4, "models": 4, "convert": 4,
     "compiler": 5,
     "reports": 6,
@@ -64,7 +63,7 @@ def test_every_room_has_a_floor():
     rooms |= {path.name for path in SOURCE.iterdir() if (path / "__init__.py").exists()}
     assert rooms == FLOORS.keys()
     assert len(rooms) <= 18
-    assert max(FLOORS.values()) <= 8
+    assert len({*FLOORS.values()}) <= 8
     assert len(list(SOURCE.glob("*.py"))) <= 6
 
 

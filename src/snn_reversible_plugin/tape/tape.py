@@ -94,6 +94,8 @@ class Tape(OwnMode, TorchDispatchMode):
             known = None
         handle = self.relied_on(tensor, known)
         handle.need()
+        if torch._C._current_graph_task_id() != self._graph_task:
+            return handle  # what a backward saves for one of its own
         if isinstance(handle, Kept):
             self._just_kept.append(handle)
         if self._check or self._observer is not None:
@@ -238,6 +240,8 @@ class Tape(OwnMode, TorchDispatchMode):
             spared = () if operator.inplace else just_kept
             return self._run_mutating(func, operator, types, args, kwargs, spared)
         out = func(*args, **kwargs)
+        if operator.kind is Kind.NORM and args[5]:
+            leave_alone(just_kept, args[3:5])
         if operator.work and not torch.is_grad_enabled():
             self._own_functions.product()
         elif self._own_functions and torch.is_grad_enabled():
@@ -251,7 +255,6 @@ class Tape(OwnMode, TorchDispatchMode):
         elif operator.constant:
             self._record_constant(func, args, out)
         elif operator.kind is Kind.NORM and args[5]:
-            leave_alone(just_kept, args[3:5])
             self.record(func, operator, (*args[:3], None, None, *args[5:]), kwargs, out)
         else:
             self.record(func, operator, args, kwargs, out)
