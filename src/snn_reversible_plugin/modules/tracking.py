@@ -18,7 +18,11 @@ class Tracker(Protocol):
 
 @contextmanager
 def tracked(model: nn.Module, tracker: Tracker) -> Iterator[None]:
-    """Keep ``tracker.where`` at the name of the module whose forward runs."""
+    """Keep ``tracker.where`` at the name of the module whose forward runs.
+
+    A tracker with a method ``left`` is also given the name and output of each module.
+    """
+    left = getattr(tracker, "left", None)
     outer: list[str | None] = []
     hooks = []
 
@@ -29,14 +33,19 @@ def tracked(model: nn.Module, tracker: Tracker) -> Iterator[None]:
 
         return hook
 
-    def leaving(_module: nn.Module, _inputs: Any, _output: Any) -> None:
-        tracker.where = outer.pop() if outer else None
+    def leaving(name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if left is not None:
+                left(name, output)
+            tracker.where = outer.pop() if outer else None
+
+        return hook
 
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue  # takes no hooks; its work counts as its parent's
         hooks.append(module.register_forward_pre_hook(entering(name or "model"), prepend=True))
-        hooks.append(module.register_forward_hook(leaving, always_call=True))
+        hooks.append(module.register_forward_hook(leaving(name or "model"), always_call=True))
     try:
         yield
     finally:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from snn_reversible_plugin.modules.tracking import tracked
 from snn_reversible_plugin.ops.layouts import is_plain
 from snn_reversible_plugin.reports.measure import Allocation, AllocationCounter, mark
 from snn_reversible_plugin.reports.trial import tensors_in
@@ -33,7 +34,7 @@ class Part:
     """What one module does at a time: ``curve`` are the bytes alive at each of the allocator's events in
     it.
 
-    ``module`` is empty for the model's own code and the loss.
+    ``module`` is ``"model"`` in the model's own code, and empty in the loss's.
     """
 
     module: str
@@ -73,7 +74,7 @@ class Peak:
     @property
     def where(self) -> str:
         """What runs, for people."""
-        name = self.module or "the model's own code or the loss"
+        name = self.module or "the loss"
         return f"backward of {name}" if self.backward else name
 
 
@@ -104,7 +105,7 @@ def over_step(model: nn.Module, loss_of: Callable[[], torch.Tensor]) -> OverStep
         parameter.grad = None
     gc.collect()
     try:
-        with _Recording() as recording, _Marks(model) as marks:
+        with _Recording() as recording, _Marks() as marks, tracked(model, marks):
             loss = loss_of()
             marks.turn()
             loss.backward()
@@ -180,23 +181,24 @@ class _Recording(AllocationCounter):
 
 
 class _Marks:
-    """Hooks that mark where modules begin, forward and backward."""
+    """Marks where modules begin, forward and backward: a tracker, see :func:`tracked`."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self) -> None:
+        self._where: str | None = None
         self._backward = False
-        self._running: list[str] = []
         self._hooks = ExitStack()
 
+    @property
+    def where(self) -> str | None:
+        return self._where
+
+    @where.setter
+    def where(self, name: str | None) -> None:
+        self._where = name
+        if not self._backward:
+            mark(f"{_FORWARD} {name or ''}")
+
     def __enter__(self) -> _Marks:
-        for name, module in self._model.named_modules():
-            if isinstance(module, torch.jit.ScriptModule):
-                continue  # takes no hooks; its work counts as its parent's
-            for hook in (
-                module.register_forward_pre_hook(self._entering(name), prepend=True),
-                module.register_forward_hook(self._leaving(name), always_call=True),
-            ):
-                self._hooks.callback(hook.remove)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -207,32 +209,17 @@ class _Marks:
         self._backward = True
         mark(f"{_TURN} ")
 
+    def left(self, name: str, output: Any) -> None:
+        """A module has run: its backward begins with the node of its output."""
+        for tensor in () if self._backward else tensors_in(output):
+            node: Any = tensor.grad_fn
+            if node is not None and node.metadata.setdefault(_BACKWARD, name) is name:
+                hook = node.register_prehook(lambda _: self._begin_backward(name))
+                self._hooks.callback(hook.remove)
+
     def _begin_backward(self, name: str) -> None:
         if self._backward:  # a chain that tries its branches runs a backward in its forward
             mark(f"{_BACKWARD} {name}")
-
-    def _entering(self, name: str) -> Any:
-        def hook(_module: nn.Module, _inputs: Any) -> None:
-            if not self._backward:
-                self._running.append(name)
-                mark(f"{_FORWARD} {name}")
-
-        return hook
-
-    def _leaving(self, name: str) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if self._backward:
-                return
-            self._running.pop()
-            for tensor in tensors_in(output):
-                node = tensor.grad_fn
-                if node is not None and node.metadata.setdefault(_BACKWARD, name) is name:  # type: ignore[attr-defined]
-                    hook = node.register_prehook(lambda _: self._begin_backward(name))
-                    self._hooks.callback(hook.remove)
-            if self._running:
-                mark(f"{_FORWARD} {self._running[-1]}")
-
-        return hook
 
 
 def _dense_parts(gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from snn_reversible_plugin import tape
 from snn_reversible_plugin.grid import stream_dtype
 from snn_reversible_plugin.modules.registry import register_reversible
 from snn_reversible_plugin.neurons.coupled.call import run_sequence, run_step
@@ -112,7 +113,10 @@ class CoupledLIF(Coupled, base.MemoryModule):
         self, inputs: tuple[Any, ...], states: tuple[Any, ...]
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """All time steps from explicit states."""
-        return self._from(run_sequence, inputs[0], inputs[0].shape[1:], states[0])
+        steps, (v,) = self._from(run_sequence, inputs[0], inputs[0].shape[1:], states[0])
+        if inputs[0].shape[0] > 1:
+            tape.returns(self, v, inputs[0].shape[0])
+        return steps, (v,)
 
     def _from(self, run: Run, x: Tensor, shape: torch.Size, v: Any) -> Any:
         dtype = stream_dtype(x.dtype)

@@ -233,16 +233,16 @@ def hand_over(tensors: Iterable[torch.Tensor]) -> None:
 # inside of it, and nothing is copied.
 
 
-def returns(key: object, state: torch.Tensor) -> None:
-    """Say that a step has left a state with the user, who may write to it once this recording is over.
+def returns(key: object, state: torch.Tensor, taken: int = 1) -> None:
+    """Say that steps have left a state with the user, who may write to it once this recording is over.
 
-    ``key``: whose state it is.
+    ``key``: whose state it is; ``taken``: how many steps.
     """
     if current() is None:
         return
     returned = _local.__dict__.setdefault("returned", {})
     steps, _ = returned.get(id(key), (0, None))
-    returned[id(key)] = steps + 1, weakref.ref(state)
+    returned[id(key)] = steps + taken, weakref.ref(state)
 
 
 def _let_go(tape: Tape) -> set[int]:
