@@ -23,13 +23,17 @@ app = typer.Typer(
 
 
 class Mode(StrEnum):
-    """What is replayed: everything replayable, or only what needs no convolution or product."""
+    """What is replayed: everything replayable, only what needs no convolution or product, or what has to be
+    for the peak of the first."""
 
     memory = "memory"
     speed = "speed"
+    auto = "auto"
 
 
-ModeOption = Annotated[Mode, typer.Option(help="Spare memory all you can, or keep stock's speed.")]
+ModeOption = Annotated[
+    Mode, typer.Option(help="Spare memory all you can, keep stock's speed, or both where the peak allows.")
+]
 
 
 @app.command()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,12 +38,16 @@ from snn_reversible_plugin.modules.swap import (
 )
 from snn_reversible_plugin.modules.tracking import tracked
 from snn_reversible_plugin.neurons.on_grid import switches
-from snn_reversible_plugin.tape import MODES, hand_over, recording, suspended
+from snn_reversible_plugin.tape import hand_over, recording, suspended
 from snn_reversible_plugin.tape.final_membrane import compute_all
+from snn_reversible_plugin.tape.findings import Observer
+from snn_reversible_plugin.tape.plans import Plans
 
 M = TypeVar("M", bound=nn.Module)
+_used: weakref.WeakKeyDictionary[nn.Module, dict[str, Settings]] = weakref.WeakKeyDictionary()
 
 ARITHMETICS = ("auto", "grid", "stock")
+MODES = ("memory", "speed", "auto")
 
 
 @dataclass
@@ -57,6 +62,12 @@ class Settings:
     arithmetic: str = "auto"
     stays_stock: dict[str, str] = field(default_factory=dict)
     off_grid: dict[str, str] = field(default_factory=dict)
+    plans: Plans | None = None
+
+    def recording(self, *, check: bool = False, observer: Observer | None = None) -> recording:
+        """A tape for a call of the model."""
+        mode = "memory" if self.plans is not None else self.mode
+        return recording(mode, check=check, observer=observer, plans=self.plans)
 
 
 class Recorded(SwappedClass):
@@ -70,7 +81,7 @@ class Recorded(SwappedClass):
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling() or switches.by_autograd():
                 return stock_forward(self, *args, **kwargs)
-            with recording(settings_of(self).mode):
+            with settings_of(self).recording():
                 return stock_forward(self, *args, **kwargs)
 
         cls.forward = forward  # type: ignore[attr-defined]
@@ -80,7 +91,7 @@ class Recorded(SwappedClass):
         compiled = torch.compiler.is_compiling() or getattr(self, "_compiled_call_impl", None) is not None
         if compiled or switches.by_autograd():
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        with recording(settings_of(self).mode):  # type: ignore[arg-type]
+        with settings_of(self).recording():  # type: ignore[arg-type]
             result = super().__call__(*args, **kwargs)  # type: ignore[misc]
             if _buffers_are_broadcast():
                 hand_over(self.buffers())  # type: ignore[attr-defined]
@@ -131,7 +142,9 @@ def convert_to_reversible(
             :func:`register_reversible` was told of, become reversible; all else is recorded, a network with
             neurons of your own too, which warns once.
         mode: ``"memory"`` rebuilds in the backward everything that can be rebuilt, ``"speed"`` only what
-            needs no convolution or matrix product.
+            needs no convolution or matrix product. ``"auto"`` has the peak of ``"memory"``, and keeps
+            results of convolutions and matrix products where that peak leaves room; the first step of a
+            shape, and a network that is called several times before a backward, run as ``"memory"``.
         arithmetic: ``"stock"``: outputs and gradients are stock's bit for bit. ``"auto"``: neurons stepped
             one time step at a time compute on multiples of 2^-16, which makes them reversible in time: they
             hold a spike bit and a fraction of a bit a step, and the gradient is the exact one of that
@@ -155,15 +168,13 @@ def convert_to_reversible(
         True
     """
     check_model(model)
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {MODES}, not {mode!r}")
+    settings = settings_for(mode, arithmetic)
     if arithmetic not in ARITHMETICS:
         raise ValueError(f"arithmetic must be one of {ARITHMETICS}, not {arithmetic!r}")
     skipped = skipped_modules(model, skip)
     within_skipped = {id(inner) for top in skipped for inner in top.modules()}
     load_adapters()
     restore(model)
-    settings = Settings(mode, arithmetic)
     swaps: list[tuple[nn.Module, type[nn.Module]]] = []
     for name, module in model.named_modules():
         target, spiking = None, is_spiking(module)
@@ -299,12 +310,23 @@ def reversible(model: nn.Module, *, mode: str | None = None, check: bool = False
         >>> loss.backward()
     """
     check_model(model)
-    with recording(mode or settings_of(model).mode, check=check) as tape:
+    with _settings_here(model, mode).recording(check=check) as tape:
         if not check or tape is None:
             yield
             return
         with tracked(model, tape):
             yield
+
+
+def _settings_here(model: nn.Module, mode: str | None) -> Settings:
+    """The settings of a model, or of this mode, whose plans last from one use to the next."""
+    settings = settings_of(model)
+    if mode is None or mode == settings.mode:
+        return settings
+    used = _used.setdefault(model, {})
+    if mode not in used:
+        used[mode] = settings_for(mode)
+    return used[mode]
 
 
 @contextmanager
@@ -353,6 +375,17 @@ def off_grid_reason(name: str, module: nn.Module, settings: Settings) -> str:
     """Why a neuron of a model is off the grid, since the conversion or now; empty where it isn't."""
     now: str = getattr(module, "off_grid_reason", "")
     return settings.off_grid.get(name, now)
+
+
+def settings_for(mode: str, arithmetic: str = "auto") -> Settings:
+    """Settings for a mode.
+
+    Raises:
+        ValueError: there is no such mode.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {MODES}, not {mode!r}")
+    return Settings(mode, arithmetic, plans=Plans() if mode == "auto" else None)
 
 
 def settings_of(model: nn.Module) -> Settings:
