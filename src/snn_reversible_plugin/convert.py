@@ -12,7 +12,6 @@ import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from snn_reversible_plugin.blocks.streams_on_grid import OnGrid, carries_a_membrane
 from snn_reversible_plugin.blocks.surgery import wrap_by_conversion
 from snn_reversible_plugin.blocks.wrapped import run_plainly, wrapped_chains
-from snn_reversible_plugin.modules.checks import check_model, skipped_modules
+from snn_reversible_plugin.modules.checks import bytes_of, check_model, skipped_modules
 from snn_reversible_plugin.modules.kinds import is_spiking, load_adapters
 from snn_reversible_plugin.modules.registry import StaysStock, reversible_type, type_on_grid
 from snn_reversible_plugin.modules.swap import (
@@ -38,36 +37,14 @@ from snn_reversible_plugin.modules.swap import (
 )
 from snn_reversible_plugin.modules.tracking import tracked
 from snn_reversible_plugin.neurons.on_grid import switches
-from snn_reversible_plugin.tape import hand_over, recording, suspended
+from snn_reversible_plugin.tape import hand_over, suspended
 from snn_reversible_plugin.tape.final_membrane import compute_all
-from snn_reversible_plugin.tape.findings import Observer
-from snn_reversible_plugin.tape.plans import Plans
+from snn_reversible_plugin.tape.settings import Settings, settings_for
 
 M = TypeVar("M", bound=nn.Module)
-_used: weakref.WeakKeyDictionary[nn.Module, dict[str, Settings]] = weakref.WeakKeyDictionary()
+_used: weakref.WeakKeyDictionary[nn.Module, dict[Any, Settings]] = weakref.WeakKeyDictionary()
 
 ARITHMETICS = ("auto", "grid", "stock")
-MODES = ("memory", "speed", "auto")
-
-
-@dataclass
-class Settings:
-    """What ``convert_to_reversible`` decided; lives on the root module and travels with its copies.
-
-    ``stays_stock`` maps the names of neurons that stayed stock to the reason, ``off_grid`` those that are
-    reversible but run stock arithmetic where ``arithmetic`` would have them on the grid.
-    """
-
-    mode: str = "memory"
-    arithmetic: str = "auto"
-    stays_stock: dict[str, str] = field(default_factory=dict)
-    off_grid: dict[str, str] = field(default_factory=dict)
-    plans: Plans | None = None
-
-    def recording(self, *, check: bool = False, observer: Observer | None = None) -> recording:
-        """A tape for a call of the model."""
-        mode = "memory" if self.plans is not None else self.mode
-        return recording(mode, check=check, observer=observer, plans=self.plans)
 
 
 class Recorded(SwappedClass):
@@ -128,6 +105,7 @@ def convert_to_reversible(
     arithmetic: str = "auto",
     skip: Sequence[str | type[nn.Module]] = (),
     blocks: bool = False,
+    budget: int | str | None = None,
 ) -> M:
     """Make a spiking network train in a small part of its memory.
 
@@ -154,11 +132,17 @@ def convert_to_reversible(
             stock and nothing that runs inside them is replayed.
         blocks: also turn chains of residual blocks into reversible ones, as :func:`wrap_residual_blocks`
             does. This changes the function that the network computes, where nothing else does.
+        budget: bytes for a whole training step, ``10 << 30`` or ``"10GiB"``: parameters, gradients and
+            inputs included, on a GPU all that is allocated. As ``"auto"``, but as much is kept as fits, by
+            the sizes of the first forward of a shape. Which products are kept is all that it changes.
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``, or is compiled or scripted.
         ValueError: an unknown ``mode`` or ``arithmetic``, a ``skip`` name that is not in the model,
-            ``"grid"`` where nothing can run on the grid, or ``blocks`` without residual blocks.
+            ``"grid"`` where nothing can run on the grid, ``blocks`` without residual blocks, a budget that
+            is no number of bytes, or one together with ``"speed"``.
+        RuntimeError: from the first forward of a shape that the budget can't take.
+
     Example:
         >>> import snn_reversible_plugin as srp
         >>> from torch import nn
@@ -168,7 +152,7 @@ def convert_to_reversible(
         True
     """
     check_model(model)
-    settings = settings_for(mode, arithmetic)
+    settings = settings_for(mode, None if budget is None else bytes_of(budget), arithmetic)
     if arithmetic not in ARITHMETICS:
         raise ValueError(f"arithmetic must be one of {ARITHMETICS}, not {arithmetic!r}")
     skipped = skipped_modules(model, skip)
@@ -286,7 +270,9 @@ def restore(model: M) -> M:
 
 
 @contextmanager
-def reversible(model: nn.Module, *, mode: str | None = None, check: bool = False) -> Iterator[None]:
+def reversible(
+    model: nn.Module, *, mode: str | None = None, check: bool = False, budget: int | str | None = None
+) -> Iterator[None]:
     """Context manager: the tape alone, for a loop that calls submodules itself.
 
     What runs inside is recorded, whichever module runs it; on a model that was not converted too.
@@ -296,8 +282,10 @@ def reversible(model: nn.Module, *, mode: str | None = None, check: bool = False
         mode: as in :func:`convert_to_reversible`.
         check: compare every rebuilt tensor with a checksum that the forward left, and name the module
             whose replay differs. Slow; waits for the device.
+        budget: as in :func:`convert_to_reversible`.
 
     Raises:
+        ValueError: an unknown mode, or a budget that is no number of bytes.
         RuntimeError: from the backward, in check mode, where a replay differs.
 
     Example:
@@ -310,7 +298,7 @@ def reversible(model: nn.Module, *, mode: str | None = None, check: bool = False
         >>> loss.backward()
     """
     check_model(model)
-    with _settings_here(model, mode).recording(check=check) as tape:
+    with _settings_here(model, mode, budget).recording(check=check) as tape:
         if not check or tape is None:
             yield
             return
@@ -318,15 +306,15 @@ def reversible(model: nn.Module, *, mode: str | None = None, check: bool = False
             yield
 
 
-def _settings_here(model: nn.Module, mode: str | None) -> Settings:
-    """The settings of a model, or of this mode, whose plans last from one use to the next."""
+def _settings_here(model: nn.Module, mode: str | None, budget: int | str | None) -> Settings:
+    """The settings of a model, or of this mode and budget, whose plans last from one use to the next."""
     settings = settings_of(model)
-    if mode is None or mode == settings.mode:
+    if budget is None and mode in (None, settings.mode):
         return settings
-    used = _used.setdefault(model, {})
-    if mode not in used:
-        used[mode] = settings_for(mode)
-    return used[mode]
+    used, key = _used.setdefault(model, {}), (mode, budget)
+    if key not in used:
+        used[key] = settings_for(mode or "auto", None if budget is None else bytes_of(budget))
+    return used[key]
 
 
 @contextmanager
@@ -375,17 +363,6 @@ def off_grid_reason(name: str, module: nn.Module, settings: Settings) -> str:
     """Why a neuron of a model is off the grid, since the conversion or now; empty where it isn't."""
     now: str = getattr(module, "off_grid_reason", "")
     return settings.off_grid.get(name, now)
-
-
-def settings_for(mode: str, arithmetic: str = "auto") -> Settings:
-    """Settings for a mode.
-
-    Raises:
-        ValueError: there is no such mode.
-    """
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {MODES}, not {mode!r}")
-    return Settings(mode, arithmetic, plans=Plans() if mode == "auto" else None)
 
 
 def settings_of(model: nn.Module) -> Settings:

@@ -54,12 +54,26 @@ def choose(layers: Sequence[Layer], limit: int | None = None) -> list[bool]:
     return kept
 
 
-def peak(layers: Sequence[Layer]) -> tuple[int, int]:
-    """Bytes that are alive at the peak where nothing is kept, at least and at most."""
+def within(budget: int, lives: int, layers: Sequence[Layer]) -> int:
+    """Bytes that the step may have alive within a budget, of which some are what lives anyway.
+
+    Raises:
+        RuntimeError: it takes more, whatever is kept.
+    """
     standing = _gradients(layers, all_of_them=False)
-    least = max(layer.least + layer.held + one for layer, one in zip(layers, standing, strict=True))
-    most = max(layer.most + layer.held + one for layer, one in zip(layers, standing, strict=True))
-    return max(least, standing[0]), max(most, standing[0])
+    taken = [layer.least + layer.held + one for layer, one in zip(layers, standing, strict=True)]
+    at_least = layers[taken.index(max(taken))]
+    least = max(*taken, standing[0])
+    if lives + least > budget:
+        learned = sum(layer.learned for layer in layers)
+        raise RuntimeError(
+            f"budget={budget:,} bytes: a training step of this shape takes at least {lives + least:,}, "
+            f"whatever is kept: {lives:,} live anyway (parameters, inputs), {learned:,} are the gradients of "
+            f"parameters, {at_least.held:,} is held, {at_least.least:,} is the largest layer's. A smaller "
+            "batch, fewer time steps or a smaller input lower the last two; step_in_backward frees each "
+            "gradient at once; largest_batch says what fits."
+        )
+    return budget - lives
 
 
 def _room(layers: Sequence[Layer], limit: int | None, all_of_them: bool) -> list[float]:

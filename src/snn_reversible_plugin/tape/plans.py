@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from snn_reversible_plugin.tape.choice import choose
+from snn_reversible_plugin.tape.choice import choose, within
 from snn_reversible_plugin.tape.operators import Operator
 from snn_reversible_plugin.tape.origins import look_up
 from snn_reversible_plugin.tape.outsiders import alias
@@ -52,18 +52,17 @@ class Plans:
     """The plans of one model.
 
     Args:
-        limit: bytes that a step may have alive beside what lives before it; None: no more than what
-            "memory" takes.
+        budget: bytes that may be alive, with what lives before a step; None: as much as "memory" takes.
     """
 
-    def __init__(self, limit: int | None = None) -> None:
-        self.limit = limit
+    def __init__(self, budget: int | None = None) -> None:
+        self.budget = budget
         self.overlapping = False
         self.by_first: dict[Product, Plan | None] = {}  # None: goes several ways
         self._awaited: dict[int, list[weakref.ref[Replayed]]] = {}  # of each thread's last forward
 
     def __reduce__(self) -> Any:
-        return Plans, (self.limit,)
+        return Plans, (self.budget,)
 
     def begin(self) -> Following:
         """A forward begins on this thread."""
@@ -96,6 +95,8 @@ class Following:
         self._awaited: list[weakref.ref[Replayed]] = []
         self._standing: list[tuple[weakref.ref[Replayed], weakref.ref[torch.Tensor]]] = []
         self._strayed = False
+        # A GPU's allocator knows at once, and of what no forward meets, an optimizer's state above all.
+        self._before = torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0
         self.sizes: Sizes | None = None if plans.overlapping else Sizes()
 
     def computed(self, operator: Operator, args: tuple[Any, ...], out: Any) -> None:
@@ -131,6 +132,11 @@ class Following:
         if first in plans:
             self.sizes = None
 
+    def _lives(self) -> int:
+        """Bytes that live beside what the step takes; gradients that stand already are the step's."""
+        assert self.sizes is not None
+        return max(self.sizes.lives, self._before - self.sizes.gradients)
+
     def _stray(self) -> None:
         self._strayed, self._plans.by_first[self._products[0]] = True, None
 
@@ -145,7 +151,10 @@ class Following:
             return
         if self._plan is None:
             assert self.sizes is not None
-            kept = choose(self.sizes.read(), self._plans.limit)[1 : len(self._products) + 1]
+            layers, limit = self.sizes.read(), None
+            if self._plans.budget is not None:
+                limit = within(self._plans.budget, self._lives(), layers)
+            kept = choose(layers, limit)[1 : len(self._products) + 1]
             self._plans.by_first[self._products[0]] = Plan(tuple(self._products), tuple(kept))
         elif len(self._products) < len(self._plan.products):
             self._stray()

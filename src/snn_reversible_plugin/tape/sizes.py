@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from snn_reversible_plugin.ops.layouts import is_plain, storage_key
-from snn_reversible_plugin.tape.handles import Handle, Kept
+from snn_reversible_plugin.tape.handles import Handle, Kept, storage_once
 from snn_reversible_plugin.tape.operators import Kind, Operator
 from snn_reversible_plugin.tape.origins import OUTSIDE, look_up
 from snn_reversible_plugin.tape.recipes import tensors_among
@@ -83,7 +83,12 @@ class _Life:
 
 
 class Sizes:
-    """Takes note of the sizes of one forward that runs on a tape."""
+    """Takes note of the sizes of one forward that runs on a tape.
+
+    Attributes:
+        lives: bytes of what it met that lives anyway: parameters, buffers, inputs.
+        gradients: bytes of the parameters' gradients that stand already.
+    """
 
     def __init__(self) -> None:
         self._layers = [Layer()]
@@ -94,6 +99,8 @@ class Sizes:
         self._lives: dict[int, _Life] = {}  # by storage
         self._ended: list[_Life] = []
         self._parameters: set[int] = set()
+        self.lives = self.gradients = 0
+        self._outside: set[int] = set()
         self._held: weakref.WeakSet[Handle] = weakref.WeakSet()
         self._bytes_held = self._last = 0
         self._packs = 0
@@ -131,11 +138,14 @@ class Sizes:
                 continue
             if look_up(tensor) is OUTSIDE:
                 whole = tensor if tensor._base is None else tensor._base
+                self.lives += storage_once(whole, self._outside)
                 if whole.requires_grad and whole.is_leaf and id(whole) not in self._parameters:
                     self._parameters.add(id(whole))
                     layer.learned += whole.nbytes
+                    if whole.grad is not None and is_plain(whole.grad):
+                        self.gradients += whole.grad.nbytes
             else:
-                self._life(tensor, here - 1).used = here
+                self._life(tensor, here - operator.work).used = here
         for tensor in outputs:
             handle = look_up(tensor)
             if isinstance(handle, Replayed):
@@ -156,7 +166,7 @@ class Sizes:
         self, operator: Operator, args: Iterable[Any], outputs: list[torch.Tensor], result: int
     ) -> None:
         self._end_layer()
-        operands = list(tensors_among(args))
+        operands = [one for one in tensors_among(args) if is_plain(one)]
         differentiated = any(one.requires_grad for one in operands)
         layer = Layer(result, multiplications(operator, operands, outputs))
         layer.unknown = not torch.is_grad_enabled() or (differentiated and not self._packs)
