@@ -22,8 +22,8 @@ from snn_reversible_plugin.tape.sizes import Layer
 # 2. What is kept of a layer takes room in all later ones. In its own it would be rebuilt, so that it takes
 #    room only until then (`rest`). But one who would overwrite what is rebuilt (a neuron, where no batch
 #    norm is between) copies.
-# 3. The gradients that stand are those of parameters used later; if a script keeps gradients from step to
-#    step, all of them. There must be room either way.
+# 3. The gradients that stand are those of parameters whose last use the backward has met; if a script keeps
+#    gradients from step to step, all of them. There must be room either way.
 # 4. Where the room doesn't do for all, products that save most multiplications a byte go first, and later
 #    ones before earlier ones.
 #
@@ -68,7 +68,7 @@ def within(budget: int, lives: int, layers: Sequence[Layer]) -> int:
         learned = sum(layer.learned for layer in layers)
         raise RuntimeError(
             f"budget={budget:,} bytes: a training step of this shape takes at least {lives + least:,}, "
-            f"whatever is kept: {lives:,} live anyway (parameters, inputs), {learned:,} are the gradients of "
+            f"whatever is kept: {lives:,} live anyway (parameters, inputs), {learned:,} are gradients of "
             f"parameters, {at_least.held:,} is held, {at_least.least:,} is the largest layer's. A smaller "
             "batch, fewer time steps or a smaller input lower the last two; step_in_backward frees each "
             "gradient at once; largest_batch says what fits."

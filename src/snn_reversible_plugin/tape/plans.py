@@ -144,7 +144,8 @@ class Following:
         """The forward is over."""
         for recipe, out in self._standing:
             handle = recipe()
-            if handle is not None and out() is not None:  # somebody has it in hand, and may write to it
+            # Somebody has it in hand, and may write to it; or no backward will ask for it.
+            if handle is not None and (out() is not None or not handle.uses):
                 handle.standing = None
         self._plans.over(self._awaited)
         if failed or self._plans.overlapping or self._strayed or not self._products:

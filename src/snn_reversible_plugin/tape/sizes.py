@@ -13,6 +13,7 @@ import math
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -36,9 +37,11 @@ from snn_reversible_plugin.tape.replayed import Replayed
 #    wait for their own turn; gradients of what was made before the layer and is used after it; and for the
 #    product its input, gradients and a kernel's workspace, measured as twice the larger of input and result
 #    (oneDNN, 3x3 convolutions).
-# 3. What runs without grad mode runs in a function of somebody's own, and what saves nothing through the
+# 3. The gradient of a parameter stands from the layer on that uses it last. In each other layer that uses
+#    it, another one is made beside it, and at most their sum.
+# 4. What runs without grad mode runs in a function of somebody's own, and what saves nothing through the
 #    tape is checkpointed: their backward runs layers again that nobody has seen. There may be any amount.
-# 4. A black box (neurons/rerun.py) builds stock's graph of itself: it says how much that is.
+# 5. A black box (neurons/rerun.py) builds stock's graph of itself: it says how much that is.
 #
 # For example, the second of two layers (3x3 convolution, batch norm, neuron), all tensors of n bytes: at
 # least 3 n; at most 5 n in the convolution's backward, and in the rest's 3 n (convolution's and norm's
@@ -54,7 +57,7 @@ class Layer:
     ``result`` is the product's, ``work`` the multiplications it takes, ``least`` and ``most`` what its
     backward has alive at least and at most, beside ``held``: what is held when its forward is over;
     ``rest`` at most before anything of it is rebuilt, with the result standing.
-    ``learned`` are the gradients of the parameters that it uses first. ``needed``: whether the backward
+    ``learned`` are the gradients of the parameters that it uses last. ``needed``: whether the backward
     rebuilds the result; ``shared``: and nobody there overwrites it. ``unknown``: its backward may have any
     amount alive.
     """
@@ -98,11 +101,12 @@ class Sizes:
         self._handles: list[weakref.ref[Replayed] | None] = [None]
         self._lives: dict[int, _Life] = {}  # by storage
         self._ended: list[_Life] = []
-        self._parameters: set[int] = set()
+        self._parameters: dict[int, tuple[int, list[int]]] = {}  # bytes, and the layers that use it
         self.lives = self.gradients = 0
         self._outside: set[int] = set()
         self._held: weakref.WeakSet[Handle] = weakref.WeakSet()
-        self._bytes_held = self._last = 0
+        self._relied_on: list[tuple[weakref.ref[Handle], int]] = []  # and in which layer first
+        self._last = 0
         self._packs = 0
 
     def packed(self, handle: Handle) -> None:
@@ -115,7 +119,7 @@ class Sizes:
                 continue
             self._held.add(one)
             if not (isinstance(one, Kept) and one.outside):
-                self._bytes_held += one.stored(set())
+                self._relied_on.append((weakref.ref(one), len(self._layers) - 1))
             waiting += one.relies_on()
 
     def takes(self, size: float) -> None:
@@ -139,11 +143,8 @@ class Sizes:
             if look_up(tensor) is OUTSIDE:
                 whole = tensor if tensor._base is None else tensor._base
                 self.lives += storage_once(whole, self._outside)
-                if whole.requires_grad and whole.is_leaf and id(whole) not in self._parameters:
-                    self._parameters.add(id(whole))
-                    layer.learned += whole.nbytes
-                    if whole.grad is not None and is_plain(whole.grad):
-                        self.gradients += whole.grad.nbytes
+                if whole.requires_grad and whole.is_leaf:
+                    self._uses(whole, here)
             else:
                 self._life(tensor, here - operator.work).used = here
         for tensor in outputs:
@@ -194,9 +195,18 @@ class Sizes:
         largest = max(self._largest, layer.result)
         layer.most = max(layer.most, self._made + max(others, layer.result) + 2 * largest)
         layer.rest = layer.result + 2 * self._largest
-        layer.held = self._bytes_held
         self._made = self._largest = 0
         self._others = set()
+
+    def _uses(self, parameter: torch.Tensor, here: int) -> None:
+        """A layer uses a parameter."""
+        if id(parameter) not in self._parameters:
+            self._parameters[id(parameter)] = parameter.nbytes, []
+            if parameter.grad is not None and is_plain(parameter.grad):
+                self.gradients += parameter.grad.nbytes
+        _, layers = self._parameters[id(parameter)]
+        if not layers or layers[-1] != here:
+            layers.append(here)
 
     def _life(self, tensor: torch.Tensor, made: int) -> _Life:
         """A tensor's life: one that has not been met was made in this layer."""
@@ -211,11 +221,21 @@ class Sizes:
     def read(self) -> list[Layer]:
         """The layers of the forward, which is over; the last one stands for the loss."""
         self._end_layer()
-        loss = Layer(most=4 * self._last, held=self._bytes_held)
-        layers = [*self._layers, loss]
+        layers = [*self._layers, Layer(most=4 * self._last)]
+        seen: set[int] = set()
+        for relied_on, at in self._relied_on:
+            one = relied_on()
+            layers[at].held += 0 if one is None else one.stored(seen)
+        for before, after in pairwise(layers):
+            after.held += before.held
         for life in (*self._ended, *self._lives.values()):
             for layer in layers[life.made + 1 : life.used]:
                 layer.most += life.bytes
+        for size, (*others, last) in self._parameters.values():
+            layers[last].learned += size
+            for at in others:
+                layers[at].least += size
+                layers[at].most += 2 * size
         for layer, ref in zip(layers, self._handles, strict=False):
             handle = None if ref is None else ref()
             layer.needed = handle is not None and handle.uses > 0
