@@ -33,10 +33,10 @@ from snn_reversible_plugin.tape.replayed import Replayed
 # 1. At least: in the product's, its input (unless that is held), its result's gradient and its input's. In
 #    batch norm's: its input, its result's gradient and its input's.
 # 2. At most: what the layer's forward made, each with a gradient of the largest's size on its way in and
-#    one on its way out; the results of other products that lead to it, which are rebuilt with it and may
-#    wait for their own turn; gradients of what was made before the layer and is used after it; and for the
-#    product its input, gradients and a kernel's workspace, measured as twice the larger of input and result
-#    (oneDNN, 3x3 convolutions).
+#    one on its way out; what the layers of other products made that lead to it, which is rebuilt with it
+#    and may wait for its own turn; gradients of what was made before the layer and is used after it; and
+#    for the product its input, gradients and a kernel's workspace, measured as twice the larger of input
+#    and result (oneDNN, 3x3 convolutions).
 # 3. The gradient of a parameter stands from the layer on that uses it last. In each other layer that uses
 #    it, another one is made beside it, and at most their sum.
 # 4. What runs without grad mode runs in a function of somebody's own, and what saves nothing through the
@@ -97,7 +97,8 @@ class Sizes:
         self._layers = [Layer()]
         self._made = self._largest = 0  # by the layer's operations so far
         self._others: set[int] = set()  # products that lead to something of the layer
-        self._results: dict[int, int] = {}  # bytes of a product's result, by its serial number
+        self._layer_of: dict[int, int] = {}  # by a product's serial number
+        self._rebuilt: list[int] = []  # bytes of all that a layer's forward made
         self._handles: list[weakref.ref[Replayed] | None] = [None]
         self._lives: dict[int, _Life] = {}  # by storage
         self._ended: list[_Life] = []
@@ -176,7 +177,7 @@ class Sizes:
         self._handles.append(weakref.ref(handle) if isinstance(handle, Replayed) else None)
         if isinstance(handle, Replayed):
             for serial in handle.products:
-                self._results.setdefault(serial, result)
+                self._layer_of.setdefault(serial, len(self._layers))
         activations = [one for one in operands if look_up(one) is not OUTSIDE]
         learns = any(look_up(one) is OUTSIDE and one.requires_grad for one in operands)
         inputs = sum(one.nbytes for one in activations)
@@ -191,9 +192,12 @@ class Sizes:
 
     def _end_layer(self) -> None:
         layer = self._layers[-1]
-        others = sum(self._results.get(serial, 0) for serial in self._others)
+        here = len(self._layers) - 1
+        others = {self._layer_of.get(serial, here) for serial in self._others} - {here}
         largest = max(self._largest, layer.result)
-        layer.most = max(layer.most, self._made + max(others, layer.result) + 2 * largest)
+        made = self._made + layer.result + sum(self._rebuilt[at] for at in others)
+        layer.most = max(layer.most, made + 2 * largest)
+        self._rebuilt.append(self._made + layer.result)
         layer.rest = layer.result + 2 * self._largest
         self._made = self._largest = 0
         self._others = set()
