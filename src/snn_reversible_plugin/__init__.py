@@ -6,6 +6,7 @@ from snn_reversible_plugin.compiler import compile
 from snn_reversible_plugin.convert import convert_to_reversible, restore, reversible, stock
 from snn_reversible_plugin.modules.kinds import register
 from snn_reversible_plugin.modules.registry import register_reversible
+from snn_reversible_plugin.reports.fit import largest_batch
 from snn_reversible_plugin.reports.flips import counting_flips
 from snn_reversible_plugin.reports.memory_report import MemoryReport, memory_report
 from snn_reversible_plugin.reports.verification import Verification, verify
@@ -21,6 +22,7 @@ __all__ = [
     "compile",
     "convert_to_reversible",
     "counting_flips",
+    "largest_batch",
     "memory_report",
     "register",
     "register_reversible",

@@ -23,13 +23,17 @@ app = typer.Typer(
 
 
 class Mode(StrEnum):
-    """What is replayed: everything replayable, or only what needs no convolution or product."""
+    """What is replayed: everything replayable, only what needs no convolution or product, or what has to be
+    for the peak of the first."""
 
     memory = "memory"
     speed = "speed"
+    auto = "auto"
 
 
-ModeOption = Annotated[Mode, typer.Option(help="Spare memory all you can, or keep stock's speed.")]
+ModeOption = Annotated[
+    Mode, typer.Option(help="Spare memory all you can, keep stock's speed, or both where the peak allows.")
+]
 
 
 @app.command()
@@ -106,6 +110,58 @@ def report(
     result.print()
     if plot is not None:
         _save(result, plot, console)
+
+
+@app.command()
+def fit(
+    factory: Annotated[str, typer.Argument(metavar="PACKAGE.MODULE:FACTORY", help="What makes the model.")],
+    shape: Annotated[
+        list[str],
+        typer.Option(
+            help="Input's shape with N for the batch and, if you like, T for the time steps, as in "
+            "T,N,2,32,32; once for each input of the model."
+        ),
+    ],
+    budget: Annotated[
+        str | None, typer.Option(help="Memory for a step, as 24GiB; what is free if not given.")
+    ] = None,
+    steps: Annotated[
+        list[int] | None, typer.Option(min=1, help="T; give it once for each number to try.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where the model and its input live.")] = "cpu",
+) -> None:
+    """Show how large a batch fits into a budget of memory, stock and in each mode, and what a step takes.
+
+    Parameters, gradients and inputs are in the budget, an optimizer's state is not. The model gets random
+    numbers from 0 to 1 for its input.
+    """
+    import torch
+
+    from snn_reversible_plugin.convert import convert_to_reversible, restore
+    from snn_reversible_plugin.reports.fit import fit, fit_table
+
+    def shapes(count: int | None, batch: int) -> list[tuple[int, ...]]:
+        sizes = {"N": batch} | ({} if count is None else {"T": count})
+        return [_shape(",".join(str(sizes.get(part, part)) for part in text.split(","))) for text in shape]
+
+    if not all("N" in text.split(",") for text in shape):
+        raise typer.BadParameter("it needs N where the batch goes, as in 8,N,2,32,32", param_hint="--shape")
+    model, console, found = _build(factory).to(device), Console(), []
+    counts: list[int | None] = [*steps] if steps else [None]
+    for count in counts:
+        shapes(count, 1)
+
+        def inputs(batch: int, count: int | None = count) -> tuple[Any, ...]:
+            return tuple(torch.rand(sizes, device=device) for sizes in shapes(count, batch))
+
+        for mode in ("stock", *Mode):
+            with console.status(mode if count is None else f"{mode}, T={count}"):
+                try:
+                    restore(model) if mode == "stock" else convert_to_reversible(model, mode=mode)
+                    found.append((mode, count, fit(model, inputs, budget)))
+                except (TypeError, ValueError) as error:
+                    raise typer.BadParameter(str(error), param_hint="FACTORY or --budget") from error
+    console.print(fit_table(found))
 
 
 def _save(result: Any, path: Path, console: Console) -> None:

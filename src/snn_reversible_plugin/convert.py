@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import functools
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from snn_reversible_plugin.blocks.streams_on_grid import OnGrid, carries_a_membrane
 from snn_reversible_plugin.blocks.surgery import wrap_by_conversion
 from snn_reversible_plugin.blocks.wrapped import run_plainly, wrapped_chains
-from snn_reversible_plugin.modules.checks import check_model, skipped_modules
+from snn_reversible_plugin.modules.checks import bytes_of, check_model, skipped_modules
 from snn_reversible_plugin.modules.kinds import is_spiking, load_adapters
 from snn_reversible_plugin.modules.registry import StaysStock, reversible_type, type_on_grid
 from snn_reversible_plugin.modules.swap import (
@@ -37,26 +37,14 @@ from snn_reversible_plugin.modules.swap import (
 )
 from snn_reversible_plugin.modules.tracking import tracked
 from snn_reversible_plugin.neurons.on_grid import switches
-from snn_reversible_plugin.tape import MODES, hand_over, recording, suspended
+from snn_reversible_plugin.tape import hand_over, suspended
 from snn_reversible_plugin.tape.final_membrane import compute_all
+from snn_reversible_plugin.tape.settings import Settings, settings_for
 
 M = TypeVar("M", bound=nn.Module)
+_used: weakref.WeakKeyDictionary[nn.Module, dict[Any, Settings]] = weakref.WeakKeyDictionary()
 
 ARITHMETICS = ("auto", "grid", "stock")
-
-
-@dataclass
-class Settings:
-    """What ``convert_to_reversible`` decided; lives on the root module and travels with its copies.
-
-    ``stays_stock`` maps the names of neurons that stayed stock to the reason, ``off_grid`` those that are
-    reversible but run stock arithmetic where ``arithmetic`` would have them on the grid.
-    """
-
-    mode: str = "memory"
-    arithmetic: str = "auto"
-    stays_stock: dict[str, str] = field(default_factory=dict)
-    off_grid: dict[str, str] = field(default_factory=dict)
 
 
 class Recorded(SwappedClass):
@@ -70,7 +58,7 @@ class Recorded(SwappedClass):
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling() or switches.by_autograd():
                 return stock_forward(self, *args, **kwargs)
-            with recording(settings_of(self).mode):
+            with settings_of(self).recording():
                 return stock_forward(self, *args, **kwargs)
 
         cls.forward = forward  # type: ignore[attr-defined]
@@ -80,7 +68,7 @@ class Recorded(SwappedClass):
         compiled = torch.compiler.is_compiling() or getattr(self, "_compiled_call_impl", None) is not None
         if compiled or switches.by_autograd():
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        with recording(settings_of(self).mode):  # type: ignore[arg-type]
+        with settings_of(self).recording():  # type: ignore[arg-type]
             result = super().__call__(*args, **kwargs)  # type: ignore[misc]
             if _buffers_are_broadcast():
                 hand_over(self.buffers())  # type: ignore[attr-defined]
@@ -117,6 +105,7 @@ def convert_to_reversible(
     arithmetic: str = "auto",
     skip: Sequence[str | type[nn.Module]] = (),
     blocks: bool = False,
+    budget: int | str | None = None,
 ) -> M:
     """Make a spiking network train in a small part of its memory.
 
@@ -131,7 +120,9 @@ def convert_to_reversible(
             :func:`register_reversible` was told of, become reversible; all else is recorded, a network with
             neurons of your own too, which warns once.
         mode: ``"memory"`` rebuilds in the backward everything that can be rebuilt, ``"speed"`` only what
-            needs no convolution or matrix product.
+            needs no convolution or matrix product. ``"auto"`` has the peak of ``"memory"``, and keeps
+            results of convolutions and matrix products where that peak leaves room; the first step of a
+            shape, and a network that is called several times before a backward, run as ``"memory"``.
         arithmetic: ``"stock"``: outputs and gradients are stock's bit for bit. ``"auto"``: neurons stepped
             one time step at a time compute on multiples of 2^-16, which makes them reversible in time: they
             hold a spike bit and a fraction of a bit a step, and the gradient is the exact one of that
@@ -141,11 +132,17 @@ def convert_to_reversible(
             stock and nothing that runs inside them is replayed.
         blocks: also turn chains of residual blocks into reversible ones, as :func:`wrap_residual_blocks`
             does. This changes the function that the network computes, where nothing else does.
+        budget: bytes for a whole training step, ``10 << 30`` or ``"10GiB"``: parameters, gradients and
+            inputs included, on a GPU all that is allocated. As ``"auto"``, but as much is kept as fits, by
+            the sizes of the first forward of a shape. Which products are kept is all that it changes.
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``, or is compiled or scripted.
         ValueError: an unknown ``mode`` or ``arithmetic``, a ``skip`` name that is not in the model,
-            ``"grid"`` where nothing can run on the grid, or ``blocks`` without residual blocks.
+            ``"grid"`` where nothing can run on the grid, ``blocks`` without residual blocks, a budget that
+            is no number of bytes, or one together with ``"speed"``.
+        RuntimeError: from the first forward of a shape that the budget can't take.
+
     Example:
         >>> import snn_reversible_plugin as srp
         >>> from torch import nn
@@ -155,15 +152,13 @@ def convert_to_reversible(
         True
     """
     check_model(model)
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {MODES}, not {mode!r}")
+    settings = settings_for(mode, None if budget is None else bytes_of(budget), arithmetic)
     if arithmetic not in ARITHMETICS:
         raise ValueError(f"arithmetic must be one of {ARITHMETICS}, not {arithmetic!r}")
     skipped = skipped_modules(model, skip)
     within_skipped = {id(inner) for top in skipped for inner in top.modules()}
     load_adapters()
     restore(model)
-    settings = Settings(mode, arithmetic)
     swaps: list[tuple[nn.Module, type[nn.Module]]] = []
     for name, module in model.named_modules():
         target, spiking = None, is_spiking(module)
@@ -275,7 +270,9 @@ def restore(model: M) -> M:
 
 
 @contextmanager
-def reversible(model: nn.Module, *, mode: str | None = None, check: bool = False) -> Iterator[None]:
+def reversible(
+    model: nn.Module, *, mode: str | None = None, check: bool = False, budget: int | str | None = None
+) -> Iterator[None]:
     """Context manager: the tape alone, for a loop that calls submodules itself.
 
     What runs inside is recorded, whichever module runs it; on a model that was not converted too.
@@ -285,8 +282,10 @@ def reversible(model: nn.Module, *, mode: str | None = None, check: bool = False
         mode: as in :func:`convert_to_reversible`.
         check: compare every rebuilt tensor with a checksum that the forward left, and name the module
             whose replay differs. Slow; waits for the device.
+        budget: as in :func:`convert_to_reversible`.
 
     Raises:
+        ValueError: an unknown mode, or a budget that is no number of bytes.
         RuntimeError: from the backward, in check mode, where a replay differs.
 
     Example:
@@ -299,12 +298,23 @@ def reversible(model: nn.Module, *, mode: str | None = None, check: bool = False
         >>> loss.backward()
     """
     check_model(model)
-    with recording(mode or settings_of(model).mode, check=check) as tape:
+    with _settings_here(model, mode, budget).recording(check=check) as tape:
         if not check or tape is None:
             yield
             return
         with tracked(model, tape):
             yield
+
+
+def _settings_here(model: nn.Module, mode: str | None, budget: int | str | None) -> Settings:
+    """The settings of a model, or of this mode and budget, whose plans last from one use to the next."""
+    settings = settings_of(model)
+    if budget is None and mode in (None, settings.mode):
+        return settings
+    used, key = _used.setdefault(model, {}), (mode, budget)
+    if key not in used:
+        used[key] = settings_for(mode or "auto", None if budget is None else bytes_of(budget))
+    return used[key]
 
 
 @contextmanager

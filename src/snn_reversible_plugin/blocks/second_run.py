@@ -10,6 +10,7 @@ branches of a reversible spiking block.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -109,6 +110,7 @@ class BranchRun:
 
     def first(self, *inputs: Tensor) -> Tensor:
         """Run without a graph. The caller keeps :meth:`tensors`."""
+        tape.takes(math.inf)
         before, random = Snapshot(self._modules), RandomNumbers(x.device for x in inputs)
         versions = [x._version for x in inputs]
         self._modes = [module.training for module in self._modules]

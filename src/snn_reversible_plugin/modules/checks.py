@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,3 +50,30 @@ def skipped_modules(model: nn.Module, skip: Sequence[str | type[nn.Module]]) -> 
         else:
             raise TypeError(f"skip takes module names and types, not {item!r}")
     return list(dict.fromkeys(skipped))
+
+
+_UNITS = {"": 1, "b": 1} | {
+    f"{letter}{kind}": base**power
+    for power, letter in enumerate("kmgt", 1)
+    for kind, base in (("b", 1000), ("ib", 1024))
+}
+
+
+def bytes_of(budget: int | str) -> int:
+    """A number of bytes: ``1 << 30``, ``"1GiB"``, ``"500 MB"``.
+
+    Raises:
+        ValueError: it is none.
+
+    Example:
+        >>> bytes_of("1.5 GiB"), bytes_of("500MB"), bytes_of(4096)
+        (1610612736, 500000000, 4096)
+    """
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([a-z]*)\s*", str(budget).lower())
+    try:
+        size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    except (KeyError, ValueError):
+        size = 0
+    if size < 1 or isinstance(budget, bool):
+        raise ValueError(f'{budget!r} is no number of bytes: give an int, or "10GiB", "500MB"')
+    return size

@@ -135,6 +135,7 @@ class Rerun:
 
     def _pack(self, tensor: Tensor) -> int:
         self.count += 1
+        tape.takes(tensor.nbytes)
         if self.kept is not None:
             # Detached, because an output of the node that saves it would tie a cycle.
             self.kept.append((tensor.detach(), tensor._version))

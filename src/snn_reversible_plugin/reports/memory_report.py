@@ -26,7 +26,6 @@ from snn_reversible_plugin.reports.compiled import verify_compiled
 from snn_reversible_plugin.reports.measure import StepCost
 from snn_reversible_plugin.reports.over_step import OverStep, over_step
 from snn_reversible_plugin.reports.trial import Loss, Step, as_converted, costs, megabytes
-from snn_reversible_plugin.tape import recording
 from snn_reversible_plugin.tape.findings import Findings, FoundBits, KeptInFull
 from snn_reversible_plugin.tape.handles import Handle, Packed, storage_once
 
@@ -175,8 +174,11 @@ def memory_report(
             torch.autograd.graph.saved_tensors_hooks(by_stock.pack, lambda tensor: tensor),
         ):
             step.run()
+        if settings.plans is not None:
+            with step.unchanged():  # the first step of a shape runs as "memory"
+                step.run().backward()
         by_tape = _SavedByTape(step)
-        with step.unchanged(), recording(settings.mode, observer=by_tape) as tape:
+        with step.unchanged(), settings.recording(observer=by_tape) as tape:
             assert tape is not None
             with tracked(model, tape):
                 graph = step.run()

@@ -170,7 +170,7 @@ def verify(
         }
         replay_error = None
         try:
-            with step.unchanged(), convert.reversible(model, mode=settings.mode, check=True):
+            with step.unchanged(), convert.reversible(model, check=True):
                 step.run().backward()
         except RuntimeError as error:
             replay_error = str(error)

@@ -47,13 +47,15 @@ import torch
 from snn_reversible_plugin.ops.interrupts import Left, Restoring, put_back_interrupted
 from snn_reversible_plugin.ops.layouts import storage_key
 from snn_reversible_plugin.tape.exposed import compare_later, look_again
+from snn_reversible_plugin.tape.findings import Observer
 from snn_reversible_plugin.tape.handles import Handle, Kept, Packed, PackedLevels, owns, peek, unpack
 from snn_reversible_plugin.tape.off_stack import OffStack
 from snn_reversible_plugin.tape.on_stack import OnThread
 from snn_reversible_plugin.tape.origins import OUTSIDE, enter, look_up
+from snn_reversible_plugin.tape.plans import Plans
 from snn_reversible_plugin.tape.recipes import WORK_LIMIT
 from snn_reversible_plugin.tape.surroundings import runs_eagerly, to_be_repeated
-from snn_reversible_plugin.tape.tape import Observer, Rule, Tape
+from snn_reversible_plugin.tape.tape import Rule, Tape
 
 __all__ = [
     "MODES",
@@ -77,6 +79,7 @@ __all__ = [
     "returns",
     "runs_eagerly",
     "suspended",
+    "takes",
     "to_be_repeated",
 ]
 
@@ -102,19 +105,25 @@ class recording(Restoring):
             matrix product.
         check: compare each rebuilt tensor with a checksum from the forward.
         observer: is told of each saved tensor.
+        plans: of the model that runs: which products are kept, by what its earlier forwards took.
 
     Raises:
         ValueError: an unknown mode.
     """
 
-    __slots__ = ("_tape", "check", "mode", "observer")
+    __slots__ = ("_following", "_tape", "check", "mode", "observer", "plans")
 
     def __init__(
-        self, mode: str = "memory", *, check: bool = False, observer: Observer | None = None
+        self,
+        mode: str = "memory",
+        *,
+        check: bool = False,
+        observer: Observer | None = None,
+        plans: Plans | None = None,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode must be one of {MODES}, not {mode!r}")
-        self.mode, self.check, self.observer = mode, check, observer
+        self.mode, self.check, self.observer, self.plans = mode, check, observer, plans
 
     def __enter__(self) -> Tape | None:
         self._tape: Tape | None = None
@@ -122,7 +131,10 @@ class recording(Restoring):
         if current() is not None or not may_record():
             return current()
         look_again()
-        tape = Tape(self.mode, self.check, self.observer)
+        # A block that a backward rebuilds is no forward of the model's.
+        planned = self.plans is not None and torch._C._current_graph_task_id() == -1
+        self._following = self.plans.begin() if planned and self.plans is not None else None
+        tape = Tape(self.mode, self.check, self.observer, self._following)
         on_thread = OnThread(tape, (tape.pack, unpack))
 
         def put_back(how: Left) -> None:
@@ -144,6 +156,8 @@ class recording(Restoring):
             self.put_back(exc[0] is not None)
             self._tape.finish(_let_go(self._tape))
             self._tape = None
+            if self._following is not None:
+                self._following.finish(failed=exc[0] is not None)
 
 
 def may_record() -> bool:
@@ -243,6 +257,13 @@ def returns(key: object, state: torch.Tensor, taken: int = 1) -> None:
     returned = _local.__dict__.setdefault("returned", {})
     steps, _ = returned.get(id(key), (0, None))
     returned[id(key)] = steps + taken, weakref.ref(state)
+
+
+def takes(size: float) -> None:
+    """Say that the backward of what runs now will have so many bytes alive; infinity where nobody knows."""
+    tape = current()
+    if tape is not None and tape.sizes is not None:
+        tape.sizes.takes(size)
 
 
 def _let_go(tape: Tape) -> set[int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -34,6 +34,14 @@ REMEDIES = {
     UNSEEN: "let the function save what it is given, and no copy of it",
     OTHER: "register_reversible(type) says how a neuron of your own runs",
 }
+
+
+class Observer(Protocol):
+    """Is told of every operation, and of every tensor that autograd saves. See ``memory_report``."""
+
+    def computed(self, where: str | None, operator: Operator, out: Any, refused: str | None) -> None: ...
+
+    def packed(self, where: str | None, tensor: torch.Tensor, handle: Handle) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from snn_reversible_plugin.tape.handles import Handle, note_ownership
+from snn_reversible_plugin.tape.handles import Handle, note_ownership, storage_once
+from snn_reversible_plugin.tape.operators import aten
 
 # NOTE [When a rebuilt value is let go]
 #
@@ -30,6 +31,8 @@ from snn_reversible_plugin.tape.handles import Handle, note_ownership
 #    *owned* by the one who asked: a neuron's backward may overwrite it. See `owns`.
 # 6. Counts are an optimization and never decide correctness. A graph that is walked twice (retain_graph)
 #    begins again with all its uses; what a walk over a part of the graph left cached goes when it ends.
+# 7. What the forward left standing, because there is room for it (`standing`), is cached when the first
+#    backward comes, if nobody has written to it since.
 #
 # For example: v1 = f(x0), v2 = f(v1), and autograd saved both. The backward asks for v2 first. v1 is used
 # by v2 and by its own pack, so it is computed on the way and cached; v2 is handed out. Then autograd asks
@@ -46,13 +49,14 @@ class Replayed(Handle):
     ``products`` are the convolutions and matrix products that a rebuild runs, by serial number, each with
     the part of one that this value accounts for (see recipes), ``series`` how many run one after another.
     ``depth`` is the longest chain of operations down to something stored, in operations as large as this
-    one. ``cheap`` says that a rebuild is hardly more than a copy.
+    one. ``cheap`` says that a rebuild is hardly more than a copy. ``standing`` is the value, with its
+    version, where the forward left it standing.
     """
 
     treatment = "replayed"
     __slots__ = (
         "args", "awaited", "cache", "cheap", "claiming", "depth", "func", "inplace", "kwargs", "needs",
-        "products", "series", "uses", "walk",
+        "products", "series", "standing", "uses", "walk",
     )  # fmt: skip
 
     index: int | None = None
@@ -76,6 +80,7 @@ class Replayed(Handle):
         self.walk: int | None = None
         self.claiming = False
         self.cache: torch.Tensor | None = None
+        self.standing: tuple[torch.Tensor, int] | None = None
         self.awaited: Callable[[], None] | None = None  # called once this value stands and is cached
 
     def output(self, index: int, siblings: list[weakref.ref[Replayed]]) -> Replayed:
@@ -92,6 +97,9 @@ class Replayed(Handle):
 
     def relies_on(self) -> Iterable[Handle]:
         return self.operands()
+
+    def stored(self, seen: set[int]) -> int:
+        return 0 if self.standing is None else storage_once(self.standing[0], seen)
 
     def operands(self) -> Iterator[Handle]:
         """The handles among its arguments."""
@@ -123,6 +131,10 @@ class Replayed(Handle):
             if self.walk is not None:
                 self.needs, self.claiming, self.cache = self.uses, self.uses > 0, None
             self.walk = walk
+            if self.standing is not None:
+                (value, version), self.standing = self.standing, None
+                if self.needs and value._version == version:
+                    self.cache = value
 
     def release(self) -> None:
         self.enter(_walk())
@@ -305,3 +317,12 @@ class _Rebuild:
 
 def _among(value: torch.Tensor, values: Iterable[Any]) -> bool:
     return any(value is one for one in values)
+
+
+def constant(func: Any, args: tuple[Any, ...], out: torch.Tensor) -> Replayed | None:
+    """The recipe of a tensor that one number fills: it needs no example to be made again, but its shape."""
+    if not out.is_contiguous():
+        return None
+    value = args[1] if func is aten.full_like.default else int(func is aten.ones_like.default)
+    options = {"dtype": out.dtype, "device": out.device}
+    return Replayed(aten.full.default, (list(out.shape), value), options)

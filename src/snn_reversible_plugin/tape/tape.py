@@ -16,7 +16,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,15 +24,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from snn_reversible_plugin.ops.layouts import is_plain, storage_key
 from snn_reversible_plugin.tape.exposed import leave_alone, look_after
 from snn_reversible_plugin.tape.few_bits import few_bits
+from snn_reversible_plugin.tape.findings import Observer
 from snn_reversible_plugin.tape.handles import Handle, Kept, Packed, Passing, checksum
 from snn_reversible_plugin.tape.off_stack import OffStack
-from snn_reversible_plugin.tape.operators import Kind, Operator, aten, operator_of
+from snn_reversible_plugin.tape.operators import Kind, Operator, operator_of
 from snn_reversible_plugin.tape.origins import OUTSIDE, enter, look_up, tidy, written, written_unseen
 from snn_reversible_plugin.tape.outlived import outlive, outlived
 from snn_reversible_plugin.tape.outsiders import Outsiders, alias
 from snn_reversible_plugin.tape.own_functions import OwnFunctions
+from snn_reversible_plugin.tape.plans import Following
 from snn_reversible_plugin.tape.recipes import WORK_LIMIT, price, tensors_among
-from snn_reversible_plugin.tape.replayed import Replayed
+from snn_reversible_plugin.tape.replayed import Replayed, constant
 from snn_reversible_plugin.tape.spans import Span
 from snn_reversible_plugin.tape.surroundings import OwnMode
 from snn_reversible_plugin.tape.writes import TensorsOfParts
@@ -43,29 +45,26 @@ Rule = Callable[["Tape", Any, tuple[Any, ...], dict[str, Any]], torch.Tensor | N
 _NO_KWARGS: dict[str, Any] = {}
 
 
-class Observer(Protocol):
-    """Is told of every operation, and of every tensor that autograd saves. See ``memory_report``."""
-
-    def computed(self, where: str | None, operator: Operator, out: Any, refused: str | None) -> None: ...
-
-    def packed(self, where: str | None, tensor: torch.Tensor, handle: Handle) -> None: ...
-
-
 class Tape(OwnMode, TorchDispatchMode):
     """Records recipes, and packs what autograd saves. Made by :class:`recording`.
 
     Attributes:
         where: the name of the module that runs. Whoever wants names in errors and reports sets it.
         replays_products: whether outputs of convolutions and matrix products are replayed.
+        sizes: takes note of the sizes of what runs, where that is wanted.
     """
 
-    def __init__(self, mode: str, check: bool, observer: Observer | None) -> None:
+    def __init__(
+        self, mode: str, check: bool, observer: Observer | None, following: Following | None = None
+    ) -> None:
         super().__init__()
         self.where: str | None = None
         self.replays_products = WORK_LIMIT[mode] > 0
         self.work_limit = WORK_LIMIT[mode]
         self._check = check
         self._observer = observer
+        self._following = following
+        self.sizes = None if following is None else following.sizes
         tidy()
         # A block that is rebuilt records inside a backward; what a backward itself runs is not recorded.
         self._graph_task = torch._C._current_graph_task_id()
@@ -96,6 +95,8 @@ class Tape(OwnMode, TorchDispatchMode):
         handle.need()
         if torch._C._current_graph_task_id() != self._graph_task:
             return handle  # what a backward saves for one of its own
+        if self.sizes is not None:
+            self.sizes.packed(handle)
         if isinstance(handle, Kept):
             self._just_kept.append(handle)
         if self._check or self._observer is not None:
@@ -253,11 +254,13 @@ class Tape(OwnMode, TorchDispatchMode):
         if types or self._suspended or unseen or operator.kind is Kind.OPAQUE:
             self._enter_unknown(operator, out)
         elif operator.constant:
-            self._record_constant(func, args, out)
+            self._enter(out, constant(func, args, out))
         elif operator.kind is Kind.NORM and args[5]:
             self.record(func, operator, (*args[:3], None, None, *args[5:]), kwargs, out)
         else:
             self.record(func, operator, args, kwargs, out)
+        if self._following is not None:
+            self._following.computed(operator, args, out)
         if self._observer is not None:
             self._observer.computed(self.where, operator, out, self._refused)
         return out
@@ -304,22 +307,14 @@ class Tape(OwnMode, TorchDispatchMode):
             elif look_up(tensor) is not OUTSIDE:
                 enter(tensor, None)
             written(tensor, root if after is not None else None)
+        if self._following is not None:
+            self._following.computed(operator, args, out)
         return out
 
     def _enter_unknown(self, operator: Operator, out: Any) -> None:
         for tensor in tensors_among((out,)):
             bit = operator.binary or tensor.dtype is torch.bool
             enter(tensor, Packed() if bit and operator.kind is not Kind.VIEW else None)
-
-    def _record_constant(self, func: Any, args: tuple[Any, ...], out: torch.Tensor) -> None:
-        """A constant needs no example to be made again, only its shape."""
-        if not out.is_contiguous():
-            enter(out, None)
-            return
-        value = args[1] if func is aten.full_like.default else int(func is aten.ones_like.default)
-        options = {"dtype": out.dtype, "device": out.device}
-        recipe = Replayed(aten.full.default, (list(out.shape), value), options)
-        self._enter(out, recipe)
 
     def _recipe(
         self,

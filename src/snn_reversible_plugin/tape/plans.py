@@ -1,0 +1,167 @@
+"""What a model keeps of its products, from one forward to the next.
+
+The one idea: the first forward of a shape runs as in mode "memory" while its sizes are noted, and later
+ones follow the plan that is made of these. A plan lists the products in their order, by operator and
+shapes. Source: this package's own.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+
+from snn_reversible_plugin.tape.choice import choose, within
+from snn_reversible_plugin.tape.operators import Operator
+from snn_reversible_plugin.tape.origins import look_up
+from snn_reversible_plugin.tape.outsiders import alias
+from snn_reversible_plugin.tape.recipes import tensors_among
+from snn_reversible_plugin.tape.replayed import Replayed
+from snn_reversible_plugin.tape.sizes import Sizes
+
+# NOTE [When a plan holds]
+#
+# 1. A forward follows the plan that begins with its first product, for as long as each product is the one
+#    that the plan names. It never waits for a device and reads no value, so that equal shapes give equal
+#    choices, on every machine of a group.
+# 2. A forward that goes another way, or ends early, has other layers than the plan knows. What begins with
+#    that product runs as "memory" from then on.
+# 3. Where a forward begins and the backward of an earlier one is still to come (a network that is called
+#    once a time step, two calls and one loss), what both keep is alive at once, and neither's sizes
+#    say how much. The model runs as "memory" from then on.
+# 4. That is seen by products that the backward will ask for and has not: alive, needed, not served. The
+#    first forward keeps nothing, so the first training step says it before anything is kept.
+# 5. What is in somebody's hand when the forward is over, an output above all, may be written to past the
+#    version counter. It is not kept: the backward computes it again.
+# 6. Plans are of a place and a process: copies and pickles of a model start without.
+
+Product = tuple[Any, ...]
+MANY = 64  # products whose backward says that all is over: the first ones come last
+
+
+class Plan(NamedTuple):
+    """The products of a forward, and which of them are kept."""
+
+    products: tuple[Product, ...]
+    kept: tuple[bool, ...]
+
+
+class Plans:
+    """The plans of one model.
+
+    Args:
+        budget: bytes that may be alive, with what lives before a step; None: as much as "memory" takes.
+    """
+
+    def __init__(self, budget: int | None = None) -> None:
+        self.budget = budget
+        self.overlapping = False
+        self.by_first: dict[Product, Plan | None] = {}  # None: goes several ways
+        self._awaited: dict[int, list[weakref.ref[Replayed]]] = {}  # of each thread's last forward
+
+    def __reduce__(self) -> Any:
+        return Plans, (self.budget,)
+
+    def begin(self) -> Following:
+        """A forward begins on this thread."""
+        thread = threading.get_ident()
+        if any(_is_awaited(ref()) for ref in self._awaited.pop(thread, ())):
+            self.overlapping = True
+        return Following(self)
+
+    def over(self, awaited: list[weakref.ref[Replayed]]) -> None:
+        """A forward on this thread is over; the backward will ask for these."""
+        if len(self._awaited) > 64:  # of threads that are no more
+            self._awaited.clear()
+        self._awaited[threading.get_ident()] = awaited
+
+
+def _is_awaited(handle: Replayed | None) -> bool:
+    return handle is not None and handle.uses > 0 and handle.walk is None
+
+
+class Following:
+    """One forward: it follows a plan, or gives one.
+
+    ``sizes``: what is noted of a forward without a plan.
+    """
+
+    def __init__(self, plans: Plans) -> None:
+        self._plans = plans
+        self._products: list[Product] = []
+        self._plan: Plan | None = None
+        self._awaited: list[weakref.ref[Replayed]] = []
+        self._standing: list[tuple[weakref.ref[Replayed], weakref.ref[torch.Tensor]]] = []
+        self._strayed = False
+        # A GPU's allocator knows at once, and of what no forward meets, an optimizer's state above all.
+        self._before = torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0
+        self.sizes: Sizes | None = None if plans.overlapping else Sizes()
+
+    def computed(self, operator: Operator, args: tuple[Any, ...], out: Any) -> None:
+        """An operation ran, and is written down."""
+        if operator.work:
+            handle = look_up(out) if isinstance(out, torch.Tensor) else None
+            recipe = handle if isinstance(handle, Replayed) else None
+            if self._keeps(_product(operator, args, out)) and recipe is not None:
+                recipe.standing = alias(out), out._version
+                self._standing.append((weakref.ref(recipe), weakref.ref(out)))
+            if recipe is not None and len(self._awaited) < MANY:
+                self._awaited.append(weakref.ref(recipe))
+        if self.sizes is not None:
+            self.sizes.computed(operator, args, out)
+
+    def _keeps(self, product: Product) -> bool:
+        if self._plans.overlapping or self._strayed:
+            return False
+        at = len(self._products)
+        if not at:
+            self._begin(product)
+        self._products.append(product)
+        if self._plan is None or self._strayed:
+            return False
+        if at >= len(self._plan.products) or self._plan.products[at] != product:
+            self._stray()
+            return False
+        return self._plan.kept[at]
+
+    def _begin(self, first: Product) -> None:
+        plans = self._plans.by_first
+        self._plan, self._strayed = plans.get(first), plans.get(first, self) is None
+        if first in plans:
+            self.sizes = None
+
+    def _lives(self) -> int:
+        """Bytes that live beside what the step takes; gradients that stand already are the step's."""
+        assert self.sizes is not None
+        return max(self.sizes.lives, self._before - self.sizes.gradients)
+
+    def _stray(self) -> None:
+        self._strayed, self._plans.by_first[self._products[0]] = True, None
+
+    def finish(self, failed: bool) -> None:
+        """The forward is over."""
+        for recipe, out in self._standing:
+            handle = recipe()
+            # Somebody has it in hand, and may write to it; or no backward will ask for it.
+            if handle is not None and (out() is not None or not handle.uses):
+                handle.standing = None
+        self._plans.over(self._awaited)
+        if failed or self._plans.overlapping or self._strayed or not self._products:
+            return
+        if self._plan is None:
+            assert self.sizes is not None
+            layers, limit = self.sizes.read(), None
+            if self._plans.budget is not None:
+                limit = within(self._plans.budget, self._lives(), layers)
+            kept = choose(layers, limit)[1 : len(self._products) + 1]
+            self._plans.by_first[self._products[0]] = Plan(tuple(self._products), tuple(kept))
+        elif len(self._products) < len(self._plan.products):
+            self._stray()
+
+
+def _product(operator: Operator, args: tuple[Any, ...], out: Any) -> Product:
+    shapes = tuple([tuple(one.shape) for one in tensors_among(args)])
+    first = next(tensors_among((out,)))
+    return operator.name, shapes, first.dtype, str(first.device), torch.is_grad_enabled()
