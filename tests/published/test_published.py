@@ -5,6 +5,8 @@ import torch
 
 import snn_reversible_plugin as srp
 from benchmarks.published import FAMILIES
+from snn_reversible_plugin.reports import verification
+from snn_reversible_plugin.reports.measure import StepCost
 
 pytestmark = [
     # The converter says so once of networks that have all neurons themselves.
@@ -72,7 +74,9 @@ def test_trains_as_stock(family, autocast):
         assert_equal(expected, train(family, model, x, autocast))
 
 
-def test_trains_as_it_is_converted_by_default(family):
+def test_trains_as_it_is_converted_by_default(family, monkeypatch):
+    # What a step costs is measured in the benchmarks.
+    monkeypatch.setattr(verification, "costs", lambda _step, _repeats: [StepCost(0, 0, 0.0)] * 2)
     model, x = srp.convert_to_reversible(network(family)), family.batch()
     checked = srp.verify(model, family.one_call(x), kwargs=family.kwargs, repeats=1)
     assert checked.ok, checked.to_dict()
