@@ -9,7 +9,7 @@ from functools import partial
 
 from .. import pictures, recordings
 from ..experiment import Experiment
-from ..tables import learning, time
+from ..tables import families, learning, time
 from ..tables import steps as of_steps
 from . import (
     block_accuracy,
@@ -18,6 +18,7 @@ from . import (
     drift,
     long_sequences,
     parallel,
+    published,
     reversal,
     sltt,
     steps,
@@ -54,6 +55,7 @@ EXPERIMENTS = {
         Experiment("columns", columns.works, time.columns, together=columns.together),
         Experiment("parallel", parallel.works, time.parallel, together=parallel.together),
         Experiment("surgery", surgery.works, time.surgery, together=surgery.together),
+        Experiment("published", published.works, families.published, together=published.together),
         Experiment("reversal-rebuilt", reversal.lengths, time.rebuilt, reversal.rebuilt),
         Experiment("reversal-bytes", reversal.loops, time.bytes_held, reversal.bytes_held),
         Experiment("reversal-time", reversal.short_loops, time.step_time, reversal.step_time),

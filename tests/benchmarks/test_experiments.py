@@ -20,6 +20,7 @@ SMALL = {
     "drift": ["--only", "8", "--method", "float", "--method", "grid"],
     "columns": ["--method", "published", "--method", "grid"],
     "parallel": [],
+    "published": ["--only", "TET"],
     "surgery": ["--only", "SEW*", "--method", "wrapped, converted"],
     "reversal-rebuilt": ["--only", "*beta 0.9,*"],
     "reversal-bytes": ["--only", "snnTorch, hard reset, beta 0.9"],

@@ -274,3 +274,11 @@ def test_settings_are_changed_by_the_releases_own_functions():
             found.append([out, one[1].v, one[2].v, one[0].weight.grad])
     assert all(map(same, *found))
     assert [one.step_mode for one in twin[1:]] == ["m", "m"]
+
+
+@pytest.mark.parametrize("kind", THREE)
+def test_half_precision_currents_under_autocast(old, kind):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for reset, detach, multi in itertools.product(RESETS, (True, False), (True, False)):
+            node = make(old, kind, multi=multi, v_reset=reset, detach_reset=detach)
+            assert_same(node, (torch.randn(4, 40) * 1.5 + 0.4).bfloat16(), multi=multi, calls=2)

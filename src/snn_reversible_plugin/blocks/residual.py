@@ -1,8 +1,8 @@
 """What is known of residual blocks: which modules make up their branches, and which can't be taken apart.
 
-The one idea: a block is known by the forward that it runs, by name, so that nothing is imported and a
-subclass with a forward of its own is not mistaken for its base. Blocks of users say it themselves, by a
-method ``residual_branches`` or through a matcher.
+The one idea: a block is known by the forward that it runs. SpikingJelly's go by name, so that nothing is
+imported and a subclass with a forward of its own is not mistaken for its base; all others by the graph of
+their forward (:mod:`.structure`), or they say it themselves, by ``residual_branches`` or through a matcher.
 
 Source: SpikingJelly 2.0, ``spikingjelly.activation_based.model``, whose forwards are written out here as
 names of submodules; SEW and its connect functions from Fang et al., "Deep Residual Learning in Spiking
@@ -16,6 +16,8 @@ from typing import Any
 
 from torch import nn
 
+from snn_reversible_plugin.blocks.sample import differs_on_a_sample
+from snn_reversible_plugin.blocks.structure import Sums, calls_in_a_row, sums_of
 from snn_reversible_plugin.blocks.wrapped import Branch
 from snn_reversible_plugin.modules.kinds import is_spiking
 from snn_reversible_plugin.modules.registry import StaysStock
@@ -65,24 +67,37 @@ def find_branches(block: nn.Module, name: str, matcher: Matcher | None) -> tuple
         branches, remark = _said_branches(block, name, said), ""
     else:
         forward = _qualified(type(block).forward)
-        if forward not in _BLOCKS:
+        sums = None if forward in _BLOCKS else sums_of(block)
+        if forward not in _BLOCKS and sums is None:
             return None
         if "forward" in block.__dict__:
             raise StaysStock("its forward was replaced")
-        parts, remark = _BLOCKS[forward](block)
-        branches = [_branch(block, name, names, tokens, len(parts)) for names, tokens in parts]
+        if sums is None:
+            parts, remark = _BLOCKS[forward](block)
+            branches = [_branch(block, name, names, tokens, len(parts)) for names, tokens in parts]
+        else:
+            if not sums.fires_after and differs_on_a_sample(block, sums.branches):
+                raise StaysStock(f"on a sample it is not {sums.expression}, of summands of one shape")
+            branches, remark = _found_branches(name, sums)
     _check_nothing_else(block, branches)
     return branches, remark
 
 
 def consecutive_lists(model: nn.Module) -> list[nn.Module]:
-    """The module lists of SpikingJelly's models whose blocks run one after another."""
-    return [
+    """The module lists whose blocks run one after another: SpikingJelly's, and by their owners' graphs."""
+    known = [
         getattr(owner, name)
         for owner in model.modules()
         for method in ("forward", "forward_features")
         for name in _LISTS.get(_qualified(getattr(type(owner), method, None)), ())
     ]
+    seen = [
+        blocks
+        for owner in model.modules()
+        for blocks in owner.children()
+        if type(blocks) is nn.ModuleList and blocks not in known and calls_in_a_row(owner, blocks)
+    ]
+    return known + seen
 
 
 def _qualified(function: Any) -> str:
@@ -94,6 +109,15 @@ def _qualified(function: Any) -> str:
 def _branch(block: nn.Module, name: str, names: Parts, tokens: bool, count: int) -> Branch:
     label = name if count == 1 else f"{name}.{'..'.join(dict.fromkeys((names[0], names[-1])))}"
     return Branch([block.get_submodule(part) for part in names], label, tokens)
+
+
+def _found_branches(name: str, sums: Sums) -> tuple[list[Branch], str]:
+    several = len(sums.branches) > 1
+    branches = [
+        Branch([module], f"{name}: branch {index}" if several else name)
+        for index, module in enumerate(sums.branches)
+    ]
+    return branches, f"{sums.expression}{f'; {FIRES_EARLY}' if sums.fires_after else ''}"
 
 
 def _said_branches(block: nn.Module, name: str, said: Any) -> list[Branch]:

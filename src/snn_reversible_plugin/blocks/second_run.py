@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from snn_reversible_plugin import tape
+from snn_reversible_plugin.blocks.graphs import reads_statistics
 from snn_reversible_plugin.blocks.inner_backward import (
     gradients,
     settle,
@@ -49,7 +50,8 @@ from snn_reversible_plugin.ops.interrupts import Left, PuttingBack
 # 1. A state (modules/states.py) is kept as it was at entry; a fresh neuron's is a number and costs nothing.
 # 2. States are inputs and outputs of the chain as far as gradients go. Afterwards modules get back what
 #    they held when the backward began: the user may have moved on.
-# 3. A norm in training writes its running statistics. The second run writes to copies.
+# 3. A norm in training writes its running statistics. The second run writes to copies: of what they are by
+#    now, or, where a class of the user's names them (a padding that is a norm's zero), of what they were.
 # 4. The second run's parameters are aliases: a hook on a parameter must see one gradient a step, and it
 #    would fire in the inner backward too.
 # 5. Random number generators are set back only for a branch that drew from them.
@@ -93,7 +95,7 @@ class BranchRun:
 
     __slots__ = (
         "_autocast", "_block", "_branch", "_changed", "_entry", "_how", "_lean", "_modes", "_modules",
-        "_random", "_sharded", "awaited", "name", "spikes", "wanted",
+        "_random", "_readable", "_sharded", "_statistics", "awaited", "name", "spikes", "wanted",
     )  # fmt: skip
 
     def __init__(self, name: str, block: nn.Module, branch: str | None, how: How) -> None:
@@ -101,6 +103,11 @@ class BranchRun:
         self._modules = list((block if branch is None else getattr(block, branch)).modules())
         self._lean = lean_types(self._modules)
         self._sharded = bool(sharded_modules(block))
+        readers = (module for module in self._modules if reads_statistics(type(module)))
+        self._readable = {
+            norm for module in readers for norm in module.modules() if isinstance(norm, _NormBase)
+        }
+        self._statistics: dict[Key, Tensor] = {}  # of these, at entry
         self._entry: list[Change] = []
         self._changed: list[tuple[Table, str]] = []
         self._random: RandomNumbers | None = None
@@ -113,6 +120,13 @@ class BranchRun:
         tape.takes(math.inf)
         before, random = Snapshot(self._modules), RandomNumbers(x.device for x in inputs)
         versions = [x._version for x in inputs]
+        self._statistics = {
+            (id(norm._buffers), key): buffer.clone()
+            for norm in self._readable
+            if norm.training
+            for key, buffer in norm._buffers.items()
+            if buffer is not None
+        }
         self._modes = [module.training for module in self._modules]
         self._autocast = Autocast(inputs[0].device.type)
         with self._observed() as self.spikes:
@@ -282,7 +296,8 @@ class BranchRun:
                     for key, buffer in module._buffers.items():
                         if buffer is not None:
                             swapped.append((module._buffers, key, buffer))
-                            module._buffers[key] = buffer.clone()
+                            known = self._statistics.get((id(module._buffers), key), buffer)
+                            module._buffers[key] = known.clone()
             yield entry
 
     def _train(self, modes: list[bool]) -> None:

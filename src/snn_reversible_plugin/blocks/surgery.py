@@ -123,12 +123,15 @@ def wrap_residual_blocks(
 
     Found are SpikingJelly's SEW-ResNet (connect function ADD), MS-, Max- and AttMS-ResNet, SpikingResNet
     (which then fires before the addition, not after it), Spikformer, QKFormer and MaxFormer, multi-step or
-    stepped one time step at a time, and blocks of your own: a method ``residual_branches()`` of the block,
-    or ``matcher``, gives the module b where the block computes ``x + b(x)``, or a list of modules where it
-    computes several such sums one after another.
+    stepped one time step at a time; and blocks of your own, whatever they are called, by the graph of their
+    forward: where it is a sum of its one input and a branch, or several such sums one after another, before
+    or after a neuron of a known framework, the same in training and in evaluation. The report says which
+    expression was found. Where the graph doesn't show it, a method ``residual_branches()`` of the block, or
+    ``matcher``, gives the module b where the block computes ``x + b(x)``, or a list of modules.
 
-    Blocks are consecutive in an ``nn.Sequential``, in the lists of SpikingJelly's models, and in the lists
-    named in ``consecutive``. An odd block left over stays stock, and so computes what it did. Calling it
+    Blocks are consecutive in an ``nn.Sequential``, in the lists of SpikingJelly's models, in an
+    ``nn.ModuleList`` that its owner's forward calls one after another, and in the lists named in
+    ``consecutive``. An odd block left over stays stock, and so computes what it did. Calling it
     again wraps what is not wrapped yet. A hook that is put on a wrapped block later sees the chain's input
     or output, not the block's; hooks inside the branches fire in the forward and in the rebuild.
 
@@ -271,8 +274,10 @@ class _Plan:
             yield from self._paired(row)
 
     def report_the_rest(self) -> None:
-        """Residual blocks that run in no sequence."""
-        for block in self.names:
+        """Residual blocks that run in no sequence, inner ones first."""
+        for block in reversed(list(self.names)):
+            if any(part in self.found for part in block.modules()):
+                continue
             if (candidate := self._candidate(block)) is not None:
                 why = "it runs in no nn.Sequential: name its nn.ModuleList in consecutive, if it has one"
                 self._decide(candidate.block, "stock", why)
@@ -305,7 +310,8 @@ class _Plan:
             if block in self.under_skipped or any(inner in self.skipped for inner in block.modules()):
                 raise StaysStock("named in skip")
         except StaysStock as refusal:
-            self._decide(block, "stock", str(refusal))
+            if self.names[block]:
+                self._decide(block, "stock", str(refusal))
             return None
         return _Candidate(name, block, *found)
 

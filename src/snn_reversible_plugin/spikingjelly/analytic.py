@@ -74,8 +74,6 @@ How = ByFormula | ByReplay | ByStock
 _TEXTS = {ByReplay: "generic replay", ByStock: "stock"}
 # What ran last in place of the formulas, for reports; nothing of a neuron that runs by them.
 _instead: weakref.WeakKeyDictionary[Any, ByReplay | ByStock] = weakref.WeakKeyDictionary()
-
-
 # Neurons that were found to take several steps: somebody read the membrane after their first one.
 _stepped: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -199,6 +197,8 @@ def _unusual(module: Any, copy: Copy, x: Any) -> str | None:
         return f"its backend is {module.backend}"
     if _has_no_surrogate(module, copy):
         return "it is in evaluation"
+    if copy.is_scripted and x.dtype.itemsize < 4 and torch.is_autocast_enabled(x.device.type):
+        return "under autocast TorchScript casts by rules of its own"
     return None
 
 
