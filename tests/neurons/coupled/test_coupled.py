@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from snntorch import surrogate as st_surrogate
 from snntorch import utils
@@ -173,6 +173,10 @@ def inputs(shape, dtype=torch.float32):
     dtype=st.sampled_from([torch.float32, torch.float64]),
     shape=st.sampled_from([(1, 1, 2), (40, 2, 6), (9, 3, 2, 5)]),
 )
+@example(
+    seed=0, tau=1.0, shift=0, alpha=0.0, bits=7, threshold=7.907434193013098e-48, size=1.0,
+    dtype=torch.float32, shape=(40, 2, 6),
+)  # fmt: skip
 def test_steps_are_undone_bit_for_bit(seed, tau, shift, alpha, bits, threshold, size, dtype, shape):
     torch.manual_seed(seed)
     constants = constants_of(tau, alpha, 2.0**-shift, threshold, bits)

@@ -653,7 +653,7 @@ def test_a_replay_that_differs_is_named() -> None:
         if not change:
             loss.backward()
             continue
-        with pytest.raises(RuntimeError, match="fc2: .* written to past its version counter"):
+        with pytest.raises(RuntimeError, match=r"fc2: .* written to past its version counter"):
             loss.backward()
 
 

@@ -236,6 +236,8 @@ class Work:
         self.leak: Any = node.constants.leak if node.leak is None else node.leak
         self.unit = 2.0**node.constants.bits
         self.one = like.new_ones(())
+        # As it is where it is subtracted: a number may be too small for the dtype of the states.
+        self.threshold = float(torch.tensor(node.constants.v_threshold, dtype=like.dtype)) * self.unit
         self._like = like
         self.x, self.y, self.pair, self.f, self.r, self.g = (self.new() for _ in range(6))
         self.v, self.w, self.o, self.d, self.u, self.h = (self.new()[0] for _ in range(6))
@@ -265,14 +267,13 @@ class Work:
 
     def fire(self) -> None:
         """O into o. Uses u."""
-        threshold = self.constants.v_threshold * self.unit
         if self.surrogate.fire is not None:
             u = torch.mul(self.v, 1 / self.unit, out=self.u).sub_(self.constants.v_threshold)
             self.o.copy_(self.surrogate.fire(u))
         elif self.surrogate.strict:
-            torch.gt(self.v, threshold, out=self.o)
+            torch.gt(self.v, self.threshold, out=self.o)
         else:
-            torch.ge(self.v, threshold, out=self.o)
+            torch.ge(self.v, self.threshold, out=self.o)
 
     def reset(self) -> Tensor:
         """(1 - O) V + alpha O, in d."""
