@@ -38,7 +38,8 @@ from snn_reversible_plugin.tape.replayed import Replayed
 #    for the product its input, gradients and a kernel's workspace, measured as twice the larger of input
 #    and result (oneDNN, 3x3 convolutions).
 # 3. The gradient of a parameter stands from the layer on that uses it last. In each other layer that uses
-#    it, another one is made beside it, and at most their sum.
+#    it, another one is made beside it, and at most their sum. Such layers, a loop's, keep no products:
+#    one of a loop over 20 steps that was kept raised the peak by its own size, all bounds in spite.
 # 4. What runs without grad mode runs in a function of somebody's own, and what saves nothing through the
 #    tape is checkpointed: their backward runs layers again that nobody has seen. There may be any amount.
 # 5. A black box (neurons/rerun.py) builds stock's graph of itself: it says how much that is.
@@ -235,14 +236,15 @@ class Sizes:
         for life in (*self._ended, *self._lives.values()):
             for layer in layers[life.made + 1 : life.used]:
                 layer.most += life.bytes
+        for layer, ref in zip(layers, self._handles, strict=False):
+            handle = None if ref is None else ref()
+            layer.needed = handle is not None and handle.uses > 0
         for size, (*others, last) in self._parameters.values():
             layers[last].learned += size
             for at in others:
                 layers[at].least += size
                 layers[at].most += 2 * size
-        for layer, ref in zip(layers, self._handles, strict=False):
-            handle = None if ref is None else ref()
-            layer.needed = handle is not None and handle.uses > 0
+                layers[at].needed = layers[last].needed = False
         return layers
 
 
