@@ -103,7 +103,7 @@ class BranchRun:
         self._modules = list((block if branch is None else getattr(block, branch)).modules())
         self._lean = lean_types(self._modules)
         self._sharded = bool(sharded_modules(block))
-        readers = (module for module in self._modules if reads_statistics(type(module)))
+        readers = (module for module in self._modules if reads_statistics(type(module)))  # type: ignore[arg-type]
         self._readable = {
             norm for module in readers for norm in module.modules() if isinstance(norm, _NormBase)
         }
