@@ -110,6 +110,7 @@ def reads_statistics(cls: type) -> bool:
 
     Example:
         >>> class Centred(nn.BatchNorm1d):
+        ...     __module__ = "my_norms"
         ...     def forward(self, x):
         ...         return super().forward(x) + self.running_mean
         >>> reads_statistics(Centred), reads_statistics(nn.BatchNorm1d)

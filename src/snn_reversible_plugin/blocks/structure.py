@@ -69,6 +69,7 @@ def sums_of(block: nn.Module) -> Sums | None:
     Example:
         >>> from torch import nn
         >>> class Block(nn.Module):
+        ...     __module__ = "my_blocks"
         ...     def __init__(self):
         ...         super().__init__()
         ...         self.conv = nn.Conv2d(4, 4, 3, padding=1)

@@ -185,8 +185,8 @@ def wrap_residual_blocks(
         return report
     if all(block.why == NO_SHORTCUT for block in report.blocks):
         raise ValueError(
-            f"{type(model).__name__} has no residual block that is known (SpikingJelly's). Give blocks of "
-            "your own a method residual_branches, or wrap_residual_blocks a matcher."
+            f"{type(model).__name__} has no residual block that is known, by name or by the graph of its "
+            "forward. Give your blocks a method residual_branches, or wrap_residual_blocks a matcher."
         )
     for run in runs:
         WrappedChain(run.blocks, run.branches, bits, states, coupling=coupling).install()
