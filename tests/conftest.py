@@ -2,6 +2,8 @@
 
 import os
 import platform
+import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -49,3 +51,11 @@ def seed() -> int:
     """Seeds torch before each test, so that no test depends on those before it."""
     torch.manual_seed(0)
     return 0
+
+
+@pytest.fixture(autouse=True)
+def no_neurons_left() -> Iterator[None]:
+    """snnTorch's resets know every neuron that was ever made, those of other tests too."""
+    yield
+    if "snntorch" in sys.modules:
+        sys.modules["snntorch"].SpikingNeuron.instances.clear()

@@ -144,6 +144,10 @@ def verify(
         with convert.stock(model):
             expected = _run(step)
         actual = _run(step)
+        if not _equal(expected.gradients, actual.gradients):
+            # What TorchScript compiles adds up in another order from its second or third call on.
+            with convert.stock(model):
+                expected = _run(step)
         as_autograd = None
         if any(convert.is_on_grid(module) for module in model.modules()):
             with convert.differentiated(model):

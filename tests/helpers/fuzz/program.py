@@ -46,7 +46,10 @@ def again(net):
 
 def in_thread(function):
     found = []
-    thread = threading.Thread(target=lambda: found.append(function()))
+    def run():
+        torch.set_num_threads(1)  # of a new thread, whatever this one's is: sums don't depend on it then
+        found.append(function())
+    thread = threading.Thread(target=run)
     thread.start()
     thread.join()
     return found[0]
