@@ -7,6 +7,11 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers beside each other that each take all cores are slower than workers with one thread. Set before
+    # torch is loaded, it holds in threads that tests start, too, where sums otherwise depend on it.
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 
@@ -19,9 +24,7 @@ CORE = (
 )  # fmt: skip
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Workers beside each other that each take all cores are slower than workers with one thread.
     torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 
 def pytest_report_header() -> str:
