@@ -49,6 +49,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.core)
 
 
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    """Ignoring what a form's missing library keeps from being imported is not for test files."""
+    if report.skipped and report.nodeid.startswith("tests/") and "unable to import" in str(report.longrepr):
+        raise pytest.UsageError(f"{report.nodeid} can't be imported: {report.longrepr}")
+
+
 @pytest.fixture(autouse=True)
 def seed() -> int:
     """Seeds torch before each test, so that no test depends on those before it."""

@@ -31,8 +31,7 @@ def compile(  # named as torch's
     As ``torch.compile(model)``: the same arithmetic, the same speed, and what is stored from forward to
     backward is a bit a spike and little else, where the compiler would store floats. The model may be
     stock or converted, of either framework, or with neurons of your own; parameters, ``state_dict``,
-    optimizers, resets of states and ``DistributedDataParallel`` around it are as with
-    ``torch.compile``.
+    optimizers and resets of states are as with ``torch.compile``.
 
     The first call is run once without a graph, to see how long its loops over time are. Beyond
     ``loops.MOST_UNROLLED`` time steps, and where this torch lacks a hook, nothing is compiled: the
