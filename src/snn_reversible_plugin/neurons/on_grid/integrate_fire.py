@@ -27,6 +27,7 @@ from snn_reversible_plugin.neurons.on_grid.timeline import REMEDY, NewCharged
 from snn_reversible_plugin.neurons.rerun import differentiable_once
 from snn_reversible_plugin.neurons.surrogates import Surrogate
 from snn_reversible_plugin.ops.layouts import flat, like
+from snn_reversible_plugin.ops.outputs import on_its_own
 from snn_reversible_plugin.tape.origins import enter
 
 
@@ -61,7 +62,7 @@ class IntegrateFire(Constants):
         reaches: list[Any] = []
         beta = parameters[0] if parameters else None
         spikes, v = self.stepping.apply((before, lost, fired, reaches), before.state, current, beta)
-        return Charged(v, spikes, lost, fired, reaches)
+        return Charged(on_its_own(v), spikes, lost, fired, reaches)
 
     def unreset(self, state: Tensor, fired: Any, lost: Any) -> Tensor:
         """The charged membrane of a step, flat, from the membrane after it."""
