@@ -35,7 +35,7 @@ from snn_reversible_plugin.spikingjelly.calls import (
     final_membrane,
     first_membrane,
 )
-from snn_reversible_plugin.spikingjelly.copies import Copy, copy_of, in_torch
+from snn_reversible_plugin.spikingjelly.copies import Copy, InTorch, copy_of
 from snn_reversible_plugin.spikingjelly.replayed import as_stock, is_learning, replayed
 from snn_reversible_plugin.spikingjelly.surrogates import (
     as_autograd,
@@ -124,7 +124,7 @@ class Analytic:
                 _instead.pop(self, None)
             return _run(self, args[0], chosen)
         if not tape.may_record():
-            with in_torch(self):  # type: ignore[arg-type]
+            with InTorch(self):  # type: ignore[arg-type]
                 return super().forward(*args, **kwargs)  # type: ignore[misc]
         _instead[self] = chosen
         run = replayed if isinstance(chosen, ByReplay) else as_stock
@@ -349,7 +349,7 @@ def _rule(module: Any, equations: Any, copy: Copy, x: Tensor, w: Tensor | None) 
 
 
 def _runs_torch(equations: Any, copy: Copy, device: torch.device, fused: bool) -> bool:
-    """Whether stock runs torch code here, rather than a kernel or an error message (:func:`in_torch`)."""
+    """Whether stock runs torch code here, rather than a kernel or an error message (:func:`InTorch`)."""
     if device.type == "cpu" or not copy.has_operators:
         return True
     choice = os.environ.get(f"SJ_{equations}_CUDA_IMPLEMENTATION", "auto")

@@ -49,7 +49,7 @@ from snn_reversible_plugin.ops.layouts import storage_key
 from snn_reversible_plugin.tape.exposed import compare_later, look_again
 from snn_reversible_plugin.tape.findings import Observer
 from snn_reversible_plugin.tape.handles import Handle, Kept, Packed, PackedLevels, owns, peek, unpack
-from snn_reversible_plugin.tape.off_stack import OffStack
+from snn_reversible_plugin.tape.off_stack import OffStack, set_compiler
 from snn_reversible_plugin.tape.on_stack import OnThread
 from snn_reversible_plugin.tape.origins import OUTSIDE, enter, look_up
 from snn_reversible_plugin.tape.plans import Plans
@@ -78,6 +78,7 @@ __all__ = [
     "recording",
     "returns",
     "runs_eagerly",
+    "set_compiler",
     "suspended",
     "takes",
     "to_be_repeated",
