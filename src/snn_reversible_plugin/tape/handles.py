@@ -264,6 +264,23 @@ class PackedLevels(Packed):
         ops.unpack_levels(bits, flat, self.low, self.high)
 
 
+class PackedTwo(Packed):
+    """Zeros and one other number, ``high``: one bit an element."""
+
+    __slots__ = ("high",)
+
+    def __init__(self, high: float) -> None:
+        super().__init__()
+        self.high = high
+
+    def _unpack(self, bits: torch.Tensor, flat: torch.Tensor) -> None:
+        super()._unpack(bits, flat)
+        if self.high != 1:
+            flat.mul_(self.high)
+        if self.high < 0:  # 0 times it is -0
+            flat.add_(0.0)
+
+
 def unpack(handle: Handle) -> torch.Tensor:
     """The unpack hook."""
     if torch.is_grad_enabled():

@@ -22,6 +22,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from snn_reversible_plugin.ops.layouts import is_plain, storage_key
+from snn_reversible_plugin.tape.by_values import packed_by_values
 from snn_reversible_plugin.tape.exposed import leave_alone, look_after
 from snn_reversible_plugin.tape.few_bits import few_bits
 from snn_reversible_plugin.tape.findings import Observer
@@ -353,6 +354,8 @@ class Tape(OwnMode, TorchDispatchMode):
         """The handle to store, for a tensor of which :func:`look_up` said this."""
         if isinstance(handle, Passing):
             handle = handle.leads_to()
+        if handle is None and not self._suspended:
+            handle = packed_by_values(tensor)
         if isinstance(handle, Packed):
             handle.materialize(tensor)
         elif handle is OUTSIDE:
