@@ -35,7 +35,7 @@ from snn_reversible_plugin.tape.own_functions import OwnFunctions
 from snn_reversible_plugin.tape.plans import Following
 from snn_reversible_plugin.tape.recipes import WORK_LIMIT, price, tensors_among
 from snn_reversible_plugin.tape.replayed import Replayed, constant
-from snn_reversible_plugin.tape.sliced.cut import Slices
+from snn_reversible_plugin.tape.sliced.cut import Cut, Slices
 from snn_reversible_plugin.tape.spans import Span
 from snn_reversible_plugin.tape.surroundings import OwnMode
 from snn_reversible_plugin.tape.writes import TensorsOfParts
@@ -109,6 +109,14 @@ class Tape(OwnMode, TorchDispatchMode):
             return handle
         with OffStack(self):
             return self._slices.cut(handle, tensor)
+
+    def cut_exactly(self, handle: Handle, tensor: torch.Tensor) -> Cut | None:
+        """A tensor's handle, cut, if slices of it are its bits; None where it isn't cut."""
+        if self._slices is None:
+            return None
+        with OffStack(self):
+            cut = self._slices.cut(handle, tensor)
+        return cut if isinstance(cut, Cut) and cut.exact else None
 
     def handle_of(self, tensor: torch.Tensor) -> Handle:
         """A handle for one who may look at it, or not."""

@@ -38,7 +38,7 @@ def sequence_vjp_in_slices(
         cut.release()
         return multi_step_vjp(x_seq, v, grads, neuron, wanted, owned=True, v_last=v_last)
     parts = cut.parts(outer=cut.size[0])
-    g_x = torch.empty_strided(cut.size, cut.stride, dtype=cut.dtype, device=cut.device) if wanted.x else None
+    g_x = cut.empty() if wanted.x else None
     g_v: list[Tensor | None] = [None, None]
     g_q: list[Tensor] = []
     for part in parts:

@@ -83,9 +83,14 @@ class Cut(Handle):
         """A part's rows."""
         return rows_of(self.handle, part, {} if found is None else found)
 
+    def empty(self, stride: tuple[int, ...] | None = None) -> Tensor:
+        """A tensor of its size, to be filled; laid out as it is by default."""
+        stride = self.stride if stride is None else stride
+        return torch.empty_strided(self.size, stride, dtype=self.dtype, device=self.device)
+
     def assembled(self) -> Tensor:
         """The whole, put together from exact parts."""
-        whole = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
+        whole = self.empty()
         for part in self.parts(min(self.exact)):
             part.put(self.rows(part), whole)
         return whole

@@ -118,7 +118,7 @@ def _normalized(
     g_x = None
     if mask[0]:
         scale = deviation if weight is None else deviation * weight.to(wide).view(shape)
-        whole = torch.empty_strided(x.size, x.stride, dtype=x.dtype, device=x.device)
+        whole = x.empty()
         if own:
             assert g_total is not None and g_along is not None
             n = x.size.numel() // x.size[1]

@@ -169,6 +169,15 @@ _BY_SAMPLE = frozenset(
 )  # fmt: skip
 
 
+_functions: set[Any] = set()
+
+
+def by_element(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Decorator: recipes of a function that is no operator, and sees one element at a time."""
+    _functions.add(function)
+    return function
+
+
 class _Run(NamedTuple):
     """One operation to run on a part."""
 
@@ -206,8 +215,8 @@ class _Run(NamedTuple):
 
 
 def _run(handle: Replayed, part: Part, found: dict[Handle, Tensor]) -> Tensor:
-    name = operator_of(handle.func).name
-    rule = _RULES.get(name)
+    name = "" if handle.func in _functions else operator_of(handle.func).name
+    rule = _RULES.get(name) if name else _by_element
     if rule is None:
         raise Whole
     return rule(_Run(handle, name, part, found))

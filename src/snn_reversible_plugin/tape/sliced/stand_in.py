@@ -97,6 +97,8 @@ def unpack(handle: Handle) -> Tensor:
         return handles.unpack(inner)
     if isinstance(inner, Replayed) and inner.stands():
         return handles.unpack(inner)
+    if isinstance(inner, Replayed) and inner.awaited is not None:
+        inner.awaited()  # a stream, which is undone by this; parameters may change before it is asked for
     if inner.checksum is not None and handle.exact:
         inner.verified(handle.assembled(), "putting it together from slices")
     return StandIn(handle)
