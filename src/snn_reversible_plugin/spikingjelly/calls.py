@@ -33,7 +33,8 @@ from snn_reversible_plugin.tape.final_membrane import FinalMembrane
 # NOTE [What stock runs]
 #
 # 1. SpikingJelly 2.0, in float32 with one of seven surrogates, an operator: on a CPU torch code with
-#    derivatives of its own for those surrogates, on a GPU a fused kernel, which is left alone.
+#    derivatives of its own for those surrogates, on a GPU a kernel. Where that is Triton's, ours stands in
+#    for it (`neurons/integrate_fire/on_device.py`), over sequences; others are left alone.
 #    ParametricLIF takes the sigmoid of w once. The final membrane is cut from v_seq where that is stored.
 # 2. Otherwise, and in older releases, torch code with the surrogate as it is. ParametricLIF takes the
 #    sigmoid in every step, so w gets T gradients one after the other; w is handed over T times for that.
@@ -56,6 +57,8 @@ class Call(NamedTuple):
 
     def leak_vjp(self, g_q: list[Tensor], q: Tensor, w: Tensor) -> list[Tensor]:
         """Gradients of w, one each time it was handed over, in the order of autograd's arrivals."""
+        if self.neuron.launched:  # stock's kernel writes the derivative out
+            return [(g * q * (1 - q)).to(w.dtype) for g in g_q]
         if self.fused:
             total = g_q[0]
             for g in g_q[1:]:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from snn_reversible_plugin import tape
-from snn_reversible_plugin.grid.range import may_look
 from snn_reversible_plugin.modules.swap import STRICT, SwappedClass
 from snn_reversible_plugin.neurons.on_grid import switches
+from snn_reversible_plugin.ops.devices import may_look
 
 # NOTE [Leaving the grid, and coming back]
 #

@@ -157,7 +157,9 @@ def _unpacked(handle: Packed, part: Part) -> Tensor:
 # -- operations ----------------------------------------------------------------------------------------
 
 Rule = Callable[["_Run"], Tensor]
-_RESHAPES = frozenset(["view", "_unsafe_view", "reshape", "_reshape_alias", "unsqueeze", "squeeze", "alias"])
+_RESHAPES = frozenset(
+    ["view", "_unsafe_view", "reshape", "_reshape_alias", "unsqueeze", "squeeze", "alias"]
+)
 _BY_ELEMENT = frozenset(
     ["add", "sub", "mul", "div", "neg", "clone", "_to_copy", "relu", "clamp", "clamp_min", "clamp_max",
      "hardtanh"]
