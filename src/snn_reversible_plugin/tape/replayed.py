@@ -141,6 +141,10 @@ class Replayed(Handle):
         self.enter(_walk())
         return self.cache is not None
 
+    def at_hand(self) -> torch.Tensor | None:
+        """The value, where it stands."""
+        return self.cache
+
     def release(self) -> None:
         self.enter(_walk())
         if self.needs:
