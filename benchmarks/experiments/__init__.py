@@ -14,6 +14,7 @@ from ..tables import steps as of_steps
 from . import (
     block_accuracy,
     columns,
+    compiled,
     coupled,
     drift,
     long_sequences,
@@ -52,6 +53,7 @@ EXPERIMENTS = {
             draw=pictures.draw_steps,
         ),
         Experiment("drift", drift.works, time.drift, drift.measure),
+        Experiment("compiled", compiled.works, time.compiled, compiled.measure, threads=1),
         Experiment("columns", columns.works, time.columns, together=columns.together),
         Experiment("parallel", parallel.works, time.parallel, together=parallel.together),
         Experiment("surgery", surgery.works, time.surgery, together=surgery.together),

@@ -18,6 +18,7 @@ ARMS = ("RevSResNet24", "RevSResNet24, run plainly", "MS-ResNet20", "MS-ResNet20
 SMALL = {
     "steps": ["--only", "chain-8", "--only", "leaky-loop", "--method", "memory", "--fits"],
     "drift": ["--only", "8", "--method", "float", "--method", "grid"],
+    "compiled": ["--method", "stock", "--method", "tape, memory"],
     "columns": ["--method", "published", "--method", "grid"],
     "parallel": [],
     "published": ["--only", "TET"],
