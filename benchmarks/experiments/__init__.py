@@ -15,6 +15,7 @@ from . import (
     block_accuracy,
     columns,
     compiled,
+    compiled_accuracy,
     coupled,
     drift,
     long_sequences,
@@ -41,6 +42,7 @@ _MORE = {
     "all": of_steps.networks, "main": of_steps.main, "behind": of_steps.behind, "methods": of_steps.methods
 }  # fmt: skip
 _TIME = partial(learning.by_method, methods=[*time_accuracy.METHODS])
+_COMPILED = partial(learning.by_method, methods=[*compiled_accuracy.METHODS])
 _BLOCK = partial(
     learning.by_data, arms=[*block_accuracy.ARMS], data=recordings.DATA, equals=block_accuracy.EQUALS
 )
@@ -70,6 +72,9 @@ EXPERIMENTS = {
         Experiment(
             "time-accuracy", time_accuracy.works, _TIME, time_accuracy.measure, draw=time_accuracy.draw,
             **_TRAINED,
+        ),
+        Experiment(
+            "compiled-accuracy", compiled_accuracy.works, _COMPILED, compiled_accuracy.measure, **_TRAINED
         ),
         Experiment(
             "block-accuracy", block_accuracy.works, _BLOCK, block_accuracy.measure,

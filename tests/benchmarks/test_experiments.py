@@ -31,6 +31,7 @@ SMALL = {
     "sltt": [],
     "long-sequences": ["--method", "reversible"],
     "time-accuracy": ["--method", "stock", "--method", "SLTT-5"],
+    "compiled-accuracy": ["--method", "stock"],
     "block-accuracy": [argument for arm in ARMS for argument in ("--method", arm)],
 }
 
