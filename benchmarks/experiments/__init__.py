@@ -14,6 +14,8 @@ from ..tables import steps as of_steps
 from . import (
     block_accuracy,
     columns,
+    compiled,
+    compiled_accuracy,
     coupled,
     drift,
     long_sequences,
@@ -40,6 +42,7 @@ _MORE = {
     "all": of_steps.networks, "main": of_steps.main, "behind": of_steps.behind, "methods": of_steps.methods
 }  # fmt: skip
 _TIME = partial(learning.by_method, methods=[*time_accuracy.METHODS])
+_COMPILED = partial(learning.by_method, methods=[*compiled_accuracy.METHODS])
 _BLOCK = partial(
     learning.by_data, arms=[*block_accuracy.ARMS], data=recordings.DATA, equals=block_accuracy.EQUALS
 )
@@ -52,6 +55,7 @@ EXPERIMENTS = {
             draw=pictures.draw_steps,
         ),
         Experiment("drift", drift.works, time.drift, drift.measure),
+        Experiment("compiled", compiled.works, time.compiled, compiled.measure, threads=1),
         Experiment("columns", columns.works, time.columns, together=columns.together),
         Experiment("parallel", parallel.works, time.parallel, together=parallel.together),
         Experiment("surgery", surgery.works, time.surgery, together=surgery.together),
@@ -68,6 +72,9 @@ EXPERIMENTS = {
         Experiment(
             "time-accuracy", time_accuracy.works, _TIME, time_accuracy.measure, draw=time_accuracy.draw,
             **_TRAINED,
+        ),
+        Experiment(
+            "compiled-accuracy", compiled_accuracy.works, _COMPILED, compiled_accuracy.measure, **_TRAINED
         ),
         Experiment(
             "block-accuracy", block_accuracy.works, _BLOCK, block_accuracy.measure,

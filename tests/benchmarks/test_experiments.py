@@ -18,6 +18,7 @@ ARMS = ("RevSResNet24", "RevSResNet24, run plainly", "MS-ResNet20", "MS-ResNet20
 SMALL = {
     "steps": ["--only", "chain-8", "--only", "leaky-loop", "--method", "memory", "--fits"],
     "drift": ["--only", "8", "--method", "float", "--method", "grid"],
+    "compiled": ["--method", "stock", "--method", "tape, memory"],
     "columns": ["--method", "published", "--method", "grid"],
     "parallel": [],
     "published": ["--only", "TET"],
@@ -30,6 +31,7 @@ SMALL = {
     "sltt": [],
     "long-sequences": ["--method", "reversible"],
     "time-accuracy": ["--method", "stock", "--method", "SLTT-5"],
+    "compiled-accuracy": ["--method", "stock"],
     "block-accuracy": [argument for arm in ARMS for argument in ("--method", arm)],
 }
 
