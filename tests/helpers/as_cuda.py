@@ -18,6 +18,7 @@ from spikingjelly._ops.if_ import triton as if_kernels
 from spikingjelly._ops.lif import triton as lif_kernels
 from spikingjelly._ops.plif import triton as plif_kernels
 
+from snn_reversible_plugin.neurons.surrogates import in_one_pass
 from snn_reversible_plugin.ops import devices, forms
 from snn_reversible_plugin.spikingjelly import agreement
 
@@ -70,7 +71,7 @@ def as_cuda(device: str = "cpu") -> Iterator[None]:
         patch.setattr(devices, "HOSTS", frozenset())
         patch.setattr(forms, "_first", first)
         patch.setattr(agreement, "_chosen", lambda *_: "triton")
-        agreement.agrees.cache_clear()
+        _forget()
         for module, kernels, inputs, of_backward in (
             (if_, if_kernels, 2, lambda _: ()),
             (lif, lif_kernels, 2, lambda _: ()),
@@ -79,4 +80,10 @@ def as_cuda(device: str = "cpu") -> Iterator[None]:
             patch.setattr(kernels, "torch", _Torch())
             patch.setattr(module, "_forward", _operator(kernels, inputs, of_backward))
         yield
+    _forget()
+
+
+def _forget() -> None:
+    """What was found out on another device."""
     agreement.agrees.cache_clear()
+    in_one_pass.cache_clear()

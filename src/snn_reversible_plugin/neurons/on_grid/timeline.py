@@ -19,8 +19,9 @@ from torch import Tensor
 
 from snn_reversible_plugin.grid import watch
 from snn_reversible_plugin.grid.range import larger
-from snn_reversible_plugin.grid.step import steps_on
+from snn_reversible_plugin.grid.step import Record, steps_on
 from snn_reversible_plugin.neurons.on_grid.remainders import Remainders
+from snn_reversible_plugin.ops.devices import may_look
 from snn_reversible_plugin.ops.layouts import flat
 from snn_reversible_plugin.tape.handles import Handle, Kept, Packed, Passing
 from snn_reversible_plugin.tape.origins import look_up
@@ -44,11 +45,17 @@ from snn_reversible_plugin.tape.replayed import Replayed
 # 3. A step back needs the current of that step. A current computed from a membrane is kept, not replayed:
 #    rebuilding it could ask for the very state that is being rebuilt.
 # 4. No state is changed in place: somebody may hold what a cursor handed out.
+# 5. On a device each of these is a launch. There a reset at once is undone together with its charge, and a
+#    step's spikes, which the next layer's current and its weight's gradient ask for one after the other,
+#    stand from the first time to the second.
 CURSORS = 4
 REMEDY = (
     "Lower the weights or the gain of the input, set grid_bits of the neuron to fewer (each one less "
     'doubles the range), or convert with arithmetic="stock".'
 )
+
+
+_FIRST = Record()
 
 
 class Dynamics(Protocol):
@@ -74,6 +81,15 @@ class Dynamics(Protocol):
         """The charged state of a step that resets at once, from the one after it.
 
         ``fired``: the spikes of the step as they were written down, ``lost``: what its reset lost.
+        """
+
+    def undoes_at_once(self, device: torch.device) -> bool:
+        """Whether a reset and the charge before it are undone together there."""
+
+    def back_to_both(self, state: Tensor, current: Tensor, record: Any, lost: Any) -> tuple[Tensor, Tensor]:
+        """The charged state of a step that resets at once, and the state before it.
+
+        ``record``: the spikes, and what the reset lost; ``lost``: what the charge lost.
         """
 
     def back(self, charged: Tensor, current: Tensor, fired: Any, lost: Any) -> Tensor:
@@ -130,6 +146,11 @@ class Timeline:
         return self._newest[1]
 
     @property
+    def record(self) -> Record:
+        """For the next step: its reach is accumulated in that of those before it."""
+        return _FIRST if self.reach is None else Record(self.reach)
+
+    @property
     def is_whole(self) -> bool:
         """Whether a step can follow: it can't where an interrupt came in the middle of the last one."""
         return self._whole
@@ -151,7 +172,7 @@ class Timeline:
         self.records.append(fired)
         self.newest_fired = fired[0] if fired else None
         self.currents.append(current)
-        if reach is not None:
+        if reach is not None and reach is not self.reach:
             self.reach = reach if self.reach is None else larger(self.reach, reach)
         self._newest = self.length + 1, newest
         self._whole = True
@@ -179,7 +200,15 @@ class Timeline:
 
     def charged_state(self, t: int) -> Tensor:
         """The state before the reset at the end of step t, flat."""
-        charged = self._unreset(t, self.state(t))
+        state = self.state(t)
+        # The state that a timeline starts from is seldom asked for, and takes a current to get.
+        if t > 1 and self.dynamics.undoes_at_once(self.records.device):
+            current = flat(self.currents[t - 1].unpack(), self.records.stride)
+            record, lost = self.records.record(2 * t), self.records.record(2 * t - 1)
+            charged, before = self.dynamics.back_to_both(state, current, record, lost)
+            self.cursors[-1] = _Cursor(t - 1, before)
+            return charged
+        charged = self._unreset(t, state)
         self.charged = _Cursor(t, charged)
         return charged
 
@@ -282,8 +311,15 @@ class Spikes(Handle):
         self.records, self.t = records, t
 
     def get(self, last: bool) -> tuple[Tensor, bool]:
-        spikes = spikes_of(self.records, self.t).as_strided(self.records.size, self.records.stride)
-        return self.verified(spikes, "unpacking its spikes"), True
+        records, owned = self.records, True
+        known, records.unpacked = records.unpacked, None
+        if known is not None and known[0] == self.t:
+            spikes, owned = known[1], False
+        else:
+            spikes = spikes_of(records, self.t).as_strided(records.size, records.stride)
+            if not may_look(records.device):
+                records.unpacked, owned = (self.t, spikes), False
+        return self.verified(spikes, "unpacking its spikes"), owned
 
     def stored(self, seen: set[int]) -> int:
         return self.records.stored(seen)
