@@ -260,7 +260,7 @@ KNOWN = [
         ("PiecewiseQuadratic", 1.3),
         ("SoftSign", 2.0),
         ("SuperSpike", 1.7),
-    )  # fmt: skip
+    )
 ] + [known_surrogate(snntorch.surrogate.atan(2.0)), known_surrogate(snntorch.surrogate.fast_sigmoid(25))]
 
 

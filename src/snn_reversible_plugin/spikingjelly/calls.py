@@ -17,6 +17,7 @@ from torch import Tensor
 
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.neurons.integrate_fire.in_place import multi_step, multi_step_vjp
+from snn_reversible_plugin.neurons.integrate_fire.in_slices import sequence_vjp_in_slices
 from snn_reversible_plugin.neurons.integrate_fire.reference import (
     Neuron,
     OutputGradients,
@@ -93,6 +94,8 @@ class Promised(NamedTuple):
 class MultiStep(torch.autograd.Function):
     """Spikes and final membrane, and what is stored of those between, of a whole sequence."""
 
+    takes_slices = True
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -123,13 +126,16 @@ class MultiStep(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, g_s: Tensor | None, *g_states: Tensor | None) -> Any:
         x_seq, v, w = ctx.saved_tensors
-        owned = tape.owns(x_seq)
+        cut = tape.cut_of(x_seq)
+        owned = cut is None and tape.owns(x_seq)
         call: Call = ctx.call
         nothing = (None,) * (len(ctx.needs_input_grad) - 5)
         g_v, g_v_seq = (*g_states, None)[:2]
         if call.store_v_seq and call.fused:
             g_v, g_v_seq = None, g_v
         if g_s is None and g_v is None and g_v_seq is None:
+            if cut is not None:
+                cut.release()
             return None, None, None, None, None, *nothing
         neuron = call.with_leak(w)
         wanted = Wanted(
@@ -141,11 +147,13 @@ class MultiStep(torch.autograd.Function):
         if stored is not None and not stored.settle():
             stored.compute()
         v_last = None if final is None or final.settle() else final.empty()
-        # What is saved is part of the forward's graph, and a gradient must not be.
-        found = multi_step_vjp(
-            x_seq.detach(), ctx.start if v is None else v, OutputGradients(g_s, g_v, g_v_seq), neuron,
-            wanted, owned=owned, v_last=v_last,
-        )  # fmt: skip
+        start, grads = ctx.start if v is None else v, OutputGradients(g_s, g_v, g_v_seq)
+        if cut is not None:
+            found = sequence_vjp_in_slices(cut, start, grads, neuron, wanted, v_last)
+        else:
+            # What is saved is part of the forward's graph, and a gradient must not be.
+            x = x_seq.detach()
+            found = multi_step_vjp(x, start, grads, neuron, wanted, owned=owned, v_last=v_last)
         if final is not None and v_last is not None:
             final.keep(v_last)
         g_ws = call.leak_vjp(found.q, neuron.q, w) if wanted.q else nothing  # type: ignore[arg-type]
