@@ -17,8 +17,9 @@ from torch import Tensor
 
 from snn_reversible_plugin.grid.decays import AFTER, BEFORE, NONE, SUBTRACT, Step
 from snn_reversible_plugin.grid.step import Record
-from snn_reversible_plugin.grid.step import triton_gradients as gradients
+from snn_reversible_plugin.grid.step import triton_gradient_kernels as gradients
 from snn_reversible_plugin.grid.step import triton_kernels as kernels
+from snn_reversible_plugin.ops import devices
 from snn_reversible_plugin.ops.bits.on_triton import GROUPS, programs, unpack_bits
 
 SIZE = 8 * GROUPS  # elements a program
@@ -362,7 +363,7 @@ def _reach_of(record: Record | None, device: torch.device) -> Tensor:
 
 def _new_reach(device: torch.device) -> Tensor:
     """A float32 scalar that is 0, made with one launch in AT_A_TIME calls."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if devices.is_capturing():
         return torch.zeros((), device=device)
     filled = _local.__dict__.setdefault("filled", {})
     place = torch.cuda.current_stream(device) if device.type == "cuda" else device
