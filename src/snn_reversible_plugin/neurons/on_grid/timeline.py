@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch import Tensor
 from snn_reversible_plugin.grid import watch
 from snn_reversible_plugin.grid.range import larger
 from snn_reversible_plugin.grid.step import Record, steps_on
+from snn_reversible_plugin.neurons.on_grid.dynamics import Dynamics
 from snn_reversible_plugin.neurons.on_grid.remainders import Remainders
 from snn_reversible_plugin.ops.devices import may_look
 from snn_reversible_plugin.ops.layouts import flat
@@ -56,48 +57,6 @@ REMEDY = (
 
 
 _FIRST = Record()
-
-
-class Dynamics(Protocol):
-    """How a timeline's steps are undone. Equal for all of them; tensors are flat, float32 [n]."""
-
-    @property
-    def name(self) -> str:
-        """Whose state it is, for errors."""
-
-    @property
-    def bits(self) -> int:
-        """The grid's."""
-
-    @property
-    def resets_at_once(self) -> bool:
-        """Whether a step ends with a reset by its own spikes (SpikingJelly)."""
-
-    @property
-    def resets_in_charge(self) -> bool:
-        """Whether a step's charge resets by the spikes before it (snnTorch)."""
-
-    def unreset(self, state: Tensor, fired: Any, lost: Any) -> Tensor:
-        """The charged state of a step that resets at once, from the one after it.
-
-        ``fired``: the spikes of the step as they were written down, ``lost``: what its reset lost.
-        """
-
-    def undoes_at_once(self, device: torch.device) -> bool:
-        """Whether a reset and the charge before it are undone together there."""
-
-    def back_to_both(self, state: Tensor, current: Tensor, record: Any, lost: Any) -> tuple[Tensor, Tensor]:
-        """The charged state of a step that resets at once, and the state before it.
-
-        ``record``: the spikes, and what the reset lost; ``lost``: what the charge lost.
-        """
-
-    def back(self, charged: Tensor, current: Tensor, fired: Any, lost: Any) -> Tensor:
-        """The state before a step.
-
-        ``fired``: the spikes before the step, None where they don't reset in it; ``lost``: what its charge
-        lost.
-        """
 
 
 class _Cursor(NamedTuple):
