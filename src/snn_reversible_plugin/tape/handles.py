@@ -172,7 +172,7 @@ class Kept(Handle):
         if self.parameter and self.tensor.numel() and not self.tensor.untyped_storage().nbytes():
             raise RuntimeError(
                 f"{self.where or 'the model'}: a parameter of shape {tuple(self.tensor.shape)} was let go "
-                "of when its layer had run, and a neuron's backward computes that layer's output again. Shard "
+                "of when its layer had run, and a neuron's backward computes that layer again. Shard "
                 "with fully_shard(layer, reshard_after_forward=False), or the converted model as a whole."
             )
         if self.checksum is not None and not torch.equal(checksum(self.tensor), self.checksum):
