@@ -52,6 +52,30 @@ class Packing(CustomGraphPass):
         return get_hash_for_files(files, extra=self.mode)
 
 
+class InputsAsTheyAre(CustomGraphPass):
+    """Runs on each half when Inductor is about to choose layouts: an input that is saved stays the input.
+
+    Inductor gives what a forward saves the layout that convolutions prefer, so that a weight would be saved
+    as a copy: as many bytes as the network has parameters. What a user sees keeps its layout, and that is
+    what a saved input is said to be.
+    """
+
+    def __call__(self, graph: fx.Graph) -> None:
+        output = next(iter(reversed(graph.nodes)))
+        visible = output.meta.get("user_visible_output_idxs")
+        if visible is None or not isinstance(output.args[0], (list, tuple)):
+            return
+        inputs = [
+            index
+            for index, node in enumerate(output.args[0])
+            if isinstance(node, fx.Node) and node.op == "placeholder" and index not in visible
+        ]
+        output.meta["user_visible_output_idxs"] = [*visible, *inputs]
+
+    def uuid(self) -> bytes:
+        return get_hash_for_files((__file__,))
+
+
 def rewrite(joint: Joint, chosen: Plan) -> Region:
     """Give the backward what is stored, and copies of the calls that it takes to compute the rest again."""
     graph, region = joint.graph, Region(packed=len(chosen.codes))

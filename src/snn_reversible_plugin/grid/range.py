@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from snn_reversible_plugin.grid.numbers import limit
+from snn_reversible_plugin.ops.devices import may_look
 
 # NOTE [When a reach is looked at]
 #
@@ -59,14 +60,6 @@ class _Look:
 
 
 _looks: weakref.WeakValueDictionary[int, _Look] = weakref.WeakValueDictionary()
-
-
-HOSTS = frozenset({"cpu"})
-
-
-def may_look(device: torch.device) -> bool:
-    """Whether looking at a value on a device waits for nothing. Nobody else may, in a forward."""
-    return device.type in HOSTS
 
 
 def reach(stream: Tensor) -> Tensor:

@@ -107,11 +107,16 @@ class Rule(NamedTuple):
 
 
 class Neuron(NamedTuple):
-    """A neuron as its equations see it. ``q``: the leak 1 / tau as a scalar tensor, of a parametric one."""
+    """A neuron as its equations see it.
+
+    ``q``: the leak 1 / tau as a scalar tensor, of a parametric one. ``launched``: its sequences are
+    computed by its device's form (:mod:`.neurons.integrate_fire.on_device`), as stock's are by a kernel.
+    """
 
     rule: Rule
     surrogate: Surrogate
     q: Tensor | None = None
+    launched: bool = False
 
     @property
     def leaky(self) -> bool:

@@ -20,7 +20,6 @@ from torch.autograd.function import once_differentiable
 
 from snn_reversible_plugin.grid import decay, snap
 from snn_reversible_plugin.grid.decays import AFTER, BEFORE, NONE, SUBTRACT, Step, decay_of
-from snn_reversible_plugin.grid.range import may_look
 from snn_reversible_plugin.grid.step import as_pieces, steps_on
 from snn_reversible_plugin.neurons.leaky.reference import through_clamp
 from snn_reversible_plugin.neurons.on_grid.neuron import check_spikes
@@ -28,6 +27,7 @@ from snn_reversible_plugin.neurons.on_grid.step import Before, Charged, Constant
 from snn_reversible_plugin.neurons.on_grid.timeline import NewBits, NewSpikes
 from snn_reversible_plugin.neurons.surrogates import Surrogate, in_one_pass
 from snn_reversible_plugin.ops.batched import one_by_one
+from snn_reversible_plugin.ops.devices import may_look
 from snn_reversible_plugin.ops.layouts import flat, like
 from snn_reversible_plugin.tape.origins import enter
 
