@@ -6,9 +6,10 @@ Only the latter decides figures: another table here makes no stored result stale
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 from .. import pictures, recordings
-from ..experiment import Experiment
+from ..experiment import Entries, Experiment
 from ..tables import families, learning, time
 from ..tables import steps as of_steps
 from . import (
@@ -19,6 +20,7 @@ from . import (
     coupled,
     drift,
     long_sequences,
+    over_step,
     parallel,
     published,
     reversal,
@@ -46,6 +48,13 @@ _COMPILED = partial(learning.by_method, methods=[*compiled_accuracy.METHODS])
 _BLOCK = partial(
     learning.by_data, arms=[*block_accuracy.ARMS], data=recordings.DATA, equals=block_accuracy.EQUALS
 )
+
+
+def draw_over_steps(entries: Entries, folder: Path, device: str) -> list[Path]:
+    """The picture of the first page, and one of all networks."""
+    return pictures.draw_over_steps(entries, over_step.SHOWN, folder) if device == "cpu" else []
+
+
 _TRAINED = {"goes_stale": False, "threads": 1}
 EXPERIMENTS = {
     experiment.name: experiment
@@ -53,6 +62,9 @@ EXPERIMENTS = {
         Experiment(
             "steps", steps.works, of_steps.everything, together=steps.together, more=_MORE | _GROWTH,
             draw=pictures.draw_steps,
+        ),
+        Experiment(
+            "over-step", over_step.works, of_steps.over_step, over_step.measure, draw=draw_over_steps,
         ),
         Experiment("drift", drift.works, time.drift, drift.measure),
         Experiment("compiled", compiled.works, time.compiled, compiled.measure, threads=1),

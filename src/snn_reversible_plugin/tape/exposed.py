@@ -51,7 +51,7 @@ class Copied(Exposure):
         self._value = tensor.clone()
 
     def is_unchanged(self, tensor: torch.Tensor) -> bool:
-        return torch.equal(_bytes(tensor), _bytes(self._value))
+        return _stands(tensor) and torch.equal(_bytes(tensor), _bytes(self._value))
 
     def value(self, kept: Kept) -> torch.Tensor:
         # A copy lies elsewhere, and a kernel may round by alignment.
@@ -72,7 +72,7 @@ class Summed(Exposure):
         self._sum = _sum_of(tensor)
 
     def is_unchanged(self, tensor: torch.Tensor) -> bool:
-        return _sum_of(tensor) == self._sum
+        return _stands(tensor) and _sum_of(tensor) == self._sum
 
     def value(self, kept: Kept) -> torch.Tensor:
         kept.check_version()
@@ -184,7 +184,14 @@ def _looked_after() -> list[weakref.ref[Kept]]:
 
 def _can_be_compared(tensor: torch.Tensor) -> bool:
     plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_quantized
-    return plain and tensor.device.type == "cpu" and not (tensor.is_conj() or tensor.is_neg())
+    if not plain or tensor.device.type != "cpu" or tensor.is_conj() or tensor.is_neg():
+        return False
+    return _stands(tensor)
+
+
+def _stands(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has its memory: what FSDP2 gathers it lets go of when a layer has run."""
+    return not tensor.numel() or tensor.untyped_storage().nbytes() > 0
 
 
 def _is_held(kept: list[Kept]) -> bool:

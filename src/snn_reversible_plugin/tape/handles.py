@@ -170,6 +170,12 @@ class Kept(Handle):
         if self.exposure is not None:
             return self.exposure.value(self), False
         self.check_version()
+        if self.parameter and self.tensor.numel() and not self.tensor.untyped_storage().nbytes():
+            raise RuntimeError(
+                f"{self.where or 'the model'}: a parameter of shape {tuple(self.tensor.shape)} was let go "
+                "of when its layer had run, and a neuron's backward computes that layer again. Shard "
+                "with fully_shard(layer, reshard_after_forward=False), or the converted model as a whole."
+            )
         if self.checksum is not None and not torch.equal(checksum(self.tensor), self.checksum):
             raise self.was_written()
         return self.tensor, False
