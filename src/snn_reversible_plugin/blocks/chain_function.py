@@ -27,7 +27,7 @@ from snn_reversible_plugin.modules.kinds import load_adapters
 from snn_reversible_plugin.modules.states import Key, state_tensors
 from snn_reversible_plugin.ops.batched import comes_again, one_by_one
 from snn_reversible_plugin.ops.layouts import with_strides
-from snn_reversible_plugin.tape.handles import checksum
+from snn_reversible_plugin.tape.unseen import checksum
 
 # NOTE [How the backward walks]
 #

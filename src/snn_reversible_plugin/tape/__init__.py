@@ -46,6 +46,7 @@ import torch
 
 from snn_reversible_plugin.ops.interrupts import Left, Restoring, put_back_interrupted
 from snn_reversible_plugin.ops.layouts import storage_key
+from snn_reversible_plugin.tape.as_stock import followed_among
 from snn_reversible_plugin.tape.exposed import compare_later, look_again, sum_later
 from snn_reversible_plugin.tape.findings import Observer
 from snn_reversible_plugin.tape.handles import Handle, Kept, Packed, PackedLevels, owns, peek, unpack
@@ -280,9 +281,12 @@ def _let_go(tape: Tape) -> set[int]:
         if state is not None and not held:
             sum_later(state)
         elif state is not None and steps == 1:
-            kept = tape.kept_by_storage.get(storage_key(state), [])
+            storage = storage_key(state)
+            followed = followed_among(tape.kept_by_storage, storage)
+            kept = tape.kept_by_storage.get(storage, [])
             tape.before_write(state)
-            compare_later(state, kept)
+            compare_later(state, kept, followed)
+            tape.kept_by_storage.setdefault(storage, []).extend(followed)
         elif state is not None:
             of_loops.add(storage_key(state))
     return of_loops
