@@ -89,8 +89,11 @@ class FinalMembrane:
         self._v, self._run, self._held = v, None, ()
         _promises().discard(self)
 
-    def settle(self) -> bool:
-        """Hold on, beyond the backward, to what it is computed from, if that is smaller; whether it is."""
+    def settle(self, lean: bool = False) -> bool:
+        """Hold on, beyond the backward, to what it is computed from, if that is smaller; whether it is.
+
+        ``lean``: if copies of parameters are smaller; for a backward that has no room for the membrane.
+        """
         if self._run is None or not self._held:
             return False
         waiting, met, kept = list(self._held), set(self._held), []
@@ -99,8 +102,9 @@ class FinalMembrane:
             handle = waiting.pop()
             if not isinstance(handle, (Kept, Packed, Replayed)) or handle.treatment == "reversed":
                 return False  # what a stream is undone from goes with the backward
-            size += handle.stored(seen)
-            if isinstance(handle, Kept):
+            copied = isinstance(handle, Kept) and (handle.parameter or not lean)
+            size += handle.stored(seen) if copied or not lean else 0
+            if copied:
                 kept.append(handle)
             for other in handle.relies_on():
                 if other not in met:

@@ -216,7 +216,7 @@ class Tape(OwnMode, TorchDispatchMode):
             else:
                 self._enter(tensor, one := recipe.output(index, siblings), base)
                 if self._slices is not None and operator.kind is Kind.NORM:
-                    self._slices.normalized(one, out)
+                    self._slices.normalized(one, args[0], out)
 
     def before_write(self, tensor: torch.Tensor, spared: Sequence[Kept] = ()) -> None:
         """Save what would be lost: something is about to write into a tensor, with ``spared`` in mind."""

@@ -79,6 +79,7 @@ def _convolution(func: Any, grad: Tensor, x: Cut, weight: Tensor, *how: Any) -> 
             g_weight.add(of_weight)
         if mask[2]:
             g_bias.add(of_bias)
+        del one, found
     return g_x.value, g_weight.value(), g_bias.value()
 
 

@@ -99,8 +99,8 @@ def unpack(handle: Handle) -> Tensor:
         return handles.unpack(inner)
     if isinstance(inner, Replayed) and inner.awaited is not None:
         inner.awaited()  # a stream, which is undone by this; parameters may change before it is asked for
-    if inner.checksum is not None and handle.exact:
-        inner.verified(handle.assembled(), "putting it together from slices")
+    if inner.checksum is not None:
+        inner.verified(handle.whole(), "putting it together from slices")
     return StandIn(handle)
 
 
@@ -111,8 +111,7 @@ def _is_taken(cut: Cut) -> bool:
         return False
     function = getattr(node, "_forward_cls", None)
     if function is not None:
-        rebuilt = bool(cut.exact) and not isinstance(cut.handle, Kept)
-        return rebuilt and getattr(function, "takes_slices", False)
+        return not isinstance(cut.handle, Kept) and getattr(function, "takes_slices", False)
     return node.name() in TAKERS
 
 
