@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import fx
 
-from snn_reversible_plugin.tape import MODES
+from snn_reversible_plugin import tape
 
 # A graph of so many calls is most likely a loop over time, unrolled: compiling it takes minutes.
 MANY_CALLS = 20_000
@@ -29,6 +29,9 @@ def missing() -> str | None:
     except ImportError as error:
         return str(error)
     return None if hasattr(config, "joint_custom_post_pass") else "joint_custom_post_pass"
+
+
+MODES = tuple(mode for mode in tape.MODES if mode != "minimal")  # a compiler fuses what that would cut
 
 
 class Backend:

@@ -93,23 +93,24 @@ class FinalMembrane:
     def settle(self, lean: bool = False) -> bool:
         """Hold on, beyond the backward, to what it is computed from, if that is smaller; whether it is.
 
-        ``lean``: if copies of parameters are smaller; for a backward that has no room for the membrane. Of a
-        neuron whose last one was reset unread it copies nothing: an optimizer's step will say that it comes.
+        ``lean``: if copies of parameters are smaller; for a backward that has no room for the membrane. Of
+        a neuron whose last one was reset unread nothing is copied before an optimizer's step.
         """
         if self._run is None or not self._held:
             return False
         if lean and self.goes_unread:
             return True
-        waiting, met, kept = list(self._held), set(self._held), []
+        waiting, met = list(self._held), set(self._held)
+        kept: list[Kept] = []
         size, seen, place = 0, set[int](), self._place
         while waiting:
             handle = waiting.pop()
             if not isinstance(handle, (Kept, Packed, Replayed)) or handle.treatment == "reversed":
                 return False  # what a stream is undone from goes with the backward
-            copied = isinstance(handle, Kept) and (handle.parameter or not lean)
-            size += handle.stored(seen) if copied or not lean else 0
-            if copied:
+            if isinstance(handle, Kept) and (handle.parameter or not lean):
                 kept.append(handle)
+            if not lean or handle in kept:
+                size += handle.stored(seen)
             for other in handle.relies_on():
                 if other not in met:
                     met.add(other)

@@ -35,7 +35,7 @@ from snn_reversible_plugin.tape.own_functions import OwnFunctions
 from snn_reversible_plugin.tape.plans import Following
 from snn_reversible_plugin.tape.recipes import WORK_LIMIT, price, tensors_among
 from snn_reversible_plugin.tape.replayed import Replayed, constant
-from snn_reversible_plugin.tape.sliced.cut import Cut, Slices
+from snn_reversible_plugin.tape.sliced.cut import Slices
 from snn_reversible_plugin.tape.spans import Span
 from snn_reversible_plugin.tape.surroundings import OwnMode
 from snn_reversible_plugin.tape.writes import TensorsOfParts
@@ -53,6 +53,7 @@ class Tape(OwnMode, TorchDispatchMode):
         where: the name of the module that runs. Whoever wants names in errors and reports sets it.
         replays_products: whether outputs of convolutions and matrix products are replayed.
         sizes: takes note of the sizes of what runs, where that is wanted.
+        slices: cuts what is large, where that is wanted.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Tape(OwnMode, TorchDispatchMode):
         self._observer = observer
         self._following = following
         self.sizes = None if following is None else following.sizes
-        self._slices = Slices() if mode == "minimal" else None
+        self.slices = Slices(self) if mode == "minimal" else None
         tidy()
         # A block that is rebuilt records inside a backward; what a backward itself runs is not recorded.
         self._graph_task = torch._C._current_graph_task_id()
@@ -103,20 +104,11 @@ class Tape(OwnMode, TorchDispatchMode):
             self._just_kept.append(handle)
         if self._check or self._observer is not None:
             self._label(handle, tensor)
-            if self._observer is not None:
-                self._observer.packed(self.where, tensor, handle)
-        if self._slices is None:
-            return handle
-        with OffStack(self):
-            return self._slices.cut(handle, tensor)
-
-    def cut_exactly(self, handle: Handle, tensor: torch.Tensor) -> Cut | None:
-        """A tensor's handle, cut, if slices of it are its bits; None where it isn't cut."""
-        if self._slices is None:
-            return None
-        with OffStack(self):
-            cut = self._slices.cut(handle, tensor)
-        return cut if isinstance(cut, Cut) and cut.exact else None
+        if self.slices is not None:
+            handle = self.slices.cut(handle, tensor)
+        if self._observer is not None:
+            self._observer.packed(self.where, tensor, handle)
+        return handle
 
     def handle_of(self, tensor: torch.Tensor) -> Handle:
         """A handle for one who may look at it, or not."""
@@ -215,8 +207,8 @@ class Tape(OwnMode, TorchDispatchMode):
                 enter(tensor, None, base)
             else:
                 self._enter(tensor, one := recipe.output(index, siblings), base)
-                if self._slices is not None and operator.kind is Kind.NORM:
-                    self._slices.normalized(one, args[0], out)
+                if self.slices is not None and operator.kind is Kind.NORM:
+                    self.slices.normalized(one, args[0], out)
 
     def before_write(self, tensor: torch.Tensor, spared: Sequence[Kept] = ()) -> None:
         """Save what would be lost: something is about to write into a tensor, with ``spared`` in mind."""
@@ -400,8 +392,8 @@ class Tape(OwnMode, TorchDispatchMode):
             recipe.where = self.where
             if self._check:
                 recipe.checksum = checksum(out)
-        if self._slices is not None:
-            self._slices.computed(recipe, out)
+        if self.slices is not None:
+            self.slices.computed(recipe, out)
         enter(out, recipe, base, span)
 
     def _label(self, handle: Handle, tensor: torch.Tensor) -> None:

@@ -28,7 +28,7 @@ def sequence_vjp_in_slices(
     wanted: Wanted,
     v_last: Tensor | None = None,
 ) -> Gradients:
-    """As :func:`.in_place.multi_step_vjp`, for an input that is cut; a leak's gradients are sums over slices.
+    """As :func:`.in_place.multi_step_vjp`, of an input that is cut. A leak's gradients are sums.
 
     Args:
         cut: of the input [T, N, ...]. Where it can't be cut by samples, it is put together.

@@ -7,6 +7,7 @@ while it still stands, its first and its last slice are computed from the recipe
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from operator import mul
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from snn_reversible_plugin.ops.layouts import is_dense, is_plain
 from snn_reversible_plugin.tape.handles import Handle, Kept, Packed
+from snn_reversible_plugin.tape.off_stack import OffStack
 from snn_reversible_plugin.tape.outsiders import alias
 from snn_reversible_plugin.tape.replayed import PLAIN, Replayed
 from snn_reversible_plugin.tape.sliced.rows import Noted, Part, Whole, last_product, note, rows_of, size_of
@@ -57,8 +59,8 @@ class Cut(Handle):
 
     @property
     def treatment(self) -> str:  # type: ignore[override]
-        """That of what is cut."""
-        return self.handle.treatment
+        """That of what is cut, for reports."""
+        return f"{self.handle.treatment} in slices" if self.is_large() else self.handle.treatment
 
     @property
     def nbytes(self) -> int:
@@ -125,7 +127,7 @@ class Cut(Handle):
         product = last_product(self.handle)
         operand = None if product is None or not product.args else product.args[0]
         size = size_of(operand)
-        if product is None or size is None or size_of(product) is None:
+        if product is None or operand is None or size is None or size_of(product) is None:
             return self.peek()
         value = self._run(product, operand, size)
         same = value.dtype is self.dtype and value.is_contiguous() and value.numel() == self.size.numel()
@@ -146,7 +148,9 @@ class Cut(Handle):
         except Whole:
             first = operand.peek()
         others = [arg.peek() if isinstance(arg, Handle) else arg for arg in product.args[1:]]
-        named = {name: arg.peek() if isinstance(arg, Handle) else arg for name, arg in product.kwargs.items()}
+        named = {
+            name: arg.peek() if isinstance(arg, Handle) else arg for name, arg in product.kwargs.items()
+        }
         return product.func(first, *others, **named)  # type: ignore[no-any-return]
 
     def empty_meta(self) -> Tensor:
@@ -168,17 +172,15 @@ class Cut(Handle):
     def unpack(self) -> Tensor:
         return self.handle.unpack()
 
-    def stored(self, seen: set[int]) -> int:
-        return self.handle.stored(seen)
-
     def relies_on(self) -> Iterable[Handle]:
-        return self.handle.relies_on()
+        return (self.handle,)
 
 
 class Slices:
     """What a recording in mode "minimal" cuts. ``largest`` are the bytes of the largest of that."""
 
-    def __init__(self) -> None:
+    def __init__(self, tape: Any) -> None:
+        self._tape = weakref.ref(tape)  # autograd keeps what is cut, and must not keep the tape
         self.largest = 0
 
     def computed(self, recipe: Handle | None, out: Tensor) -> None:
@@ -197,19 +199,26 @@ class Slices:
         key = recipe.func, x.size(), x.stride(), x.dtype, x.device, bool(mean.numel())
         if key not in _proved:
             try:
-                rows = rows_of(recipe, part, {recipe.args[0]: part.of(x.detach())})
-                _proved[key] = torch.equal(rows, part.of(out.detach()))
+                with OffStack(self._tape()), torch.no_grad():
+                    rows = rows_of(recipe, part, {recipe.args[0]: part.of(x.detach())})
+                    _proved[key] = torch.equal(rows, part.of(out.detach()))
             except Whole:
                 _proved[key] = None
         noted.exact = bool(_proved[key])
 
     def cut(self, handle: Handle, tensor: Tensor) -> Handle:
         """What autograd gets for a tensor that it saves: the handle, or one that can be cut."""
-        cut = self._cut(handle, tensor)
+        with OffStack(self._tape()):
+            cut = self._cut(handle, tensor)
         if cut is None:
             return handle
         self.largest = max(self.largest, cut.nbytes)
         return cut
+
+    def exactly(self, handle: Handle, tensor: Tensor) -> Cut | None:
+        """A tensor's handle, cut, if its parts are the forward's bits."""
+        cut = self.cut(handle, tensor)
+        return cut if isinstance(cut, Cut) and cut.exact else None
 
     def _cut(self, handle: Handle, tensor: Tensor) -> Cut | None:
         step = STEP.get(tensor.device.type, LARGE_STEP)

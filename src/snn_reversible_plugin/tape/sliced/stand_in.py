@@ -47,7 +47,7 @@ class StandIn(Tensor):
         return one  # type: ignore[no-any-return]
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in _UNTURNED:
@@ -116,5 +116,5 @@ def _is_taken(cut: Cut) -> bool:
 
 
 def cut_of(tensor: Tensor) -> Cut | None:
-    """What a saved tensor stands for, where it is a stand-in: for an autograd function that takes slices."""
+    """What a saved tensor stands for, if it is a stand-in; for an autograd function that takes slices."""
     return tensor.cut if isinstance(tensor, StandIn) else None
