@@ -16,7 +16,7 @@ import torch
 
 from snn_reversible_plugin import ops
 from snn_reversible_plugin.ops.autocast import without_autocast
-from snn_reversible_plugin.ops.layouts import is_dense, storage_key
+from snn_reversible_plugin.ops.layouts import is_dense, is_plain, storage_key
 from snn_reversible_plugin.ops.levels import bits_for
 
 
@@ -344,3 +344,12 @@ def checksum(tensor: torch.Tensor) -> torch.Tensor:
     words = tensor.contiguous().reshape(-1).view(torch.uint8).to(torch.int64)
     weights = torch.arange(1, words.numel() + 1, device=words.device) % 65521
     return (words + 1).mul_(weights).sum()
+
+
+def label(handle: Handle, where: str | None, tensor: torch.Tensor | None) -> None:
+    """Write down where a handle is from and, of a tensor that is given, the checksum; once."""
+    if handle.where is None:
+        handle.where = where
+    if tensor is not None and handle.checksum is None and is_plain(tensor):
+        with torch.no_grad():
+            handle.checksum = checksum(tensor)

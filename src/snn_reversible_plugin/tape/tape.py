@@ -25,7 +25,7 @@ from snn_reversible_plugin.ops.layouts import is_plain, storage_key
 from snn_reversible_plugin.tape.exposed import leave_alone, look_after
 from snn_reversible_plugin.tape.few_bits import few_bits
 from snn_reversible_plugin.tape.findings import Observer
-from snn_reversible_plugin.tape.handles import Handle, Kept, Packed, Passing, checksum
+from snn_reversible_plugin.tape.handles import Handle, Kept, Packed, Passing, checksum, label
 from snn_reversible_plugin.tape.off_stack import OffStack
 from snn_reversible_plugin.tape.operators import Kind, Operator, operator_of
 from snn_reversible_plugin.tape.origins import OUTSIDE, enter, look_up, tidy, written, written_unseen
@@ -103,7 +103,8 @@ class Tape(OwnMode, TorchDispatchMode):
         if isinstance(handle, Kept):
             self._just_kept.append(handle)
         if self._check or self._observer is not None:
-            self._label(handle, tensor)
+            with OffStack(self):
+                label(handle, self.where, tensor if self._check else None)
         if self.slices is not None:
             handle = self.slices.cut(handle, tensor)
         if self._observer is not None:
@@ -395,10 +396,3 @@ class Tape(OwnMode, TorchDispatchMode):
         if self.slices is not None:
             self.slices.computed(recipe, out)
         enter(out, recipe, base, span)
-
-    def _label(self, handle: Handle, tensor: torch.Tensor) -> None:
-        if handle.where is None:
-            handle.where = self.where
-        if self._check and handle.checksum is None and is_plain(tensor):
-            with OffStack(self), torch.no_grad():
-                handle.checksum = checksum(tensor)

@@ -179,9 +179,8 @@ def _mm(func: Any, one: Any, other: Any) -> Tensor | None:
 
 
 def _bmm(func: Any, one: Any, other: Any) -> Tensor | None:
-    sizes = [
-        arg.shape if isinstance(arg, Tensor) else getattr(arg, "cut", arg).size for arg in (one, other)
-    ]
+    opened = [getattr(arg, "cut", arg) for arg in (one, other)]
+    sizes = [arg.size if isinstance(arg, Cut) else arg.shape for arg in opened]
     rows = sizes[0][-1] if isinstance(one, Turned) else sizes[0][-2]
     columns = sizes[1][-2] if isinstance(other, Turned) else sizes[1][-1]
     result = _Whole((sizes[0][0], rows, columns))
