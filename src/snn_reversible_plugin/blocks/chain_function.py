@@ -80,7 +80,9 @@ class _Run:
         self.bits, self.check = chain.bits, chain.check
         self.carries = chain.states == "carry"
         load_adapters()
-        how = How(chain.mode, observe=chain.check, inspect=chain.check or not chain._inspected)
+        how = How(
+            tape.mode_inside(chain.mode), observe=chain.check, inspect=chain.check or not chain._inspected
+        )
         self.branches = [BranchRun(*update, how) for update in updates]
         self.strides: list[tuple[int, ...]] = []
         self.checksums: list[Tensor] = []

@@ -80,7 +80,9 @@ class _Run:
         places = {id(x): place for place, x in enumerate(inputs)}
         self.places = [places[id(x)] for x in xs]  # of each step's input among the inputs
         load_adapters()
-        how = How(columns.mode, observe=self.check, inspect=self.check or not columns._inspected)
+        how = How(
+            tape.mode_inside(columns.mode), observe=self.check, inspect=self.check or not columns._inspected
+        )
         self.branches = [
             [
                 BranchRun(f"step {step}: level {k} ({level._get_name()})", level, None, how)

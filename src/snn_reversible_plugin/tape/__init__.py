@@ -76,6 +76,7 @@ __all__ = [
     "mark_spikes",
     "may_promise",
     "may_record",
+    "mode_inside",
     "overriding",
     "owns",
     "pack",
@@ -182,6 +183,12 @@ def may_promise() -> bool:
     """Whether a tape records what outlives this call: it does not in a block that a backward rebuilds."""
     tape = current()
     return tape is not None and not tape.keeps_everything and not tape.in_backward
+
+
+def mode_inside(mode: str) -> str:
+    """The mode of a tape for a block that is rebuilt: "minimal" where all around it is."""
+    tape = current()
+    return mode if tape is None or tape.slices is None else "minimal"
 
 
 def suspended() -> AbstractContextManager[None]:

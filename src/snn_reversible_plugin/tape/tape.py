@@ -38,7 +38,7 @@ from snn_reversible_plugin.tape.own_functions import OwnFunctions
 from snn_reversible_plugin.tape.plans import Following
 from snn_reversible_plugin.tape.recipes import WORK_LIMIT, price, tensors_among
 from snn_reversible_plugin.tape.replayed import Replayed, constant
-from snn_reversible_plugin.tape.sliced.cut import Cut, Slices
+from snn_reversible_plugin.tape.sliced.cut import Slices
 from snn_reversible_plugin.tape.spans import Span
 from snn_reversible_plugin.tape.surroundings import OwnMode
 from snn_reversible_plugin.tape.unseen import checksum
@@ -70,7 +70,7 @@ class Tape(OwnMode, TorchDispatchMode):
         self.observer = observer
         self._following = following
         self.sizes = None if following is None else following.sizes
-        self._slices = Slices() if mode == "minimal" else None
+        self.slices = Slices(self) if mode == "minimal" else None
         tidy()
         # A block that is rebuilt records inside a backward; what a backward itself runs is not recorded.
         self._graph_task = torch._C._current_graph_task_id()
@@ -114,21 +114,13 @@ class Tape(OwnMode, TorchDispatchMode):
             compared(self, [(handle, tensor)])
         if self.observer is not None:
             handle.where = handle.where or self.where
-            self.observer.packed(self.where, tensor, handle)
         if is_state and is_stocks(caller):
-            return follow(self.kept_by_storage, handle, tensor)
-        if self._slices is None:
-            return handle
-        with OffStack(self):
-            return self._slices.cut(handle, tensor)
-
-    def cut_exactly(self, handle: Handle, tensor: torch.Tensor) -> Cut | None:
-        """A tensor's handle, cut, if slices of it are its bits; None where it isn't cut."""
-        if self._slices is None:
-            return None
-        with OffStack(self):
-            cut = self._slices.cut(handle, tensor)
-        return cut if isinstance(cut, Cut) and cut.exact else None
+            handle = follow(self.kept_by_storage, handle, tensor)
+        elif self.slices is not None:
+            handle = self.slices.cut(handle, tensor)
+        if self.observer is not None:
+            self.observer.packed(self.where, tensor, handle)
+        return handle
 
     def handle_of(self, tensor: torch.Tensor) -> Handle:
         """A handle for one who may look at it, or not."""
@@ -228,8 +220,8 @@ class Tape(OwnMode, TorchDispatchMode):
                 enter(tensor, None, base)
             else:
                 self._enter(tensor, one := recipe.output(index, siblings), base)
-                if self._slices is not None and operator.kind is Kind.NORM:
-                    self._slices.normalized(one, out)
+                if self.slices is not None and operator.kind is Kind.NORM:
+                    self.slices.normalized(one, args[0], out)
 
     def before_write(self, tensor: torch.Tensor, spared: Sequence[Kept] = ()) -> None:
         """Save what would be lost: something is about to write into a tensor, with ``spared`` in mind."""
@@ -408,6 +400,6 @@ class Tape(OwnMode, TorchDispatchMode):
             recipe.where = self.where
             if self._check:
                 recipe.checksum = checksum(out)
-        if self._slices is not None:
-            self._slices.computed(recipe, out)
+        if self.slices is not None:
+            self.slices.computed(recipe, out)
         enter(out, recipe, base, span)
