@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .experiment import Entries
@@ -53,6 +54,61 @@ def digest(entries: Entries) -> str:
     keys = ("held", "peak", "time_ratio")
     figures = {name: [entry.get(key) for key in keys] for name, entry in entries.items()}
     return hashlib.sha256(json.dumps(figures, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def draw_over_steps(entries: Entries, titles: Mapping[str, str], folder: Path) -> list[Path]:
+    """Memory over a training step: of the first network, for light and for dark pages, and of all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    by_name: dict[str, Entries] = {}
+    for entry in entries.values():
+        by_name.setdefault(entry["workload"], {})[entry["method"]] = entry
+    shown = {titles[name]: both for name, both in by_name.items() if len(both) == 2}
+    drawn = []
+    for theme, color in (("light", "#24292f"), ("dark", "#c9d1d9")):
+        figure = Figure(figsize=(8, 3.4), layout="constrained", facecolor="none")
+        title, both = next(iter(shown.items()))
+        axes = figure.add_subplot(facecolor="none")
+        _over_step(axes, both, color)
+        steps, batch, *_, size = both["stock"]["shape"]
+        axes.set_title(
+            f"{title}, one training step: T = {steps}, batch {batch}, {size} x {size} pixels",
+            color=color, fontsize=11, loc="left",
+        )  # fmt: skip
+        drawn.append(folder / f"over-step-{theme}.png")
+        figure.savefig(drawn[-1], dpi=150, metadata={"Results": digest(entries)})
+    figure = Figure(figsize=(9, 5.6), layout="constrained")
+    for at, (title, both) in enumerate(shown.items()):
+        axes = figure.add_subplot(2, 2, at + 1)
+        _over_step(axes, both, "black")
+        axes.set_title(title, fontsize=10, loc="left")
+    drawn.append(folder / "over-steps.png")
+    figure.savefig(drawn[-1], dpi=120, metadata={"Results": digest(entries)})
+    return drawn
+
+
+def _over_step(axes: Axes, both: Entries, color: str) -> None:
+    """Both curves, each named at its peak."""
+    for method, shade, label in (("stock", "#8b949e", "stock"), ("converted", "#2f81f7", "converted")):
+        places, alive = zip(*both[method]["curve"], strict=True)
+        alive = [count / MIB for count in alive]
+        axes.fill_between(places, alive, color=shade, alpha=0.35, linewidth=0)
+        axes.plot(places, alive, color=shade, linewidth=1.2)
+        top = max(alive)
+        place = min(max(places[alive.index(top)], 0.35), 1.65)
+        axes.annotate(
+            f"{label}: {top:,.0f} MiB", (place, top), xytext=(0, 3), textcoords="offset points",
+            ha="center", color=shade, fontweight="bold",
+        )  # fmt: skip
+    axes.axvline(1, color=color, linestyle=":", linewidth=1, alpha=0.6)
+    axes.set_xlim(0, 2)
+    axes.set_ylim(0, 1.15 * axes.get_ylim()[1])
+    axes.set_xticks([0.5, 1.5], ["forward", "backward"], color=color)
+    axes.set_ylabel("MiB alive", color=color)
+    axes.tick_params(axis="y", colors=color)
+    axes.tick_params(axis="x", length=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(color)
 
 
 def draw_points(entries: Entries, path: Path) -> Path:

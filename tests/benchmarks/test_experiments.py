@@ -17,7 +17,9 @@ from tests.examples.test_examples import nmnist_folder  # noqa: F401
 ARMS = ("RevSResNet24", "RevSResNet24, run plainly", "MS-ResNet20", "MS-ResNet20, trained on")
 SMALL = {
     "steps": ["--only", "chain-8", "--only", "leaky-loop", "--method", "memory", "--fits"],
+    "over-step": ["--only", "vgg"],
     "drift": ["--only", "8", "--method", "float", "--method", "grid"],
+    "compiled": ["--method", "stock", "--method", "tape, memory"],
     "columns": ["--method", "published", "--method", "grid"],
     "parallel": [],
     "published": ["--only", "TET"],
@@ -32,6 +34,7 @@ SMALL = {
     "time-accuracy": ["--method", "stock", "--method", "SLTT-5"],
     "column-accuracy": ["--only", "events*", "--method", "columns, undone", "--method", "*plainly"],
     "wrap-accuracy": ["--only", "events, SEW*"],
+    "compiled-accuracy": ["--method", "stock"],
     "block-accuracy": [argument for arm in ARMS for argument in ("--method", arm)],
 }
 
@@ -113,7 +116,7 @@ def test_what_columns_and_wrapped_networks_learn(invoke):
 
 
 def test_pictures_are_drawn(invoke, tmp_path):
-    for name in ("steps", "block-accuracy", "time-accuracy"):
+    for name in ("steps", "over-step", "block-accuracy", "time-accuracy"):
         drawn = EXPERIMENTS[name].draw(invoke(name), tmp_path, "cpu")
         assert drawn and all(path.stat().st_size > 1000 for path in drawn)
 

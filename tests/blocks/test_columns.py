@@ -8,8 +8,8 @@ from spikingjelly.activation_based import neuron, surrogate
 from torch import nn
 
 import snn_reversible_plugin as srp
-from snn_reversible_plugin.grid import range as grid_range
 from snn_reversible_plugin.grid.products import Room
+from snn_reversible_plugin.ops import devices
 from snn_reversible_plugin.reports.measure import count_step
 from tests.blocks.test_chain import assert_same
 from two_processes import together
@@ -259,7 +259,7 @@ def test_the_outputs_may_be_changed_after_the_backward_and_copies_train():
 @pytest.fixture
 def looks(monkeypatch):
     """How often somebody has looked at the factors."""
-    monkeypatch.setattr(grid_range, "HOSTS", frozenset())
+    monkeypatch.setattr(devices, "HOSTS", frozenset())
     found, look = [], Room.look
     monkeypatch.setattr(Room, "look", lambda *args: found.append(1) or look(*args))
     return found

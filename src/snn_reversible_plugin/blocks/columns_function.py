@@ -45,7 +45,8 @@ from snn_reversible_plugin.tape.handles import checksum
 States = tuple[Tensor, ...]
 _OF_ROOM = (
     "Its magnitude became less than half, or too large, since the last backward, which made room for the "
-    "remainders. There is room for it now: run this step again, and change alpha less in one."
+    "remainders. There is room for it now: run this step again (capture a CUDA graph again), and change "
+    "alpha less in one."
 )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import fx
 
+from snn_reversible_plugin.compiler.membranes import Calls, Region
 from snn_reversible_plugin.tape import MODES
 
 # A graph of so many calls is most likely a loop over time, unrolled: compiling it takes minutes.
@@ -38,6 +39,7 @@ class Backend:
         if mode not in MODES:
             raise ValueError(f"mode must be one of {MODES}, not {mode!r}")
         self.mode, self.patches = mode, patches or {}
+        self.calls = Calls()
         self._packing: Any = None
 
     @property
@@ -52,9 +54,16 @@ class Backend:
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         from torch._inductor.compile_fx import compile_fx
 
-        patches = {**self.patches, "joint_custom_post_pass": self.packing}
+        from snn_reversible_plugin.compiler.passes import InputsAsTheyAre
+
+        ours = {
+            "joint_custom_post_pass": self.packing,
+            "post_grad_custom_post_pass": InputsAsTheyAre(),
+        }
+        patches = {**self.patches, **ours}
         with as_planned():
-            return compile_fx(module, inputs, config_patches=patches)  # type: ignore[arg-type, return-value]
+            run: Any = compile_fx(module, inputs, config_patches=patches)  # type: ignore[arg-type]
+        return Region(run, self.calls)
 
 
 def as_planned() -> AbstractContextManager[None]:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from snn_reversible_plugin.grid.decays import MARGIN
 from snn_reversible_plugin.grid.digits import pack_digits, unpack_digits
-from snn_reversible_plugin.grid.range import LOST, may_look
+from snn_reversible_plugin.grid.range import LOST
+from snn_reversible_plugin.ops.devices import is_capturing, may_look
 
 # NOTE [What is stored of a product]
 #
@@ -67,8 +68,9 @@ class Room:
         self.told: list[list[float]] = []
 
     def look(self, seen: Tensor) -> None:
-        """See what :func:`_seen` saw. Waits for the device."""
-        self.told = seen.tolist()
+        """See what :func:`_seen` saw. Waits for the device, so not in a captured graph."""
+        if not is_capturing():
+            self.told = seen.tolist()
 
 
 def factors(alphas: Sequence[Tensor], room: Room | None = None) -> tuple[list[Factor], Tensor | None]:

@@ -2,8 +2,9 @@
 
 The one idea: *held* are bytes that live between forward and backward. For a module they are those of the
 storages that autograd, or a handle in place of a tensor, keeps alive: what lives anyway (parameters,
-buffers, inputs) is free, and what several modules share is counted where it is saved first. For the whole
-step the allocator counts, so there what modules return is in, too.
+buffers, inputs) is free. What a module returned is its own, whoever saves it: spikes stand with the neurons
+that fired them, not with the pool or the convolution behind. The rest stands where it is saved first. For
+the whole step the allocator counts, so there what modules return is in, too.
 """
 
 from __future__ import annotations
@@ -12,33 +13,39 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from snn_reversible_plugin import convert
 from snn_reversible_plugin.compiler.entry import look_of
 from snn_reversible_plugin.modules.checks import is_compiled
 from snn_reversible_plugin.modules.swap import stock_type
 from snn_reversible_plugin.modules.tracking import tracked
-from snn_reversible_plugin.ops.layouts import storage_key
+from snn_reversible_plugin.ops.layouts import is_plain, storage_key
 from snn_reversible_plugin.reports.compiled import verify_compiled
 from snn_reversible_plugin.reports.measure import StepCost
 from snn_reversible_plugin.reports.over_step import OverStep, over_step
-from snn_reversible_plugin.reports.trial import Loss, Step, as_converted, costs, megabytes
+from snn_reversible_plugin.reports.trial import Loss, Step, as_converted, costs, megabytes, tensors_in
 from snn_reversible_plugin.tape.findings import Findings, FoundBits, KeptInFull
 from snn_reversible_plugin.tape.handles import Handle, Packed, storage_once
+from snn_reversible_plugin.tape.origins import OUTSIDE, look_up
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 MOST_CAUSES = 5  # of a peak that are printed
+LEAST_PART = 0.01  # of what is held, for a tensor to be printed
+ROUNDS = 3  # that a step is timed in: one says nothing
 
 
 @dataclass
 class ModuleReport:
-    """One module's row: ``stock_bytes`` and ``bytes`` held by what its forward saves, stock and converted.
+    """One module's row: ``stock_bytes`` and ``bytes`` held, stock and converted: what it returns, whoever
+    saves that, and what its forward computes and saves.
 
     ``treatment`` counts the saved tensors by what became of them. ``neuron`` says how a spiking neuron
     runs and with which guarantee, or why it stayed stock; it is empty for other modules. ``grid_bits``:
@@ -105,10 +112,13 @@ class MemoryReport:
                 megabytes(after),
             )
         ratio = self.converted.seconds / self.stock.seconds
-        table.add_row("[bold]time of a training step", "", f"{ratio:.2f}x stock", "", "", "")
+        about = f"{ratio:.2f}x stock (median of {ROUNDS})"
+        table.add_row("[bold]time of a training step", "", about, "", "", "")
         console = Console()
         console.print(table)
         for one in self.kept[:MOST_CAUSES]:
+            if one.bytes < self.converted.held * LEAST_PART:
+                break
             made = f"the output of {one.operation}" if one.operation else "a tensor"
             console.print(
                 f"kept in full, {megabytes(one.bytes)} in {one.module}: {made}: {one.why}. {one.remedy}"
@@ -180,7 +190,7 @@ def memory_report(
         by_tape = _SavedByTape(step)
         with step.unchanged(), settings.recording(observer=by_tape) as tape:
             assert tape is not None
-            with tracked(model, tape):
+            with tracked(model, tape), tracked(model, by_tape):
                 graph = step.run()
                 held, treatments = by_tape.count()
                 del graph
@@ -200,7 +210,7 @@ def memory_report(
                 rows.append(row)
         bits, kept = by_tape.found()
         del by_tape
-        before, after = costs(step, repeats=1)
+        before, after = costs(step, repeats=ROUNDS)
         over = _over_both(step)
         return MemoryReport(rows, before, after, settings.mode, over[0], over[1], bits, kept)
 
@@ -230,7 +240,7 @@ def _about_neuron(name: str, module: nn.Module, settings: convert.Settings) -> s
 
 def _of_compiled(step: Step) -> MemoryReport:
     """Beside stock compiled the same way."""
-    found = verify_compiled(step, repeats=1)
+    found = verify_compiled(step, repeats=ROUNDS)
     rows = [
         ModuleReport(kind, "compiled regions", "", {"stored": 1}, 0, size)
         for kind, size in found.stored.items()
@@ -249,9 +259,20 @@ class _SavedByStock:
         self.where: str | None = None
         self.held: Counter[str] = Counter()
         self._seen = _storages(step)
+        # By address. A weak reference keeps it from being given to another storage.
+        self._returned: dict[int, tuple[str, StorageWeakRef]] = {}
+
+    def left(self, name: str, output: Any) -> None:
+        """A module has run: what it returns is its own, unless a module inside of it said so before."""
+        for tensor in filter(is_plain, tensors_in(output)):
+            reference = StorageWeakRef(tensor.untyped_storage())
+            self._returned.setdefault(storage_key(tensor), (name, reference))
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        self.held[self.where or "model"] += storage_once(tensor, self._seen)
+        size = storage_once(tensor, self._seen)
+        if size:
+            name, _ = self._returned.get(storage_key(tensor), (self.where or "model", None))
+            self.held[name] += size
         return tensor.detach()
 
 
@@ -261,7 +282,9 @@ class _SavedByTape(Findings):
 
     def __init__(self, step: Step) -> None:
         super().__init__()
+        self.where: str | None = None
         self._seen = _storages(step)
+        self._returned: WeakKeyDictionary[Handle, str] = WeakKeyDictionary()
         self._packed: list[tuple[str, Handle]] = []
         self._stored: list[tuple[str, Packed, int]] = []
         self._kept: list[KeptInFull] = []
@@ -269,6 +292,12 @@ class _SavedByTape(Findings):
     def found(self) -> tuple[list[FoundBits], list[KeptInFull]]:
         """What is bits, and what is kept in full, once it is counted."""
         return self.bits(self._stored), sorted(self._kept, key=lambda one: -one.bytes)
+
+    def left(self, name: str, output: Any) -> None:
+        """As for stock."""
+        for tensor in tensors_in(output):
+            if (handle := look_up(tensor)) is not None and handle is not OUTSIDE:
+                self._returned.setdefault(handle, name)
 
     def packed(self, where: str | None, tensor: torch.Tensor, handle: Handle) -> None:
         self._packed.append((where or "model", handle))
@@ -286,10 +315,11 @@ class _SavedByTape(Findings):
                 if id(handle) not in seen:
                     seen.add(id(handle))
                     size = handle.stored(seen)
-                    held[where] += size
+                    name = self._returned.get(handle, where)
+                    held[name] += size
                     if isinstance(handle, Packed) and size:
-                        self._stored.append((where, handle, size))
-                    if kept := self.kept(where, handle, size):
+                        self._stored.append((name, handle, size))
+                    if kept := self.kept(name, handle, size):
                         self._kept.append(kept)
                     waiting += handle.relies_on()
         return held, treatments

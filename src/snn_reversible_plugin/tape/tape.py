@@ -22,6 +22,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from snn_reversible_plugin.ops.layouts import is_plain, storage_key
+from snn_reversible_plugin.tape.by_values import packed_by_values
 from snn_reversible_plugin.tape.exposed import leave_alone, look_after
 from snn_reversible_plugin.tape.few_bits import few_bits
 from snn_reversible_plugin.tape.findings import Observer
@@ -35,6 +36,7 @@ from snn_reversible_plugin.tape.own_functions import OwnFunctions
 from snn_reversible_plugin.tape.plans import Following
 from snn_reversible_plugin.tape.recipes import WORK_LIMIT, price, tensors_among
 from snn_reversible_plugin.tape.replayed import Replayed, constant
+from snn_reversible_plugin.tape.sliced.cut import Cut, Slices
 from snn_reversible_plugin.tape.spans import Span
 from snn_reversible_plugin.tape.surroundings import OwnMode
 from snn_reversible_plugin.tape.writes import TensorsOfParts
@@ -65,6 +67,7 @@ class Tape(OwnMode, TorchDispatchMode):
         self._observer = observer
         self._following = following
         self.sizes = None if following is None else following.sizes
+        self._slices = Slices() if mode == "minimal" else None
         tidy()
         # A block that is rebuilt records inside a backward; what a backward itself runs is not recorded.
         self._graph_task = torch._C._current_graph_task_id()
@@ -103,7 +106,18 @@ class Tape(OwnMode, TorchDispatchMode):
             self._label(handle, tensor)
             if self._observer is not None:
                 self._observer.packed(self.where, tensor, handle)
-        return handle
+        if self._slices is None:
+            return handle
+        with OffStack(self):
+            return self._slices.cut(handle, tensor)
+
+    def cut_exactly(self, handle: Handle, tensor: torch.Tensor) -> Cut | None:
+        """A tensor's handle, cut, if slices of it are its bits; None where it isn't cut."""
+        if self._slices is None:
+            return None
+        with OffStack(self):
+            cut = self._slices.cut(handle, tensor)
+        return cut if isinstance(cut, Cut) and cut.exact else None
 
     def handle_of(self, tensor: torch.Tensor) -> Handle:
         """A handle for one who may look at it, or not."""
@@ -201,7 +215,9 @@ class Tape(OwnMode, TorchDispatchMode):
             elif recipe is None or (index and operator.kind is Kind.NORM):
                 enter(tensor, None, base)
             else:
-                self._enter(tensor, recipe.output(index, siblings), base)
+                self._enter(tensor, one := recipe.output(index, siblings), base)
+                if self._slices is not None and operator.kind is Kind.NORM:
+                    self._slices.normalized(one, out)
 
     def before_write(self, tensor: torch.Tensor, spared: Sequence[Kept] = ()) -> None:
         """Save what would be lost: something is about to write into a tensor, with ``spared`` in mind."""
@@ -353,6 +369,8 @@ class Tape(OwnMode, TorchDispatchMode):
         """The handle to store, for a tensor of which :func:`look_up` said this."""
         if isinstance(handle, Passing):
             handle = handle.leads_to()
+        if handle is None and not self._suspended:
+            handle = packed_by_values(tensor)
         if isinstance(handle, Packed):
             handle.materialize(tensor)
         elif handle is OUTSIDE:
@@ -385,6 +403,8 @@ class Tape(OwnMode, TorchDispatchMode):
             recipe.where = self.where
             if self._check:
                 recipe.checksum = checksum(out)
+        if self._slices is not None:
+            self._slices.computed(recipe, out)
         enter(out, recipe, base, span)
 
     def _label(self, handle: Handle, tensor: torch.Tensor) -> None:
