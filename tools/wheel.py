@@ -1,4 +1,4 @@
-"""The wheel as users get it: built, checked, installed with each extra in an environment of its own, and run.
+"""The wheel as users get it: built, checked, installed with each extra on its own, and run.
 
 The one idea: what a checkout hides (a file that is not packaged, an extra that lacks a library, an import
 that only the tests' environment has) shows where there is nothing but the wheel. Each environment lives for
@@ -37,9 +37,9 @@ MOST_SECONDS = 1.0  # of importing the package beyond torch
 
 IMPORT = """
 import time, torch
-start = time.perf_counter()
+start = time.process_time()
 import snn_reversible_plugin as srp
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 assert "site-packages" in srp.__file__, srp.__file__
 from importlib.metadata import version
 print(f"{version('snn-reversible-plugin')} imported in {seconds:.2f} s beyond torch")
