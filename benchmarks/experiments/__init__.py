@@ -15,6 +15,8 @@ from ..tables import steps as of_steps
 from . import (
     block_accuracy,
     columns,
+    compiled,
+    compiled_accuracy,
     coupled,
     drift,
     long_sequences,
@@ -42,6 +44,7 @@ _MORE = {
     "all": of_steps.networks, "main": of_steps.main, "behind": of_steps.behind, "methods": of_steps.methods
 }  # fmt: skip
 _TIME = partial(learning.by_method, methods=[*time_accuracy.METHODS])
+_COMPILED = partial(learning.by_method, methods=[*compiled_accuracy.METHODS])
 _BLOCK = partial(
     learning.by_data, arms=[*block_accuracy.ARMS], data=recordings.DATA, equals=block_accuracy.EQUALS
 )
@@ -66,6 +69,7 @@ EXPERIMENTS = {
             "over-step", over_step.works, of_steps.over_step, over_step.measure, draw=draw_over_steps,
         ),
         Experiment("drift", drift.works, time.drift, drift.measure),
+        Experiment("compiled", compiled.works, time.compiled, compiled.measure, threads=1),
         Experiment("columns", columns.works, time.columns, together=columns.together),
         Experiment("parallel", parallel.works, time.parallel, together=parallel.together),
         Experiment("surgery", surgery.works, time.surgery, together=surgery.together),
@@ -82,6 +86,9 @@ EXPERIMENTS = {
         Experiment(
             "time-accuracy", time_accuracy.works, _TIME, time_accuracy.measure, draw=time_accuracy.draw,
             **_TRAINED,
+        ),
+        Experiment(
+            "compiled-accuracy", compiled_accuracy.works, _COMPILED, compiled_accuracy.measure, **_TRAINED
         ),
         Experiment(
             "block-accuracy", block_accuracy.works, _BLOCK, block_accuracy.measure,

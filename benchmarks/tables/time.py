@@ -35,6 +35,42 @@ def columns(entries: Entries) -> list[Table]:
     return [Table(headings, rows)]
 
 
+def compiled(entries: Entries) -> list[Table]:
+    """Time over stock's, memory, and seconds of the first step; a work's methods one below the other."""
+    rows, last = [], ""
+    for key, e in entries.items():
+        work, method = key.split(" | ")
+        head, last = ("" if work == last else work, method), work
+        if "why_not" in e:
+            rows.append((*head, "", "", "", "", "", e["why_not"]))
+            continue
+        steps = entries.get(f"{work} | stock", {}).get("neuron_steps")
+        remarks = [e["on_tape"] or ""] if "on_tape" in e else []
+        base = entries.get(f"{work} | compiled")
+        if method.startswith("srp.compile") and base is not None and not e.get("on_tape"):
+            remarks.append(
+                "loss as compiled" if e["loss"] == base["loss"] else "loss differs from compiled"
+            )
+        rows.append(
+            (
+                *head, times(e["time_ratio"]), mib(e["held"], 2), mib(e["peak"]),
+                f"{e['held'] / steps:.2f}" if steps else "", f"{e['first']:.0f}",
+                "; ".join(filter(None, remarks)),
+            )
+        )  # fmt: skip
+    headings = (
+        "network",
+        "method",
+        "time",
+        "held, MiB",
+        "peak, MiB",
+        "held, B a neuron-step",
+        "first step, s",
+        "",
+    )
+    return [Table(headings, rows)]
+
+
 def parallel(entries: Entries) -> list[Table]:
     """Reversible blocks in sequence and in groups."""
     rows = [

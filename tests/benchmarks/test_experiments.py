@@ -19,6 +19,7 @@ SMALL = {
     "steps": ["--only", "chain-8", "--only", "leaky-loop", "--method", "memory", "--fits"],
     "over-step": ["--only", "vgg"],
     "drift": ["--only", "8", "--method", "float", "--method", "grid"],
+    "compiled": ["--method", "stock", "--method", "tape, memory"],
     "columns": ["--method", "published", "--method", "grid"],
     "parallel": [],
     "published": ["--only", "TET"],
@@ -31,6 +32,7 @@ SMALL = {
     "sltt": [],
     "long-sequences": ["--method", "reversible"],
     "time-accuracy": ["--method", "stock", "--method", "SLTT-5"],
+    "compiled-accuracy": ["--method", "stock"],
     "block-accuracy": [argument for arm in ARMS for argument in ("--method", arm)],
 }
 

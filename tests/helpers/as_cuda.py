@@ -18,6 +18,8 @@ from spikingjelly._ops.if_ import triton as if_kernels
 from spikingjelly._ops.lif import triton as lif_kernels
 from spikingjelly._ops.plif import triton as plif_kernels
 
+from snn_reversible_plugin.neurons import surrogates
+from snn_reversible_plugin.neurons.surrogates import in_one_pass
 from snn_reversible_plugin.ops import devices, forms
 from snn_reversible_plugin.spikingjelly import agreement
 
@@ -61,7 +63,11 @@ def _operator(kernels: Any, inputs: int, of_backward: Any) -> Any:
 
 @contextmanager
 def as_cuda(device: str = "cpu") -> Iterator[None]:
-    """Inside, a type of device is one that the host would wait for, with the forms and kernels of CUDA."""
+    """Inside, a type of device is one that the host would wait for, with the forms and kernels of CUDA.
+
+    ``"cpu"`` computes, where Triton interprets. ``"meta"`` has no values, so that nobody can look at one:
+    kernels of ours are no more than counted, and what waits for a sample is taken as proved.
+    """
 
     def first(operation: str, asked: str) -> Any:
         return next(forms.forms_of(operation, "cuda" if asked == device else asked), None)
@@ -70,13 +76,23 @@ def as_cuda(device: str = "cpu") -> Iterator[None]:
         patch.setattr(devices, "HOSTS", frozenset())
         patch.setattr(forms, "_first", first)
         patch.setattr(agreement, "_chosen", lambda *_: "triton")
-        agreement.agrees.cache_clear()
+        _forget()
+        if device == "meta":
+            patch.setattr(agreement, "agree", lambda *_: True)
+            patch.setattr(surrogates, "agree", lambda *_: True)
         for module, kernels, inputs, of_backward in (
             (if_, if_kernels, 2, lambda _: ()),
             (lif, lif_kernels, 2, lambda _: ()),
             (plif, plif_kernels, 3, lambda given: given),
         ):
             patch.setattr(kernels, "torch", _Torch())
-            patch.setattr(module, "_forward", _operator(kernels, inputs, of_backward))
+            if device == "cpu":
+                patch.setattr(module, "_forward", _operator(kernels, inputs, of_backward))
         yield
+    _forget()
+
+
+def _forget() -> None:
+    """What was found out on another device."""
     agreement.agrees.cache_clear()
+    in_one_pass.cache_clear()

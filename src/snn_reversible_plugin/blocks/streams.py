@@ -108,6 +108,9 @@ class Stream(Replayed):
                 stream.cache = value
         return value, owned
 
+    def at_hand(self) -> torch.Tensor | None:
+        return self.cache if self.anchor is None else self.anchor.peek()
+
     def release(self) -> None:
         if self.needs:
             self.needs -= 1

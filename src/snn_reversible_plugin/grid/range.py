@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from snn_reversible_plugin.grid.numbers import limit
+from snn_reversible_plugin.ops import devices
 from snn_reversible_plugin.ops.devices import may_look
 
 # NOTE [When a reach is looked at]
@@ -27,6 +29,12 @@ from snn_reversible_plugin.ops.devices import may_look
 #    and goes with its task; here stands a weak reference. Nothing of it is left for the next backward.
 # 3. A backward inside a backward is a task of its own, with its own look.
 # 4. On a CPU the forward of a neuron's step has the number anyway, and looks at once: `check_step`.
+# 5. While a CUDA graph is captured nothing has run yet, and nothing may wait. So what is handed in stays,
+#    for each replay writes it anew, and is looked at before the next step of an optimizer that is no part
+#    of a graph, with the next look that may wait, and by `look_at_graphs`. It is held as long as the
+#    process, or until something of the same name is captured: a few bytes a layer.
+#    Say a step is captured whole, its optimizer too: nobody looks unless the loop calls `look_at_graphs`
+#    now and then.
 
 REMEDY = "Use fewer bits (each one less doubles the range), or normalize the branches."
 LOST = struct.unpack("f", struct.pack("I", 0x7FC05EED))[0]  # a NaN that no arithmetic makes
@@ -56,9 +64,37 @@ class _Look:
         self.reached: list[_Reached] = []
 
     def __call__(self) -> None:
-        _check(self.reached)
+        _look_at(self.reached)
 
 
+_captured: dict[str, _Reached] = {}
+
+
+def _look_at(reached: Sequence[_Reached]) -> None:
+    if devices.is_capturing():
+        _captured.update({one.name: one for one in reached})
+        return
+    _check((*reached, *_captured.values()))
+
+
+def look_at_graphs(*_: Any) -> None:
+    """Raise if a step on the grid left its range in a CUDA graph that was replayed. Waits for the device.
+
+    A captured step can't look by itself. It is looked at before each step of an optimizer outside of the
+    graph; where that is inside, call this now and then.
+
+    Raises:
+        OverflowError: as :func:`check_range`; the gradients since the last look may be wrong.
+
+    Example:
+        >>> import snn_reversible_plugin as srp
+        >>> srp.look_at_graphs()
+    """
+    if _captured and not devices.is_capturing():
+        _check(_captured.values())
+
+
+register_optimizer_step_pre_hook(look_at_graphs)
 _looks: weakref.WeakValueDictionary[int, _Look] = weakref.WeakValueDictionary()
 
 
@@ -91,7 +127,7 @@ def watch(name: str, reach: Tensor, bits: int, remedy: str = REMEDY) -> None:
     reached = _Reached(name, reach, bits, remedy)
     task = torch._C._current_graph_task_id()
     if task == -1:
-        _check([reached])
+        _look_at([reached])
         return
     look = _looks.get(task)
     if look is None:

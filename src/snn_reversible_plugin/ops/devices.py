@@ -20,3 +20,13 @@ def may_look(device: torch.device) -> bool:
         (True, False)
     """
     return device.type in HOSTS
+
+
+def is_capturing() -> bool:
+    """Whether what is launched here goes into a CUDA graph, to be run again and again, and nobody may wait.
+
+    Example:
+        >>> is_capturing()
+        False
+    """
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

@@ -284,7 +284,7 @@ def _winners(neuron: Any, mem: Tensor) -> Tensor:
     with torch.no_grad(), tape.paused():
         above = mem - neuron.threshold
         winners = torch.zeros_like(above)
-        winners[torch.arange(mem.size(0)), torch.argmax(above, dim=1)] = 1
+        winners[torch.arange(mem.size(0), device=mem.device), torch.argmax(above, dim=1)] = 1
     tape.mark_spikes(winners)
     return winners
 

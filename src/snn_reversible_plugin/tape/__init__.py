@@ -46,7 +46,7 @@ import torch
 
 from snn_reversible_plugin.ops.interrupts import Left, Restoring, put_back_interrupted
 from snn_reversible_plugin.ops.layouts import storage_key
-from snn_reversible_plugin.tape.exposed import compare_later, look_again
+from snn_reversible_plugin.tape.exposed import compare_later, look_again, sum_later
 from snn_reversible_plugin.tape.findings import Observer
 from snn_reversible_plugin.tape.handles import Handle, Kept, Packed, PackedLevels, owns, peek, unpack
 from snn_reversible_plugin.tape.off_stack import OffStack, set_compiler
@@ -253,16 +253,16 @@ def hand_over(tensors: Iterable[torch.Tensor]) -> None:
 # inside of it, and nothing is copied.
 
 
-def returns(key: object, state: torch.Tensor, taken: int = 1) -> None:
+def returns(key: object, state: torch.Tensor, taken: int = 1, held: bool = True) -> None:
     """Say that steps have left a state with the user, who may write to it once this recording is over.
 
-    ``key``: whose state it is; ``taken``: how many steps.
+    ``key``: whose state it is; ``taken``: how many steps; ``held``: the tape holds it as well.
     """
     if current() is None:
         return
     returned = _local.__dict__.setdefault("returned", {})
-    steps, _ = returned.get(id(key), (0, None))
-    returned[id(key)] = steps + taken, weakref.ref(state)
+    steps = returned[id(key)][0] if id(key) in returned else 0
+    returned[id(key)] = steps + taken, weakref.ref(state), held
 
 
 def takes(size: float) -> None:
@@ -275,9 +275,11 @@ def takes(size: float) -> None:
 def _let_go(tape: Tape) -> set[int]:
     """The recording is over; the storages of states that a loop inside of it left."""
     of_loops = set()
-    for steps, ref in _local.__dict__.pop("returned", {}).values():
+    for steps, ref, held in _local.__dict__.pop("returned", {}).values():
         state = ref()
-        if state is not None and steps == 1:
+        if state is not None and not held:
+            sum_later(state)
+        elif state is not None and steps == 1:
             kept = tape.kept_by_storage.get(storage_key(state), [])
             tape.before_write(state)
             compare_later(state, kept)

@@ -125,6 +125,12 @@ def compare_later(state: torch.Tensor, kept: Iterable[weakref.ref[Kept]]) -> Non
         _handed_out().append((weakref.ref(state), weakref.ref(copies[-1])))
 
 
+def sum_later(state: torch.Tensor) -> None:
+    """The tape has a way to a state, and not the state: whether it is still the same, is seen later."""
+    if _can_be_compared(state) and is_dense(state):
+        _summed().append((weakref.ref(state), Summed(state)))
+
+
 def look_again() -> None:
     """A recording starts: what nobody has written to since the last one is as safe as any other value."""
     pairs = _handed_out()
@@ -132,6 +138,12 @@ def look_again() -> None:
         of_state, of_kept = pairs.pop()
         state, kept = of_state(), of_kept()
         if state is not None and kept is not None and not _same_bits(state, kept.tensor):
+            written_unseen(state)
+    sums = _summed()
+    while sums:
+        of_state, of_sum = sums.pop()
+        state = of_state()
+        if state is not None and not of_sum.is_unchanged(state):
             written_unseen(state)
     refs = _looked_after()
     while refs:
@@ -149,6 +161,13 @@ def _handed_out() -> list[tuple[weakref.ref[torch.Tensor], weakref.ref[Kept]]]:
     if pairs is None:
         pairs = _local.pairs = []
     return pairs
+
+
+def _summed() -> list[tuple[weakref.ref[torch.Tensor], Summed]]:
+    sums: list[Any] | None = getattr(_local, "sums", None)
+    if sums is None:
+        sums = _local.sums = []
+    return sums
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

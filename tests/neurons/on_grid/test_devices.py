@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import snn_reversible_plugin as srp
 from snn_reversible_plugin import convert
 from snn_reversible_plugin.grid.step import reference
+from snn_reversible_plugin.neurons.surrogates import in_one_pass
 from snn_reversible_plugin.ops import devices, forms
 from snntorch_against_stock import RESETS, STATES, equal, make, one_thread_fixture  # noqa: F401
 
@@ -89,7 +90,9 @@ def no_looking(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
         patch.setattr(devices, "HOSTS", frozenset())
         patch.setattr(forms, "_first", first)
+        in_one_pass.cache_clear()
         yield
+    in_one_pass.cache_clear()
 
 
 def train(net: nn.Module, x_seq: Tensor) -> list[Any]:

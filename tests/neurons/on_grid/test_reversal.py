@@ -806,7 +806,7 @@ def test_surrogates_in_one_pass(factory: Any, parameter: float, threshold: Any) 
     pytest.importorskip("numba")
     known = known_surrogate(factory(parameter))
     assert known is not None
-    write = in_one_pass(known)
+    write = in_one_pass(known, torch.device("cpu"))
     assert write is not None
     mem, grad = 3 * torch.randn(5003), torch.randn(5003)
     mem[:5] = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.7, 1e38])
@@ -818,4 +818,4 @@ def test_surrogates_in_one_pass(factory: Any, parameter: float, threshold: Any) 
 def test_surrogates_that_nothing_is_compiled_for() -> None:
     for factory in (surrogate.sigmoid, surrogate.straight_through_estimator):
         known = known_surrogate(factory())
-        assert known is not None and in_one_pass(known) is None
+        assert known is not None and in_one_pass(known, torch.device("cpu")) is None

@@ -54,7 +54,9 @@ def multi_step(
     x_seq: Tensor, v: Tensor | float, neuron: Neuron, store_v_seq: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """:func:`.neurons.integrate_fire.reference.sequence`: the membranes are float32."""
-    form, order = _form_and_order(x_seq, v)
+    form: Any = form_of(SEQUENCE, x_seq.device)
+    order = order_of(x_seq, v)
+    assert order is not None  # others are left to stock
     spikes, v_last = torch.empty_like(x_seq), torch.empty_like(_one_step(x_seq, v), dtype=torch.float32)
     v_seq = torch.empty_like(x_seq, dtype=torch.float32) if store_v_seq else None
     made = form.Made(
@@ -77,7 +79,11 @@ def multi_step_vjp(
 
     The gradient of the first membrane is one term, and so is that of q.
     """
-    form, order = _form_and_order(x_seq, v)
+    order = order_of(x_seq, v)
+    if order is None:  # a slice of a batch
+        x_seq, v = x_seq.contiguous(), v.contiguous() if isinstance(v, Tensor) else v
+        order, owned = tuple(range(x_seq.dim())), True
+    form: Any = form_of(SEQUENCE, x_seq.device)
     x2, of_step = as_rows(x_seq, order), _one_step(x_seq, v)
     learns = neuron.q is not None and wanted.q
     owned = owned and is_dense(x_seq) and is_contiguous_in(x_seq, order[1:])
@@ -106,12 +112,6 @@ def multi_step_vjp(
 
 def _name(neuron: Neuron) -> str:
     return (neuron.surrogate.name or "").removeprefix("spikingjelly.")
-
-
-def _form_and_order(x_seq: Tensor, v: Tensor | float) -> tuple[Any, tuple[int, ...]]:
-    form, order = form_of(SEQUENCE, x_seq.device), order_of(x_seq, v)
-    assert order is not None
-    return form, order
 
 
 def _one_step(x_seq: Tensor, v: Tensor | float) -> Tensor:

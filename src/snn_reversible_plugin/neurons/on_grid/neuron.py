@@ -20,6 +20,7 @@ from torch import Tensor
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.modules.swap import STRICT, SwappedClass
 from snn_reversible_plugin.neurons.on_grid import switches
+from snn_reversible_plugin.ops import devices
 from snn_reversible_plugin.ops.devices import may_look
 
 # NOTE [Leaving the grid, and coming back]
@@ -221,6 +222,10 @@ def constants_of(neuron: Any, of: str, settings: tuple[Any, ...], make: Callable
         made for 4.0
         [None, None, None]
     """
+    if devices.is_capturing():
+        # A replay computes them again, of what parameters are by then, only if they are part of the graph.
+        recording = tape.current()
+        settings = (*settings, None if recording is None else weakref.ref(recording))
     known = _constants.get(neuron)
     if known is None:
         known = _constants[neuron] = {}

@@ -171,7 +171,7 @@ def _mm(func: Any, one: Any, other: Any) -> Tensor | None:
             total.add(func(one.cut.rows(part, found).t(), part.of(other)))
     elif isinstance(other, Cut) and isinstance(one, Tensor):  # g^T x
         for part, found in parts_of(other):
-            total.add(func(one[:, part.start : part.stop], other.rows(part, found)))
+            total.add(func(part.of(one.t()).t(), other.rows(part, found)))
     else:
         raise Whole
     return total.value()

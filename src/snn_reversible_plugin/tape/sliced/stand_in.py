@@ -95,7 +95,7 @@ def unpack(handle: Handle) -> Tensor:
     inner = handle.handle
     if torch.is_grad_enabled() or torch._C._current_graph_task_id() == -1 or not _is_taken(handle):
         return handles.unpack(inner)
-    if isinstance(inner, Replayed) and inner.stands():
+    if isinstance(inner, Replayed) and (inner.stands() or not handle.is_at_hand()):
         return handles.unpack(inner)
     if isinstance(inner, Replayed) and inner.awaited is not None:
         inner.awaited()  # a stream, which is undone by this; parameters may change before it is asked for
