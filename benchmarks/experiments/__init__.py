@@ -59,8 +59,10 @@ _WRAP = partial(
 
 
 def draw_over_steps(entries: Entries, folder: Path, device: str) -> list[Path]:
-    """The picture of the first page, and one of all networks."""
-    return pictures.draw_over_steps(entries, over_step.SHOWN, folder) if device == "cpu" else []
+    """The picture of the first page, one of all networks, and a report's."""
+    if device != "cpu":
+        return []
+    return [*pictures.draw_over_steps(entries, over_step.SHOWN, folder), pictures.draw_report(folder)]
 
 
 _TRAINED = {"goes_stale": False, "threads": 1}

@@ -75,7 +75,7 @@ def growth(series: str, figure: str) -> Render:
 
 
 def over_step(entries: Entries) -> list[Table]:
-    """The peak of a step as users have it, by the defaults of the conversion, and where it stands."""
+    """The peak of a step as users have it, by the defaults of the conversion."""
     rows = []
     for entry in entries.values():
         if entry["method"] != "stock":
@@ -83,8 +83,8 @@ def over_step(entries: Entries) -> list[Table]:
         ours = entries.get(f"{entry['workload']} | converted")
         if ours:
             less = f"{entry['peak'] / ours['peak']:.1f}x"
-            rows.append((_title(entry), mib(entry["peak"]), mib(ours["peak"]), less, ours["where"]))
-    headings = ("training step", "stock's peak, MiB", "converted, MiB", "less", "converted peaks in")
+            rows.append((_title(entry), mib(entry["peak"]), mib(ours["peak"]), less))
+    headings = ("training step", "stock's peak, MiB", "converted, MiB", "less")
     return [Table(headings, rows)]
 
 
