@@ -54,6 +54,34 @@ def train(rank):
     return same, moved
 
 
+def train_compiled(rank):
+    """DistributedDataParallel around a compiled network, with the pass and without."""
+    from graph_only import GraphOnly, WithoutInductor
+    from snn_reversible_plugin.compiler import entry
+
+    entry.Backend = WithoutInductor
+    parameters = []
+    for compiled in (torch.compile(make(), backend=GraphOnly(None)), srp.compile(make())):
+        ddp = DistributedDataParallel(compiled)
+        optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1, momentum=0.9)
+        torch.manual_seed(10 + rank)
+        for _ in range(3):
+            optimizer.zero_grad()
+            functional.reset_net(compiled)
+            ddp(torch.rand(4, 3, 2, 8, 8) * 3).square().sum().backward()
+            optimizer.step()
+        parameters.append([p.detach().clone() for p in (*compiled.parameters(), compiled._orig_mod[2].v)])
+    regions = compiled.forward.backend.packing.regions
+    return all(map(torch.equal, *parameters)), sum(region.packed for region in regions) >= 2, parameters[0]
+
+
+def test_two_processes_compiled(tmp_path):
+    """The same parameters in both, and as without the pass; each has the membranes of its own batch."""
+    (same, packed, ours), (same_too, packed_too, theirs) = together(tmp_path, train_compiled)
+    assert same and same_too and packed and packed_too
+    assert all(map(torch.equal, ours[:-1], theirs[:-1])) and not torch.equal(ours[-1], theirs[-1])
+
+
 def test_two_processes(tmp_path):
     assert together(tmp_path, train) == [(True, True), (True, True)]
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import fx
 
-from snn_reversible_plugin.tape import MODES
+from snn_reversible_plugin import tape
+from snn_reversible_plugin.compiler.membranes import Calls, Region
 
 # A graph of so many calls is most likely a loop over time, unrolled: compiling it takes minutes.
 MANY_CALLS = 20_000
@@ -31,6 +32,9 @@ def missing() -> str | None:
     return None if hasattr(config, "joint_custom_post_pass") else "joint_custom_post_pass"
 
 
+MODES = tuple(mode for mode in tape.MODES if mode != "minimal")  # a compiler fuses what that would cut
+
+
 class Backend:
     """What ``torch.compile`` hands each region to; ``packing.regions`` says what became of them."""
 
@@ -38,6 +42,7 @@ class Backend:
         if mode not in MODES:
             raise ValueError(f"mode must be one of {MODES}, not {mode!r}")
         self.mode, self.patches = mode, patches or {}
+        self.calls = Calls()
         self._packing: Any = None
 
     @property
@@ -52,9 +57,16 @@ class Backend:
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         from torch._inductor.compile_fx import compile_fx
 
-        patches = {**self.patches, "joint_custom_post_pass": self.packing}
+        from snn_reversible_plugin.compiler.passes import InputsAsTheyAre
+
+        ours = {
+            "joint_custom_post_pass": self.packing,
+            "post_grad_custom_post_pass": InputsAsTheyAre(),
+        }
+        patches = {**self.patches, **ours}
         with as_planned():
-            return compile_fx(module, inputs, config_patches=patches)  # type: ignore[arg-type, return-value]
+            run: Any = compile_fx(module, inputs, config_patches=patches)  # type: ignore[arg-type]
+        return Region(run, self.calls)
 
 
 def as_planned() -> AbstractContextManager[None]:

@@ -2,8 +2,9 @@
 
 The one idea: *held* are bytes that live between forward and backward. For a module they are those of the
 storages that autograd, or a handle in place of a tensor, keeps alive: what lives anyway (parameters,
-buffers, inputs) is free, and what several modules share is counted where it is saved first. For the whole
-step the allocator counts, so there what modules return is in, too.
+buffers, inputs) is free. What a module returned is its own, whoever saves it: spikes stand with the neurons
+that fired them, not with the pool or the convolution behind. The rest stands where it is saved first. For
+the whole step the allocator counts, so there what modules return is in, too.
 """
 
 from __future__ import annotations
@@ -32,12 +33,15 @@ if TYPE_CHECKING:
 
 
 MOST_CAUSES = 5  # of a peak that are printed
+LEAST_PART = 0.01  # of what is held, for a tensor to be printed
+ROUNDS = 3  # that a step is timed in: one says nothing
 OUTSIDE = "(outputs, loss)"  # the row of what is held beyond what the modules' forward saves
 
 
 @dataclass
 class ModuleReport:
-    """One module's row: ``stock_bytes`` and ``bytes`` held by what its forward saves, stock and converted.
+    """One module's row: ``stock_bytes`` and ``bytes`` held, stock and converted: what it returns, whoever
+    saves that, and what its forward computes and saves.
 
     ``treatment`` counts the saved tensors by what became of them. ``neuron`` says how a spiking neuron
     runs and with which guarantee, or why it stayed stock; it is empty for other modules. ``grid_bits``:
@@ -105,10 +109,13 @@ class MemoryReport:
                 megabytes(after),
             )
         ratio = self.converted.seconds / self.stock.seconds
-        table.add_row("[bold]time of a training step", "", f"{ratio:.2f}x stock", "", "", "")
+        about = f"{ratio:.2f}x stock (median of {ROUNDS})"
+        table.add_row("[bold]time of a training step", "", about, "", "", "")
         console = Console()
         console.print(table)
         for one in self.kept[:MOST_CAUSES]:
+            if one.bytes < self.converted.held * LEAST_PART:
+                break
             console.print(f"kept in full in {one.module}: {one}")
         for label, run in (("stock", self.stock_over_step), ("converted", self.converted_over_step)):
             if run is not None:
@@ -177,7 +184,7 @@ def memory_report(
         by_tape = SavedByTape(step)
         with step.unchanged(), settings.recording(observer=by_tape) as tape:
             assert tape is not None
-            with tracked(model, tape):
+            with tracked(model, tape), tracked(model, by_tape):
                 graph = step.run()
                 held, treatments = by_tape.count()
                 del graph
@@ -197,7 +204,7 @@ def memory_report(
                 rows.append(row)
         bits, kept = by_tape.found()
         del by_tape
-        before, after = costs(step, repeats=1)
+        before, after = costs(step, repeats=ROUNDS)
         rest = [cost.held - sum(sizes.values()) for cost, sizes in ((before, by_stock.held), (after, held))]
         if max(rest) > 0:
             rows.append(ModuleReport(OUTSIDE, "", "", {}, max(rest[0], 0), max(rest[1], 0)))
@@ -230,7 +237,7 @@ def _about_neuron(name: str, module: nn.Module, settings: convert.Settings) -> s
 
 def _of_compiled(step: Step) -> MemoryReport:
     """Beside stock compiled the same way."""
-    found = verify_compiled(step, repeats=1)
+    found = verify_compiled(step, repeats=ROUNDS)
     rows = [
         ModuleReport(kind, "compiled regions", "", {"stored": 1}, 0, size)
         for kind, size in found.stored.items()

@@ -9,6 +9,7 @@ Source: this package's own; ``zlib.crc32``.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import weakref
 import zlib
@@ -53,7 +54,7 @@ class Copied(Exposure):
         self._value = tensor.clone()
 
     def is_unchanged(self, tensor: torch.Tensor) -> bool:
-        return torch.equal(_bytes(tensor), _bytes(self._value))
+        return _stands(tensor) and torch.equal(_bytes(tensor), _bytes(self._value))
 
     def value(self, kept: Kept) -> torch.Tensor:
         # A copy lies elsewhere, and a kernel may round by alignment.
@@ -74,7 +75,7 @@ class Summed(Exposure):
         self._sum = _sum_of(tensor)
 
     def is_unchanged(self, tensor: torch.Tensor) -> bool:
-        return _sum_of(tensor) == self._sum
+        return _stands(tensor) and _sum_of(tensor) == self._sum
 
     def value(self, kept: Kept) -> torch.Tensor:
         kept.check_version()
@@ -127,6 +128,12 @@ def compare_later(state: torch.Tensor, kept: Refs, followed: list[weakref.ref[Fo
         _handed_out().append((weakref.ref(state), weakref.ref(copies[-1]), followed))
 
 
+def sum_later(state: torch.Tensor) -> None:
+    """The tape has a way to a state, and not the state: whether it is still the same, is seen later."""
+    if _can_be_compared(state) and is_dense(state):
+        _summed().append((weakref.ref(state), Summed(state)))
+
+
 def look_again() -> None:
     """A recording starts: what nobody has written to since the last one is as safe as any other value."""
     handed_out = _handed_out()
@@ -138,6 +145,12 @@ def look_again() -> None:
             for ref in followed:
                 if (one := ref()) is not None:
                     one.spill()
+    sums = _summed()
+    while sums:
+        of_state, of_sum = sums.pop()
+        state = of_state()
+        if state is not None and not of_sum.is_unchanged(state):
+            written_unseen(state)
     refs = _looked_after()
     while refs:
         kept = refs.pop()()
@@ -160,6 +173,13 @@ def _handed_out() -> list[tuple[weakref.ref[torch.Tensor], weakref.ref[Kept], li
     return handed_out
 
 
+def _summed() -> list[tuple[weakref.ref[torch.Tensor], Summed]]:
+    sums: list[Any] | None = getattr(_local, "sums", None)
+    if sums is None:
+        sums = _local.sums = []
+    return sums
+
+
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     alike = (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
     with torch._C._DisableTorchDispatch():
@@ -175,7 +195,14 @@ def _looked_after() -> list[weakref.ref[Kept]]:
 
 def _can_be_compared(tensor: torch.Tensor) -> bool:
     plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_quantized
-    return plain and tensor.device.type == "cpu" and not (tensor.is_conj() or tensor.is_neg())
+    if not plain or tensor.device.type != "cpu" or tensor.is_conj() or tensor.is_neg():
+        return False
+    return _stands(tensor)
+
+
+def _stands(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has its memory: what FSDP2 gathers it lets go of when a layer has run."""
+    return not tensor.numel() or tensor.untyped_storage().nbytes() > 0
 
 
 def _is_held(kept: list[Kept]) -> bool:
@@ -193,5 +220,7 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _sum_of(tensor: torch.Tensor) -> int:
+    """Read where it stands, without numpy, which torch does without, too."""
     with torch._C._DisableTorchDispatch():
-        return zlib.crc32(_bytes(tensor).numpy())  # type: ignore[arg-type]
+        size = tensor.numel() * tensor.element_size()
+        return zlib.crc32((ctypes.c_char * size).from_address(tensor.data_ptr())) if size else 0

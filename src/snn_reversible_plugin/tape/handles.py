@@ -17,6 +17,7 @@ import torch
 from snn_reversible_plugin import ops
 from snn_reversible_plugin.ops.autocast import without_autocast
 from snn_reversible_plugin.ops.layouts import is_dense, storage_key
+from snn_reversible_plugin.ops.levels import bits_for
 from snn_reversible_plugin.tape.unseen import Unseen, WrittenUnseen, checksum, of_value
 
 
@@ -176,6 +177,12 @@ class Kept(Handle):
         if self.exposure is not None:
             return self.exposure.value(self), False
         self.check_version()
+        if self.parameter and self.tensor.numel() and not self.tensor.untyped_storage().nbytes():
+            raise RuntimeError(
+                f"{self.where or 'the model'}: a parameter of shape {tuple(self.tensor.shape)} was let go "
+                "of when its layer had run, and a neuron's backward computes that layer again. Shard "
+                "with fully_shard(layer, reshard_after_forward=False), or the converted model as a whole."
+            )
         if self.checksum is not None and not torch.equal(checksum(self.tensor), self.checksum):
             raise self.was_written()
         return self.tensor, False
@@ -251,6 +258,25 @@ class Packed(Handle):
         self._unpack(self.bits, spikes.as_strided((spikes.numel(),), (1,)))
         return self.verified(spikes, "unpacking its spikes"), True
 
+    def unpack_range(self, begin: int, flat: torch.Tensor) -> None:
+        """Write as many elements as ``flat`` has, in the order of memory from ``begin`` on."""
+        assert self.bits is not None
+        early = begin % 8  # bytes begin at every eighth element, however many bits one takes
+        start = (begin - early) * self.bits_each // 8
+        stop = -(-(begin + flat.numel()) * self.bits_each // 8)
+        bits = self.bits[start:stop]
+        if not early:
+            self._unpack(bits, flat)
+            return
+        longer = flat.new_empty(early + flat.numel())
+        self._unpack(bits, longer)
+        flat.copy_(longer[early:])
+
+    @property
+    def bits_each(self) -> int:
+        """Bits that an element takes."""
+        return 1
+
     def _pack(self, flat: torch.Tensor) -> torch.Tensor:
         return ops.pack_bits(flat)
 
@@ -270,11 +296,33 @@ class PackedLevels(Packed):
         super().__init__()
         self.low, self.high = low, high
 
+    @property
+    def bits_each(self) -> int:
+        """Bits that an element takes."""
+        return bits_for(self.low, self.high)
+
     def _pack(self, flat: torch.Tensor) -> torch.Tensor:
         return ops.pack_levels(flat, self.low, self.high)
 
     def _unpack(self, bits: torch.Tensor, flat: torch.Tensor) -> None:
         ops.unpack_levels(bits, flat, self.low, self.high)
+
+
+class PackedTwo(Packed):
+    """Zeros and one other number, ``high``: one bit an element."""
+
+    __slots__ = ("high",)
+
+    def __init__(self, high: float) -> None:
+        super().__init__()
+        self.high = high
+
+    def _unpack(self, bits: torch.Tensor, flat: torch.Tensor) -> None:
+        super()._unpack(bits, flat)
+        if self.high != 1:
+            flat.mul_(self.high)
+        if self.high < 0:  # 0 times it is -0
+            flat.add_(0.0)
 
 
 def unpack(handle: Handle) -> torch.Tensor:

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from snn_reversible_plugin.ops.layouts import is_plain, storage_key
 from snn_reversible_plugin.tape.as_stock import ByStorage, by_reference, follow, is_stocks
+from snn_reversible_plugin.tape.by_values import packed_by_values
 from snn_reversible_plugin.tape.checked import about_to_write, compared
 from snn_reversible_plugin.tape.exposed import leave_alone, look_after
 from snn_reversible_plugin.tape.few_bits import few_bits
@@ -37,6 +38,7 @@ from snn_reversible_plugin.tape.own_functions import OwnFunctions
 from snn_reversible_plugin.tape.plans import Following
 from snn_reversible_plugin.tape.recipes import WORK_LIMIT, price, tensors_among
 from snn_reversible_plugin.tape.replayed import Replayed, constant
+from snn_reversible_plugin.tape.sliced.cut import Slices
 from snn_reversible_plugin.tape.spans import Span
 from snn_reversible_plugin.tape.surroundings import OwnMode
 from snn_reversible_plugin.tape.unseen import checksum
@@ -44,6 +46,7 @@ from snn_reversible_plugin.tape.writes import TensorsOfParts
 
 Rule = Callable[["Tape", Any, tuple[Any, ...], dict[str, Any]], torch.Tensor | None]
 """Runs an operator, given the tape, it and its arguments; None: it is one like any other."""
+Args = tuple[Any, ...]
 _NO_KWARGS: dict[str, Any] = {}
 
 
@@ -68,6 +71,7 @@ class Tape(OwnMode, TorchDispatchMode):
         self.observer = observer
         self._following = following
         self.sizes = None if following is None else following.sizes
+        self.slices = Slices(self) if mode == "minimal" else None
         tidy()
         # A block that is rebuilt records inside a backward; what a backward itself runs is not recorded.
         self._graph_task = torch._C._current_graph_task_id()
@@ -88,9 +92,9 @@ class Tape(OwnMode, TorchDispatchMode):
     def pack(self, tensor: torch.Tensor) -> Handle:
         """The pack hook: a handle for one who will unpack it."""
         known = None if self._suspended else look_up(tensor)
-        is_state = False
+        is_state = isinstance(known, Passing) and known.is_state
         if isinstance(known, Passing):
-            is_state, known = known.is_state, known.leads_to()
+            known = known.leads_to()
         if isinstance(known, Packed):
             with OffStack(self):
                 known.materialize(tensor)
@@ -111,8 +115,13 @@ class Tape(OwnMode, TorchDispatchMode):
             compared(self, [(handle, tensor)])
         if self.observer is not None:
             handle.where = handle.where or self.where
+        if is_state and is_stocks(caller):
+            handle = follow(self.kept_by_storage, handle, tensor)
+        elif self.slices is not None:
+            handle = self.slices.cut(handle, tensor)
+        if self.observer is not None:
             self.observer.packed(self.where, tensor, handle)
-        return follow(self.kept_by_storage, handle, tensor) if is_state and is_stocks(caller) else handle
+        return handle
 
     def handle_of(self, tensor: torch.Tensor) -> Handle:
         """A handle for one who may look at it, or not."""
@@ -186,8 +195,7 @@ class Tape(OwnMode, TorchDispatchMode):
         base = args[0] if operator.kind is Kind.VIEW else None
         if isinstance(out, torch.Tensor):
             if out.dtype is torch.bool and base is None:
-                enter(out, Packed())
-                return
+                return enter(out, Packed())
             span, recipe = few_bits(operator, args, kwargs)
             if recipe is None and base is not None:
                 recipe = self._parts.read(func, args, kwargs, out)
@@ -211,7 +219,9 @@ class Tape(OwnMode, TorchDispatchMode):
             elif recipe is None or (index and operator.kind is Kind.NORM):
                 enter(tensor, None, base)
             else:
-                self._enter(tensor, recipe.output(index, siblings), base)
+                self._enter(tensor, one := recipe.output(index, siblings), base)
+                if self.slices is not None and operator.kind is Kind.NORM:
+                    self.slices.normalized(one, args[0], out)
 
     def before_write(self, tensor: torch.Tensor, spared: Sequence[Kept] = ()) -> None:
         """Save what would be lost: something is about to write into a tensor, with ``spared`` in mind."""
@@ -276,13 +286,7 @@ class Tape(OwnMode, TorchDispatchMode):
         return out
 
     def _run_mutating(
-        self,
-        func: Any,
-        operator: Operator,
-        types: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        spared: Sequence[Kept],
+        self, func: Any, operator: Operator, types: Any, args: Args, kwargs: Any, spared: Sequence[Kept]
     ) -> Any:
         mutated = list(
             tensors_among(
@@ -356,6 +360,8 @@ class Tape(OwnMode, TorchDispatchMode):
         """The handle to store, for a tensor of which :func:`look_up` said this."""
         if isinstance(handle, Passing):
             handle = handle.leads_to()
+        if handle is None and not self._suspended:
+            handle = packed_by_values(tensor)
         if isinstance(handle, Packed):
             handle.materialize(tensor)
         elif handle is OUTSIDE:
@@ -388,4 +394,6 @@ class Tape(OwnMode, TorchDispatchMode):
             recipe.where = self.where
             if self._check:
                 recipe.checksum = checksum(out)
+        if self.slices is not None:
+            self.slices.computed(recipe, out)
         enter(out, recipe, base, span)
