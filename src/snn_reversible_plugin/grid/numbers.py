@@ -157,7 +157,7 @@ def undecay(v: Tensor, remainder: Tensor, beta: Tensor | float, bits: int = 16) 
 def stream_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type of a stream that values of ``dtype`` are added to."""
     if not dtype.is_floating_point:
-        raise TypeError(f"the grid takes floating-point tensors, not {dtype}")
+        raise TypeError(f"the grid takes floating-point tensors, not {dtype}: cast it, to float32 say")
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
