@@ -188,7 +188,8 @@ def fired_of(bits: Any) -> Any:
 
 @compiled
 def overshoot(values: Any, bits: Any, theta: Any, scale: float) -> Any:
-    """Distances from the threshold where neurons fired, in as many bytes each as the largest needs."""
+    """Distances from the threshold where neurons fired, in as many bits each as the largest needs: the
+    whole bytes first, then a plane for each bit that is left."""
     fired = fired_of(bits)
     found, largest = np.empty(len(fired), np.int32), np.int32(0)
     for k in range(len(fired)):
@@ -197,13 +198,21 @@ def overshoot(values: Any, bits: Any, theta: Any, scale: float) -> Any:
         largest = found[k] if found[k] > largest else largest
     if len(found) == 0:
         return np.empty(0, np.uint8)
-    width = 2 + np.int64(largest >= 1 << 16) + np.int64(largest >= 1 << 24)
-    out = np.empty(1 + width * len(found), np.uint8)
+    width = 0
+    while largest >> np.int32(width):
+        width += 1
+    whole, rest, plane = width // 8, width % 8, (len(found) + 7) // 8
+    out = np.zeros(1 + whole * len(found) + rest * plane, np.uint8)
     out[0] = width
-    for j in range(width):
+    for j in range(whole):
         part = out[1 + j * len(found) :]
         for k in range(len(found)):
             part[k] = np.uint8((found[k] >> np.int32(8 * j)) & np.int32(255))
+    for j in range(rest):
+        part = out[1 + whole * len(found) + j * plane :]
+        for k in range(len(found)):
+            bit = (found[k] >> np.int32(8 * whole + j)) & np.int32(1)
+            part[k >> 3] |= np.uint8(bit << np.int32(k & 7))
     return out
 
 
@@ -214,10 +223,18 @@ def undo_overshoot(out: Any, bits: Any, theta: Any, scale: float, record: Any) -
     above, unit = np.zeros(len(fired), np.int32), 1 / scale
     if len(fired) == 0:
         return
-    for j in range(np.int64(record[0])):
+    width = np.int64(record[0])
+    whole, plane = width // 8, (len(fired) + 7) // 8
+    for j in range(whole):
         part = record[1 + j * len(fired) :]
         for k in range(len(fired)):
             above[k] |= np.int32(part[k]) << np.int32(8 * j)
+    for j in range(width % 8):
+        part = record[1 + whole * len(fired) + j * plane :]
+        for k in range(len(fired)):
+            above[k] |= ((np.int32(part[k >> 3]) >> np.int32(k & 7)) & np.int32(1)) << np.int32(
+                8 * whole + j
+            )
     for k in range(len(fired)):
         out[fired[k]] = np.float32((above[k] + np.float64(element_of(theta, fired[k]))) * unit)
 
@@ -413,7 +430,9 @@ def undo(
     unit, at, overshoots, flags = 1 / scale, 0, record, np.empty(STRETCH, np.uint8)
     if kind >= ZERO_BEFORE:
         number = count_of(bits)
-        record = record[1 + np.int64(record[0]) * number :] if number else record
+        width = np.int64(record[0]) if number else 0
+        taken = 1 + width // 8 * number + width % 8 * ((number + 7) // 8)
+        record = record[taken:] if number else record
     for start in range(0, len(state), STRETCH):
         part = slice(start, min(start + STRETCH, len(state)))
         hs, xs, outs = state[part], current[part], out[part]

@@ -268,20 +268,27 @@ def _of_indices(value: Any, part: slice, indices: Piece) -> Any:
 
 
 def _overshoot(values: Piece) -> list[Piece]:
-    """Non-negative integers in as many bytes each as the largest needs, after a byte that tells."""
-    width = 2
-    while values.max() >= 256.0**width and width < 4:
-        width += 1
-    words = values.astype("<u4").view(np.uint8).reshape(-1, 4)
-    return [np.array([width], np.uint8), np.ascontiguousarray(words[:, :width]).reshape(-1)]
+    """Non-negative integers in as many bits each as the largest needs, after a byte that tells: the whole
+    bytes first, then a plane for each bit that is left."""
+    width = int(values.max()).bit_length()
+    whole, rest = divmod(width, 8)
+    units = values.astype("<u4")
+    low = np.ascontiguousarray(units.view(np.uint8).reshape(-1, 4)[:, :whole]).reshape(-1)
+    planes = [np.packbits((units >> (8 * whole + bit)) & 1 != 0, bitorder="little") for bit in range(rest)]
+    return [np.array([width], np.uint8), low, *planes]
 
 
 def _read_overshoot(record: Piece, at: int, n: int) -> tuple[Piece, int]:
-    width = int(record[at])
-    end = at + 1 + n * width
+    whole, rest = divmod(int(record[at]), 8)
+    end = at + 1 + n * whole
     words = np.zeros((n, 4), np.uint8)
-    words[:, :width] = record[at + 1 : end].reshape(n, width)
-    return words.reshape(-1).view("<u4").astype(np.float64), end
+    words[:, :whole] = record[at + 1 : end].reshape(n, whole)
+    units, plane = words.reshape(-1).view("<u4").astype(np.int64), (n + 7) // 8
+    for bit in range(rest):
+        ones = np.unpackbits(record[end : end + plane], count=n, bitorder="little")
+        units |= ones.astype(np.int64) << (8 * whole + bit)
+        end += plane
+    return units.astype(np.float64), end
 
 
 def reset(
