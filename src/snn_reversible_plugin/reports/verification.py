@@ -33,6 +33,16 @@ class Verification:
     outputs, gradients and spikes are those of autograd through the same forward, bit for bit; else None.
     ``off_grid`` says why a neuron is off the grid, or left it in this run, ``grid_bits`` how many binary
     digits behind the point one has that is on it.
+
+    Example:
+        >>> import torch
+        >>> import snn_reversible_plugin as srp
+        >>> from torch import nn
+        >>> from spikingjelly.activation_based import layer, neuron
+        >>> model = nn.Sequential(layer.Linear(8, 8), neuron.LIFNode(), layer.Linear(8, 2))
+        >>> found = srp.verify(srp.convert_to_reversible(model, arithmetic="stock"), torch.rand(4, 8))
+        >>> found.ok, found.outputs_equal, found.flipped_spikes, found.guarantees
+        (True, True, 0, {'1': 'stock'})
     """
 
     outputs_equal: bool
