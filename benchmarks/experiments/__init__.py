@@ -14,6 +14,7 @@ from ..tables import families, learning, time
 from ..tables import steps as of_steps
 from . import (
     block_accuracy,
+    column_accuracy,
     columns,
     compiled,
     compiled_accuracy,
@@ -28,6 +29,7 @@ from . import (
     steps,
     surgery,
     time_accuracy,
+    wrap_accuracy,
 )
 
 _GROWTH = {
@@ -47,6 +49,12 @@ _TIME = partial(learning.by_method, methods=[*time_accuracy.METHODS])
 _COMPILED = partial(learning.by_method, methods=[*compiled_accuracy.METHODS])
 _BLOCK = partial(
     learning.by_data, arms=[*block_accuracy.ARMS], data=recordings.DATA, equals=block_accuracy.EQUALS
+)
+_COLUMN = partial(
+    learning.by_data, arms=[*column_accuracy.ARMS], data=recordings.DATA, equals=column_accuracy.EQUALS
+)
+_WRAP = partial(
+    learning.tuned, networks=[*wrap_accuracy.NETWORKS], arms=[*wrap_accuracy.ARMS], data=recordings.DATA
 )
 
 
@@ -93,6 +101,10 @@ EXPERIMENTS = {
         Experiment(
             "block-accuracy", block_accuracy.works, _BLOCK, block_accuracy.measure,
             draw=block_accuracy.draw, **_TRAINED,
+        ),
+        Experiment("column-accuracy", column_accuracy.works, _COLUMN, column_accuracy.measure, **_TRAINED),
+        Experiment(
+            "wrap-accuracy", wrap_accuracy.works, _WRAP, together=wrap_accuracy.together, **_TRAINED
         ),
     )
 }  # fmt: skip
