@@ -52,7 +52,7 @@ def spoken_digits(shape: tuple[int, ...], device: str | torch.device = "cpu") ->
 
 
 def sequential_digits(shape: tuple[int, ...], device: str | torch.device = "cpu") -> torch.Tensor:
-    """Handwritten digits, a pixel a step, ``[T, N, 1]``: scikit-learn's, at as many pixels as there are steps."""
+    """scikit-learn's handwritten digits, a pixel a step, ``[T, N, 1]``."""
     from sklearn.datasets import load_digits
 
     steps, batch, _ = shape

@@ -13,7 +13,9 @@ ROOMS = (
     PACKAGE,
     *(f"{PACKAGE}.{room}" for room in ("spikingjelly", "snntorch", "models", "training", "grid", "data")),
 )
-COMPILES = {f"{PACKAGE}.reports.compiled.CompiledVerification": "an example would compile for half a minute"}
+COMPILES = {
+    f"{PACKAGE}.reports.compiled.CompiledVerification": "an example would compile for half a minute"
+}
 # "::: a.name", and the indented options below it.
 ENTRY = re.compile(r"^::: ([\w.]+)\n((?: +.*\n)*)", re.MULTILINE)
 

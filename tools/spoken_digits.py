@@ -1,9 +1,9 @@
-"""Synthetic speech for the benchmarks: the digits in English and German, by a synthesizer, through a filter bank.
+"""Synthetic speech for the benchmarks: digits in English and German, through a filter bank.
 
     apt-get install espeak-ng; python tools/spoken_digits.py
 
-Writes benchmarks/spoken_digits.npz: ``energy`` uint8 ``[160, 100, 64]``, log energies of 64 bands on the mel
-scale in frames of 10 ms, and ``label`` ``[160]``, the digit, and the digit plus ten in German, as in the
+Writes benchmarks/spoken_digits.npz: ``energy`` uint8 ``[160, 100, 64]``, log energies of 64 bands on the
+mel scale in frames of 10 ms, and ``label`` ``[160]``, the digit, and the digit plus ten in German, as in the
 Heidelberg digits (Cramer et al., TNNLS 2020), which these are not: nobody spoke them.
 """
 
@@ -19,8 +19,8 @@ PATH = Path(__file__).parents[1] / "benchmarks" / "spoken_digits.npz"
 VOICES, PITCHES, SPEEDS = ("+m1", "+f2"), (35, 65), (130, 170)
 FRAMES, BANDS, WINDOW = 100, 64, 512
 WORDS = {
-    "en": "zero one two three four five six seven eight nine".split(),
-    "de": "null eins zwei drei vier fünf sechs sieben acht neun".split(),
+    "en": ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"],
+    "de": ["null", "eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun"],
 }
 
 
