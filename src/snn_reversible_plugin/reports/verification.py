@@ -41,6 +41,16 @@ class Verification:
     can see, with module, operation and remedy; they are no fault by themselves. ``bits`` and ``kept`` are
     those of :func:`memory_report`: the tensors of which a few bits an element are stored, and those that
     are stored in full, the largest first, with the operation that made each, why, and what one may change.
+
+    Example:
+        >>> import torch
+        >>> import snn_reversible_plugin as srp
+        >>> from torch import nn
+        >>> from spikingjelly.activation_based import layer, neuron
+        >>> model = nn.Sequential(layer.Linear(8, 8), neuron.LIFNode(), layer.Linear(8, 2))
+        >>> found = srp.verify(srp.convert_to_reversible(model, arithmetic="stock"), torch.rand(4, 8))
+        >>> found.ok, found.outputs_equal, found.flipped_spikes, found.guarantees
+        (True, True, 0, {'1': 'stock'})
     """
 
     outputs_equal: bool
