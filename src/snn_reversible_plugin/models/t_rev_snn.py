@@ -198,7 +198,7 @@ class TRevSNN(nn.Module):
     ) -> None:
         super().__init__()
         if len(widths) != 4:
-            raise ValueError(f"TRevSNN has four levels, and widths names {len(widths)}")
+            raise ValueError(f"TRevSNN has four levels, and widths names {len(widths)}: give four numbers")
         if auxiliary and steps % HEADS:
             raise ValueError(f"with auxiliary heads, steps must be a multiple of {HEADS}, not {steps}")
         self.steps, self.events = steps, events

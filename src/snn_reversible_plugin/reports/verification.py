@@ -26,6 +26,13 @@ from snn_reversible_plugin.reports.trial import Loss, Step, as_converted, costs,
 from snn_reversible_plugin.tape.findings import OF_NEURON, FoundBits, KeptInFull
 from snn_reversible_plugin.tape.unseen import Unseen, WrittenUnseen
 
+MOST_RUNS = 4  # of stock, until one comes out as the one before it
+NEVER_THE_SAME = Unseen(
+    "the model",
+    f"stock itself gives other results from run to run ({MOST_RUNS} were tried): nothing can be compared",
+    "Draw random numbers by torch, use deterministic algorithms, change no attribute in the forward.",
+)
+
 
 @dataclass
 class Verification:
@@ -169,21 +176,13 @@ def verify(
         return verify_compiled(step, repeats)
     with as_converted(model) as settings:
         with convert.stock(model):
-            expected = _run(step)
+            expected, repeated = _settled(step)
         actual = _run(step)
-        if not _equal(expected.gradients, actual.gradients):
-            # What TorchScript compiles adds up in another order from its second or third call on.
-            with convert.stock(model):
-                expected = _run(step)
         as_autograd = None
         if any(convert.is_on_grid(module) for module in model.modules()):
             with convert.differentiated(model):
                 exact = _run(step)
-            as_autograd = (
-                _equal(exact.outputs, actual.outputs)
-                and _equal(exact.gradients, actual.gradients)
-                and _equal(exact.spikes, actual.spikes)
-            )
+            as_autograd = all(_equal(*parts) for parts in zip(exact.parts(), actual.parts(), strict=True))
         guarantees = {
             name: getattr(module, "arithmetic", "stock")
             for name, module in model.named_modules()
@@ -200,6 +199,8 @@ def verify(
             if (bits := convert.grid_bits(module)) is not None
         }
         replay_error, idioms = _checked(step, settings)
+        if not repeated:
+            idioms.unseen(NEVER_THE_SAME)
         found_bits, kept = idioms.found()
         prices = costs(step, repeats)
     return Verification(
@@ -250,6 +251,23 @@ class _Run:
     outputs: list[torch.Tensor]
     gradients: list[torch.Tensor | None]
     spikes: list[torch.Tensor]
+
+    def parts(self) -> tuple[list[Any], ...]:
+        return self.outputs, self.gradients, self.spikes
+
+
+def _settled(step: Step) -> tuple[_Run, bool]:
+    """A run that came out as the one before it, and whether there was one.
+
+    What TorchScript compiles adds up in another order from its second or third call on. Nothing converted
+    has run by then, so no fault of a converted run can be in what it is held to.
+    """
+    run = _run(step)
+    for _ in range(MOST_RUNS - 1):
+        before, run = run, _run(step)
+        if all(_equal(*parts) for parts in zip(before.parts(), run.parts(), strict=True)):
+            return run, True
+    return run, False
 
 
 def _run(step: Step) -> _Run:

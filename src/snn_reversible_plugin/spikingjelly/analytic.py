@@ -22,6 +22,7 @@ from snn_reversible_plugin.neurons.integrate_fire import on_device
 from snn_reversible_plugin.neurons.integrate_fire.reference import Neuron, Rule
 from snn_reversible_plugin.neurons.integrate_fire.stretch import place_of_step
 from snn_reversible_plugin.ops.chunks import chunk_size
+from snn_reversible_plugin.ops.outputs import on_its_own
 from snn_reversible_plugin.spikingjelly.agreement import Case, agrees, stock_runs
 from snn_reversible_plugin.spikingjelly.calls import (
     Beside,
@@ -241,7 +242,7 @@ def _run(module: Any, x: Tensor, chosen: ByFormula) -> Tensor:
             held = map(tape.handle_of, (x, *ws))
             first = OfFirstStep(partial(_stepped.add, module), partial(first_membrane, call, v), *held)
             promised = Promised(first)
-        s, v = SingleStep.apply(x, v, again, call, Beside(first, place), *ws)
+        s, v = map(on_its_own, SingleStep.apply(x, v, again, call, Beside(first, place), *ws))
         if first is not None:
             first.place = place
         states = [v]
@@ -251,7 +252,7 @@ def _run(module: Any, x: Tensor, chosen: ByFormula) -> Tensor:
         promises = torch.is_grad_enabled() and tape.may_promise()
         if promises and not isinstance(v, Tensor):
             promised = _promise(call, v, tuple(map(tape.handle_of, (x, *ws[:1]))))
-        s, *states = MultiStep.apply(x, v, again, call, promised, *ws)
+        s, *states = map(on_its_own, MultiStep.apply(x, v, again, call, promised, *ws))
         v_seq = states[-1] if call.store_v_seq else None
         v = states[0]
         if v_seq is not None and promised.stored is None:

@@ -46,6 +46,7 @@ from snn_reversible_plugin.tape.writes import TensorsOfParts
 
 Rule = Callable[["Tape", Any, tuple[Any, ...], dict[str, Any]], torch.Tensor | None]
 """Runs an operator, given the tape, it and its arguments; None: it is one like any other."""
+Args = tuple[Any, ...]
 _NO_KWARGS: dict[str, Any] = {}
 
 
@@ -91,9 +92,9 @@ class Tape(OwnMode, TorchDispatchMode):
     def pack(self, tensor: torch.Tensor) -> Handle:
         """The pack hook: a handle for one who will unpack it."""
         known = None if self._suspended else look_up(tensor)
-        is_state = False
+        is_state = isinstance(known, Passing) and known.is_state
         if isinstance(known, Passing):
-            is_state, known = known.is_state, known.leads_to()
+            known = known.leads_to()
         if isinstance(known, Packed):
             with OffStack(self):
                 known.materialize(tensor)
@@ -194,8 +195,7 @@ class Tape(OwnMode, TorchDispatchMode):
         base = args[0] if operator.kind is Kind.VIEW else None
         if isinstance(out, torch.Tensor):
             if out.dtype is torch.bool and base is None:
-                enter(out, Packed())
-                return
+                return enter(out, Packed())
             span, recipe = few_bits(operator, args, kwargs)
             if recipe is None and base is not None:
                 recipe = self._parts.read(func, args, kwargs, out)
@@ -286,13 +286,7 @@ class Tape(OwnMode, TorchDispatchMode):
         return out
 
     def _run_mutating(
-        self,
-        func: Any,
-        operator: Operator,
-        types: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        spared: Sequence[Kept],
+        self, func: Any, operator: Operator, types: Any, args: Args, kwargs: Any, spared: Sequence[Kept]
     ) -> Any:
         mutated = list(
             tensors_among(

@@ -28,6 +28,7 @@ from snn_reversible_plugin.neurons.on_grid.timeline import REMEDY, NewCharged
 from snn_reversible_plugin.neurons.rerun import differentiable_once
 from snn_reversible_plugin.neurons.surrogates import Surrogate, in_one_pass
 from snn_reversible_plugin.ops.layouts import flat, like
+from snn_reversible_plugin.ops.outputs import on_its_own
 from snn_reversible_plugin.tape.origins import enter
 
 
@@ -62,7 +63,7 @@ class IntegrateFire(Constants):
         reaches: list[Any] = []
         beta = parameters[0] if parameters else None
         spikes, v = self.stepping.apply((before, lost, fired, reaches), before.state, current, beta)
-        return Charged(v, spikes, lost, fired, reaches)
+        return Charged(on_its_own(v), spikes, lost, fired, reaches)
 
     def write(
         self, rows: list[Tensor], record: Record | None, reaches: list[Any]
