@@ -142,7 +142,8 @@ def convert_to_reversible(
         TypeError: ``model`` is no ``nn.Module``, or is compiled or scripted.
         ValueError: an unknown ``mode`` or ``arithmetic``, a ``skip`` name that is not in the model,
             ``"grid"`` where nothing can run on the grid, ``blocks`` without residual blocks, a budget that
-            is no number of bytes, or one together with ``"speed"``.
+            is no number of bytes, or one together with ``"speed"`` or
+            ``"minimal"``.
         RuntimeError: from the first forward of a shape that the budget can't take.
 
     Example:
