@@ -6,19 +6,22 @@ Only the latter decides figures: another table here makes no stored result stale
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 from .. import pictures, recordings
-from ..experiment import Experiment
+from ..experiment import Entries, Experiment
 from ..tables import families, learning, time
 from ..tables import steps as of_steps
 from . import (
     block_accuracy,
+    column_accuracy,
     columns,
     compiled,
     compiled_accuracy,
     coupled,
     drift,
     long_sequences,
+    over_step,
     parallel,
     published,
     reversal,
@@ -26,6 +29,7 @@ from . import (
     steps,
     surgery,
     time_accuracy,
+    wrap_accuracy,
 )
 
 _GROWTH = {
@@ -46,6 +50,21 @@ _COMPILED = partial(learning.by_method, methods=[*compiled_accuracy.METHODS])
 _BLOCK = partial(
     learning.by_data, arms=[*block_accuracy.ARMS], data=recordings.DATA, equals=block_accuracy.EQUALS
 )
+_COLUMN = partial(
+    learning.by_data, arms=[*column_accuracy.ARMS], data=recordings.DATA, equals=column_accuracy.EQUALS
+)
+_WRAP = partial(
+    learning.tuned, networks=[*wrap_accuracy.NETWORKS], arms=[*wrap_accuracy.ARMS], data=recordings.DATA
+)
+
+
+def draw_over_steps(entries: Entries, folder: Path, device: str) -> list[Path]:
+    """The picture of the first page, one of all networks, and a report's."""
+    if device != "cpu":
+        return []
+    return [*pictures.draw_over_steps(entries, over_step.SHOWN, folder), pictures.draw_report(folder)]
+
+
 _TRAINED = {"goes_stale": False, "threads": 1}
 EXPERIMENTS = {
     experiment.name: experiment
@@ -53,6 +72,9 @@ EXPERIMENTS = {
         Experiment(
             "steps", steps.works, of_steps.everything, together=steps.together, more=_MORE | _GROWTH,
             draw=pictures.draw_steps,
+        ),
+        Experiment(
+            "over-step", over_step.works, of_steps.over_step, over_step.measure, draw=draw_over_steps,
         ),
         Experiment("drift", drift.works, time.drift, drift.measure),
         Experiment("compiled", compiled.works, time.compiled, compiled.measure, threads=1),
@@ -79,6 +101,10 @@ EXPERIMENTS = {
         Experiment(
             "block-accuracy", block_accuracy.works, _BLOCK, block_accuracy.measure,
             draw=block_accuracy.draw, **_TRAINED,
+        ),
+        Experiment("column-accuracy", column_accuracy.works, _COLUMN, column_accuracy.measure, **_TRAINED),
+        Experiment(
+            "wrap-accuracy", wrap_accuracy.works, _WRAP, together=wrap_accuracy.together, **_TRAINED
         ),
     )
 }  # fmt: skip

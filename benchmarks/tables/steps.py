@@ -74,6 +74,20 @@ def growth(series: str, figure: str) -> Render:
     return render
 
 
+def over_step(entries: Entries) -> list[Table]:
+    """The peak of a step as users have it, by the defaults of the conversion."""
+    rows = []
+    for entry in entries.values():
+        if entry["method"] != "stock":
+            continue
+        ours = entries.get(f"{entry['workload']} | converted")
+        if ours:
+            less = f"{entry['peak'] / ours['peak']:.1f}x"
+            rows.append((_title(entry), mib(entry["peak"]), mib(ours["peak"]), less))
+    headings = ("training step", "stock's peak, MiB", "converted, MiB", "less")
+    return [Table(headings, rows)]
+
+
 def behind(entries: Entries) -> list[Table]:
     """Where no mode of this package is both as small at the peak and as fast as a peer, stock included."""
     rows = []

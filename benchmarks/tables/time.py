@@ -26,12 +26,16 @@ def columns(entries: Entries) -> list[Table]:
     """T-RevSNN's sub-networks as they are trained."""
     rows = [
         (
-            e["size"], str(e["steps"]), e["way"], mib(e["held"]), mib(e["peak"]), times(e["time_ratio"]),
+            e["size"], str(e["steps"]), e["way"], mib(e["held"], 2), mib(e.get("remainders"), 2),
+            mib(e["peak"]), mib(e.get("peak_beyond_gradients"), 2), times(e["time_ratio"]),
             f"{e['max_error']:.3g}",
         )
         for e in entries.values()
     ]  # fmt: skip
-    headings = ("T-RevSNN", "sub-networks", "way", "held, MiB", "peak, MiB", "time", "rebuild off by")
+    headings = (
+        "T-RevSNN", "sub-networks", "way", "held, MiB", "of that remainders", "peak, MiB",
+        "without gradients", "time", "rebuild off by",
+    )  # fmt: skip
     return [Table(headings, rows)]
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import fx
 
+from snn_reversible_plugin import tape
 from snn_reversible_plugin.compiler.membranes import Calls, Region
 from snn_reversible_plugin.compiler.progress import compiling
-from snn_reversible_plugin.tape import MODES
 
 # A graph of so many calls is most likely a loop over time, unrolled: compiling it takes minutes.
 MANY_CALLS = 20_000
@@ -31,6 +31,9 @@ def missing() -> str | None:
     except ImportError as error:
         return str(error)
     return None if hasattr(config, "joint_custom_post_pass") else "joint_custom_post_pass"
+
+
+MODES = tuple(mode for mode in tape.MODES if mode != "minimal")  # a compiler fuses what that would cut
 
 
 class Backend:

@@ -1,7 +1,8 @@
 """The autograd functions of IFNode, LIFNode and ParametricLIFNode: a sequence, and a step.
 
 The one idea: over a sequence only the input current is saved, which the tape replays from spikes; a step
-saves its charged membrane, or the current that a fresh one was charged with.
+saves its charged membrane, as a place on a stretch of steps where it has one, or the current that a
+fresh one was charged with.
 
 Source: SpikingJelly 2.0, ``_ops/{if_,lif,plif}/reference.py``, which is what runs on a CPU, and on a
 GPU where there is no fused kernel; ``neuron`` of 0.0.0.0.14 and 0.0.0.0.12.
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.neurons.integrate_fire.in_place import multi_step, multi_step_vjp
+from snn_reversible_plugin.neurons.integrate_fire.in_slices import sequence_vjp_in_slices
 from snn_reversible_plugin.neurons.integrate_fire.reference import (
     Neuron,
     OutputGradients,
@@ -26,13 +28,15 @@ from snn_reversible_plugin.neurons.integrate_fire.reference import (
     single_step_vjp,
     step,
 )
+from snn_reversible_plugin.neurons.integrate_fire.stretch import Place
 from snn_reversible_plugin.neurons.rerun import differentiable_once
-from snn_reversible_plugin.tape.final_membrane import FinalMembrane
+from snn_reversible_plugin.tape.final_membrane import FinalMembrane, OfFirstStep
 
 # NOTE [What stock runs]
 #
 # 1. SpikingJelly 2.0, in float32 with one of seven surrogates, an operator: on a CPU torch code with
-#    derivatives of its own for those surrogates, on a GPU a fused kernel, which is left alone.
+#    derivatives of its own for those surrogates, on a GPU a kernel. Where that is Triton's, ours stands in
+#    for it (`neurons/integrate_fire/on_device.py`), over sequences; others are left alone.
 #    ParametricLIF takes the sigmoid of w once. The final membrane is cut from v_seq where that is stored.
 # 2. Otherwise, and in older releases, torch code with the surrogate as it is. ParametricLIF takes the
 #    sigmoid in every step, so w gets T gradients one after the other; w is handed over T times for that.
@@ -55,6 +59,8 @@ class Call(NamedTuple):
 
     def leak_vjp(self, g_q: list[Tensor], q: Tensor, w: Tensor) -> list[Tensor]:
         """Gradients of w, one each time it was handed over, in the order of autograd's arrivals."""
+        if self.neuron.launched:  # stock's kernel writes the derivative out
+            return [(g * q * (1 - q)).to(w.dtype) for g in g_q]
         if self.fused:
             total = g_q[0]
             for g in g_q[1:]:
@@ -90,6 +96,8 @@ class Promised(NamedTuple):
 class MultiStep(torch.autograd.Function):
     """Spikes and final membrane, and what is stored of those between, of a whole sequence."""
 
+    takes_slices = True
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -107,11 +115,12 @@ class MultiStep(torch.autograd.Function):
         ctx.save_for_backward(x_seq, v if ctx.start is None else None, ws[0] if ws else None)
         with tape.paused():
             builds_v_seq = call.store_v_seq and stored is None
-            spikes, v, v_seq = multi_step(x_seq, v, call.with_leak(ws[0] if ws else None), builds_v_seq)
+            neuron = call.with_leak(ws[0] if ws else None)
+            spikes, v, v_seq = multi_step(x_seq, v, neuron, builds_v_seq, drops_last=final is not None)
             if stored is not None:
                 v_seq = stored.placeholder(spikes)
             if final is not None:
-                v = final.placeholder(v)
+                v = final.placeholder(v, x_seq.new_zeros(()))
         if v_seq is None:
             return spikes, v
         return (spikes, v_seq) if call.fused else (spikes, v, v_seq)
@@ -120,13 +129,16 @@ class MultiStep(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, g_s: Tensor | None, *g_states: Tensor | None) -> Any:
         x_seq, v, w = ctx.saved_tensors
-        owned = tape.owns(x_seq)
+        cut = tape.cut_of(x_seq)
+        owned = cut is None and tape.owns(x_seq)
         call: Call = ctx.call
         nothing = (None,) * (len(ctx.needs_input_grad) - 5)
         g_v, g_v_seq = (*g_states, None)[:2]
         if call.store_v_seq and call.fused:
             g_v, g_v_seq = None, g_v
         if g_s is None and g_v is None and g_v_seq is None:
+            if cut is not None:
+                cut.release()
             return None, None, None, None, None, *nothing
         neuron = call.with_leak(w)
         wanted = Wanted(
@@ -135,18 +147,27 @@ class MultiStep(torch.autograd.Function):
             q=w is not None and ctx.needs_input_grad[5],
         )
         final, stored = (None if one is None else one() for one in ctx.promised)
-        if stored is not None and not stored.settle():
+        if stored is not None and not stored.settle(cut is not None):
             stored.compute()
-        v_last = None if final is None or final.settle() else final.empty()
-        # What is saved is part of the forward's graph, and a gradient must not be.
-        found = multi_step_vjp(
-            x_seq.detach(), ctx.start if v is None else v, OutputGradients(g_s, g_v, g_v_seq), neuron,
-            wanted, owned=owned, v_last=v_last,
-        )  # fmt: skip
+        v_last = None if final is None or final.settle(cut is not None) else final.empty()
+        start, grads = ctx.start if v is None else v, OutputGradients(g_s, g_v, g_v_seq)
+        if cut is not None:
+            found = sequence_vjp_in_slices(cut, start, grads, neuron, wanted, v_last)
+        else:
+            # What is saved is part of the forward's graph, and a gradient must not be.
+            x = x_seq.detach()
+            found = multi_step_vjp(x, start, grads, neuron, wanted, owned=owned, v_last=v_last)
         if final is not None and v_last is not None:
             final.keep(v_last)
         g_ws = call.leak_vjp(found.q, neuron.q, w) if wanted.q else nothing  # type: ignore[arg-type]
         return found.x, *found.v, None, None, *g_ws
+
+
+class Beside(NamedTuple):
+    """What a step is given beside its tensors: the promise of its membrane, and its place on a stretch."""
+
+    first: OfFirstStep | None = None
+    place: Place | None = None
 
 
 class SingleStep(torch.autograd.Function):
@@ -154,41 +175,44 @@ class SingleStep(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, v: Any, _v_again: Any, call: Call, first: FinalMembrane | None, *ws: Tensor
+        ctx: Any, x: Tensor, v: Any, _v_again: Any, call: Call, beside: Beside, *ws: Tensor
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.call, ctx.start = call, None if isinstance(v, Tensor) else v
+        first, place = beside
+        # A fresh membrane is charged with the current alone, which can be replayed, or is held already.
+        ctx.from_current = ctx.start is not None and (place is not None or tape.current() is None)
+        w, alive = (*ws, None)[0], None
         with tape.paused():
             before = torch.full_like(x, v) if ctx.start is not None else v
-            s, v, h, pull = single_step(x, before, call.with_leak(ws[0] if ws else None))
+            s, v, h, pull = single_step(x, before, call.with_leak(w))
+            pull = pull if w is not None and ctx.needs_input_grad[5] else None
+            if place is not None:
+                alive = place.charged(h, pull)
             if first is not None:
                 v = first.placeholder(v)
         ctx.first = None if first is None else weakref.ref(first)
-        if ctx.start is not None:
-            # A fresh membrane is charged with the current alone, which can be replayed.
-            ctx.save_for_backward(x, *ws)
-        else:
-            ctx.save_for_backward(h, *ws, *((pull,) if ws and ctx.needs_input_grad[5] else ()))
+        ctx.save_for_backward(*((x, w, None) if ctx.from_current else (h, w, pull)), alive)
         return s, v
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, g_s: Tensor | None, g_v: Tensor | None) -> Any:
-        h, w, pull = (*ctx.saved_tensors, None, None)[:3]
+        h, w, pull, _ = ctx.saved_tensors
         call: Call = ctx.call
         if g_s is None and g_v is None:
             return (None,) * len(ctx.needs_input_grad)
         neuron = call.with_leak(w)
         learns = w is not None and ctx.needs_input_grad[5]
-        if ctx.start is not None:
+        if ctx.from_current:
             # What is saved is part of the forward's graph, and a gradient must not be.
             x = h.detach()
             _, v, h, pull = step(x, torch.full_like(x, ctx.start), neuron)
             first = None if ctx.first is None else ctx.first()
             if first is not None and first.membrane is None and not first.settle():
                 first.keep(v)
-            if (number := number_pulling(ctx.start, neuron.rule)) is not None:
-                pull = number
+        if ctx.start is not None and (number := number_pulling(ctx.start, neuron.rule)) is not None:
+            pull = number
         grads = single_step_vjp(h, g_s, g_v, neuron, pull if learns else None)
         g_vs = grads.v if ctx.needs_input_grad[1] else (None, None)
         if w is None:

@@ -12,7 +12,7 @@ from snn_reversible_plugin.tape import recording
 from snn_reversible_plugin.tape.findings import Observer
 from snn_reversible_plugin.tape.plans import Plans
 
-MODES = ("memory", "speed", "auto")
+MODES = ("memory", "speed", "auto", "minimal")
 
 
 @dataclass
