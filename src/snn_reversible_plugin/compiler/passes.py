@@ -8,6 +8,7 @@ that the partitioner puts it into the backward. The forward stays as it was, and
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +21,13 @@ from snn_reversible_plugin.compiler import levels, packing, peak, plan
 from snn_reversible_plugin.compiler.graph import Joint, name_of, parent_of, size_of, tensor_of
 from snn_reversible_plugin.compiler.plan import Plan
 from snn_reversible_plugin.compiler.progress import tell
+
+
+@functools.cache
+def _hash_of_code() -> bytes:
+    """Of the code that runs: files may be replaced while it does."""
+    files = (__file__, *(module.__file__ for module in (graphs, levels, packing, peak, plan)))
+    return get_hash_for_files(files)
 
 
 @dataclass
@@ -53,8 +61,7 @@ class Packing(CustomGraphPass):
         tell(f"srp.compile: {region.packed} packed, {region.bytes / 1e6:.1f} MB stored; Inductor compiles")
 
     def uuid(self) -> bytes:
-        files = (__file__, *(module.__file__ for module in (graphs, levels, packing, peak, plan)))
-        return get_hash_for_files(files, extra=self.mode)
+        return _hash_of_code() + self.mode.encode()
 
 
 class InputsAsTheyAre(CustomGraphPass):
@@ -78,7 +85,7 @@ class InputsAsTheyAre(CustomGraphPass):
         output.meta["user_visible_output_idxs"] = [*visible, *inputs]
 
     def uuid(self) -> bytes:
-        return get_hash_for_files((__file__,))
+        return _hash_of_code()
 
 
 def rewrite(joint: Joint, chosen: Plan) -> Region:
