@@ -192,7 +192,7 @@ def test_the_final_membrane_is_a_promise_and_kept():
 
 
 def test_fused_half_precision_is_stocks_kernel_between_two_casts(launches):
-    """In float16: the interpreter cuts what becomes bfloat16 off, where a GPU rounds (`ahead_of_time.py`)."""
+    """In float16: the interpreter cuts off what becomes bfloat16; a GPU rounds (`ahead_of_time.py`)."""
     dtype = torch.float16
     for cls in REV:
         node = srp.convert_to_reversible(make(cls, reset=-0.3), arithmetic="fused")
