@@ -8,17 +8,9 @@ from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 
 import snn_reversible_plugin as srp
-from graph_only import GraphOnly
+from graph_only import GraphOnly, WithoutInductor
 from snn_reversible_plugin.compiler import entry
-from snn_reversible_plugin.compiler.backend import Backend
-from snn_reversible_plugin.compiler.membranes import OfRegion, Region
-
-
-class WithoutInductor(Backend):
-    """Regions as Inductor gets them, run eagerly."""
-
-    def __call__(self, module, inputs):
-        return Region(GraphOnly(self.mode)(module, inputs), self.calls)
+from snn_reversible_plugin.compiler.membranes import OfRegion
 
 
 @pytest.fixture(autouse=True)

@@ -20,10 +20,12 @@ from snn_reversible_plugin.modules.kinds import is_multi_step
 from snn_reversible_plugin.modules.swap import FUSED, SwappedClass
 from snn_reversible_plugin.neurons.integrate_fire import on_device
 from snn_reversible_plugin.neurons.integrate_fire.reference import Neuron, Rule
+from snn_reversible_plugin.neurons.integrate_fire.stretch import place_of_step
 from snn_reversible_plugin.neurons.on_grid import switches
 from snn_reversible_plugin.ops.chunks import chunk_size
 from snn_reversible_plugin.spikingjelly.agreement import Case, agrees, stock_runs
 from snn_reversible_plugin.spikingjelly.calls import (
+    Beside,
     Call,
     MultiStep,
     Promised,
@@ -255,15 +257,18 @@ def _run(module: Any, x: Tensor, chosen: ByFormula) -> Tensor:
     v: Any = start
     again = v if isinstance(v, Tensor) else None
     ws: tuple[Tensor, ...] = ()
-    promised = Promised()
+    promised, place = Promised(), None
     if not is_multi_step(module):
         ws = () if w is None else (w,)
+        place = place_of_step(v, x, call.with_leak, w) if torch.is_grad_enabled() else None
         first = None
-        if torch.is_grad_enabled() and tape.may_promise() and again is None and module not in _stepped:
+        if place is not None and tape.may_promise() and again is None and module not in _stepped:
             held = map(tape.handle_of, (x, *ws))
             first = OfFirstStep(partial(_stepped.add, module), partial(first_membrane, call, v), *held)
             promised = Promised(first)
-        s, v = SingleStep.apply(x, v, again, call, first, *ws)
+        s, v = SingleStep.apply(x, v, again, call, Beside(first, place), *ws)
+        if first is not None:
+            first.place = place
         states = [v]
         v_seq = None
     else:
@@ -287,7 +292,9 @@ def _run(module: Any, x: Tensor, chosen: ByFormula) -> Tensor:
     if any(promised):
         _leave(module, promised, states)
         return s
-    if v_seq is None or not call.fused:
+    if place is not None:
+        place.left(v)
+    elif v_seq is None or not call.fused:
         tape.mark_opaque(v)
     module._memories["v"] = v
     return s
@@ -314,6 +321,7 @@ def _leave(module: Any, promised: Promised, places: list[Tensor]) -> None:
         else:
             memories.stored = stored
     if final is not None:
+        final.goes_unread = memories.goes_unread
         final.promise(places[0])
     memories["v"] = LastOfAll(lambda: module.v_seq) if final is None else final
 

@@ -1,7 +1,8 @@
 """The autograd functions of IFNode, LIFNode and ParametricLIFNode: a sequence, and a step.
 
 The one idea: over a sequence only the input current is saved, which the tape replays from spikes; a step
-saves its charged membrane, or the current that a fresh one was charged with.
+saves its charged membrane, as a place on a stretch of steps where it has one, or the current that a
+fresh one was charged with.
 
 Source: SpikingJelly 2.0, ``_ops/{if_,lif,plif}/reference.py``, which is what runs on a CPU, and on a
 GPU where there is no fused kernel; ``neuron`` of 0.0.0.0.14 and 0.0.0.0.12.
@@ -27,8 +28,9 @@ from snn_reversible_plugin.neurons.integrate_fire.reference import (
     single_step_vjp,
     step,
 )
+from snn_reversible_plugin.neurons.integrate_fire.stretch import Place
 from snn_reversible_plugin.neurons.rerun import differentiable_once
-from snn_reversible_plugin.tape.final_membrane import FinalMembrane
+from snn_reversible_plugin.tape.final_membrane import FinalMembrane, OfFirstStep
 
 # NOTE [What stock runs]
 #
@@ -113,11 +115,12 @@ class MultiStep(torch.autograd.Function):
         ctx.save_for_backward(x_seq, v if ctx.start is None else None, ws[0] if ws else None)
         with tape.paused():
             builds_v_seq = call.store_v_seq and stored is None
-            spikes, v, v_seq = multi_step(x_seq, v, call.with_leak(ws[0] if ws else None), builds_v_seq)
+            neuron = call.with_leak(ws[0] if ws else None)
+            spikes, v, v_seq = multi_step(x_seq, v, neuron, builds_v_seq, drops_last=final is not None)
             if stored is not None:
                 v_seq = stored.placeholder(spikes)
             if final is not None:
-                v = final.placeholder(v)
+                v = final.placeholder(v, x_seq.new_zeros(()))
         if v_seq is None:
             return spikes, v
         return (spikes, v_seq) if call.fused else (spikes, v, v_seq)
@@ -144,9 +147,9 @@ class MultiStep(torch.autograd.Function):
             q=w is not None and ctx.needs_input_grad[5],
         )
         final, stored = (None if one is None else one() for one in ctx.promised)
-        if stored is not None and not stored.settle():
+        if stored is not None and not stored.settle(cut is not None):
             stored.compute()
-        v_last = None if final is None or final.settle() else final.empty()
+        v_last = None if final is None or final.settle(cut is not None) else final.empty()
         start, grads = ctx.start if v is None else v, OutputGradients(g_s, g_v, g_v_seq)
         if cut is not None:
             found = sequence_vjp_in_slices(cut, start, grads, neuron, wanted, v_last)
@@ -160,46 +163,56 @@ class MultiStep(torch.autograd.Function):
         return found.x, *found.v, None, None, *g_ws
 
 
+class Beside(NamedTuple):
+    """What a step is given beside its tensors: the promise of its membrane, and its place on a stretch."""
+
+    first: OfFirstStep | None = None
+    place: Place | None = None
+
+
 class SingleStep(torch.autograd.Function):
     """Spikes and membrane of one step."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, v: Any, _v_again: Any, call: Call, first: FinalMembrane | None, *ws: Tensor
+        ctx: Any, x: Tensor, v: Any, _v_again: Any, call: Call, beside: Beside, *ws: Tensor
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.call, ctx.start = call, None if isinstance(v, Tensor) else v
+        first, place = beside
+        # A fresh membrane is charged with the current alone, which can be replayed, or is held already.
+        ctx.from_current = ctx.start is not None and (place is not None or tape.current() is None)
+        w, alive = (*ws, None)[0], None
         with tape.paused():
             before = torch.full_like(x, v) if ctx.start is not None else v
-            s, v, h, pull = single_step(x, before, call.with_leak(ws[0] if ws else None))
+            s, v, h, pull = single_step(x, before, call.with_leak(w))
+            pull = pull if w is not None and ctx.needs_input_grad[5] else None
+            if place is not None:
+                alive = place.charged(h, pull)
             if first is not None:
                 v = first.placeholder(v)
         ctx.first = None if first is None else weakref.ref(first)
-        if ctx.start is not None:
-            # A fresh membrane is charged with the current alone, which can be replayed.
-            ctx.save_for_backward(x, *ws)
-        else:
-            ctx.save_for_backward(h, *ws, *((pull,) if ws and ctx.needs_input_grad[5] else ()))
+        ctx.save_for_backward(*((x, w, None) if ctx.from_current else (h, w, pull)), alive)
         return s, v
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, g_s: Tensor | None, g_v: Tensor | None) -> Any:
-        h, w, pull = (*ctx.saved_tensors, None, None)[:3]
+        h, w, pull, _ = ctx.saved_tensors
         call: Call = ctx.call
         if g_s is None and g_v is None:
             return (None,) * len(ctx.needs_input_grad)
         neuron = call.with_leak(w)
         learns = w is not None and ctx.needs_input_grad[5]
-        if ctx.start is not None:
+        if ctx.from_current:
             # What is saved is part of the forward's graph, and a gradient must not be.
             x = h.detach()
             _, v, h, pull = step(x, torch.full_like(x, ctx.start), neuron)
             first = None if ctx.first is None else ctx.first()
             if first is not None and first.membrane is None and not first.settle():
                 first.keep(v)
-            if (number := number_pulling(ctx.start, neuron.rule)) is not None:
-                pull = number
+        if ctx.start is not None and (number := number_pulling(ctx.start, neuron.rule)) is not None:
+            pull = number
         grads = single_step_vjp(h, g_s, g_v, neuron, pull if learns else None)
         g_vs = grads.v if ctx.needs_input_grad[1] else (None, None)
         if w is None:

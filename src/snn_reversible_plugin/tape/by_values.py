@@ -1,9 +1,9 @@
 """Tensors of two values that no operation vouches for: zeros and one other number, found by looking.
 
 The one idea: what an autograd function of the user's allocates is nobody's recipe, because a kernel that
-torch doesn't see may fill it (``spike = zeros_like(v); spike[v >= 1] = 1``). When something outside first
-relies on it, its values are there. On a CPU they are looked at, all of them, and where there are two, a bit an
-element says which: a copy of what was found, whatever happens to the tensor later.
+torch doesn't see may fill it (``spike = zeros_like(v); spike[v >= 1] = 1``). When something outside
+first relies on it, its values are there. On a CPU they are looked at, all of them, and where there are
+two, a bit an element says which: a copy of what was found, whatever happens to the tensor later.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _AS_INTEGERS = {
 
 # NOTE [When to look]
 #
-# 1. In grad mode, where the functions that allocate for kernels are over: what they save is packed then, too.
-#    Inside one, a tensor may still be filled.
+# 1. In grad mode, where the functions that allocate for kernels are over: what they save is packed then,
+#    too. Inside one, a tensor may still be filled.
 # 2. Bits, and not numbers, are compared: -0.0 is another value than 0, and no NaN is like another.
 # 3. A few elements first: nearly all tensors that are none of these end there.
 # 4. A device is not waited for.

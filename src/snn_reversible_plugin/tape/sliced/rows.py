@@ -80,10 +80,12 @@ class Part(NamedTuple):
 
 @dataclass(slots=True)
 class Noted:
-    """What a forward notes of a large value: its size, and what a batch norm normalized it by."""
+    """What a forward notes of a large value: its size, and what a batch norm normalized it by, with whether
+    the kernel of evaluation gave the same bits."""
 
     size: torch.Size
     statistics: tuple[Tensor, Tensor] | None = None
+    exact: bool = True
 
 
 _noted: weakref.WeakKeyDictionary[Handle, Noted] = weakref.WeakKeyDictionary()
@@ -104,6 +106,22 @@ def size_of(handle: Any) -> torch.Size | None:
     return None if noted is None else noted.size
 
 
+def last_product(handle: Handle) -> Replayed | None:
+    """The convolution or matrix product that a value comes from by operations that are exact in slices."""
+    while handle.__class__ in PLAIN:
+        assert isinstance(handle, Replayed)
+        operator = None if handle.func in _functions else operator_of(handle.func)
+        if operator is not None and operator.work:
+            return handle
+        noted = _noted.get(handle)
+        if noted is None or not noted.exact or not handle.args or not isinstance(handle.args[0], Handle):
+            return None
+        if any(isinstance(arg, Handle) and arg in _noted for arg in handle.args[1:]):
+            return None  # a sum of two: what is made of both would have to stand
+        handle = handle.args[0]
+    return None
+
+
 def rows_of(handle: Handle, part: Part, found: dict[Handle, Tensor]) -> Tensor:
     """Rows of what a handle stands for.
 
@@ -122,8 +140,8 @@ def rows_of(handle: Handle, part: Part, found: dict[Handle, Tensor]) -> Tensor:
         rows = part.of(handle.get(False)[0])
     elif isinstance(handle, Packed):
         rows = _unpacked(handle, part)
-    elif isinstance(handle, Replayed) and handle.cache is not None:
-        rows = part.of(handle.cache)
+    elif isinstance(handle, Replayed) and (value := handle.at_hand()) is not None:
+        rows = part.of(value)
     elif handle.__class__ in PLAIN:
         rows = _run(handle, part, found)  # type: ignore[arg-type]
     else:
@@ -157,7 +175,10 @@ def _unpacked(handle: Packed, part: Part) -> Tensor:
 # -- operations ----------------------------------------------------------------------------------------
 
 Rule = Callable[["_Run"], Tensor]
-_RESHAPES = frozenset(["view", "_unsafe_view", "reshape", "_reshape_alias", "unsqueeze", "squeeze", "alias"])
+_RESHAPES = frozenset(
+    ["view", "_unsafe_view", "reshape", "_reshape_alias", "unsqueeze", "squeeze", "alias", "detach",
+     "expand"]
+)  # fmt: skip
 _BY_ELEMENT = frozenset(
     ["add", "sub", "mul", "div", "neg", "clone", "_to_copy", "relu", "clamp", "clamp_min", "clamp_max",
      "hardtanh"]
@@ -224,7 +245,10 @@ def _run(handle: Replayed, part: Part, found: dict[Handle, Tensor]) -> Tensor:
 
 def _reshaped(run: _Run) -> Tensor:
     """The same elements in the same order: the same rows, whatever a row's size."""
-    return run.rows(run.handle.args[0]).reshape(run.part.sized(run.size()))
+    rows, size = run.rows(run.handle.args[0]), run.part.sized(run.size())
+    if rows.numel() != math.prod(size):  # expanded
+        raise Whole
+    return rows.reshape(size)
 
 
 def _permuted(run: _Run) -> Tensor:
@@ -243,6 +267,22 @@ def _permuted(run: _Run) -> Tensor:
     if order[:dims] != list(range(dims)):
         raise Whole
     return run.rows(source).permute(0, *(dim - dims + 1 for dim in order[dims:]))
+
+
+def _cut_out(run: _Run) -> Tensor:
+    """Part of each row, along a dimension inside of it."""
+    source, *how = run.handle.args
+    size = size_of(source)
+    if size is None:
+        raise Whole
+    at = 1 if run.name in ("split", "split_with_sizes") else 0
+    how = [*how, 0][: max(at + 1, len(how))]
+    dims, _ = run.part.split(size)
+    dim = how[at] % len(size)
+    if dim < dims or run.handle.kwargs:
+        raise Whole
+    how[at] = dim - dims + 1
+    return run.call([run.rows(source), *how], {})
 
 
 def _by_element(run: _Run) -> Tensor:
@@ -315,6 +355,7 @@ def _normalized(run: _Run) -> Tensor:
 _RULES: dict[str, Rule] = {
     **dict.fromkeys(_RESHAPES, _reshaped),
     **dict.fromkeys(["permute", "transpose", "t"], _permuted),
+    **dict.fromkeys(["split", "split_with_sizes", "slice", "select", "narrow"], _cut_out),
     **dict.fromkeys(_BY_ELEMENT, _by_element),
     **dict.fromkeys(_BY_SAMPLE, _by_sample),
     **dict.fromkeys(["native_batch_norm", "cudnn_batch_norm"], _normalized),
