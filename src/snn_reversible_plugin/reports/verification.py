@@ -44,7 +44,7 @@ class Verification:
     Differences are the largest absolute ones over all outputs and over all gradients (parameters and
     inputs); ``flipped_spikes`` counts, over all neurons and steps, outputs that differ. ``replay_error``
     is the message of the check mode, if a rebuilt tensor was not the forward's. ``guarantees`` says of each
-    spiking neuron in which arithmetic it runs; ``as_autograd``, where one runs on the grid, whether
+    spiking neuron in which arithmetic it runs; ``as_autograd``, where that is not stock's of one, whether
     outputs, gradients and spikes are those of autograd through the same forward, bit for bit; else None.
     ``off_grid`` says why a neuron is off the grid, or left it in this run, ``grid_bits`` how many binary
     digits behind the point one has that is on it. ``unseen`` are the idioms of the model's own that no tape
@@ -86,8 +86,8 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """The guarantee holds: bit for bit stock's, or autograd's through the same forward on the grid, but
-        for the rounding of gradients in mode "minimal".
+        """The guarantee holds: bit for bit stock's, or autograd's through the same forward, where that is
+        not stock's (on the grid, or fused), but for the rounding of gradients in mode "minimal".
 
         And every replay was deterministic.
         """
@@ -111,10 +111,10 @@ class Verification:
             title = "[green]bit-identical to stock" if self.ok else "[red]differs from stock"
             if self.ok and not self.gradients_equal:
                 title = "[green]sliced: stock's outputs, gradients equal to rounding"
-        elif self.ok:
-            title = "[green]on the grid: exact gradients of the forward that ran"
         else:
-            title = "[red]on the grid: not the gradients of the forward that ran"
+            where = "on the grid" if "grid" in self.guarantees.values() else "fused"
+            exact = "exact gradients" if self.ok else "not the gradients"
+            title = f"[{'green' if self.ok else 'red'}]{where}: {exact} of the forward that ran"
         table = Table(title=title)
         for heading in ("", "stock", "converted"):
             table.add_column(heading, justify="right" if heading else "left")
@@ -194,7 +194,7 @@ def verify(
         actual = _run(step)
         as_autograd, expected_gradients = None, expected.gradients
         sliced = settings.mode == "minimal"
-        if any(convert.is_on_grid(module) for module in model.modules()):
+        if any(convert.has_arithmetic_of_its_own(module) for module in model.modules()):
             with convert.differentiated(model):
                 exact = _run(step)
             expected_gradients = exact.gradients

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.modules.kinds import is_multi_step
-from snn_reversible_plugin.modules.swap import SwappedClass
+from snn_reversible_plugin.modules.swap import FUSED, SwappedClass
 from snn_reversible_plugin.neurons.integrate_fire import on_device
 from snn_reversible_plugin.neurons.integrate_fire.reference import Neuron, Rule
 from snn_reversible_plugin.neurons.integrate_fire.stretch import place_of_step
+from snn_reversible_plugin.neurons.on_grid import switches
 from snn_reversible_plugin.ops.chunks import chunk_size
 from snn_reversible_plugin.ops.outputs import on_its_own
 from snn_reversible_plugin.spikingjelly.agreement import Case, agrees, stock_runs
@@ -75,13 +76,25 @@ _TEXTS = {ByReplay: "generic replay", ByStock: "stock"}
 _instead: weakref.WeakKeyDictionary[Any, ByReplay | ByStock] = weakref.WeakKeyDictionary()
 # Neurons that were found to take several steps: somebody read the membrane after their first one.
 _stepped: weakref.WeakSet[Any] = weakref.WeakSet()
+# Those whose last call had membranes that are wider than stock's.
+_ran_wide: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 class Analytic:
     """Mixin in front of one of the three neurons."""
 
-    arithmetic = "stock"
     lean = True
+
+    @property
+    def arithmetic(self) -> str:
+        """Which guarantee holds, with the settings of now and the last call."""
+        return "fused" if self in _ran_wide else "stock"
+
+    @property
+    def may_fuse(self) -> bool:
+        """Whether ``arithmetic="fused"`` means something to it."""
+        copy = copy_of(type(self))
+        return copy is not None and copy.has_operators
 
     @property
     def treatment(self) -> str:
@@ -117,6 +130,9 @@ class Analytic:
         (memories if "v_seq" in memories else self.__dict__)["v_seq"] = value
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if switches.by_autograd() and len(args) == 1 and is_wide(self, args[0]):
+            # The specification of what runs fused: stock's, in float32 between two casts.
+            return super().forward(args[0].float()).to(args[0].dtype)  # type: ignore[misc]
         chosen = how(self, args, kwargs)
         if isinstance(chosen, ByFormula):
             if _instead:
@@ -173,6 +189,12 @@ def how(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> How:
     return ByReplay(found)
 
 
+def is_wide(module: Any, x: Any) -> bool:
+    """Whether a call computes in float32 what stock computes in half precision, as the user said."""
+    halves = isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16)
+    return bool(halves and FUSED.of(module) and is_multi_step(module) and fused(surrogate_of(module)))
+
+
 def _has_no_surrogate(module: Any, copy: Copy) -> bool:
     """Whether a call is run by the scripted code that 0.0.0.0.14 has for evaluation."""
     scripted = copy.has_step_modes and not copy.has_operators
@@ -208,8 +230,10 @@ def _by_formula(module: Any, copy: Copy, x: Tensor) -> ByFormula | str:
         if copy.has_operators:
             if v.shape != shape:
                 v = module.v_reset if module.v_reset is not None else 0.0
-            elif v.dtype != x.dtype or v.device != x.device:
-                v = v.to(dtype=x.dtype, device=x.device)
+            else:
+                dtype = torch.float32 if is_wide(module, x) else x.dtype
+                if v.dtype != dtype or v.device != x.device:
+                    v = v.to(dtype=dtype, device=x.device)
         elif (v.shape, v.dtype, v.device) != (shape, x.dtype, x.device):
             return "its membrane has another shape, dtype or device than its input"
     elif not isinstance(v, float):
@@ -230,6 +254,7 @@ def _by_formula(module: Any, copy: Copy, x: Tensor) -> ByFormula | str:
 
 def _run(module: Any, x: Tensor, chosen: ByFormula) -> Tensor:
     call, start, w = chosen
+    (_ran_wide.add if call.neuron.wide else _ran_wide.discard)(module)
     v: Any = start
     again = v if isinstance(v, Tensor) else None
     ws: tuple[Tensor, ...] = ()
@@ -309,11 +334,14 @@ def _call(module: Any, copy: Copy, x: Tensor, v: Tensor | float, w: Tensor | Non
     if isinstance(rule, str):
         return rule
     function = surrogate_of(module)
-    known = fused(function) if copy.has_operators and x.dtype is torch.float32 else None
+    wide = is_wide(module, x)
+    known = fused(function) if copy.has_operators and (wide or x.dtype is torch.float32) else None
     if w is not None and w.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         known = None
     is_fused = known is not None
     runs = stock_runs(equations, copy, x.device, is_fused)
+    if wide and known is not None:  # where no kernel is, it is computed as on a CPU
+        runs = "triton" if on_device.takes(Neuron(rule, known), x.device) else "torch"
     launched = runs == "triton" and known is not None and is_multi_step(module)
     if launched and not on_device.takes(Neuron(rule, known), x.device):  # type: ignore[arg-type]
         return f"no kernel here computes its sequences on {x.device.type}"
@@ -334,7 +362,9 @@ def _call(module: Any, copy: Copy, x: Tensor, v: Tensor | float, w: Tensor | Non
         known = proved(function, shape, x.dtype, x.device, chunk)
     if known is None:
         return f"its surrogate {type(function).__name__} is not known to work element by element"
-    return Call(Neuron(rule, known, launched=launched), is_fused, stores_v_seq(module))
+    return Call(
+        Neuron(rule, known, launched=launched, wide=wide and is_fused), is_fused, stores_v_seq(module)
+    )
 
 
 def _rule(module: Any, equations: Any, copy: Copy, x: Tensor, w: Tensor | None) -> Rule | str:
