@@ -11,6 +11,9 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from snn_reversible_plugin import convert_to_reversible, memory_report
+from snn_reversible_plugin.demo import network
+
 from .experiment import Entries
 from .methods import METHODS
 from .store import ROOT
@@ -19,12 +22,11 @@ from .tables.steps import series_of
 from .workloads import WORKLOADS
 
 IMAGES = ROOT / "docs" / "images"
-AT_FIRST_SIGHT = ("vgg", "sew-resnet34", "spikformer", "leaky-loop")  # one of each kind, for the README
 
 
 def of_steps(entries: Entries, folder: Path, device: str) -> dict[Path, Entries]:
     """The pictures of training steps that there are to draw, and what each shows."""
-    shown = {"memory-against-time": entries, "gain": at_first_sight(entries)}
+    shown = {"memory-against-time": entries}
     if any(map(series_of, entries.values())):
         shown["growth"] = entries
     return {folder / f"{kind}-{device}.png": found for kind, found in shown.items() if found}
@@ -42,11 +44,6 @@ def draw_steps(entries: Entries, folder: Path, device: str) -> list[Path]:
 def path_of(folder: Path, name: str, device: str) -> Path:
     """Of a picture whose name has the device in it only where that is no CPU."""
     return folder / (f"{name}.png" if device == "cpu" else f"{name}-{device}.png")
-
-
-def at_first_sight(entries: Entries) -> Entries:
-    """What the README's picture shows."""
-    return {name: entry for name, entry in entries.items() if entry["workload"] in AT_FIRST_SIGHT}
 
 
 def digest(entries: Entries) -> str:
@@ -88,16 +85,16 @@ def draw_over_steps(entries: Entries, titles: Mapping[str, str], folder: Path) -
 
 def _over_step(axes: Axes, both: Entries, color: str) -> None:
     """Both curves, each named at its peak."""
-    for method, shade, label in (("stock", "#8b949e", "stock"), ("converted", "#2f81f7", "converted")):
+    for method, shade, label in (("stock", "#7d858e", "stock"), ("converted", "#2f81f7", "converted")):
         places, alive = zip(*both[method]["curve"], strict=True)
         alive = [count / MIB for count in alive]
         axes.fill_between(places, alive, color=shade, alpha=0.35, linewidth=0)
         axes.plot(places, alive, color=shade, linewidth=1.2)
         top = max(alive)
-        place = min(max(places[alive.index(top)], 0.35), 1.65)
+        place = min(max(places[alive.index(top)], 0.35), 1.9)
         axes.annotate(
             f"{label}: {top:,.0f} MiB", (place, top), xytext=(0, 3), textcoords="offset points",
-            ha="center", color=shade, fontweight="bold",
+            ha="right" if place > 1.5 else "center", color=shade, fontweight="bold",
         )  # fmt: skip
     axes.axvline(1, color=color, linestyle=":", linewidth=1, alpha=0.6)
     axes.set_xlim(0, 2)
@@ -109,6 +106,15 @@ def _over_step(axes: Axes, both: Entries, color: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_color(color)
+
+
+def draw_report(folder: Path) -> Path:
+    """The picture that users get of their own network, of the demonstration's."""
+    torch.manual_seed(0)
+    report = memory_report(convert_to_reversible(network()), torch.rand(10, 16, 2, 24, 24))
+    path = folder / "report.png"
+    report.plot().savefig(path, dpi=110)
+    return path
 
 
 def draw_points(entries: Entries, path: Path) -> Path:

@@ -20,6 +20,7 @@ from . import (
     compiled_accuracy,
     coupled,
     drift,
+    fits,
     long_sequences,
     over_step,
     parallel,
@@ -59,8 +60,10 @@ _WRAP = partial(
 
 
 def draw_over_steps(entries: Entries, folder: Path, device: str) -> list[Path]:
-    """The picture of the first page, and one of all networks."""
-    return pictures.draw_over_steps(entries, over_step.SHOWN, folder) if device == "cpu" else []
+    """The picture of the first page, one of all networks, and a report's."""
+    if device != "cpu":
+        return []
+    return [*pictures.draw_over_steps(entries, over_step.SHOWN, folder), pictures.draw_report(folder)]
 
 
 _TRAINED = {"goes_stale": False, "threads": 1}
@@ -74,6 +77,7 @@ EXPERIMENTS = {
         Experiment(
             "over-step", over_step.works, of_steps.over_step, over_step.measure, draw=draw_over_steps,
         ),
+        Experiment("fits", fits.works, of_steps.fits, fits.measure),
         Experiment("drift", drift.works, time.drift, drift.measure),
         Experiment("compiled", compiled.works, time.compiled, compiled.measure, threads=1),
         Experiment("columns", columns.works, time.columns, together=columns.together),

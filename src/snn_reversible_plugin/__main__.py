@@ -72,16 +72,20 @@ def explain(context: typer.Context) -> None:
 
 
 class Mode(StrEnum):
-    """What is replayed: everything replayable, only what needs no convolution or product, or what has to be
-    for the peak of the first."""
+    """What is replayed: everything replayable, only what needs no convolution or product, what has to be
+    for the peak of the first, or everything, with the largest layers a slice of the batch at a time."""
 
     memory = "memory"
     speed = "speed"
     auto = "auto"
+    minimal = "minimal"
 
 
 ModeOption = Annotated[
-    Mode, typer.Option(help="Spare memory all you can, keep stock's speed, or both where the peak allows.")
+    Mode,
+    typer.Option(
+        help="Spare memory all you can, keep stock's speed, both where the peak allows, or the least peak."
+    ),
 ]
 
 

@@ -27,7 +27,7 @@ from snn_reversible_plugin.modules.kinds import load_adapters
 from snn_reversible_plugin.modules.states import Key, state_tensors
 from snn_reversible_plugin.ops.batched import comes_again, one_by_one
 from snn_reversible_plugin.ops.layouts import with_strides
-from snn_reversible_plugin.tape.handles import checksum
+from snn_reversible_plugin.tape.unseen import checksum
 
 # NOTE [How the backward walks]
 #
@@ -80,7 +80,9 @@ class _Run:
         self.bits, self.check = chain.bits, chain.check
         self.carries = chain.states == "carry"
         load_adapters()
-        how = How(chain.mode, observe=chain.check, inspect=chain.check or not chain._inspected)
+        how = How(
+            tape.mode_inside(chain.mode), observe=chain.check, inspect=chain.check or not chain._inspected
+        )
         self.branches = [BranchRun(*update, how) for update in updates]
         self.shared = shared_parameters(self.branches)
         self.strides: list[tuple[int, ...]] = []

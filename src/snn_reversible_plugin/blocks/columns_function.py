@@ -26,7 +26,7 @@ from snn_reversible_plugin.modules.kinds import load_adapters
 from snn_reversible_plugin.modules.states import Key
 from snn_reversible_plugin.ops.batched import comes_again, one_by_one
 from snn_reversible_plugin.ops.layouts import with_strides
-from snn_reversible_plugin.tape.handles import checksum
+from snn_reversible_plugin.tape.unseen import checksum
 
 # NOTE [How columns walk back]
 #
@@ -87,7 +87,9 @@ class _Run:
         places = {id(x): place for place, x in enumerate(inputs)}
         self.places = [places[id(x)] for x in xs]  # of each step's input among the inputs
         load_adapters()
-        how = How(columns.mode, observe=self.check, inspect=self.check or not columns._inspected)
+        how = How(
+            tape.mode_inside(columns.mode), observe=self.check, inspect=self.check or not columns._inspected
+        )
         self.branches = [
             [
                 BranchRun(f"step {step}: level {k} ({level._get_name()})", level, None, how)

@@ -237,7 +237,8 @@ class ResidualSums:
         tape.record(aten.add.Tensor, operator_of(aten.add.Tensor), (x, branch), {}, total)
         after = self.start(tape, total)
         if tape.replays_products and recipe is not None and not leads_to_a_stream(recipe):
-            before.undo(after, recipe, tape.cut_exactly(recipe, branch))
+            cut = None if tape.slices is None else tape.slices.exactly(recipe, branch)
+            before.undo(after, recipe, cut)
         if not SUMS[func]:
             return total  # type: ignore[no-any-return]
         tape.before_write(args[0])

@@ -14,10 +14,9 @@ from torch import nn
 
 from snn_reversible_plugin import convert
 from snn_reversible_plugin.compiler import loops
-from snn_reversible_plugin.compiler.backend import Backend, missing, patches_of
+from snn_reversible_plugin.compiler.backend import MODES, Backend, missing, patches_of
 from snn_reversible_plugin.compiler.membranes import FinalMembranes
 from snn_reversible_plugin.modules.checks import check_model
-from snn_reversible_plugin.tape import MODES
 
 
 def compile(  # named as torch's

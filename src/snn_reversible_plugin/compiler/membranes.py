@@ -180,7 +180,7 @@ class OfRegion(FinalMembrane):
         if self._call is not None:
             self._call.fill()
 
-    def settle(self) -> bool:
+    def settle(self, lean: bool = False) -> bool:
         if self._call is None:
             return False
         if self._call.keep_copies():

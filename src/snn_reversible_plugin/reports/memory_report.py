@@ -9,29 +9,24 @@ the whole step the allocator counts, so there what modules return is in, too.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from snn_reversible_plugin import convert
 from snn_reversible_plugin.compiler.entry import look_of
 from snn_reversible_plugin.modules.checks import is_compiled
 from snn_reversible_plugin.modules.swap import stock_type
 from snn_reversible_plugin.modules.tracking import tracked
-from snn_reversible_plugin.ops.layouts import is_plain, storage_key
 from snn_reversible_plugin.reports.compiled import verify_compiled
 from snn_reversible_plugin.reports.measure import StepCost
 from snn_reversible_plugin.reports.over_step import OverStep, over_step
-from snn_reversible_plugin.reports.trial import Loss, Step, as_converted, costs, megabytes, tensors_in
-from snn_reversible_plugin.tape.findings import Findings, FoundBits, KeptInFull
-from snn_reversible_plugin.tape.handles import Handle, Packed, storage_once
-from snn_reversible_plugin.tape.origins import OUTSIDE, look_up
+from snn_reversible_plugin.reports.saved import SavedByStock, SavedByTape
+from snn_reversible_plugin.reports.trial import Loss, Step, as_converted, costs, megabytes
+from snn_reversible_plugin.tape.findings import FoundBits, KeptInFull
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,6 +35,7 @@ if TYPE_CHECKING:
 MOST_CAUSES = 5  # of a peak that are printed
 LEAST_PART = 0.01  # of what is held, for a tensor to be printed
 ROUNDS = 3  # that a step is timed in: one says nothing
+OUTSIDE = "(outputs, loss)"  # the row of what is held beyond what the modules' forward saves
 
 
 @dataclass
@@ -49,7 +45,8 @@ class ModuleReport:
 
     ``treatment`` counts the saved tensors by what became of them. ``neuron`` says how a spiking neuron
     runs and with which guarantee, or why it stayed stock; it is empty for other modules. ``grid_bits``:
-    binary digits behind the point, where it runs on a grid.
+    binary digits behind the point, where it runs on a grid. The row ``(outputs, loss)`` is what the step
+    holds beyond that, by the allocator's count: what the model returns, and what its loss saves.
     """
 
     name: str
@@ -69,6 +66,18 @@ class MemoryReport:
     what stands at the peak and why; None where the step ran on a GPU. ``bits`` are the tensors of which a
     few bits an element are stored, and ``kept`` those that are stored in full, the largest first: the
     operation that made each, why it is kept, and what one may change.
+
+    Example:
+        >>> import torch
+        >>> import snn_reversible_plugin as srp
+        >>> from torch import nn
+        >>> from spikingjelly.activation_based import layer, neuron
+        >>> model = nn.Sequential(layer.Linear(64, 64), neuron.LIFNode(), layer.Linear(64, 10))
+        >>> report = srp.memory_report(model, torch.rand(32, 64))
+        >>> [row.name for row in report.modules if row.type == "LIFNode"], report.mode
+        (['1'], 'memory')
+        >>> report.converted_over_step.peak.bytes > 0
+        True
     """
 
     modules: list[ModuleReport]
@@ -119,10 +128,7 @@ class MemoryReport:
         for one in self.kept[:MOST_CAUSES]:
             if one.bytes < self.converted.held * LEAST_PART:
                 break
-            made = f"the output of {one.operation}" if one.operation else "a tensor"
-            console.print(
-                f"kept in full, {megabytes(one.bytes)} in {one.module}: {made}: {one.why}. {one.remedy}"
-            )
+            console.print(f"kept in full in {one.module}: {one}")
         for label, run in (("stock", self.stock_over_step), ("converted", self.converted_over_step)):
             if run is not None:
                 largest = [
@@ -176,7 +182,7 @@ def memory_report(
     if look_of(model) is not None:
         return _of_compiled(step)
     with as_converted(model) as settings:
-        by_stock = _SavedByStock(step)
+        by_stock = SavedByStock(step)
         with (
             step.unchanged(),
             convert.stock(model),
@@ -187,7 +193,7 @@ def memory_report(
         if settings.plans is not None:
             with step.unchanged():  # the first step of a shape runs as "memory"
                 step.run().backward()
-        by_tape = _SavedByTape(step)
+        by_tape = SavedByTape(step)
         with step.unchanged(), settings.recording(observer=by_tape) as tape:
             assert tape is not None
             with tracked(model, tape), tracked(model, by_tape):
@@ -211,6 +217,9 @@ def memory_report(
         bits, kept = by_tape.found()
         del by_tape
         before, after = costs(step, repeats=ROUNDS)
+        rest = [cost.held - sum(sizes.values()) for cost, sizes in ((before, by_stock.held), (after, held))]
+        if max(rest) > 0:
+            rows.append(ModuleReport(OUTSIDE, "", "", {}, max(rest[0], 0), max(rest[1], 0)))
         over = _over_both(step)
         return MemoryReport(rows, before, after, settings.mode, over[0], over[1], bits, kept)
 
@@ -246,80 +255,3 @@ def _of_compiled(step: Step) -> MemoryReport:
         for kind, size in found.stored.items()
     ]
     return MemoryReport(rows, found.stock, found.compiled, look_of(step.model).backend.mode)
-
-
-def _storages(step: Step) -> set[int]:
-    return {storage_key(tensor) for tensor in step.alive()}
-
-
-class _SavedByStock:
-    """A pack hook that keeps everything and counts it."""
-
-    def __init__(self, step: Step) -> None:
-        self.where: str | None = None
-        self.held: Counter[str] = Counter()
-        self._seen = _storages(step)
-        # By address. A weak reference keeps it from being given to another storage.
-        self._returned: dict[int, tuple[str, StorageWeakRef]] = {}
-
-    def left(self, name: str, output: Any) -> None:
-        """A module has run: what it returns is its own, unless a module inside of it said so before."""
-        for tensor in filter(is_plain, tensors_in(output)):
-            reference = StorageWeakRef(tensor.untyped_storage())
-            self._returned.setdefault(storage_key(tensor), (name, reference))
-
-    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        size = storage_once(tensor, self._seen)
-        if size:
-            name, _ = self._returned.get(storage_key(tensor), (self.where or "model", None))
-            self.held[name] += size
-        return tensor.detach()
-
-
-class _SavedByTape(Findings):
-    """Asks the handles that autograd was given what they hold, each thing once, when the forward is over: a
-    stream is not undone before the sum after it is known."""
-
-    def __init__(self, step: Step) -> None:
-        super().__init__()
-        self.where: str | None = None
-        self._seen = _storages(step)
-        self._returned: WeakKeyDictionary[Handle, str] = WeakKeyDictionary()
-        self._packed: list[tuple[str, Handle]] = []
-        self._stored: list[tuple[str, Packed, int]] = []
-        self._kept: list[KeptInFull] = []
-
-    def found(self) -> tuple[list[FoundBits], list[KeptInFull]]:
-        """What is bits, and what is kept in full, once it is counted."""
-        return self.bits(self._stored), sorted(self._kept, key=lambda one: -one.bytes)
-
-    def left(self, name: str, output: Any) -> None:
-        """As for stock."""
-        for tensor in tensors_in(output):
-            if (handle := look_up(tensor)) is not None and handle is not OUTSIDE:
-                self._returned.setdefault(handle, name)
-
-    def packed(self, where: str | None, tensor: torch.Tensor, handle: Handle) -> None:
-        self._packed.append((where or "model", handle))
-
-    def count(self) -> tuple[Counter[str], dict[str, Counter[str]]]:
-        """Bytes held, and the number of each treatment, by module."""
-        treatments: dict[str, Counter[str]] = {}
-        held: Counter[str] = Counter()
-        seen = self._seen  # storages and handles: no two that live have one address
-        for where, packed in self._packed:
-            treatments.setdefault(where, Counter())[packed.treatment] += 1
-            waiting = [packed]
-            while waiting:
-                handle = waiting.pop()
-                if id(handle) not in seen:
-                    seen.add(id(handle))
-                    size = handle.stored(seen)
-                    name = self._returned.get(handle, where)
-                    held[name] += size
-                    if isinstance(handle, Packed) and size:
-                        self._stored.append((name, handle, size))
-                    if kept := self.kept(name, handle, size):
-                        self._kept.append(kept)
-                    waiting += handle.relies_on()
-        return held, treatments

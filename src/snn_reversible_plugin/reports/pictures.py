@@ -141,7 +141,7 @@ def _held_by_module(axes: Axes, report: MemoryReport) -> None:
             color=color,
             label=f"{label}, held {cost.held / 1e6:,.4g} MB",
         )
-    axes.set_yticks(list(places), [row.name for row in report.modules], fontsize="x-small")
+    axes.set_yticks(list(places), [f"{row.name}  {row.type}" for row in report.modules], fontsize="x-small")
     axes.invert_yaxis()
     axes.set_xlabel("MB held for the backward")
     axes.legend()

@@ -296,6 +296,7 @@ def _leave(module: Any, promised: Promised, places: list[Tensor]) -> None:
         else:
             memories.stored = stored
     if final is not None:
+        final.goes_unread = memories.goes_unread
         final.promise(places[0])
     memories["v"] = LastOfAll(lambda: module.v_seq) if final is None else final
 

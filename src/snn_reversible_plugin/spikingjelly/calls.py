@@ -115,11 +115,12 @@ class MultiStep(torch.autograd.Function):
         ctx.save_for_backward(x_seq, v if ctx.start is None else None, ws[0] if ws else None)
         with tape.paused():
             builds_v_seq = call.store_v_seq and stored is None
-            spikes, v, v_seq = multi_step(x_seq, v, call.with_leak(ws[0] if ws else None), builds_v_seq)
+            neuron = call.with_leak(ws[0] if ws else None)
+            spikes, v, v_seq = multi_step(x_seq, v, neuron, builds_v_seq, drops_last=final is not None)
             if stored is not None:
                 v_seq = stored.placeholder(spikes)
             if final is not None:
-                v = final.placeholder(v)
+                v = final.placeholder(v, x_seq.new_zeros(()))
         if v_seq is None:
             return spikes, v
         return (spikes, v_seq) if call.fused else (spikes, v, v_seq)
@@ -146,9 +147,9 @@ class MultiStep(torch.autograd.Function):
             q=w is not None and ctx.needs_input_grad[5],
         )
         final, stored = (None if one is None else one() for one in ctx.promised)
-        if stored is not None and not stored.settle():
+        if stored is not None and not stored.settle(cut is not None):
             stored.compute()
-        v_last = None if final is None or final.settle() else final.empty()
+        v_last = None if final is None or final.settle(cut is not None) else final.empty()
         start, grads = ctx.start if v is None else v, OutputGradients(g_s, g_v, g_v_seq)
         if cut is not None:
             found = sequence_vjp_in_slices(cut, start, grads, neuron, wanted, v_last)

@@ -46,6 +46,7 @@ import torch
 
 from snn_reversible_plugin.ops.interrupts import Left, Restoring, put_back_interrupted
 from snn_reversible_plugin.ops.layouts import storage_key
+from snn_reversible_plugin.tape.as_stock import followed_among
 from snn_reversible_plugin.tape.exposed import compare_later, look_again, sum_later
 from snn_reversible_plugin.tape.findings import Observer
 from snn_reversible_plugin.tape.handles import Handle, Kept, Packed, PackedLevels, owns, peek, unpack
@@ -75,6 +76,7 @@ __all__ = [
     "mark_spikes",
     "may_promise",
     "may_record",
+    "mode_inside",
     "overriding",
     "owns",
     "pack",
@@ -183,6 +185,12 @@ def may_promise() -> bool:
     return tape is not None and not tape.keeps_everything and not tape.in_backward
 
 
+def mode_inside(mode: str) -> str:
+    """The mode of a tape for a block that is rebuilt: "minimal" where all around it is."""
+    tape = current()
+    return mode if tape is None or tape.slices is None else "minimal"
+
+
 def suspended() -> AbstractContextManager[None]:
     """Inside, the tape keeps everything: for a part of a network that must not be replayed."""
     tape = current()
@@ -280,9 +288,12 @@ def _let_go(tape: Tape) -> set[int]:
         if state is not None and not held:
             sum_later(state)
         elif state is not None and steps == 1:
-            kept = tape.kept_by_storage.get(storage_key(state), [])
+            storage = storage_key(state)
+            followed = followed_among(tape.kept_by_storage, storage)
+            kept = tape.kept_by_storage.get(storage, [])
             tape.before_write(state)
-            compare_later(state, kept)
+            compare_later(state, kept, followed)
+            tape.kept_by_storage.setdefault(storage, []).extend(followed)
         elif state is not None:
             of_loops.add(storage_key(state))
     return of_loops

@@ -17,6 +17,7 @@ from snn_reversible_plugin.neurons.integrate_fire.reference import (
     OutputGradients,
     Wanted,
 )
+from snn_reversible_plugin.tape.sliced.rows import Part
 
 
 def sequence_vjp_in_slices(
@@ -27,7 +28,7 @@ def sequence_vjp_in_slices(
     wanted: Wanted,
     v_last: Tensor | None = None,
 ) -> Gradients:
-    """As :func:`.in_place.multi_step_vjp`, for an input that is cut; a leak's gradients are sums over slices.
+    """As :func:`.in_place.multi_step_vjp`, of an input that is cut. A leak's gradients are sums.
 
     Args:
         cut: of the input [T, N, ...]. Where it can't be cut by samples, it is put together.
@@ -37,35 +38,55 @@ def sequence_vjp_in_slices(
         x_seq = cut.whole()
         cut.release()
         return multi_step_vjp(x_seq, v, grads, neuron, wanted, owned=True, v_last=v_last)
-    parts = cut.parts(outer=cut.size[0])
-    g_x = cut.empty() if wanted.x else None
-    g_v: list[Tensor | None] = [None, None]
-    g_q: list[Tensor] = []
-    for part in parts:
+    whole = _Whole(cut, v_last, wanted)
+    for part in cut.parts(outer=cut.size[0]):
         samples = slice(part.start, part.stop)
-        x_seq = cut.rows(part).unflatten(0, (part.outer, -1))
-        whole = [
-            None if v_last is None else torch.empty_like(v_last[samples]),
-            *(None if g is None else g[:, samples] for g in (grads.s, grads.v_seq)),
-        ]
-        found = multi_step_vjp(
-            x_seq,
-            v[samples] if isinstance(v, Tensor) else v,
-            OutputGradients(whole[1], None if grads.v is None else grads.v[samples], whole[2]),
-            neuron,
-            wanted,
-            owned=x_seq.untyped_storage().nbytes() == x_seq.nbytes,  # and no view of what others hold
-            v_last=whole[0],
-        )
-        if g_x is not None and found.x is not None:
-            g_x[:, samples] = found.x
-        if v_last is not None and whole[0] is not None:
-            v_last[samples] = whole[0]
-        for at, g in enumerate(found.v):
-            if g is not None:
-                if g_v[at] is None:
-                    g_v[at] = torch.empty((cut.size[1], *g.shape[1:]), dtype=g.dtype, device=g.device)
-                g_v[at][samples] = g  # type: ignore[index]
-        g_q = [one + other for one, other in zip(g_q, found.q, strict=True)] if g_q else list(found.q)
+        start = v[samples] if isinstance(v, Tensor) else v
+        of_part = OutputGradients(
+            *(None if g is None else g[:, samples] if steps else g[samples]
+              for g, steps in zip(grads, (True, False, True), strict=True))
+        )  # fmt: skip
+        whole.put(samples, _of_part(cut, part, start, of_part, neuron, (wanted, v_last is not None)))
     cut.release()
-    return Gradients(g_x, (g_v[0], g_v[1]), g_q)
+    return Gradients(whole.x, (whole.v[0], whole.v[1]), whole.q)
+
+
+def _of_part(
+    cut: tape.Cut,
+    part: Part,
+    v: Tensor | float,
+    grads: OutputGradients,
+    neuron: Neuron,
+    how: tuple[Wanted, bool],
+) -> tuple[Gradients, Tensor | None]:
+    """The gradients of some samples, and their final membrane if that is asked for."""
+    x_seq = cut.rows(part).unflatten(0, (part.outer, -1))
+    wanted, keeps_last = how
+    last = torch.empty_like(x_seq[0]) if keeps_last else None
+    owned = x_seq.untyped_storage().nbytes() == x_seq.nbytes  # and no view of what others hold
+    return multi_step_vjp(x_seq, v, grads, neuron, wanted, owned=owned, v_last=last), last
+
+
+class _Whole:
+    """The gradients of all samples, put together."""
+
+    def __init__(self, cut: tape.Cut, v_last: Tensor | None, wanted: Wanted) -> None:
+        self._samples, self._v_last = cut.size[1], v_last
+        self.x = cut.empty() if wanted.x else None
+        self.v: list[Tensor | None] = [None, None]
+        self.q: list[Tensor] = []
+
+    def put(self, samples: slice, of_part: tuple[Gradients, Tensor | None]) -> None:
+        (g_x, g_v, g_q), last = of_part
+        if self.x is not None and g_x is not None:
+            self.x[:, samples] = g_x
+        if self._v_last is not None and last is not None:
+            self._v_last[samples] = last
+        for at, g in enumerate(g_v):
+            if g is None:
+                continue
+            whole = self.v[at]
+            if whole is None:
+                whole = self.v[at] = g.new_empty((self._samples, *g.shape[1:]))
+            whole[samples] = g
+        self.q = [one + other for one, other in zip(self.q, g_q, strict=True)] if self.q else list(g_q)

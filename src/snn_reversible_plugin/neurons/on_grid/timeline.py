@@ -310,6 +310,8 @@ class NewState(OfTimelines, _Newly):
 
     __slots__ = ()
 
+    is_state = True
+
     def leads_to(self) -> Handle | None:
         timeline = self.ref()
         return None if timeline is None else State(timeline, self.t)

@@ -7,6 +7,7 @@ while it still stands, its first and its last slice are computed from the recipe
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from operator import mul
@@ -17,9 +18,10 @@ from torch import Tensor
 
 from snn_reversible_plugin.ops.layouts import is_dense, is_plain
 from snn_reversible_plugin.tape.handles import Handle, Kept, Packed
+from snn_reversible_plugin.tape.off_stack import OffStack
 from snn_reversible_plugin.tape.outsiders import alias
 from snn_reversible_plugin.tape.replayed import PLAIN, Replayed
-from snn_reversible_plugin.tape.sliced.rows import Noted, Part, Whole, note, rows_of, size_of
+from snn_reversible_plugin.tape.sliced.rows import Noted, Part, Whole, last_product, note, rows_of, size_of
 
 # NOTE [What is cut]
 #
@@ -57,8 +59,8 @@ class Cut(Handle):
 
     @property
     def treatment(self) -> str:  # type: ignore[override]
-        """That of what is cut."""
-        return self.handle.treatment
+        """That of what is cut, for reports."""
+        return f"{self.handle.treatment} in slices" if self.is_large() else self.handle.treatment
 
     @property
     def nbytes(self) -> int:
@@ -116,7 +118,44 @@ class Cut(Handle):
 
     def whole(self) -> Tensor:
         """The whole, from parts where these are the forward's bits."""
-        return self.assembled() if self.exact and isinstance(self.handle, Replayed) else self.peek()
+        if not isinstance(self.handle, Replayed) or self.handle.at_hand() is not None:
+            return self.peek()
+        return self.assembled() if self.exact else self._around_a_product()
+
+    def _around_a_product(self) -> Tensor:
+        """The whole, where a product has other bits in slices: all but that product in slices."""
+        product = last_product(self.handle)
+        operand = None if product is None or not product.args else product.args[0]
+        size = size_of(operand)
+        if product is None or operand is None or size is None or size_of(product) is None:
+            return self.peek()
+        value = self._run(product, operand, size)
+        same = value.dtype is self.dtype and value.is_contiguous() and value.numel() == self.size.numel()
+        whole = value.view(self.size) if same and self.empty_meta().is_contiguous() else self.empty()
+        for part in self.parts():
+            part.put(self.rows(part, {product: part.of(value)}), whole)
+        return whole
+
+    def _run(self, product: Replayed, operand: Handle, size: torch.Size) -> Tensor:
+        """A product as a whole, its first operand put together from slices."""
+        try:
+            first = None
+            for part in self.parts():
+                rows = rows_of(operand, part, {})
+                if first is None:
+                    first = torch.empty(size, dtype=rows.dtype, device=rows.device)
+                part.put(rows, first)
+        except Whole:
+            first = operand.peek()
+        others = [arg.peek() if isinstance(arg, Handle) else arg for arg in product.args[1:]]
+        named = {
+            name: arg.peek() if isinstance(arg, Handle) else arg for name, arg in product.kwargs.items()
+        }
+        return product.func(first, *others, **named)  # type: ignore[no-any-return]
+
+    def empty_meta(self) -> Tensor:
+        """Its layout."""
+        return torch.empty_strided(self.size, self.stride, device="meta")
 
     def peek(self) -> Tensor:
         return self.handle.peek()
@@ -133,17 +172,15 @@ class Cut(Handle):
     def unpack(self) -> Tensor:
         return self.handle.unpack()
 
-    def stored(self, seen: set[int]) -> int:
-        return self.handle.stored(seen)
-
     def relies_on(self) -> Iterable[Handle]:
-        return self.handle.relies_on()
+        return (self.handle,)
 
 
 class Slices:
     """What a recording in mode "minimal" cuts. ``largest`` are the bytes of the largest of that."""
 
-    def __init__(self) -> None:
+    def __init__(self, tape: Any) -> None:
+        self._tape = weakref.ref(tape)  # autograd keeps what is cut, and must not keep the tape
         self.largest = 0
 
     def computed(self, recipe: Handle | None, out: Tensor) -> None:
@@ -151,19 +188,37 @@ class Slices:
         if isinstance(recipe, Replayed) and out.nbytes >= STEP.get(out.device.type, LARGE_STEP):
             note(recipe, Noted(out.size()))
 
-    def normalized(self, recipe: Replayed, outputs: Sequence[Tensor]) -> None:
+    def normalized(self, recipe: Replayed, x: Tensor, outputs: Sequence[Tensor]) -> None:
         """A batch norm ran: what it gave beside its result is noted with that."""
         out, mean, deviation = outputs[:3]
-        if mean.numel() and out.nbytes >= STEP.get(out.device.type, LARGE_STEP):
-            note(recipe, Noted(out.size(), (alias(mean), alias(deviation))))
+        if out.nbytes < STEP.get(out.device.type, LARGE_STEP) or not isinstance(recipe.args[0], Handle):
+            return
+        noted = Noted(out.size(), (alias(mean), alias(deviation)) if mean.numel() else None)
+        note(recipe, noted)
+        part = Part(1, len(x), 0, min(len(x), 2))
+        key = recipe.func, x.size(), x.stride(), x.dtype, x.device, bool(mean.numel())
+        if key not in _proved:
+            try:
+                with OffStack(self._tape()), torch.no_grad():
+                    rows = rows_of(recipe, part, {recipe.args[0]: part.of(x.detach())})
+                    _proved[key] = torch.equal(rows, part.of(out.detach()))
+            except Whole:
+                _proved[key] = None
+        noted.exact = bool(_proved[key])
 
     def cut(self, handle: Handle, tensor: Tensor) -> Handle:
         """What autograd gets for a tensor that it saves: the handle, or one that can be cut."""
-        cut = self._cut(handle, tensor)
+        with OffStack(self._tape()):
+            cut = self._cut(handle, tensor)
         if cut is None:
             return handle
         self.largest = max(self.largest, cut.nbytes)
         return cut
+
+    def exactly(self, handle: Handle, tensor: Tensor) -> Cut | None:
+        """A tensor's handle, cut, if its parts are the forward's bits."""
+        cut = self.cut(handle, tensor)
+        return cut if isinstance(cut, Cut) and cut.exact else None
 
     def _cut(self, handle: Handle, tensor: Tensor) -> Cut | None:
         step = STEP.get(tensor.device.type, LARGE_STEP)

@@ -79,6 +79,7 @@ def _convolution(func: Any, grad: Tensor, x: Cut, weight: Tensor, *how: Any) -> 
             g_weight.add(of_weight)
         if mask[2]:
             g_bias.add(of_bias)
+        del one, found
     return g_x.value, g_weight.value(), g_bias.value()
 
 
@@ -178,10 +179,8 @@ def _mm(func: Any, one: Any, other: Any) -> Tensor | None:
 
 
 def _bmm(func: Any, one: Any, other: Any) -> Tensor | None:
-    cuts = [getattr(arg, "cut", arg) for arg in (one, other) if not isinstance(arg, Tensor)]
-    sizes = [
-        arg.shape if isinstance(arg, Tensor) else getattr(arg, "cut", arg).size for arg in (one, other)
-    ]
+    opened = [getattr(arg, "cut", arg) for arg in (one, other)]
+    sizes = [arg.size if isinstance(arg, Cut) else arg.shape for arg in opened]
     rows = sizes[0][-1] if isinstance(one, Turned) else sizes[0][-2]
     columns = sizes[1][-2] if isinstance(other, Turned) else sizes[1][-1]
     result = _Whole((sizes[0][0], rows, columns))
@@ -191,7 +190,7 @@ def _bmm(func: Any, one: Any, other: Any) -> Tensor | None:
             return arg.cut.rows(part, found).transpose(1, 2)
         return arg.rows(part, found) if isinstance(arg, Cut) else part.of(arg)
 
-    for part, found in parts_of(*cuts):
+    for part, found in parts_of(*(arg for arg in opened if isinstance(arg, Cut))):
         result.put(part, func(factor(one, part, found), factor(other, part, found)))
     return result.value
 

@@ -80,10 +80,12 @@ class Part(NamedTuple):
 
 @dataclass(slots=True)
 class Noted:
-    """What a forward notes of a large value: its size, and what a batch norm normalized it by."""
+    """What a forward notes of a large value: its size, and what a batch norm normalized it by, with whether
+    the kernel of evaluation gave the same bits."""
 
     size: torch.Size
     statistics: tuple[Tensor, Tensor] | None = None
+    exact: bool = True
 
 
 _noted: weakref.WeakKeyDictionary[Handle, Noted] = weakref.WeakKeyDictionary()
@@ -102,6 +104,22 @@ def size_of(handle: Any) -> torch.Size | None:
         return handle.size
     noted = _noted.get(handle) if isinstance(handle, Handle) else None
     return None if noted is None else noted.size
+
+
+def last_product(handle: Handle) -> Replayed | None:
+    """The convolution or matrix product that a value comes from by operations that are exact in slices."""
+    while handle.__class__ in PLAIN:
+        assert isinstance(handle, Replayed)
+        operator = None if handle.func in _functions else operator_of(handle.func)
+        if operator is not None and operator.work:
+            return handle
+        noted = _noted.get(handle)
+        if noted is None or not noted.exact or not handle.args or not isinstance(handle.args[0], Handle):
+            return None
+        if any(isinstance(arg, Handle) and arg in _noted for arg in handle.args[1:]):
+            return None  # a sum of two: what is made of both would have to stand
+        handle = handle.args[0]
+    return None
 
 
 def rows_of(handle: Handle, part: Part, found: dict[Handle, Tensor]) -> Tensor:

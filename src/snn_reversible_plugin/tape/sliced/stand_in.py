@@ -47,7 +47,7 @@ class StandIn(Tensor):
         return one  # type: ignore[no-any-return]
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in _UNTURNED:
@@ -99,8 +99,8 @@ def unpack(handle: Handle) -> Tensor:
         return handles.unpack(inner)
     if isinstance(inner, Replayed) and inner.awaited is not None:
         inner.awaited()  # a stream, which is undone by this; parameters may change before it is asked for
-    if inner.checksum is not None and handle.exact:
-        inner.verified(handle.assembled(), "putting it together from slices")
+    if inner.checksum is not None:
+        inner.verified(handle.whole(), "putting it together from slices")
     return StandIn(handle)
 
 
@@ -111,11 +111,10 @@ def _is_taken(cut: Cut) -> bool:
         return False
     function = getattr(node, "_forward_cls", None)
     if function is not None:
-        rebuilt = bool(cut.exact) and not isinstance(cut.handle, Kept)
-        return rebuilt and getattr(function, "takes_slices", False)
+        return not isinstance(cut.handle, Kept) and getattr(function, "takes_slices", False)
     return node.name() in TAKERS
 
 
 def cut_of(tensor: Tensor) -> Cut | None:
-    """What a saved tensor stands for, where it is a stand-in: for an autograd function that takes slices."""
+    """What a saved tensor stands for, if it is a stand-in; for an autograd function that takes slices."""
     return tensor.cut if isinstance(tensor, StandIn) else None
