@@ -19,6 +19,7 @@ from snn_reversible_plugin.compiler import graph as graphs
 from snn_reversible_plugin.compiler import levels, packing, peak, plan, twice
 from snn_reversible_plugin.compiler.graph import Joint, name_of, parent_of, size_of, tensor_of
 from snn_reversible_plugin.compiler.plan import Plan
+from snn_reversible_plugin.compiler.progress import tell
 from snn_reversible_plugin.compiler.twice import unpack_late
 
 
@@ -45,8 +46,12 @@ class Packing(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         graphs.merge_equal(graph)
         joint = Joint(graph)
-        if joint.has_backward:
-            self.regions.append(rewrite(joint, plan.plan(joint, self.mode)))
+        if not joint.has_backward:
+            return
+        tell(f"srp.compile: choosing what {len(joint.forward):,} values of the forward are stored as")
+        region = rewrite(joint, plan.plan(joint, self.mode))
+        self.regions.append(region)
+        tell(f"srp.compile: {region.packed} packed, {region.bytes / 1e6:.1f} MB stored; Inductor compiles")
 
     def uuid(self) -> bytes:
         files = (__file__, *(module.__file__ for module in (graphs, levels, packing, peak, plan, twice)))
