@@ -178,7 +178,7 @@ class TRevSNN(nn.Module):
     Example:
         >>> import torch
         >>> from snn_reversible_plugin.models import TRevSNN
-        >>> net = TRevSNN((8, 8, 16, 16), steps=2, num_classes=10).eval()
+        >>> net = TRevSNN((8, 8, 16, 16), num_classes=10).eval()
         >>> net(torch.rand(1, 3, 32, 32)).shape
         torch.Size([1, 10])
     """
