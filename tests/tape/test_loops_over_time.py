@@ -217,7 +217,7 @@ def test_a_detached_state_ends_its_history():
             loss = net(x).square().sum()
             with Operations() as operations:
                 gradients.append(torch.autograd.grad(loss, list(net.parameters())))
-            ran.append(operations.all)
+            ran.append(operations.counts.get("addmm", 0))
         found.append(gradients)
     for stock, ours in zip(*found, strict=True):
         assert all(map(torch.equal, stock, ours))
