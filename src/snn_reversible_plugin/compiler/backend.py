@@ -16,6 +16,7 @@ from torch import fx
 
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.compiler.membranes import Calls, Region
+from snn_reversible_plugin.compiler.progress import compiling
 
 # A graph of so many calls is most likely a loop over time, unrolled: compiling it takes minutes.
 MANY_CALLS = 20_000
@@ -64,9 +65,14 @@ class Backend:
             "post_grad_custom_post_pass": InputsAsTheyAre(),
         }
         patches = {**self.patches, **ours}
-        with as_planned():
+        with as_planned(), compiling(calls_of(module)):
             run: Any = compile_fx(module, inputs, config_patches=patches)  # type: ignore[arg-type]
         return Region(run, self.calls)
+
+
+def calls_of(module: fx.GraphModule) -> int:
+    """How many operations a region has."""
+    return sum(node.op.startswith("call") for node in module.graph.nodes)
 
 
 def as_planned() -> AbstractContextManager[None]:
@@ -101,7 +107,7 @@ def srp(
     ``mode`` is :func:`~snn_reversible_plugin.compile`'s, or one of ``torch.compile``'s own, which then
     goes with ``"memory"``; ``options`` are Inductor's.
     """
-    calls = sum(node.op.startswith("call") for node in module.graph.nodes)
+    calls = calls_of(module)
     if calls > MANY_CALLS:
         warnings.warn(
             f"backend='srp': a region of {calls:,} operations, most likely an unrolled loop over time; "
