@@ -4,6 +4,7 @@ from snn_reversible_plugin.blocks import RevSBlock, RevSColumns, RevSSequence
 from snn_reversible_plugin.blocks.surgery import SurgeryReport, unwrap_residual_blocks, wrap_residual_blocks
 from snn_reversible_plugin.compiler import compile
 from snn_reversible_plugin.convert import convert_to_reversible, restore, reversible, stock
+from snn_reversible_plugin.grid import look_at_graphs
 from snn_reversible_plugin.modules.kinds import register
 from snn_reversible_plugin.modules.registry import register_reversible
 from snn_reversible_plugin.ops.freed_memory import keep_freed_memory
@@ -25,6 +26,7 @@ __all__ = [
     "counting_flips",
     "keep_freed_memory",
     "largest_batch",
+    "look_at_graphs",
     "memory_report",
     "register",
     "register_reversible",

@@ -8,6 +8,8 @@ from torch import nn
 
 import snn_reversible_plugin as srp
 from graph_only import GraphOnly
+from snn_reversible_plugin.compiler import passes
+from snn_reversible_plugin.reports.measure import AllocationCounter
 
 
 class Fire(torch.autograd.Function):
@@ -184,6 +186,25 @@ class Broken(nn.Module):
         x_seq = self.first(x_seq)
         torch._dynamo.graph_break()
         return self.second(x_seq)
+
+
+def test_spikes_wait_as_codes_while_a_layer_is_undone(monkeypatch):
+    """Not as floats: the peak is lower than where both ends of a layer read what was unpacked once."""
+
+    def peak():
+        torch._dynamo.reset()
+        net = multi_step(*(part for at in (2, 8, 8) for part in (*conv(at), neuron.IFNode())))
+        run, x = torch.compile(net, backend=GraphOnly()), torch.rand(2, 4, 2, 8, 8)
+        for _ in range(2):
+            functional.reset_net(net)
+            loss = run(x).sum()
+            with AllocationCounter() as counter:
+                loss.backward()
+        return counter.peak
+
+    late = peak()
+    monkeypatch.setattr(passes, "unpack_late", lambda *_: None)
+    assert late < peak()
 
 
 def test_each_region_is_served():

@@ -67,12 +67,12 @@ def test_and_equals_stock(kind, steps, read):
 
 
 def test_who_takes_several_steps_promises_once():
-    node = srp.convert_to_reversible(neuron.LIFNode(), arithmetic="stock")
-    x = torch.rand(3, 5, requires_grad=True)
+    net = srp.convert_to_reversible(nn.Sequential(nn.Linear(5, 5), neuron.LIFNode()), arithmetic="stock")
+    node, x = net[1], torch.rand(3, 5, requires_grad=True)
     promised = []
     for _ in range(2):
-        functional.reset_net(node)
-        node(x * 1)
+        functional.reset_net(net)
+        net(x * 1)
         promised.append(isinstance(dict.__getitem__(node._memories, "v"), FinalMembrane))
-        node(x * 2).sum().backward()
+        net(x * 2).sum().backward()
     assert promised == [True, False]

@@ -11,7 +11,8 @@ branches of a reversible spiking block.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -322,6 +323,12 @@ class BranchRun:
                     "Register it as a parameter, detach it, or set reversible=False."
                 )
             nodes += [following for following, _ in node.next_functions]
+
+
+def shared_parameters(branches: Iterable[BranchRun]) -> set[int]:
+    """The ids of the parameters that several of the branches have."""
+    users = Counter(found for branch in branches for found in set(map(id, branch.parameters())))
+    return {found for found, count in users.items() if count > 1}
 
 
 def check_output(name: str, out: Any, inputs: Sequence[Tensor], versions: Sequence[int]) -> None:

@@ -59,6 +59,16 @@ class SurgeryReport:
     """What was done to each residual block, or in a dry run would be. Made by :func:`wrap_residual_blocks`.
 
     ``chains`` has the pairs (F, G) of each chain, by the names of the blocks that the branches come from.
+
+    Example:
+        >>> import snn_reversible_plugin as srp
+        >>> from spikingjelly.activation_based import functional, neuron
+        >>> from spikingjelly.activation_based.model import sew_resnet
+        >>> net = sew_resnet.sew_resnet18(cnf="ADD", spiking_neuron=neuron.IFNode)
+        >>> functional.set_step_mode(net, "m")
+        >>> report = srp.wrap_residual_blocks(net, dry_run=True)
+        >>> report.dry_run, report.wrapped[:2]
+        (True, ('layer1.0', 'layer1.1'))
     """
 
     blocks: tuple[BlockReport, ...]

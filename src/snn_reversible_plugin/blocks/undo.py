@@ -105,17 +105,21 @@ class SpikeObserver:
         self._found = found
 
     def __call__(self, neuron: nn.Module, _inputs: Any, output: Any) -> None:
-        spikes = spikes_of(neuron, output)
+        spikes = spikes_of(neuron, output) if is_spiking(neuron) else output
         with tape.paused(), torch.no_grad():
             self._found.append((ops.pack_bits(spikes.detach().reshape(-1)), spikes.numel()))
 
 
 @contextmanager
 def observed_spikes(modules: Iterable[nn.Module]) -> Iterator[Spikes]:
-    """The spikes of every neuron among the modules, of both frameworks, in the order of the calls."""
+    """The spikes of every neuron among the modules, in the order of the calls.
+
+    Neurons are those of both frameworks, and modules that say of what they return that it is spikes.
+    """
     found: Spikes = []
     observer = SpikeObserver(found)
-    hooks = [module.register_forward_hook(observer) for module in modules if is_spiking(module)]
+    neurons = (m for m in modules if is_spiking(m) or getattr(m, "returns_spikes", False))
+    hooks = [module.register_forward_hook(observer) for module in neurons]
     try:
         yield found
     finally:

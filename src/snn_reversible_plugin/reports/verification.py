@@ -18,9 +18,14 @@ from torch import nn
 from snn_reversible_plugin import convert, tape
 from snn_reversible_plugin.compiler.entry import look_of
 from snn_reversible_plugin.modules.kinds import is_spiking, spikes_of
+from snn_reversible_plugin.modules.tracking import tracked
 from snn_reversible_plugin.reports.compiled import CompiledVerification, verify_compiled
+from snn_reversible_plugin.reports.idioms import Idioms
 from snn_reversible_plugin.reports.measure import StepCost
+from snn_reversible_plugin.reports.memory_report import MOST_CAUSES
 from snn_reversible_plugin.reports.trial import Loss, Step, as_converted, costs, megabytes, tensors_in
+from snn_reversible_plugin.tape.findings import OF_NEURON, FoundBits, KeptInFull
+from snn_reversible_plugin.tape.unseen import Unseen, WrittenUnseen
 
 ROUNDING = 1e-4  # of a gradient's largest element
 
@@ -36,7 +41,21 @@ class Verification:
     outputs, gradients and spikes are those of autograd through the same forward, bit for bit; else None.
     ``off_grid`` says why a neuron is off the grid, or left it in this run, ``grid_bits`` how many binary
     digits behind the point one has that is on it. ``sliced`` is whether gradients are equal to rounding, in
-    mode "minimal", which promises that and no more; else None.
+    mode "minimal", which promises that and no more; else None. ``unseen`` are the idioms of the model's own
+    that no tape can see, with module, operation and remedy; they are no fault by themselves. ``bits`` and
+    ``kept`` are those of :func:`memory_report`: the tensors of which a few bits an element are stored, and
+    those that are stored in full, the largest first, with the operation that made each, why, and what one
+    may change.
+
+    Example:
+        >>> import torch
+        >>> import snn_reversible_plugin as srp
+        >>> from torch import nn
+        >>> from spikingjelly.activation_based import layer, neuron
+        >>> model = nn.Sequential(layer.Linear(8, 8), neuron.LIFNode(), layer.Linear(8, 2))
+        >>> found = srp.verify(srp.convert_to_reversible(model, arithmetic="stock"), torch.rand(4, 8))
+        >>> found.ok, found.outputs_equal, found.flipped_spikes, found.guarantees
+        (True, True, 0, {'1': 'stock'})
     """
 
     outputs_equal: bool
@@ -54,6 +73,9 @@ class Verification:
     off_grid: dict[str, str] = field(default_factory=dict)
     grid_bits: dict[str, int] = field(default_factory=dict)
     sliced: bool | None = None
+    unseen: list[Unseen] = field(default_factory=list)
+    bits: list[FoundBits] = field(default_factory=list)
+    kept: list[KeptInFull] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -113,6 +135,12 @@ class Verification:
             table.add_row(f"{name or 'model'} off the grid", "", reason)
         if self.replay_error is not None:
             table.add_row("replay", "", self.replay_error)
+        for found in [one for one in self.bits if one.operation != OF_NEURON][:MOST_CAUSES]:
+            table.add_row(f"bits in {found.module}", "", str(found))
+        for one in self.kept[:MOST_CAUSES]:
+            table.add_row(f"kept in full in {one.module}", "", str(one))
+        for idiom in self.unseen:
+            table.add_row(f"not seen in {idiom.module}", "", f"{idiom.operation}. {idiom.remedy}")
         Console().print(table)
 
 
@@ -187,12 +215,8 @@ def verify(
             for name, module in model.named_modules()
             if (bits := convert.grid_bits(module)) is not None
         }
-        replay_error = None
-        try:
-            with step.unchanged(), convert.reversible(model, check=True):
-                step.run().backward()
-        except RuntimeError as error:
-            replay_error = str(error)
+        replay_error, idioms = _checked(step, settings)
+        found_bits, kept = idioms.found()
         prices = costs(step, repeats)
     return Verification(
         outputs_equal=_equal(expected.outputs, actual.outputs),
@@ -212,7 +236,28 @@ def verify(
         off_grid=off_grid,
         grid_bits=grid_bits,
         sliced=_equal_to_rounding(expected_gradients, actual.gradients) if sliced else None,
+        unseen=idioms.idioms(),
+        bits=found_bits,
+        kept=kept,
     )
+
+
+def _checked(step: Step, settings: convert.Settings) -> tuple[str | None, Idioms]:
+    """A step in check mode: what was wrong with it, and what was found on the way."""
+    idioms = Idioms(step)
+    try:
+        with step.unchanged(), settings.recording(check=True, observer=idioms) as recorded:
+            assert recorded is not None
+            with tracked(step.model, recorded), idioms.watching():
+                loss = step.run()
+            idioms.count()
+            loss.backward()
+    except WrittenUnseen as error:
+        idioms.unseen(error.finding)
+        return str(error), idioms
+    except RuntimeError as error:
+        return str(error), idioms
+    return None, idioms
 
 
 @dataclass

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.grid.decays import AFTER, NONE, SUBTRACT
-from snn_reversible_plugin.grid.range import may_look
 from snn_reversible_plugin.neurons.leaky.call import Charging, Firing, fired, kind_of
 from snn_reversible_plugin.neurons.leaky.reference import (
     Charge,
@@ -31,6 +30,7 @@ from snn_reversible_plugin.neurons.leaky.reference import (
 )
 from snn_reversible_plugin.neurons.on_grid.neuron import value_of
 from snn_reversible_plugin.neurons.surrogates import Surrogate
+from snn_reversible_plugin.ops.devices import may_look
 from snn_reversible_plugin.snntorch.surrogates import known_surrogate
 
 _PLAIN = (Tensor, nn.Parameter)

@@ -8,10 +8,7 @@ its own, is replayed as a black box (:mod:`.spikingjelly.replayed`).
 
 from __future__ import annotations
 
-import functools
-import os
 import weakref
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,12 +18,13 @@ from torch import Tensor, nn
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.modules.kinds import is_multi_step
 from snn_reversible_plugin.modules.swap import SwappedClass
-from snn_reversible_plugin.neurons.integrate_fire.in_place import multi_step, multi_step_vjp
-from snn_reversible_plugin.neurons.integrate_fire.reference import Neuron, OutputGradients, Rule
-from snn_reversible_plugin.neurons.surrogates import Surrogate, by_autograd
-from snn_reversible_plugin.neurons.witness import agree
+from snn_reversible_plugin.neurons.integrate_fire import on_device
+from snn_reversible_plugin.neurons.integrate_fire.reference import Neuron, Rule
+from snn_reversible_plugin.neurons.integrate_fire.stretch import place_of_step
 from snn_reversible_plugin.ops.chunks import chunk_size
+from snn_reversible_plugin.spikingjelly.agreement import Case, agrees, stock_runs
 from snn_reversible_plugin.spikingjelly.calls import (
+    Beside,
     Call,
     MultiStep,
     Promised,
@@ -35,7 +33,7 @@ from snn_reversible_plugin.spikingjelly.calls import (
     final_membrane,
     first_membrane,
 )
-from snn_reversible_plugin.spikingjelly.copies import Copy, copy_of, in_torch
+from snn_reversible_plugin.spikingjelly.copies import Copy, InTorch, copy_of
 from snn_reversible_plugin.spikingjelly.replayed import as_stock, is_learning, replayed
 from snn_reversible_plugin.spikingjelly.surrogates import (
     as_autograd,
@@ -124,7 +122,7 @@ class Analytic:
                 _instead.pop(self, None)
             return _run(self, args[0], chosen)
         if not tape.may_record():
-            with in_torch(self):  # type: ignore[arg-type]
+            with InTorch(self):  # type: ignore[arg-type]
                 return super().forward(*args, **kwargs)  # type: ignore[misc]
         _instead[self] = chosen
         run = replayed if isinstance(chosen, ByReplay) else as_stock
@@ -225,7 +223,7 @@ def _by_formula(module: Any, copy: Copy, x: Tensor) -> ByFormula | str:
         or (isinstance(w, Tensor) and w.requires_grad)
     ):
         return "what learns in it is neither its input nor its state"
-    call = _call(module, copy, shape, x, w)
+    call = _call(module, copy, x, v, w)
     return call if isinstance(call, str) else ByFormula(call, v, w)
 
 
@@ -234,15 +232,18 @@ def _run(module: Any, x: Tensor, chosen: ByFormula) -> Tensor:
     v: Any = start
     again = v if isinstance(v, Tensor) else None
     ws: tuple[Tensor, ...] = ()
-    promised = Promised()
+    promised, place = Promised(), None
     if not is_multi_step(module):
         ws = () if w is None else (w,)
+        place = place_of_step(v, x, call.with_leak, w) if torch.is_grad_enabled() else None
         first = None
-        if torch.is_grad_enabled() and tape.may_promise() and again is None and module not in _stepped:
+        if place is not None and tape.may_promise() and again is None and module not in _stepped:
             held = map(tape.handle_of, (x, *ws))
             first = OfFirstStep(partial(_stepped.add, module), partial(first_membrane, call, v), *held)
             promised = Promised(first)
-        s, v = SingleStep.apply(x, v, again, call, first, *ws)
+        s, v = SingleStep.apply(x, v, again, call, Beside(first, place), *ws)
+        if first is not None:
+            first.place = place
         states = [v]
         v_seq = None
     else:
@@ -266,7 +267,9 @@ def _run(module: Any, x: Tensor, chosen: ByFormula) -> Tensor:
     if any(promised):
         _leave(module, promised, states)
         return s
-    if v_seq is None or not call.fused:
+    if place is not None:
+        place.left(v)
+    elif v_seq is None or not call.fused:
         tape.mark_opaque(v)
     module._memories["v"] = v
     return s
@@ -298,7 +301,7 @@ def _leave(module: Any, promised: Promised, places: list[Tensor]) -> None:
     memories["v"] = LastOfAll(lambda: module.v_seq) if final is None else final
 
 
-def _call(module: Any, copy: Copy, shape: torch.Size, x: Tensor, w: Tensor | None) -> Call | str:
+def _call(module: Any, copy: Copy, x: Tensor, v: Tensor | float, w: Tensor | None) -> Call | str:
     """What the formulas need of a neuron, or why they are not stock's arithmetic as it is set."""
     equations = equations_of(module)
     rule = _rule(module, equations, copy, x, w)
@@ -309,20 +312,28 @@ def _call(module: Any, copy: Copy, shape: torch.Size, x: Tensor, w: Tensor | Non
     if w is not None and w.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         known = None
     is_fused = known is not None
-    if not _runs_torch(equations, copy, x.device, is_fused):
+    runs = stock_runs(equations, copy, x.device, is_fused)
+    launched = runs == "triton" and known is not None and is_multi_step(module)
+    if launched and not on_device.takes(Neuron(rule, known), x.device):  # type: ignore[arg-type]
+        return f"no kernel here computes its sequences on {x.device.type}"
+    if runs != "torch" and not launched:
         return f"stock runs a kernel of its own on {x.device.type}"
+    if launched and on_device.order_of(x, v) is None:
+        return "its input is laid out neither step by step nor channels-last"
     name = None if known is None else known.name.rpartition(".")[2]  # type: ignore[union-attr]
-    if not _agrees(copy, equations, rule.decay_input, rule.v_reset is None, rule.detach_reset, name):
+    case = Case(equations, rule.decay_input, rule.v_reset is None, rule.detach_reset, name)
+    if not agrees(copy, case, x.device if launched else None):
         return "the installed SpikingJelly computes it in another order"
     if known is None and not copy.has_operators and is_heaviside(function):
         known = as_autograd(function, x.dtype)
         known = None if known.name is None else known
     if known is None:
+        shape = x.shape[1:] if is_multi_step(module) else x.shape
         chunk = min(shape.numel(), chunk_size(x.device))
         known = proved(function, shape, x.dtype, x.device, chunk)
     if known is None:
         return f"its surrogate {type(function).__name__} is not known to work element by element"
-    return Call(Neuron(rule, known), is_fused, stores_v_seq(module))
+    return Call(Neuron(rule, known, launched=launched), is_fused, stores_v_seq(module))
 
 
 def _rule(module: Any, equations: Any, copy: Copy, x: Tensor, w: Tensor | None) -> Rule | str:
@@ -347,54 +358,3 @@ def _rule(module: Any, equations: Any, copy: Copy, x: Tensor, w: Tensor | None) 
     if getattr(module, "_neuron_precision", None) is not None:
         return "it has a precision of its own"
     return Rule(tau, decay_input, v_threshold, v_reset, bool(module.detach_reset), copy.order(equations))
-
-
-def _runs_torch(equations: Any, copy: Copy, device: torch.device, fused: bool) -> bool:
-    """Whether stock runs torch code here, rather than a kernel or an error message (:func:`in_torch`)."""
-    if device.type == "cpu" or not copy.has_operators:
-        return True
-    choice = os.environ.get(f"SJ_{equations}_CUDA_IMPLEMENTATION", "auto")
-    return device.type == "cuda" and not fused and choice == "auto"
-
-
-@functools.cache
-def _agrees(
-    copy: Copy, equations: str, decay_input: bool, soft: bool, detach_reset: bool, name: str | None
-) -> bool:
-    """Whether a copy of SpikingJelly computes what is written out here; tried once for each case.
-
-    Another release may do its arithmetic in another order; then stock's own code is replayed. ``name``: of
-    the surrogate, in a fused operator; None: the surrogate is called as it is.
-    """
-    tau = 1.7 if equations == "LIF" else None
-    rule = Rule(tau, decay_input, 0.9, None if soft else -0.3, detach_reset, copy.order(equations))
-    function = getattr(copy.surrogate, name or "ATan")(alpha=1.3)
-    dtype = torch.float64 if name is None else torch.float32
-
-    def sample() -> tuple[Tensor, Tensor, OutputGradients, Tensor]:
-        grid = torch.arange(60, dtype=dtype, device="cpu")
-        x_seq, w = (
-            torch.sin(grid).mul_(3).view(3, 20),
-            torch.full((), 0.4, device="cpu", dtype=torch.float32 if copy.has_operators else dtype),
-        )
-        grads = OutputGradients(torch.cos(grid).view(3, 20), torch.sin(grid[:20] + 1))
-        return x_seq, torch.cos(grid[:20] * 2), grads, w
-
-    def stocks() -> Sequence[Tensor]:
-        x_seq, v, grads, w = sample()
-        x_seq.requires_grad_()
-        s, v_last = copy.run(equations, rule, function, x_seq, v, w)
-        return s, v_last, *torch.autograd.grad((s, v_last), x_seq, grads[:2])
-
-    def ours() -> Sequence[Tensor]:
-        x_seq, v, grads, w = sample()
-        known = Surrogate(by_autograd(function)) if name is None else fused(function)
-        assert known is not None
-        own = Neuron(rule, known, w.sigmoid() if equations == "PLIF" else None)
-        with torch.no_grad():
-            s, v_last, _ = multi_step(x_seq, v, own)
-            g_x = multi_step_vjp(x_seq, v, grads, own).x
-        assert g_x is not None
-        return s, v_last, g_x
-
-    return agree(ours, stocks)

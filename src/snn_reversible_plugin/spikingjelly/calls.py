@@ -1,7 +1,8 @@
 """The autograd functions of IFNode, LIFNode and ParametricLIFNode: a sequence, and a step.
 
 The one idea: over a sequence only the input current is saved, which the tape replays from spikes; a step
-saves its charged membrane, or the current that a fresh one was charged with.
+saves its charged membrane, as a place on a stretch of steps where it has one, or the current that a
+fresh one was charged with.
 
 Source: SpikingJelly 2.0, ``_ops/{if_,lif,plif}/reference.py``, which is what runs on a CPU, and on a
 GPU where there is no fused kernel; ``neuron`` of 0.0.0.0.14 and 0.0.0.0.12.
@@ -27,13 +28,15 @@ from snn_reversible_plugin.neurons.integrate_fire.reference import (
     single_step_vjp,
     step,
 )
+from snn_reversible_plugin.neurons.integrate_fire.stretch import Place
 from snn_reversible_plugin.neurons.rerun import differentiable_once
-from snn_reversible_plugin.tape.final_membrane import FinalMembrane
+from snn_reversible_plugin.tape.final_membrane import FinalMembrane, OfFirstStep
 
 # NOTE [What stock runs]
 #
 # 1. SpikingJelly 2.0, in float32 with one of seven surrogates, an operator: on a CPU torch code with
-#    derivatives of its own for those surrogates, on a GPU a fused kernel, which is left alone.
+#    derivatives of its own for those surrogates, on a GPU a kernel. Where that is Triton's, ours stands in
+#    for it (`neurons/integrate_fire/on_device.py`), over sequences; others are left alone.
 #    ParametricLIF takes the sigmoid of w once. The final membrane is cut from v_seq where that is stored.
 # 2. Otherwise, and in older releases, torch code with the surrogate as it is. ParametricLIF takes the
 #    sigmoid in every step, so w gets T gradients one after the other; w is handed over T times for that.
@@ -56,6 +59,8 @@ class Call(NamedTuple):
 
     def leak_vjp(self, g_q: list[Tensor], q: Tensor, w: Tensor) -> list[Tensor]:
         """Gradients of w, one each time it was handed over, in the order of autograd's arrivals."""
+        if self.neuron.launched:  # stock's kernel writes the derivative out
+            return [(g * q * (1 - q)).to(w.dtype) for g in g_q]
         if self.fused:
             total = g_q[0]
             for g in g_q[1:]:
@@ -158,46 +163,56 @@ class MultiStep(torch.autograd.Function):
         return found.x, *found.v, None, None, *g_ws
 
 
+class Beside(NamedTuple):
+    """What a step is given beside its tensors: the promise of its membrane, and its place on a stretch."""
+
+    first: OfFirstStep | None = None
+    place: Place | None = None
+
+
 class SingleStep(torch.autograd.Function):
     """Spikes and membrane of one step."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, v: Any, _v_again: Any, call: Call, first: FinalMembrane | None, *ws: Tensor
+        ctx: Any, x: Tensor, v: Any, _v_again: Any, call: Call, beside: Beside, *ws: Tensor
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.call, ctx.start = call, None if isinstance(v, Tensor) else v
+        first, place = beside
+        # A fresh membrane is charged with the current alone, which can be replayed, or is held already.
+        ctx.from_current = ctx.start is not None and (place is not None or tape.current() is None)
+        w, alive = (*ws, None)[0], None
         with tape.paused():
             before = torch.full_like(x, v) if ctx.start is not None else v
-            s, v, h, pull = single_step(x, before, call.with_leak(ws[0] if ws else None))
+            s, v, h, pull = single_step(x, before, call.with_leak(w))
+            pull = pull if w is not None and ctx.needs_input_grad[5] else None
+            if place is not None:
+                alive = place.charged(h, pull)
             if first is not None:
                 v = first.placeholder(v)
         ctx.first = None if first is None else weakref.ref(first)
-        if ctx.start is not None:
-            # A fresh membrane is charged with the current alone, which can be replayed.
-            ctx.save_for_backward(x, *ws)
-        else:
-            ctx.save_for_backward(h, *ws, *((pull,) if ws and ctx.needs_input_grad[5] else ()))
+        ctx.save_for_backward(*((x, w, None) if ctx.from_current else (h, w, pull)), alive)
         return s, v
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, g_s: Tensor | None, g_v: Tensor | None) -> Any:
-        h, w, pull = (*ctx.saved_tensors, None, None)[:3]
+        h, w, pull, _ = ctx.saved_tensors
         call: Call = ctx.call
         if g_s is None and g_v is None:
             return (None,) * len(ctx.needs_input_grad)
         neuron = call.with_leak(w)
         learns = w is not None and ctx.needs_input_grad[5]
-        if ctx.start is not None:
+        if ctx.from_current:
             # What is saved is part of the forward's graph, and a gradient must not be.
             x = h.detach()
             _, v, h, pull = step(x, torch.full_like(x, ctx.start), neuron)
             first = None if ctx.first is None else ctx.first()
             if first is not None and first.membrane is None and not first.settle():
                 first.keep(v)
-            if (number := number_pulling(ctx.start, neuron.rule)) is not None:
-                pull = number
+        if ctx.start is not None and (number := number_pulling(ctx.start, neuron.rule)) is not None:
+            pull = number
         grads = single_step_vjp(h, g_s, g_v, neuron, pull if learns else None)
         g_vs = grads.v if ctx.needs_input_grad[1] else (None, None)
         if w is None:

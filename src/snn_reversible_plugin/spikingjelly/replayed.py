@@ -28,7 +28,7 @@ from snn_reversible_plugin.neurons.witness import Witness, alone
 from snn_reversible_plugin.ops.autocast import Autocast
 from snn_reversible_plugin.ops.chunks import cuts
 from snn_reversible_plugin.ops.layouts import is_contiguous_in
-from snn_reversible_plugin.spikingjelly.copies import copy_of, in_torch
+from snn_reversible_plugin.spikingjelly.copies import InTorch, copy_of
 from snn_reversible_plugin.spikingjelly.scripted import same_graph
 from snn_reversible_plugin.spikingjelly.surrogates import is_heaviside, is_known, is_uniform
 from snn_reversible_plugin.spikingjelly.types import row_of
@@ -42,7 +42,7 @@ class Replayed(SwappedClass):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not tape.may_record():
-            with in_torch(self):  # type: ignore[arg-type]
+            with InTorch(self):  # type: ignore[arg-type]
                 return super().forward(*args, **kwargs)  # type: ignore[misc]
         learns = is_learning(self, args, kwargs)  # type: ignore[arg-type]
         run = replayed if learns else as_stock
@@ -51,7 +51,7 @@ class Replayed(SwappedClass):
 
 def as_stock(module: nn.Module, mixin: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The forward that ``mixin`` stands in front of, as it is, for a call that no gradient goes through."""
-    with tape.paused(), in_torch(module):
+    with tape.paused(), InTorch(module):
         out = super(mixin, module).forward(*args, **kwargs)
     _mark(module, out, _fires(module))
     return out
@@ -61,7 +61,7 @@ def replayed(module: nn.Module, mixin: Any, args: tuple[Any, ...], kwargs: dict[
     """The forward that ``mixin`` stands in front of, with as little kept as can be."""
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with in_torch(module):
+        with InTorch(module):
             return super(mixin, module).forward(*args, **kwargs)
 
     row = row_of(module)

@@ -46,10 +46,11 @@ import torch
 
 from snn_reversible_plugin.ops.interrupts import Left, Restoring, put_back_interrupted
 from snn_reversible_plugin.ops.layouts import storage_key
-from snn_reversible_plugin.tape.exposed import compare_later, look_again
+from snn_reversible_plugin.tape.as_stock import followed_among
+from snn_reversible_plugin.tape.exposed import compare_later, look_again, sum_later
 from snn_reversible_plugin.tape.findings import Observer
 from snn_reversible_plugin.tape.handles import Handle, Kept, Packed, PackedLevels, owns, peek, unpack
-from snn_reversible_plugin.tape.off_stack import OffStack
+from snn_reversible_plugin.tape.off_stack import OffStack, set_compiler
 from snn_reversible_plugin.tape.on_stack import OnThread
 from snn_reversible_plugin.tape.origins import OUTSIDE, enter, look_up
 from snn_reversible_plugin.tape.plans import Plans
@@ -84,6 +85,7 @@ __all__ = [
     "recording",
     "returns",
     "runs_eagerly",
+    "set_compiler",
     "suspended",
     "takes",
     "to_be_repeated",
@@ -259,16 +261,16 @@ def hand_over(tensors: Iterable[torch.Tensor]) -> None:
 # inside of it, and nothing is copied.
 
 
-def returns(key: object, state: torch.Tensor, taken: int = 1) -> None:
+def returns(key: object, state: torch.Tensor, taken: int = 1, held: bool = True) -> None:
     """Say that steps have left a state with the user, who may write to it once this recording is over.
 
-    ``key``: whose state it is; ``taken``: how many steps.
+    ``key``: whose state it is; ``taken``: how many steps; ``held``: the tape holds it as well.
     """
     if current() is None:
         return
     returned = _local.__dict__.setdefault("returned", {})
-    steps, _ = returned.get(id(key), (0, None))
-    returned[id(key)] = steps + taken, weakref.ref(state)
+    steps = returned[id(key)][0] if id(key) in returned else 0
+    returned[id(key)] = steps + taken, weakref.ref(state), held
 
 
 def takes(size: float) -> None:
@@ -281,12 +283,17 @@ def takes(size: float) -> None:
 def _let_go(tape: Tape) -> set[int]:
     """The recording is over; the storages of states that a loop inside of it left."""
     of_loops = set()
-    for steps, ref in _local.__dict__.pop("returned", {}).values():
+    for steps, ref, held in _local.__dict__.pop("returned", {}).values():
         state = ref()
-        if state is not None and steps == 1:
-            kept = tape.kept_by_storage.get(storage_key(state), [])
+        if state is not None and not held:
+            sum_later(state)
+        elif state is not None and steps == 1:
+            storage = storage_key(state)
+            followed = followed_among(tape.kept_by_storage, storage)
+            kept = tape.kept_by_storage.get(storage, [])
             tape.before_write(state)
-            compare_later(state, kept)
+            compare_later(state, kept, followed)
+            tape.kept_by_storage.setdefault(storage, []).extend(followed)
         elif state is not None:
             of_loops.add(storage_key(state))
     return of_loops

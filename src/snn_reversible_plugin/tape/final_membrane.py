@@ -141,15 +141,19 @@ class FinalMembrane:
 class OfFirstStep(FinalMembrane):
     """The membrane after a fresh neuron's first step; ``found_out`` is called when somebody reads it."""
 
-    __slots__ = ("_found_out",)
+    __slots__ = ("_found_out", "place")
 
     def __init__(self, found_out: Callable[[], None], run: Callable[..., Tensor], *held: Handle) -> None:
         super().__init__(run, *held)
         self._found_out = found_out
+        self.place: Any = None  # of its step, where the next one may go on from there
 
     def read(self) -> Tensor:
         self._found_out()
-        return super().read()
+        v = super().read()
+        if self.place is not None:
+            self.place.left(v)
+        return v
 
 
 class LastOfAll(FinalMembrane):

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import weakref
 
+from snn_reversible_plugin.tape.as_stock import ByStorage, Followed
 from snn_reversible_plugin.tape.handles import Kept
 
-KeptByStorage = dict[int, list[weakref.ref[Kept]]]
-
 _FEW = 4096
-_by_storage: KeptByStorage = {}
+_by_storage: ByStorage = {}
 _count = 0
 _many = _FEW
 
 
-def outlive(by_storage: KeptByStorage) -> None:
+def outlive(by_storage: ByStorage) -> None:
     """A tape is over; it kept these, and a backward will want those that something relies on."""
     global _count
     for storage, refs in by_storage.items():
@@ -31,7 +30,7 @@ def outlive(by_storage: KeptByStorage) -> None:
         _sweep()
 
 
-def outlived(storage: int) -> list[weakref.ref[Kept]]:
+def outlived(storage: int) -> list[weakref.ref[Kept] | weakref.ref[Followed]]:
     """What relies on a storage since earlier tapes; it is told of one write."""
     return _by_storage.pop(storage, [])
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from snn_reversible_plugin.ops.layouts import is_plain
+from snn_reversible_plugin.tape.by_values import packed_by_values
 from snn_reversible_plugin.tape.handles import Handle, Kept
 from snn_reversible_plugin.tape.operators import Kind, Operator
 from snn_reversible_plugin.tape.origins import OUTSIDE, look_up
@@ -90,7 +91,10 @@ def price(
     newly_kept = largest = series = 0
     known: dict[int, Any] = {}
     for tensor in tensors_among(operands):
-        handle = known[id(tensor)] = look_up(tensor)
+        handle = look_up(tensor)
+        if handle is None:
+            handle = packed_by_values(tensor)
+        known[id(tensor)] = handle
         if not is_plain(tensor):
             return Refused.LAYOUT
         if operator.atomic and tensor.is_cuda:
@@ -150,7 +154,10 @@ def price_of_part(
     of_operands, newly_kept, series = 0.0, 0, getattr(before, "series", 0)
     known: dict[int, Any] = {}
     for tensor in tensors_among((*operands, *named.values())):
-        handle = known[id(tensor)] = look_up(tensor)
+        handle = look_up(tensor)
+        if handle is None:
+            handle = packed_by_values(tensor)
+        known[id(tensor)] = handle
         if not is_plain(tensor):
             return None
         if isinstance(handle, Replayed):

@@ -199,14 +199,7 @@ class Replayed(Handle):
     def hold(self, value: torch.Tensor, walk: int) -> None:
         """Keep a value for those who still need it, to the end of the walk at most."""
         self.cache = value
-        if walk == -1:
-            return
-        held = _held.get(walk)
-        if held is None:
-            held = _held[walk] = []
-            engine = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
-            engine.queue_callback(lambda: _end(walk))
-        held.append(weakref.ref(self))
+        held_in(walk, self)
 
 
 class _OneOfSeveral(Replayed):
@@ -215,7 +208,19 @@ class _OneOfSeveral(Replayed):
 
 PLAIN = (Replayed, _OneOfSeveral)  # what is rebuilt here; what derives from it knows how itself
 _walk = torch._C._current_graph_task_id
-_held: dict[int, list[weakref.ref[Replayed]]] = {}
+_held: dict[int, list[weakref.ref[Any]]] = {}
+
+
+def held_in(walk: int, handle: Any) -> None:
+    """What a handle caches goes when this backward ends, if it is still of this ``walk``."""
+    if walk == -1:
+        return
+    held = _held.get(walk)
+    if held is None:
+        held = _held[walk] = []
+        engine = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
+        engine.queue_callback(lambda: _end(walk))
+    held.append(weakref.ref(handle))
 
 
 def _end(walk: int) -> None:

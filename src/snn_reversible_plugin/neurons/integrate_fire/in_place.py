@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from snn_reversible_plugin.neurons.integrate_fire import on_numba
+from snn_reversible_plugin.neurons.integrate_fire import on_device, on_numba
 from snn_reversible_plugin.neurons.integrate_fire.chunk import Chunk, fill
 from snn_reversible_plugin.neurons.integrate_fire.reference import (
     Gradients,
@@ -67,6 +67,8 @@ def multi_step(
         >>> spikes.squeeze(), v
         (tensor([0., 1., 0.]), tensor([0.7500]))
     """
+    if neuron.launched:
+        return on_device.multi_step(x_seq, v, neuron, store_v_seq)
     order = _order_of(x_seq, v, neuron)
     if order is None:
         return sequence(x_seq, v, neuron, store_v_seq)
@@ -112,6 +114,8 @@ def multi_step_vjp(
         owned: x_seq may be overwritten: it becomes h, then the gradient of x_seq.
         v_last: is overwritten with the final membrane. Laid out as :func:`multi_step` does.
     """
+    if neuron.launched:
+        return on_device.multi_step_vjp(x_seq, v, grads, neuron, wanted, owned, v_last)
     order = _order_of(x_seq, v, neuron)
     if order is None or not _are_laid_out(grads, order):
         if v_last is not None:

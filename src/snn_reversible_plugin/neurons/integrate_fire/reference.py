@@ -107,11 +107,16 @@ class Rule(NamedTuple):
 
 
 class Neuron(NamedTuple):
-    """A neuron as its equations see it. ``q``: the leak 1 / tau as a scalar tensor, of a parametric one."""
+    """A neuron as its equations see it.
+
+    ``q``: the leak 1 / tau as a scalar tensor, of a parametric one. ``launched``: its sequences are
+    computed by its device's form (:mod:`.neurons.integrate_fire.on_device`), as stock's are by a kernel.
+    """
 
     rule: Rule
     surrogate: Surrogate
     q: Tensor | None = None
+    launched: bool = False
 
     @property
     def leaky(self) -> bool:
@@ -169,15 +174,22 @@ def step(x: Tensor, v: Tensor, neuron: Neuron) -> tuple[Tensor, Tensor, Tensor, 
         Spikes, the membrane after the step, the charged membrane h, and what q multiplies (None
         without q).
     """
+    h, pull = charge(x, v, neuron)
+    s, v = fire_reset(h, neuron)
+    return s, v, h, pull
+
+
+def fire_reset(h: Tensor, neuron: Neuron) -> tuple[Tensor, Tensor]:
+    """Spikes of a charged membrane, and the membrane after the reset."""
     rule = neuron.rule
-    h, pull = _charge(x, v, neuron)
     s = neuron.surrogate.fired(h - rule.v_threshold)
     if rule.v_reset is None:
-        return s, h - s * rule.v_threshold, h, pull
-    return s, s * rule.v_reset + (1.0 - s) * h, h, pull
+        return s, h - s * rule.v_threshold
+    return s, s * rule.v_reset + (1.0 - s) * h
 
 
-def _charge(x: Tensor, v: Tensor, neuron: Neuron) -> tuple[Tensor, Tensor | None]:
+def charge(x: Tensor, v: Tensor, neuron: Neuron) -> tuple[Tensor, Tensor | None]:
+    """The charged membrane h, and what q multiplies (None without q)."""
     rule, q = neuron.rule, neuron.q
     if not neuron.leaky:
         return v + x, None
