@@ -76,7 +76,7 @@ def measure(
     """Run the workload under every method, "stock" first; ``tick`` is told of each run."""
     torch.manual_seed(0)
     stock = workload.make().to(device)
-    x = torch.rand(shape, device=device)
+    x = workload.batch(shape, device)
     results: dict[str, Result] = {}
     trainings: dict[str, Training] = {}
     expected: list[torch.Tensor | None] = []

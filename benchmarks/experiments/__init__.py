@@ -20,6 +20,7 @@ from . import (
     compiled_accuracy,
     coupled,
     drift,
+    fits,
     long_sequences,
     over_step,
     parallel,
@@ -76,6 +77,7 @@ EXPERIMENTS = {
         Experiment(
             "over-step", over_step.works, of_steps.over_step, over_step.measure, draw=draw_over_steps,
         ),
+        Experiment("fits", fits.works, of_steps.fits, fits.measure),
         Experiment("drift", drift.works, time.drift, drift.measure),
         Experiment("compiled", compiled.works, time.compiled, compiled.measure, threads=1),
         Experiment("columns", columns.works, time.columns, together=columns.together),

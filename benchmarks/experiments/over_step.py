@@ -35,7 +35,7 @@ def measure(method: str, options: Options, tick: Tick, workload: str, shape: lis
     """By the defaults of the conversion, on a CPU, where the allocator's events are."""
     work = WORKLOADS[workload]
     torch.manual_seed(0)
-    model, x = work.make(), torch.rand(shape)
+    model, x = work.make(), work.batch(tuple(shape), "cpu")
     if method == "converted":
         srp.convert_to_reversible(model)
     tick("a step to warm up")

@@ -18,6 +18,7 @@ ARMS = ("RevSResNet24", "RevSResNet24, run plainly", "MS-ResNet20", "MS-ResNet20
 SMALL = {
     "steps": ["--only", "chain-8", "--only", "leaky-loop", "--method", "memory", "--fits"],
     "over-step": ["--only", "vgg"],
+    "fits": ["--only", "tutorial-6", "--method", "stock", "--method", "grid"],
     "drift": ["--only", "8", "--method", "float", "--method", "grid"],
     "compiled": ["--method", "stock", "--method", "tape, memory"],
     "columns": ["--method", "published", "--method", "grid"],
@@ -76,6 +77,10 @@ def test_what_the_figures_have_to_be(invoke):
         assert steps[f"{work} | memory"]["gradient_difference"] == 0
         assert steps[f"{work} | memory"]["held"] < steps[f"{work} | stock"]["held"]
     assert steps["leaky-loop | memory"]["largest"] >= steps["leaky-loop | stock"]["largest"] > 0
+    fits = invoke("fits")
+    batches = [fits[f"tutorial-6 | {method}"]["fits"]["8"] for method in ("stock", "grid")]
+    assert 0 < 5 * batches[0] < batches[1]
+    assert all(abs(entry["off"]) < 0.1 for entry in fits.values())
     drift = invoke("drift")
     assert drift["8 | float"]["max_error"] > 0 == drift["8 | grid"]["max_error"]
     assert drift["8 | grid"]["flipped_spikes"] == 0 < drift["8 | grid"]["spikes"]

@@ -31,6 +31,13 @@ class Columns(NamedTuple):
     Attributes:
         states: of every level after the last time step, from the first level to the top one.
         tops: of the top level after each of the time steps in ``tops_at``.
+
+    Example:
+        >>> import torch
+        >>> found = Columns((torch.zeros(2, 3),), ())
+        >>> states, tops = found
+        >>> states[-1].shape, tops
+        (torch.Size([2, 3]), ())
     """
 
     states: tuple[Tensor, ...]

@@ -100,7 +100,13 @@ _looks: weakref.WeakValueDictionary[int, _Look] = weakref.WeakValueDictionary()
 
 
 def reach(stream: Tensor) -> Tensor:
-    """The largest magnitude in a stream, on its device, without waiting for it; NaN if it holds one."""
+    """The largest magnitude in a stream, on its device, without waiting for it; NaN if it holds one.
+
+    Example:
+        >>> import torch
+        >>> reach(torch.tensor([0.5, -2.0]))
+        tensor(2.)
+    """
     if stream.numel() == 0:
         return stream.new_zeros(())
     low, high = torch.aminmax(stream.detach())
@@ -125,6 +131,13 @@ def watch(name: str, reach: Tensor, bits: int, remedy: str = REMEDY, lost: str =
 
     Raises:
         OverflowError: from the backward, at its end, as :func:`check_range`.
+
+    Example:
+        >>> import torch
+        >>> watch("block 3: its stream", reach(torch.tensor([200.0])), bits=16)
+        >>> watch("block 3: its stream", reach(torch.tensor([300.0])), bits=16)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        OverflowError: block 3: its stream ...
     """
     reached = _Reached(name, reach, bits, remedy, lost)
     task = torch._C._current_graph_task_id()

@@ -174,6 +174,13 @@ class TRevSNN(nn.Module):
     Shape:
         Input ``[N, 3, H, W]``, or events ``[steps, N, 2, H, W]``. Output ``[N, num_classes]``; in training
         with ``auxiliary`` a tuple of such, of which the last is the answer.
+
+    Example:
+        >>> import torch
+        >>> from snn_reversible_plugin.models import TRevSNN
+        >>> net = TRevSNN((8, 8, 16, 16), num_classes=10).eval()
+        >>> net(torch.rand(1, 3, 32, 32)).shape
+        torch.Size([1, 10])
     """
 
     def __init__(
@@ -191,7 +198,7 @@ class TRevSNN(nn.Module):
     ) -> None:
         super().__init__()
         if len(widths) != 4:
-            raise ValueError(f"TRevSNN has four levels, and widths names {len(widths)}")
+            raise ValueError(f"TRevSNN has four levels, and widths names {len(widths)}: give four numbers")
         if auxiliary and steps % HEADS:
             raise ValueError(f"with auxiliary heads, steps must be a multiple of {HEADS}, not {steps}")
         self.steps, self.events = steps, events

@@ -20,7 +20,18 @@ _REBUILT = (RevSSequence, RevSColumns)
 
 
 class FlipCount:
-    """What :func:`counting_flips` found in the last backward, by chain and in all; a table in print."""
+    """What :func:`counting_flips` found in the last backward, by chain and in all; a table in print.
+
+    Example:
+        >>> import torch
+        >>> import snn_reversible_plugin as srp
+        >>> from snn_reversible_plugin.models import rev_s_resnet24
+        >>> model = rev_s_resnet24()
+        >>> with srp.counting_flips(model) as found:
+        ...     model(torch.rand(2, 1, 2, 12, 12)).sum().backward()
+        >>> found.flipped_spikes, found.spikes > 0
+        (0, True)
+    """
 
     def __init__(self, chains: dict[str, RevSSequence | RevSColumns]) -> None:
         self._chains = chains

@@ -66,6 +66,18 @@ class MemoryReport:
     what stands at the peak and why; None where the step ran on a GPU. ``bits`` are the tensors of which a
     few bits an element are stored, and ``kept`` those that are stored in full, the largest first: the
     operation that made each, why it is kept, and what one may change.
+
+    Example:
+        >>> import torch
+        >>> import snn_reversible_plugin as srp
+        >>> from torch import nn
+        >>> from spikingjelly.activation_based import layer, neuron
+        >>> model = nn.Sequential(layer.Linear(64, 64), neuron.LIFNode(), layer.Linear(64, 10))
+        >>> report = srp.memory_report(model, torch.rand(32, 64))
+        >>> [row.name for row in report.modules if row.type == "LIFNode"], report.mode
+        (['1'], 'memory')
+        >>> report.converted_over_step.peak.bytes > 0
+        True
     """
 
     modules: list[ModuleReport]
@@ -230,7 +242,8 @@ def _about_neuron(name: str, module: nn.Module, settings: convert.Settings) -> s
         return "compiled: runs as it is written under a tape, and compiled elsewhere"
     if treatment is None:
         return ""
-    about = f"{treatment}, {getattr(module, 'arithmetic', 'stock')} arithmetic"
+    sliced = ", sliced" if settings.mode == "minimal" else ""
+    about = f"{treatment}, {getattr(module, 'arithmetic', 'stock')} arithmetic{sliced}"
     reason = convert.off_grid_reason(name, module, settings)
     return f"{about}: {reason}" if reason else about
 
