@@ -94,6 +94,18 @@ def test_where_torch_lacks_a_hook_the_tape_serves(monkeypatch):
         compiled(torch.rand(2, 2, 4)).sum().backward()
 
 
+def test_regions_that_talk_to_other_processes():
+    def graph_of(operation):
+        graph = torch.fx.Graph()
+        graph.output(graph.call_function(operation, (graph.placeholder("x"),)))
+        return torch.fx.GraphModule({}, graph)
+
+    functional_ops = pytest.importorskip("torch.distributed._functional_collectives")
+    assert backend.exchanges(graph_of(functional_ops.all_reduce))
+    assert backend.exchanges(graph_of(torch.ops._c10d_functional.all_reduce.default))
+    assert not any(map(backend.exchanges, (graph_of(torch.relu), graph_of(torch.ops.aten.relu.default))))
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="torch_mode"):
         srp.compile(Stepped(), mode="reduce-overhead")

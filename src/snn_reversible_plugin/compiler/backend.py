@@ -67,12 +67,21 @@ class Backend:
         patches = {**self.patches, **ours}
         with as_planned(), compiling(calls_of(module)):
             run: Any = compile_fx(module, inputs, config_patches=patches)  # type: ignore[arg-type]
-        return Region(run, self.calls)
+        return Region(run, None if exchanges(module) else self.calls)
 
 
 def calls_of(module: fx.GraphModule) -> int:
     """How many operations a region has."""
     return sum(node.op.startswith("call") for node in module.graph.nodes)
+
+
+def exchanges(module: fx.GraphModule) -> bool:
+    """Whether a region talks to other processes: it can't be called again in one of them."""
+    graphs = (one.graph for one in module.modules() if isinstance(one, fx.GraphModule))
+    targets = (node.target for graph in graphs for node in graph.nodes if node.op == "call_function")
+    return any(
+        "c10d" in str(one) or "distributed" in str(getattr(one, "__module__", "")) for one in targets
+    )
 
 
 def as_planned() -> AbstractContextManager[None]:

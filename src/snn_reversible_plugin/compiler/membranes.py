@@ -41,6 +41,7 @@ from snn_reversible_plugin.tape.final_membrane import (
 #    and whether it draws random numbers; from then on both are noted before a call, to call it as it ran.
 # 3. Where calling it again holds less than the membranes take. Parameters and what the model was called
 #    with live anyway; what crosses a graph break is held.
+#    None of a region that talks to other processes, since one of them may read a membrane alone.
 # 4. An optimizer's step is about to change the parameters: copies of them wait, if those are smaller, until
 #    the states are reset.
 # 5. Who reads a membrane once reads it every time: the first one that is read has all of its call made
@@ -51,7 +52,7 @@ from snn_reversible_plugin.tape.final_membrane import (
 class Region:
     """A compiled region, which writes down how it was called where somebody asked (:class:`Calls`)."""
 
-    def __init__(self, run: Callable[..., Any], calls: Calls) -> None:
+    def __init__(self, run: Callable[..., Any], calls: Calls | None) -> None:
         self.run = run
         self._calls = calls
         self._changes: list[int] | None = None  # which inputs it changes; unknown before the first call
@@ -59,7 +60,7 @@ class Region:
         functools.update_wrapper(self, run)
 
     def __call__(self, *inputs: Any) -> Any:
-        noted = self._calls.noted
+        noted = None if self._calls is None else self._calls.noted
         if noted is None:
             return self.run(*inputs)
         if self._changes is None:
