@@ -124,6 +124,8 @@ def convert_to_reversible(
             needs no convolution or matrix product. ``"auto"`` has the peak of ``"memory"``, and keeps
             results of convolutions and matrix products where that peak leaves room; the first step of a
             shape, and a network that is called several times before a backward, run as ``"memory"``.
+            ``"minimal"`` rebuilds and differentiates the largest layers a slice of the batch at a time: the
+            least peak, outputs of ``"memory"``, gradients equal to rounding, more time.
         arithmetic: ``"stock"``: outputs and gradients are stock's bit for bit. ``"auto"``: neurons stepped
             one time step at a time compute on multiples of 2^-16, which makes them reversible in time: they
             hold a spike bit and a fraction of a bit a step, and the gradient is the exact one of that
@@ -144,7 +146,8 @@ def convert_to_reversible(
         TypeError: ``model`` is no ``nn.Module``, or is compiled or scripted.
         ValueError: an unknown ``mode`` or ``arithmetic``, a ``skip`` name that is not in the model,
             ``"grid"`` where nothing can run on the grid, ``"fused"`` where nothing is fused, ``blocks``
-            without residual blocks, a budget that is no number of bytes, or one together with ``"speed"``.
+            without residual blocks, a budget that is no number of bytes, or one together with ``"speed"``
+            or ``"minimal"``.
         RuntimeError: from the first forward of a shape that the budget can't take.
 
     Example:

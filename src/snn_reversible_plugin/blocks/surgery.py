@@ -159,7 +159,8 @@ def wrap_residual_blocks(
             each with the output of the one before. Calling them otherwise raises a ``RuntimeError``.
         coupling: ``"additive"``, as above; or ``"leapfrog"``: ``x[n+1] = x[n-1] + 2 f[n](x[n])``, with
             ``x[1] = x[0] + f[0](x[0])`` and the last x as output: one stream's form, undone as exactly.
-            Magnitudes may grow more in a deep network.
+            Magnitudes may grow more in a deep network. It keeps more of a trained network's accuracy where
+            nothing is trained afterwards, not even the statistics of batch norms (docs/accuracy.md).
 
     Raises:
         ValueError: no residual block is known in the model (not in a dry run); a name that is not in it; a

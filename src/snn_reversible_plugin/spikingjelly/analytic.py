@@ -23,6 +23,7 @@ from snn_reversible_plugin.neurons.integrate_fire.reference import Neuron, Rule
 from snn_reversible_plugin.neurons.integrate_fire.stretch import place_of_step
 from snn_reversible_plugin.neurons.on_grid import switches
 from snn_reversible_plugin.ops.chunks import chunk_size
+from snn_reversible_plugin.ops.outputs import on_its_own
 from snn_reversible_plugin.spikingjelly.agreement import Case, agrees, stock_runs
 from snn_reversible_plugin.spikingjelly.calls import (
     Beside,
@@ -30,9 +31,10 @@ from snn_reversible_plugin.spikingjelly.calls import (
     MultiStep,
     Promised,
     SingleStep,
-    all_membranes,
-    final_membrane,
     first_membrane,
+    leave_all,
+    promises_of,
+    stepped_neurons,
 )
 from snn_reversible_plugin.spikingjelly.copies import Copy, InTorch, copy_of
 from snn_reversible_plugin.spikingjelly.replayed import as_stock, is_learning, replayed
@@ -44,7 +46,7 @@ from snn_reversible_plugin.spikingjelly.surrogates import (
     surrogate_of,
 )
 from snn_reversible_plugin.spikingjelly.types import equations_of, states_beside_v, stores_v_seq
-from snn_reversible_plugin.tape.final_membrane import FinalMembrane, LastOfAll, Memories, OfFirstStep
+from snn_reversible_plugin.tape.final_membrane import Memories, OfFirstStep
 
 # -- how a call is run ---------------------------------------------------------------------------------
 
@@ -73,8 +75,6 @@ How = ByFormula | ByReplay | ByStock
 _TEXTS = {ByReplay: "generic replay", ByStock: "stock"}
 # What ran last in place of the formulas, for reports; nothing of a neuron that runs by them.
 _instead: weakref.WeakKeyDictionary[Any, ByReplay | ByStock] = weakref.WeakKeyDictionary()
-# Neurons that were found to take several steps: somebody read the membrane after their first one.
-_stepped: weakref.WeakSet[Any] = weakref.WeakSet()
 # Those whose last call had membranes that are wider than stock's.
 _ran_wide: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -262,11 +262,13 @@ def _run(module: Any, x: Tensor, chosen: ByFormula) -> Tensor:
         ws = () if w is None else (w,)
         place = place_of_step(v, x, call.with_leak, w) if torch.is_grad_enabled() else None
         first = None
-        if place is not None and tape.may_promise() and again is None and module not in _stepped:
+        if place is not None and tape.may_promise() and again is None and module not in stepped_neurons:
             held = map(tape.handle_of, (x, *ws))
-            first = OfFirstStep(partial(_stepped.add, module), partial(first_membrane, call, v), *held)
+            first = OfFirstStep(
+                partial(stepped_neurons.add, module), partial(first_membrane, call, v), *held
+            )
             promised = Promised(first)
-        s, v = SingleStep.apply(x, v, again, call, Beside(first, place), *ws)
+        s, v = map(on_its_own, SingleStep.apply(x, v, again, call, Beside(first, place), *ws))
         if first is not None:
             first.place = place
         states = [v]
@@ -275,8 +277,8 @@ def _run(module: Any, x: Tensor, chosen: ByFormula) -> Tensor:
         ws = () if w is None else (w,) * (1 if call.fused else x.shape[0])
         promises = torch.is_grad_enabled() and tape.may_promise()
         if promises and not isinstance(v, Tensor):
-            promised = _promise(call, v, tuple(map(tape.handle_of, (x, *ws[:1]))))
-        s, *states = MultiStep.apply(x, v, again, call, promised, *ws)
+            promised = promises_of(call, v, tuple(map(tape.handle_of, (x, *ws[:1]))))
+        s, *states = map(on_its_own, MultiStep.apply(x, v, again, call, promised, *ws))
         v_seq = states[-1] if call.store_v_seq else None
         v = states[0]
         if v_seq is not None and promised.stored is None:
@@ -290,7 +292,7 @@ def _run(module: Any, x: Tensor, chosen: ByFormula) -> Tensor:
     else:
         tape.mark_opaque(s)
     if any(promised):
-        _leave(module, promised, states)
+        leave_all(module, promised, states)
         return s
     if place is not None:
         place.left(v)
@@ -298,32 +300,6 @@ def _run(module: Any, x: Tensor, chosen: ByFormula) -> Tensor:
         tape.mark_opaque(v)
     module._memories["v"] = v
     return s
-
-
-def _promise(call: Call, v: float, held: tuple[tape.Handle, ...]) -> Promised:
-    """The states of a sequence, to be computed when somebody reads them."""
-    stored = FinalMembrane(partial(all_membranes, call, v), *held) if call.store_v_seq else None
-    if call.store_v_seq and call.fused:  # stock cuts the last from the membranes of all steps
-        return Promised(stored=stored)
-    return Promised(FinalMembrane(partial(final_membrane, call, v), *held), stored)
-
-
-def _leave(module: Any, promised: Promised, places: list[Tensor]) -> None:
-    """Leave promises among a neuron's states; ``places`` are the outputs that get their gradients."""
-    memories = module._memories
-    if not isinstance(memories, Memories):
-        memories = module.__dict__["_memories"] = Memories(memories)
-    final, stored = promised
-    if stored is not None:
-        stored.promise(places[-1])
-        if "v_seq" in memories:
-            memories["v_seq"] = stored
-        else:
-            memories.stored = stored
-    if final is not None:
-        final.goes_unread = memories.goes_unread
-        final.promise(places[0])
-    memories["v"] = LastOfAll(lambda: module.v_seq) if final is None else final
 
 
 def _call(module: Any, copy: Copy, x: Tensor, v: Tensor | float, w: Tensor | None) -> Call | str:
