@@ -202,14 +202,11 @@ def _library(function: Any) -> str | None:
     """'heaviside' or 'pointwise' for a surrogate of SpikingJelly's own, None otherwise."""
     cls = type(function)
     copy = _copy_with(cls)
-    if (
-        copy is None
-        or not issubclass(cls, _bases(copy))
-        or cls.__name__ in _RANDOM
-        or _is_hooked(function)
-        or any(isinstance(value, Tensor) for value in vars(function).values())
-    ):
+    if copy is None or not issubclass(cls, _bases(copy)) or cls.__name__ in _RANDOM or _is_hooked(function):
         return None
+    for value in vars(function).values():  # asked in each step: without a generator's calls
+        if isinstance(value, Tensor):
+            return None
     return "heaviside" if function.spiking and cls.__name__ not in _NOT_HEAVISIDE else "pointwise"
 
 
@@ -221,11 +218,13 @@ def _bases(copy: Copy) -> tuple[type, ...]:
 def _is_hooked(module: torch.nn.Module) -> bool:
     tables = ("_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks",
               "_backward_pre_hooks")  # fmt: skip
-    values = [value for table in tables for value in (module.__dict__.get(table) or {}).values()]
-    # What a report or check mode hangs on every module changes nothing.
-    return "forward" in module.__dict__ or any(
-        getattr(value, "__module__", "") != tracking.__name__ for value in values
-    )
+    attributes = module.__dict__
+    for table in tables:
+        hung = attributes.get(table)
+        # What a report or check mode hangs on every module changes nothing.
+        if hung and any(getattr(value, "__module__", "") != tracking.__name__ for value in hung.values()):
+            return True
+    return "forward" in attributes
 
 
 # -- watching a surrogate that a user wrote ----------------------------------------------------------
