@@ -30,6 +30,8 @@ def main() -> int:
         if write:
             for cell in notebook.cells:
                 cell.metadata.pop("execution", None)  # times, which differ with every run
+                if "outputs" in cell:  # what libraries say of themselves, with paths of this machine
+                    cell.outputs = [one for one in cell.outputs if one.get("name") != "stderr"]
             nbformat.write(notebook, path)
         print(f"{path.name}: {len(notebook.cells)} cells, all run")
     return not good

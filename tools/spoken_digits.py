@@ -3,8 +3,8 @@
     apt-get install espeak-ng; python tools/spoken_digits.py
 
 Writes benchmarks/spoken_digits.npz: ``energy`` uint8 ``[160, 100, 64]``, log energies of 64 bands on the
-mel scale in frames of 10 ms, and ``label`` ``[160]``, the digit, and the digit plus ten in German, as in the
-Heidelberg digits (Cramer et al., TNNLS 2020), which these are not: nobody spoke them.
+mel scale in frames of 10 ms, and ``label`` ``[160]``, the digit, and the digit plus ten in German, as in
+the Heidelberg digits (Cramer et al., TNNLS 2020), which these are not: nobody spoke them.
 """
 
 import subprocess

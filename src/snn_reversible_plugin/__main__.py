@@ -55,7 +55,7 @@ arguments, or the model itself. --help after a command lists its options."""
 NEXT = """
 What to try next, on your own model and batch:
     python -m snn_reversible_plugin report train.py:Net --shape 8,16,2,32,32
-    srp.verify(model, x).print()    in Python: is it right? stock beside converted"""
+    srp.verify(model, x).print()          (in Python: is it right?)"""
 FACTORY = Annotated[
     str,
     typer.Argument(

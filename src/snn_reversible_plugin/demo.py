@@ -194,9 +194,9 @@ class Comparison:
         bars.set_yticks([])
         bars.margins(y=0.12)
         bars.set_title(
-            f"{a.held / b.held:.1f}x less held, {a.peak / b.peak:.1f}x less at the peak, "
+            f"{a.held / b.held:.0f}x less held, {a.peak / b.peak:.1f}x less at the peak, "
             f"{self.time_ratio:.2f}x the time",
-            fontsize="medium",
+            fontsize="small",
         )
         for axes in (curve, bars):
             axes.spines[["top", "right"]].set_visible(False)

@@ -238,6 +238,9 @@ def test_sequences(launches, capability, dtype):
         assert not launch.fusion
         compiled = launch.compiled(capability)
         assert not any("f64" in one or one.startswith("fma") for one in instructions(compiled))
+        # What becomes half precision is rounded to the nearest.
+        cast = re.findall(r"cvt\.(\w+)\.(?:satfinite\.)?b?f16(?:x2)?\.f32", compiled.asm["ptx"])
+        assert set(cast) <= {"rn"} and (dtype is torch.float32 or launch is forward or cast)
         check_resources(compiled)
 
 

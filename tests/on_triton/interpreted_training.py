@@ -10,6 +10,7 @@ from torch import nn
 import snn_reversible_plugin as srp
 from against_stock import assert_trains_like_autograd, assert_trains_like_stock
 from as_cuda import as_cuda
+from snn_reversible_plugin.convert import differentiated
 from snn_reversible_plugin.neurons.integrate_fire import on_triton
 from snn_reversible_plugin.spikingjelly.analytic import ByFormula, how
 from snntorch_against_stock import make as make_snntorch
@@ -188,3 +189,18 @@ def test_the_final_membrane_is_a_promise_and_kept():
     assert same(ours.v.detach(), stock.v.detach())
     observed = [outcome(node, x)[0] for node in (stock, ours)]
     assert all(same(a, b) for a, b in zip(*observed, strict=True))
+
+
+def test_fused_half_precision_is_stocks_kernel_between_two_casts(launches):
+    """In float16: the interpreter cuts off what becomes bfloat16; a GPU rounds (`ahead_of_time.py`)."""
+    dtype = torch.float16
+    for cls in REV:
+        node = srp.convert_to_reversible(make(cls, reset=-0.3), arithmetic="fused")
+        x = current(3, 2, 9, dtype=dtype)
+        with srp.reversible(node):
+            ours = outcome(node, x, membrane=False)
+        with differentiated(node):
+            theirs = outcome(node, x, membrane=False)
+        assert all(same(a, b) for a, b in zip(ours[0] + ours[1], theirs[0] + theirs[1], strict=True))
+        assert node.arithmetic == "fused" and ours[0][0].dtype is dtype
+    assert launches["forward"] >= 3 and launches["backward"] >= 3

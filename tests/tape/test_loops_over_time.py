@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import snn_reversible_plugin as srp
 from own_neurons import Alternating, Fire, Scale, gradients, lif, scan, spikes, times_less
 from snn_reversible_plugin import tape
 
@@ -182,3 +183,42 @@ def test_float_residual_sums_are_anchored_now_and_then():
     net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), *[Block(Half(16), Half(16)) for _ in range(16)])
     held, peak = times_less(net, torch.rand(8, 3, 16, 16))
     assert held > 20 and peak > 5
+
+
+class Online(nn.Module):
+    """A step a call, as online training has it: a membrane that is detached, and a trace of spikes."""
+
+    def __init__(self):
+        super().__init__()
+        self.charge, self.read = nn.Linear(32, 32), nn.Linear(64, 4)
+        self.v = self.trace = torch.zeros(8, 32)
+
+    def forward(self, x):
+        self.v = self.v.detach() * 0.5 + self.charge(x)
+        spike = Fire.apply(self.v - 0.5)
+        self.v = self.v - spike.detach() * 0.5
+        with torch.no_grad():
+            self.trace = self.trace * 0.5 + spike
+        both = torch.cat((spike, self.trace.clone().detach()))
+        return self.read(torch.cat((both[:8], both[8:]), 1))
+
+
+def test_a_detached_state_ends_its_history():
+    """The backward of a step runs none of the steps before it again."""
+    found, ran = [], []
+    for converted in (False, True):
+        torch.manual_seed(0)
+        net = Online()
+        if converted:
+            with pytest.warns(UserWarning, match="no spiking neuron"):
+                srp.convert_to_reversible(net)
+        gradients = []
+        for x in spikes(6, 32, 8):
+            loss = net(x).square().sum()
+            with Operations() as operations:
+                gradients.append(torch.autograd.grad(loss, list(net.parameters())))
+            ran.append(operations.counts.get("addmm", 0))
+        found.append(gradients)
+    for stock, ours in zip(*found, strict=True):
+        assert all(map(torch.equal, stock, ours))
+    assert max(ran) <= 1  # its own current, which leads to the membrane that its surrogate saw

@@ -167,7 +167,8 @@ class _Run:
         if not torch.equal(checksum(rebuilt), self.checksums[index]):
             raise RuntimeError(
                 f"{self.branches[index].name}: the rebuilt input differs from the forward's. The branch is "
-                "not deterministic, reads something that has changed, or a stream left the grid's range."
+                "not deterministic, reads something that has changed, or a stream left the grid's range. "
+                "Make it deterministic, lower its gain, or set reversible=False."
             )
 
     def backward(

@@ -254,7 +254,8 @@ class _Run:
         if not torch.equal(checksum(rebuilt), self.checksums[step - 1][k]):
             raise RuntimeError(
                 f"{self.branches[step][k].name}: its rebuilt state differs from the forward's. The level "
-                "is not deterministic, reads something that has changed, or a state left the grid's range."
+                "is not deterministic, reads something that has changed, or a state left the grid's range. "
+                "Make it deterministic, lower its gain, or set reversible=False."
             )
 
     def _watch(self, name: str, state: Tensor) -> None:

@@ -334,7 +334,10 @@ def shared_parameters(branches: Iterable[BranchRun]) -> set[int]:
 def check_output(name: str, out: Any, inputs: Sequence[Tensor], versions: Sequence[int]) -> None:
     """Refuse what a block can't add to a stream, or what changed the stream."""
     if not isinstance(out, Tensor):
-        raise TypeError(f"{name} returned {type(out).__name__}; a branch returns one tensor")
+        raise TypeError(
+            f"{name} returned {type(out).__name__}, and a branch returns one tensor: hand on one of "
+            "several, or leave the block out of the chain"
+        )
     if [x._version for x in inputs] != [*versions]:
         raise RuntimeError(
             f"{name} changed its input in place, and the stream still needs it: make its first operation "

@@ -132,7 +132,8 @@ def flipped(name: str, forward: Spikes, rebuild: Spikes) -> Flips:
     if [count for _, count in forward] != [count for _, count in rebuild]:
         raise RuntimeError(
             f"{name}: its neurons ran {len(forward)} times in the forward and {len(rebuild)} times in the "
-            "rebuild, or on other shapes. The branch is not deterministic."
+            "rebuild, or on other shapes. The branch is not deterministic: let it go the same way each "
+            "time, or set reversible=False."
         )
     total = torch.zeros((), dtype=torch.int64)
     for (ours, _), (theirs, _) in zip(forward, rebuild, strict=True):

@@ -70,11 +70,11 @@ class Writer:
         stored = codes[0] if dim is None else self._packed(codes[0], values[0], bits, dim)
         return [Code(stored, values[0], levels, dim=dim)]
 
-    def unpack(self, code: Code, stored: fx.Node | None = None) -> fx.Node:
-        """The value again; from another node than the code's, if one is given."""
+    def unpack(self, code: Code) -> fx.Node:
+        """The value again."""
         bits = code.levels.bits
         assert bits is not None
-        codes = code.stored if stored is None else stored
+        codes = code.stored
         if code.at is not None:
             if code.at:
                 codes = self.call(aten.bitwise_right_shift.Tensor_Scalar, codes, code.at)

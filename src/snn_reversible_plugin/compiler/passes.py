@@ -8,6 +8,7 @@ that the partitioner puts it into the backward. The forward stays as it was, and
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
@@ -16,11 +17,17 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.utils.checkpoint import CheckpointPolicy
 
 from snn_reversible_plugin.compiler import graph as graphs
-from snn_reversible_plugin.compiler import levels, packing, peak, plan, twice
+from snn_reversible_plugin.compiler import levels, packing, peak, plan
 from snn_reversible_plugin.compiler.graph import Joint, name_of, parent_of, size_of, tensor_of
 from snn_reversible_plugin.compiler.plan import Plan
 from snn_reversible_plugin.compiler.progress import tell
-from snn_reversible_plugin.compiler.twice import unpack_late
+
+
+@functools.cache
+def _hash_of_code() -> bytes:
+    """Of the code that runs: files may be replaced while it does."""
+    files = (__file__, *(module.__file__ for module in (graphs, levels, packing, peak, plan)))
+    return get_hash_for_files(files)
 
 
 @dataclass
@@ -54,8 +61,7 @@ class Packing(CustomGraphPass):
         tell(f"srp.compile: {region.packed} packed, {region.bytes / 1e6:.1f} MB stored; Inductor compiles")
 
     def uuid(self) -> bytes:
-        files = (__file__, *(module.__file__ for module in (graphs, levels, packing, peak, plan, twice)))
-        return get_hash_for_files(files, extra=self.mode)
+        return _hash_of_code() + self.mode.encode()
 
 
 class InputsAsTheyAre(CustomGraphPass):
@@ -79,7 +85,7 @@ class InputsAsTheyAre(CustomGraphPass):
         output.meta["user_visible_output_idxs"] = [*visible, *inputs]
 
     def uuid(self) -> bytes:
-        return get_hash_for_files((__file__,))
+        return _hash_of_code()
 
 
 def rewrite(joint: Joint, chosen: Plan) -> Region:
@@ -110,7 +116,6 @@ def rewrite(joint: Joint, chosen: Plan) -> Region:
             while start is not writer.behind:
                 start = start.next
                 copies.append(start)
-        unpack_late(joint, codes, again, writer)
     for node in graph.nodes:
         if node in joint.of_tangents or (node in wanted and node not in early):
             for source in node.all_input_nodes:

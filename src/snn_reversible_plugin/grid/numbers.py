@@ -162,7 +162,7 @@ def stream_dtype(dtype: torch.dtype) -> torch.dtype:
         torch.float32
     """
     if not dtype.is_floating_point:
-        raise TypeError(f"the grid takes floating-point tensors, not {dtype}")
+        raise TypeError(f"the grid takes floating-point tensors, not {dtype}: cast it, to float32 say")
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 

@@ -69,7 +69,9 @@ class RevSResNet(nn.Module):
     ) -> None:
         super().__init__()
         if len(depths) != len(widths) or not depths:
-            raise ValueError(f"RevSResNet: {len(depths)} depths for {len(widths)} widths")
+            raise ValueError(
+                f"RevSResNet: {len(depths)} depths for {len(widths)} widths: give one of each a stage"
+            )
         fire = neuron_maker(neuron)
         self.T, self.in_channels = T, in_channels
         self.stem = nn.Sequential(*conv_norm(in_channels, 2 * widths[0], 3))

@@ -178,7 +178,7 @@ class TRevSNN(nn.Module):
     Example:
         >>> import torch
         >>> from snn_reversible_plugin.models import TRevSNN
-        >>> net = TRevSNN((8, 8, 16, 16), steps=2, num_classes=10).eval()
+        >>> net = TRevSNN((8, 8, 16, 16), num_classes=10).eval()
         >>> net(torch.rand(1, 3, 32, 32)).shape
         torch.Size([1, 10])
     """
@@ -198,7 +198,7 @@ class TRevSNN(nn.Module):
     ) -> None:
         super().__init__()
         if len(widths) != 4:
-            raise ValueError(f"TRevSNN has four levels, and widths names {len(widths)}")
+            raise ValueError(f"TRevSNN has four levels, and widths names {len(widths)}: give four numbers")
         if auxiliary and steps % HEADS:
             raise ValueError(f"with auxiliary heads, steps must be a multiple of {HEADS}, not {steps}")
         self.steps, self.events = steps, events

@@ -66,7 +66,7 @@ class Idioms(SavedByTape):
 
     def kept(self, module: str, handle: Handle, size: int) -> KeptInFull | None:
         found = super().kept(module, handle, size)
-        if found is not None and found.why == UNSEEN:
+        if found is not None and found.why == UNSEEN and "empty" in found.operation:
             what = f"{found.operation} of an autograd function's forward is room that a kernel may fill"
             self.unseen(Unseen(found.module, what, ALLOCATED))
         return found

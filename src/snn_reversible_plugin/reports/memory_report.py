@@ -242,7 +242,8 @@ def _about_neuron(name: str, module: nn.Module, settings: convert.Settings) -> s
         return "compiled: runs as it is written under a tape, and compiled elsewhere"
     if treatment is None:
         return ""
-    about = f"{treatment}, {getattr(module, 'arithmetic', 'stock')} arithmetic"
+    sliced = ", sliced" if settings.mode == "minimal" else ""
+    about = f"{treatment}, {getattr(module, 'arithmetic', 'stock')} arithmetic{sliced}"
     reason = convert.off_grid_reason(name, module, settings)
     return f"{about}: {reason}" if reason else about
 

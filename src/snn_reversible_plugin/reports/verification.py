@@ -1,14 +1,15 @@
 """``verify``: a converted model against its stock self, on the user's own batch.
 
 Equality is asked bit for bit, of outputs, gradients and spikes: with stock, or, where neurons run on the
-grid, with autograd through the same forward on the grid. One more step runs in check mode, where each
-rebuilt tensor is compared with a checksum that the forward left.
+grid, with autograd through the same forward on the grid. In mode "minimal" gradients are sums over slices
+of the batch, and equal to rounding. One more step runs in check mode, where each rebuilt tensor is compared
+with a checksum that the forward left.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,6 +27,15 @@ from snn_reversible_plugin.reports.trial import Loss, Step, as_converted, costs,
 from snn_reversible_plugin.tape.findings import OF_NEURON, FoundBits, KeptInFull
 from snn_reversible_plugin.tape.unseen import Unseen, WrittenUnseen
 
+MOST_RUNS = 4  # of stock, until one comes out as the one before it
+NEVER_THE_SAME = Unseen(
+    "the model",
+    f"stock itself gives other results from run to run ({MOST_RUNS} were tried): nothing can be compared",
+    "Draw random numbers by torch, use deterministic algorithms, change no attribute in the forward.",
+)
+
+ROUNDING = 1e-4  # of a gradient's largest element
+
 
 @dataclass
 class Verification:
@@ -34,13 +44,15 @@ class Verification:
     Differences are the largest absolute ones over all outputs and over all gradients (parameters and
     inputs); ``flipped_spikes`` counts, over all neurons and steps, outputs that differ. ``replay_error``
     is the message of the check mode, if a rebuilt tensor was not the forward's. ``guarantees`` says of each
-    spiking neuron in which arithmetic it runs; ``as_autograd``, where one runs on the grid, whether
+    spiking neuron in which arithmetic it runs; ``as_autograd``, where that is not stock's of one, whether
     outputs, gradients and spikes are those of autograd through the same forward, bit for bit; else None.
     ``off_grid`` says why a neuron is off the grid, or left it in this run, ``grid_bits`` how many binary
     digits behind the point one has that is on it. ``unseen`` are the idioms of the model's own that no tape
     can see, with module, operation and remedy; they are no fault by themselves. ``bits`` and ``kept`` are
     those of :func:`memory_report`: the tensors of which a few bits an element are stored, and those that
     are stored in full, the largest first, with the operation that made each, why, and what one may change.
+    ``sliced`` is whether gradients are equal to rounding, in mode "minimal", which promises that and no
+    more; else None.
 
     Example:
         >>> import torch
@@ -70,18 +82,21 @@ class Verification:
     unseen: list[Unseen] = field(default_factory=list)
     bits: list[FoundBits] = field(default_factory=list)
     kept: list[KeptInFull] = field(default_factory=list)
+    sliced: bool | None = None
 
     @property
     def ok(self) -> bool:
-        """The guarantee holds: bit for bit stock's, or autograd's through the same forward on the grid.
+        """The guarantee holds: bit for bit stock's, or autograd's through the same forward, where that is
+        not stock's (on the grid, or fused), but for the rounding of gradients in mode "minimal".
 
         And every replay was deterministic.
         """
-        if self.replay_error is not None:
+        if self.replay_error is not None or self.sliced is False:
             return False
         if self.as_autograd is not None:
             return self.as_autograd
-        return self.outputs_equal and self.gradients_equal and not self.flipped_spikes
+        gradients = self.gradients_equal or bool(self.sliced)
+        return self.outputs_equal and gradients and not self.flipped_spikes
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain data."""
@@ -94,10 +109,12 @@ class Verification:
 
         if self.as_autograd is None:
             title = "[green]bit-identical to stock" if self.ok else "[red]differs from stock"
-        elif self.ok:
-            title = "[green]on the grid: exact gradients of the forward that ran"
+            if self.ok and not self.gradients_equal:
+                title = "[green]sliced: stock's outputs, gradients equal to rounding"
         else:
-            title = "[red]on the grid: not the gradients of the forward that ran"
+            where = "on the grid" if "grid" in self.guarantees.values() else "fused"
+            exact = "exact gradients" if self.ok else "not the gradients"
+            title = f"[{'green' if self.ok else 'red'}]{where}: {exact} of the forward that ran"
         table = Table(title=title)
         for heading in ("", "stock", "converted"):
             table.add_column(heading, justify="right" if heading else "left")
@@ -109,6 +126,10 @@ class Verification:
         table.add_row(
             "time of a training step", f"{self.stock.seconds:.3f} s", f"{self.converted.seconds:.3f} s"
         )
+        if self.sliced is not None:
+            table.add_row(
+                "gradients, in slices of the batch", "", "equal to rounding" if self.sliced else "differ"
+            )
         for arithmetic in sorted(set(self.guarantees.values())):
             names = [name or "model" for name, kind in self.guarantees.items() if kind == arithmetic]
             table.add_row(f"{arithmetic} arithmetic", "", ", ".join(names))
@@ -169,21 +190,17 @@ def verify(
         return verify_compiled(step, repeats)
     with as_converted(model) as settings:
         with convert.stock(model):
-            expected = _run(step)
+            expected, repeated = _settled(step)
         actual = _run(step)
-        if not _equal(expected.gradients, actual.gradients):
-            # What TorchScript compiles adds up in another order from its second or third call on.
-            with convert.stock(model):
-                expected = _run(step)
-        as_autograd = None
-        if any(convert.is_on_grid(module) for module in model.modules()):
+        as_autograd, expected_gradients = None, expected.gradients
+        sliced = settings.mode == "minimal"
+        if any(convert.has_arithmetic_of_its_own(module) for module in model.modules()):
             with convert.differentiated(model):
                 exact = _run(step)
-            as_autograd = (
-                _equal(exact.outputs, actual.outputs)
-                and _equal(exact.gradients, actual.gradients)
-                and _equal(exact.spikes, actual.spikes)
-            )
+            expected_gradients = exact.gradients
+            if sliced:
+                exact = replace(exact, gradients=actual.gradients)
+            as_autograd = all(_equal(*parts) for parts in zip(exact.parts(), actual.parts(), strict=True))
         guarantees = {
             name: getattr(module, "arithmetic", "stock")
             for name, module in model.named_modules()
@@ -200,6 +217,8 @@ def verify(
             if (bits := convert.grid_bits(module)) is not None
         }
         replay_error, idioms = _checked(step, settings)
+        if not repeated:
+            idioms.unseen(NEVER_THE_SAME)
         found_bits, kept = idioms.found()
         prices = costs(step, repeats)
     return Verification(
@@ -222,6 +241,7 @@ def verify(
         unseen=idioms.idioms(),
         bits=found_bits,
         kept=kept,
+        sliced=_equal_to_rounding(expected_gradients, actual.gradients) if sliced else None,
     )
 
 
@@ -251,6 +271,23 @@ class _Run:
     gradients: list[torch.Tensor | None]
     spikes: list[torch.Tensor]
 
+    def parts(self) -> tuple[list[Any], ...]:
+        return self.outputs, self.gradients, self.spikes
+
+
+def _settled(step: Step) -> tuple[_Run, bool]:
+    """A run that came out as the one before it, and whether there was one.
+
+    What TorchScript compiles adds up in another order from its second or third call on. Nothing converted
+    has run by then, so no fault of a converted run can be in what it is held to.
+    """
+    run = _run(step)
+    for _ in range(MOST_RUNS - 1):
+        before, run = run, _run(step)
+        if all(_equal(*parts) for parts in zip(before.parts(), run.parts(), strict=True)):
+            return run, True
+    return run, False
+
 
 def _run(step: Step) -> _Run:
     spikes: list[torch.Tensor] = []
@@ -279,6 +316,26 @@ def _equal(expected: list[Any], actual: list[Any]) -> bool:
         (a is None and b is None) or (a is not None and b is not None and _same(_dense(a), _dense(b)))
         for a, b in zip(expected, actual, strict=True)
     )
+
+
+def _equal_to_rounding(expected: list[Any], actual: list[Any]) -> bool:
+    """Whether gradients differ by no more than another order of their sums makes them.
+
+    Some are all rounding, as that of a bias in front of a batch norm: what they may differ by follows the
+    largest of all.
+    """
+    sizes = [float(_dense(a).abs().max()) for a in expected if a is not None and a.numel()]
+    largest = max(sizes, default=0.0)
+    for a, b in zip(expected, actual, strict=True):
+        if a is None or b is None or not a.numel():
+            if (a is None) != (b is None):
+                return False
+            continue
+        rounding = max(ROUNDING, 8 * torch.finfo(a.dtype).eps)
+        allowed = rounding * float(_dense(a).abs().max()) + rounding / 10 * largest
+        if not _difference([a], [b]) <= allowed:
+            return False
+    return True
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

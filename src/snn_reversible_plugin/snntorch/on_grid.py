@@ -305,7 +305,7 @@ def _integrate(
         value_of(beta), value_of(threshold), how, bits, u.device, (u.shape, u.stride()) if each else None,
     )  # fmt: skip
     constants = constants_of(neuron, name, versions, _constants, neuron, name, how, (beta, threshold), u)
-    return step(constants, current, u, (beta, threshold, *parameters[1:]), trusted)
+    return step(constants, current, u, (beta, threshold, *parameters[1:]), trusted=trusted)
 
 
 def _constants(

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.modules.kinds import is_multi_step
-from snn_reversible_plugin.modules.swap import SwappedClass
+from snn_reversible_plugin.modules.swap import FUSED, SwappedClass
 from snn_reversible_plugin.neurons.integrate_fire import on_device
 from snn_reversible_plugin.neurons.integrate_fire.reference import Neuron, Rule
 from snn_reversible_plugin.neurons.integrate_fire.stretch import place_of_step
+from snn_reversible_plugin.neurons.on_grid import switches
 from snn_reversible_plugin.ops.chunks import chunk_size
+from snn_reversible_plugin.ops.outputs import on_its_own
 from snn_reversible_plugin.spikingjelly.agreement import Case, agrees, stock_runs
 from snn_reversible_plugin.spikingjelly.calls import (
     Beside,
@@ -29,9 +31,10 @@ from snn_reversible_plugin.spikingjelly.calls import (
     MultiStep,
     Promised,
     SingleStep,
-    all_membranes,
-    final_membrane,
     first_membrane,
+    leave_all,
+    promises_of,
+    stepped_neurons,
 )
 from snn_reversible_plugin.spikingjelly.copies import Copy, InTorch, copy_of
 from snn_reversible_plugin.spikingjelly.replayed import as_stock, is_learning, replayed
@@ -43,7 +46,7 @@ from snn_reversible_plugin.spikingjelly.surrogates import (
     surrogate_of,
 )
 from snn_reversible_plugin.spikingjelly.types import equations_of, states_beside_v, stores_v_seq
-from snn_reversible_plugin.tape.final_membrane import FinalMembrane, LastOfAll, Memories, OfFirstStep
+from snn_reversible_plugin.tape.final_membrane import Memories, OfFirstStep
 
 # -- how a call is run ---------------------------------------------------------------------------------
 
@@ -72,15 +75,25 @@ How = ByFormula | ByReplay | ByStock
 _TEXTS = {ByReplay: "generic replay", ByStock: "stock"}
 # What ran last in place of the formulas, for reports; nothing of a neuron that runs by them.
 _instead: weakref.WeakKeyDictionary[Any, ByReplay | ByStock] = weakref.WeakKeyDictionary()
-# Neurons that were found to take several steps: somebody read the membrane after their first one.
-_stepped: weakref.WeakSet[Any] = weakref.WeakSet()
+# Those whose last call had membranes that are wider than stock's.
+_ran_wide: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 class Analytic:
     """Mixin in front of one of the three neurons."""
 
-    arithmetic = "stock"
     lean = True
+
+    @property
+    def arithmetic(self) -> str:
+        """Which guarantee holds, with the settings of now and the last call."""
+        return "fused" if self in _ran_wide else "stock"
+
+    @property
+    def may_fuse(self) -> bool:
+        """Whether ``arithmetic="fused"`` means something to it."""
+        copy = copy_of(type(self))
+        return copy is not None and copy.has_operators
 
     @property
     def treatment(self) -> str:
@@ -116,6 +129,9 @@ class Analytic:
         (memories if "v_seq" in memories else self.__dict__)["v_seq"] = value
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if switches.by_autograd() and len(args) == 1 and is_wide(self, args[0]):
+            # The specification of what runs fused: stock's, in float32 between two casts.
+            return super().forward(args[0].float()).to(args[0].dtype)  # type: ignore[misc]
         chosen = how(self, args, kwargs)
         if isinstance(chosen, ByFormula):
             if _instead:
@@ -172,6 +188,12 @@ def how(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> How:
     return ByReplay(found)
 
 
+def is_wide(module: Any, x: Any) -> bool:
+    """Whether a call computes in float32 what stock computes in half precision, as the user said."""
+    halves = isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16)
+    return bool(halves and FUSED.of(module) and is_multi_step(module) and fused(surrogate_of(module)))
+
+
 def _has_no_surrogate(module: Any, copy: Copy) -> bool:
     """Whether a call is run by the scripted code that 0.0.0.0.14 has for evaluation."""
     scripted = copy.has_step_modes and not copy.has_operators
@@ -207,8 +229,10 @@ def _by_formula(module: Any, copy: Copy, x: Tensor) -> ByFormula | str:
         if copy.has_operators:
             if v.shape != shape:
                 v = module.v_reset if module.v_reset is not None else 0.0
-            elif v.dtype != x.dtype or v.device != x.device:
-                v = v.to(dtype=x.dtype, device=x.device)
+            else:
+                dtype = torch.float32 if is_wide(module, x) else x.dtype
+                if v.dtype != dtype or v.device != x.device:
+                    v = v.to(dtype=dtype, device=x.device)
         elif (v.shape, v.dtype, v.device) != (shape, x.dtype, x.device):
             return "its membrane has another shape, dtype or device than its input"
     elif not isinstance(v, float):
@@ -229,6 +253,7 @@ def _by_formula(module: Any, copy: Copy, x: Tensor) -> ByFormula | str:
 
 def _run(module: Any, x: Tensor, chosen: ByFormula) -> Tensor:
     call, start, w = chosen
+    (_ran_wide.add if call.neuron.wide else _ran_wide.discard)(module)
     v: Any = start
     again = v if isinstance(v, Tensor) else None
     ws: tuple[Tensor, ...] = ()
@@ -237,11 +262,13 @@ def _run(module: Any, x: Tensor, chosen: ByFormula) -> Tensor:
         ws = () if w is None else (w,)
         place = place_of_step(v, x, call.with_leak, w) if torch.is_grad_enabled() else None
         first = None
-        if place is not None and tape.may_promise() and again is None and module not in _stepped:
+        if place is not None and tape.may_promise() and again is None and module not in stepped_neurons:
             held = map(tape.handle_of, (x, *ws))
-            first = OfFirstStep(partial(_stepped.add, module), partial(first_membrane, call, v), *held)
+            first = OfFirstStep(
+                partial(stepped_neurons.add, module), partial(first_membrane, call, v), *held
+            )
             promised = Promised(first)
-        s, v = SingleStep.apply(x, v, again, call, Beside(first, place), *ws)
+        s, v = map(on_its_own, SingleStep.apply(x, v, again, call, Beside(first, place), *ws))
         if first is not None:
             first.place = place
         states = [v]
@@ -250,8 +277,8 @@ def _run(module: Any, x: Tensor, chosen: ByFormula) -> Tensor:
         ws = () if w is None else (w,) * (1 if call.fused else x.shape[0])
         promises = torch.is_grad_enabled() and tape.may_promise()
         if promises and not isinstance(v, Tensor):
-            promised = _promise(call, v, tuple(map(tape.handle_of, (x, *ws[:1]))))
-        s, *states = MultiStep.apply(x, v, again, call, promised, *ws)
+            promised = promises_of(call, v, tuple(map(tape.handle_of, (x, *ws[:1]))))
+        s, *states = map(on_its_own, MultiStep.apply(x, v, again, call, promised, *ws))
         v_seq = states[-1] if call.store_v_seq else None
         v = states[0]
         if v_seq is not None and promised.stored is None:
@@ -265,7 +292,7 @@ def _run(module: Any, x: Tensor, chosen: ByFormula) -> Tensor:
     else:
         tape.mark_opaque(s)
     if any(promised):
-        _leave(module, promised, states)
+        leave_all(module, promised, states)
         return s
     if place is not None:
         place.left(v)
@@ -275,32 +302,6 @@ def _run(module: Any, x: Tensor, chosen: ByFormula) -> Tensor:
     return s
 
 
-def _promise(call: Call, v: float, held: tuple[tape.Handle, ...]) -> Promised:
-    """The states of a sequence, to be computed when somebody reads them."""
-    stored = FinalMembrane(partial(all_membranes, call, v), *held) if call.store_v_seq else None
-    if call.store_v_seq and call.fused:  # stock cuts the last from the membranes of all steps
-        return Promised(stored=stored)
-    return Promised(FinalMembrane(partial(final_membrane, call, v), *held), stored)
-
-
-def _leave(module: Any, promised: Promised, places: list[Tensor]) -> None:
-    """Leave promises among a neuron's states; ``places`` are the outputs that get their gradients."""
-    memories = module._memories
-    if not isinstance(memories, Memories):
-        memories = module.__dict__["_memories"] = Memories(memories)
-    final, stored = promised
-    if stored is not None:
-        stored.promise(places[-1])
-        if "v_seq" in memories:
-            memories["v_seq"] = stored
-        else:
-            memories.stored = stored
-    if final is not None:
-        final.goes_unread = memories.goes_unread
-        final.promise(places[0])
-    memories["v"] = LastOfAll(lambda: module.v_seq) if final is None else final
-
-
 def _call(module: Any, copy: Copy, x: Tensor, v: Tensor | float, w: Tensor | None) -> Call | str:
     """What the formulas need of a neuron, or why they are not stock's arithmetic as it is set."""
     equations = equations_of(module)
@@ -308,11 +309,14 @@ def _call(module: Any, copy: Copy, x: Tensor, v: Tensor | float, w: Tensor | Non
     if isinstance(rule, str):
         return rule
     function = surrogate_of(module)
-    known = fused(function) if copy.has_operators and x.dtype is torch.float32 else None
+    wide = is_wide(module, x)
+    known = fused(function) if copy.has_operators and (wide or x.dtype is torch.float32) else None
     if w is not None and w.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         known = None
     is_fused = known is not None
     runs = stock_runs(equations, copy, x.device, is_fused)
+    if wide and known is not None:  # where no kernel is, it is computed as on a CPU
+        runs = "triton" if on_device.takes(Neuron(rule, known), x.device) else "torch"
     launched = runs == "triton" and known is not None and is_multi_step(module)
     if launched and not on_device.takes(Neuron(rule, known), x.device):  # type: ignore[arg-type]
         return f"no kernel here computes its sequences on {x.device.type}"
@@ -333,7 +337,9 @@ def _call(module: Any, copy: Copy, x: Tensor, v: Tensor | float, w: Tensor | Non
         known = proved(function, shape, x.dtype, x.device, chunk)
     if known is None:
         return f"its surrogate {type(function).__name__} is not known to work element by element"
-    return Call(Neuron(rule, known, launched=launched), is_fused, stores_v_seq(module))
+    return Call(
+        Neuron(rule, known, launched=launched, wide=wide and is_fused), is_fused, stores_v_seq(module)
+    )
 
 
 def _rule(module: Any, equations: Any, copy: Copy, x: Tensor, w: Tensor | None) -> Rule | str:

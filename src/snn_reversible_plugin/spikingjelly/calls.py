@@ -11,6 +11,7 @@ GPU where there is no fused kernel; ``neuron`` of 0.0.0.0.14 and 0.0.0.0.12.
 from __future__ import annotations
 
 import weakref
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ from snn_reversible_plugin.neurons.integrate_fire.reference import (
 )
 from snn_reversible_plugin.neurons.integrate_fire.stretch import Place
 from snn_reversible_plugin.neurons.rerun import differentiable_once
-from snn_reversible_plugin.tape.final_membrane import FinalMembrane, OfFirstStep
+from snn_reversible_plugin.tape.final_membrane import FinalMembrane, LastOfAll, Memories, OfFirstStep
 
 # NOTE [What stock runs]
 #
@@ -91,6 +92,41 @@ class Promised(NamedTuple):
 
     final: FinalMembrane | None = None
     stored: FinalMembrane | None = None
+
+
+def promises_of(call: Call, v: float, held: tuple[tape.Handle, ...]) -> Promised:
+    """The states of a sequence, to be computed when somebody reads them."""
+    stored = FinalMembrane(partial(all_membranes, call, v), *held) if call.store_v_seq else None
+    if call.store_v_seq and call.fused:  # stock cuts the last from the membranes of all steps
+        return Promised(stored=stored)
+    return Promised(FinalMembrane(partial(final_membrane, call, v), *held), stored)
+
+
+# Neurons that were found to take several steps: somebody read the membrane after their first one.
+stepped_neurons: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def leave(module: Any, promise: FinalMembrane, place: Tensor) -> None:
+    """Leave the promise of a membrane; ``place`` is the output that gets its gradient."""
+    leave_all(module, Promised(promise), [place])
+
+
+def leave_all(module: Any, promised: Promised, places: list[Tensor]) -> None:
+    """Leave promises among a neuron's states; ``places`` are the outputs that get their gradients."""
+    memories = module._memories
+    if not isinstance(memories, Memories):
+        memories = module.__dict__["_memories"] = Memories(memories)
+    final, stored = promised
+    if stored is not None:
+        stored.promise(places[-1])
+        if "v_seq" in memories:
+            memories["v_seq"] = stored
+        else:
+            memories.stored = stored
+    if final is not None:
+        final.goes_unread = memories.goes_unread
+        final.promise(places[0])
+    memories["v"] = LastOfAll(lambda: module.v_seq) if final is None else final
 
 
 class MultiStep(torch.autograd.Function):

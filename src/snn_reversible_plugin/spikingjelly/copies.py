@@ -40,7 +40,7 @@ class Copy:
         if not hasattr(self.neuron, "check_backend") and not hasattr(self.neuron.BaseNode, "store_v_seq"):
             raise ImportError(
                 f"{root} is a release below 0.0.0.0.12; neurons of that, of 0.0.0.0.14 and of 2.0 become "
-                "reversible"
+                "reversible: install one of these"
             )
         base = self.neuron.BaseNode
         # Users may put other types in their place.

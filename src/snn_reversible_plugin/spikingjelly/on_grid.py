@@ -10,21 +10,31 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from snn_reversible_plugin import tape
 from snn_reversible_plugin.modules.kinds import is_multi_step
 from snn_reversible_plugin.neurons.integrate_fire.reference import Rule
+from snn_reversible_plugin.neurons.integrate_fire.stretch import is_free
 from snn_reversible_plugin.neurons.on_grid import switches
-from snn_reversible_plugin.neurons.on_grid.integrate_fire import IntegrateFire, integrate_fire
+from snn_reversible_plugin.neurons.on_grid.integrate_fire import (
+    IntegrateFire,
+    first_membrane,
+    integrate_fire,
+)
 from snn_reversible_plugin.neurons.on_grid.neuron import OffGrid, OnGrid, constants_of, value_of
 from snn_reversible_plugin.neurons.on_grid.step import step
 from snn_reversible_plugin.neurons.surrogates import Surrogate, of_users
 from snn_reversible_plugin.ops.devices import may_look
+from snn_reversible_plugin.spikingjelly.calls import leave, stepped_neurons
 from snn_reversible_plugin.spikingjelly.surrogates import as_autograd, is_heaviside, surrogate_of
 from snn_reversible_plugin.spikingjelly.types import equations_of, row_of, states_beside_v, stores_v_seq
+from snn_reversible_plugin.tape.final_membrane import OfFirstStep
+from snn_reversible_plugin.tape.origins import look_up
 
 
 def why_not(module: Any) -> str | None:
@@ -89,15 +99,31 @@ class NodeOnGrid(OnGrid):
         if x.dtype is not torch.float32:
             # Stock gives spikes and membranes the input's dtype.
             raise OffGrid(f"A step on the grid takes float32, not {x.dtype}.")
-        v = self._memories["v"]
+        v, fresh = self._memories["v"], None
         if not isinstance(v, Tensor) or v.shape != x.shape:
             start = v if isinstance(v, float) else (self.v_reset or 0.0)
-            v = torch.full_like(x, start, dtype=torch.float32)
+            v, fresh = torch.full_like(x, start, dtype=torch.float32), start
         current, parameters = _current(self, x)
         constants = constants_of(self, "v", settings, _constants, self, parameters)
-        v, spikes, *_ = step(constants, current, v, parameters)
-        self._memories["v"] = v
-        return spikes
+        first = None if fresh is None else _promise(self, constants, fresh, current)
+        stepped = step(constants, current, v, parameters, first=first)
+        if first is None or stepped.timeline is None:
+            self._memories["v"] = stepped.state
+        else:
+            leave(self, first, stepped.state)
+        return stepped.spikes
+
+
+def _promise(node: Any, constants: IntegrateFire, start: float, current: Tensor) -> OfFirstStep | None:
+    """The promise of the membrane after a fresh neuron's first step, where nobody is known to read it."""
+    learns = current.requires_grad and not switches.by_autograd()
+    if node in stepped_neurons or not (learns and tape.is_recording() and tape.may_promise()):
+        return None
+    if not is_free(look_up(current)):
+        return None
+    scale = 2.0**constants.bits
+    run = partial(first_membrane, constants, round(start * scale) / scale)
+    return OfFirstStep(partial(stepped_neurons.add, node), run, tape.handle_of(current))
 
 
 def _current(node: Any, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -28,6 +28,7 @@ from snn_reversible_plugin.neurons.witness import Witness, alone
 from snn_reversible_plugin.ops.autocast import Autocast
 from snn_reversible_plugin.ops.chunks import cuts
 from snn_reversible_plugin.ops.layouts import is_contiguous_in
+from snn_reversible_plugin.ops.outputs import on_its_own
 from snn_reversible_plugin.spikingjelly.copies import InTorch, copy_of
 from snn_reversible_plugin.spikingjelly.scripted import same_graph
 from snn_reversible_plugin.spikingjelly.surrogates import is_heaviside, is_known, is_uniform
@@ -260,7 +261,7 @@ def _in_chunks(module: Any, x_seq: Any) -> Any:
         _reached[settings] = _outputs_reached(run, x_seq, states)
     spikes, *updated = _Chunked.apply(x_seq, run, states, parts, _reached[settings])
     for name, state in zip(names, updated, strict=True):
-        module._memories[name] = state
+        module._memories[name] = on_its_own(state)
     module.v_seq = None
     return spikes
 

@@ -267,6 +267,8 @@ def returns(key: object, state: torch.Tensor, taken: int = 1, held: bool = True)
     ``key``: whose state it is; ``taken``: how many steps; ``held``: the tape holds it as well.
     """
     if current() is None:
+        if not held:  # it was promised, and somebody reads it between two recordings
+            sum_later(state)
         return
     returned = _local.__dict__.setdefault("returned", {})
     steps = returned[id(key)][0] if id(key) in returned else 0

@@ -9,7 +9,7 @@ package needs (recipes, its own neurons' nodes) is the forward's value, copied b
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FrameType
 
 import torch
@@ -69,6 +69,9 @@ class Followed(Handle):
         tensor = self._of_tensor()
         if tensor is not None:
             self._written = alias(tensor)
+
+    def relies_on(self) -> Iterable[Handle]:
+        return (self._rebuilt,)
 
     def get(self, last: bool) -> tuple[torch.Tensor, bool]:
         written = self._written

@@ -27,8 +27,8 @@ _AS_INTEGERS = {
 
 # NOTE [When to look]
 #
-# 1. In grad mode, where the functions that allocate for kernels are over: what they save is packed then,
-#    too. Inside one, a tensor may still be filled.
+# 1. In grad mode, where the functions that allocate for kernels are over. Inside one, a tensor may still be
+#    filled. What one saves of its own outputs is kept.
 # 2. Bits, and not numbers, are compared: -0.0 is another value than 0, and no NaN is like another.
 # 3. A few elements first: nearly all tensors that are none of these end there.
 # 4. A device is not waited for.

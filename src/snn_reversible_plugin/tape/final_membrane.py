@@ -73,6 +73,19 @@ class FinalMembrane:
         """The membrane, if it has been computed."""
         return self._v
 
+    @property
+    def held(self) -> tuple[Handle, ...]:
+        """The handles of what it would be computed from."""
+        return self._held
+
+    def look(self) -> Tensor:
+        """The membrane, for somebody who is no reader of the user's: nothing of it is kept."""
+        if self._v is not None:
+            return self._v
+        assert self._run is not None
+        with tape.paused(), torch.inference_mode(False), torch.no_grad():
+            return self._run(*map(peek, self._held))
+
     def promise(self, place: Tensor) -> None:
         """From now on it may be read; ``place``, the function's output, gets the membrane's gradient."""
         self._place = place

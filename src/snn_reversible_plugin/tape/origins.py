@@ -37,13 +37,14 @@ OUTSIDE: Any = object()
 class _Entry(weakref.ref):
     """What is known of a live tensor: its handle (None: made under a tape, no recipe) at a version."""
 
-    __slots__ = ("address", "handle", "serial", "span", "version")
+    __slots__ = ("address", "ended", "handle", "serial", "span", "version")
 
     handle: Handle | None
     span: Span | None
     version: int
     address: int
     serial: int
+    ended: bool
 
 
 _entries: dict[int, _Entry] = {}
@@ -60,13 +61,15 @@ def enter(
     handle: Handle | None,
     base: torch.Tensor | None = None,
     span: Span | None = None,
+    ended: bool = False,
 ) -> None:
     """Write down a tensor's handle, and what is known of its values. A new view gets the version counter of
-    its ``base`` only after the operation has returned, so the base is asked."""
+    its ``base`` only after the operation has returned, so the base is asked. ``ended``: it is a state whose
+    history is no longer wanted."""
     if not is_plain(tensor):
         return
     entry = _Entry(tensor, _drop_handle)
-    entry.handle, entry.span = handle, span
+    entry.handle, entry.span, entry.ended = handle, span, ended
     counted = tensor if base is None else base
     entry.version = -1 if counted.is_inference() else counted._version
     entry.address = tensor.data_ptr()
@@ -80,6 +83,23 @@ def look_up(tensor: torch.Tensor) -> Any:
     if entry is None or entry() is not tensor:
         return OUTSIDE
     return entry.handle if _stands(entry, tensor) else None
+
+
+def now() -> int:
+    """A moment, for :func:`is_older`."""
+    return next(_serial)
+
+
+def is_older(tensor: torch.Tensor, moment: int) -> bool:
+    """Whether what is known of a tensor was written down before a moment."""
+    entry = _entries.get(id(tensor))
+    return entry is not None and entry.serial < moment and entry() is tensor
+
+
+def is_ended(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a state whose history is no longer wanted, or made of one without a gradient."""
+    entry = _entries.get(id(tensor))
+    return entry is not None and entry.ended and entry() is tensor
 
 
 def span_of(tensor: torch.Tensor) -> Span:

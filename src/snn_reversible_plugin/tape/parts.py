@@ -7,6 +7,7 @@ written, and nothing since, is that part: it doesn't wait for the whole. Source:
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ from snn_reversible_plugin.tape.replayed import Replayed
 # 4. Where each part has a product of its own, they count as one, as that of a layer that computes all steps
 #    at once would: a membrane that adds up T parts is one product away from what is stored, not T.
 # 5. Where the parts have to be kept anyway, `out` itself is kept.
+# 6. `torch.cat((a, b))[:len(a)]` is a again, where it is laid out as a is: b is not computed for it.
 #
 # For example, out = zeros(3, 2); out[0] = a; out[1] = b: reading out[1] gives b's handle, out[2] a row of
 # the zeros, out[:2] a view of "zeros, then a, then b".
@@ -119,6 +121,30 @@ def _overlap(one: Box, other: Box) -> bool:
         start < at + size and at < start + length
         for (start, length), (at, size) in zip(one, other, strict=True)
     )
+
+
+_put_together: weakref.WeakKeyDictionary[Handle, tuple[int, list[Place]]] = weakref.WeakKeyDictionary()
+
+
+def note_what_was_put_together(recipe: Handle, tensors: Sequence[torch.Tensor], dim: int = 0) -> None:
+    """Remember of which tensors ``torch.cat`` made a value, and where each lies along ``dim``."""
+    if any(tensor.dim() == 0 or not tensor.numel() for tensor in tensors):
+        return
+    start, places = 0, []
+    for tensor in tensors:
+        places.append((tuple(tensor.size()), tensor.stride(), start))
+        start += tensor.size(dim)
+    _put_together[recipe] = dim % tensors[0].dim(), places
+
+
+def one_of_those_put_together(view: torch.Tensor, root: Any, dim: int, start: int) -> Handle | None:
+    """The handle of that tensor, among those put together, that a slice of the whole is again."""
+    dim_of, places = _put_together.get(root, (None, []))
+    if not places or dim % view.dim() != dim_of:
+        return None
+    wanted = tuple(view.size()), view.stride(), start
+    (operands,) = root.args[:1]
+    return next((operand for operand, place in zip(operands, places, strict=True) if place == wanted), None)
 
 
 def can_be_in_parts(root: torch.Tensor, handle: Any) -> bool:

@@ -17,7 +17,7 @@ from snn_reversible_plugin.ops.layouts import is_plain
 from snn_reversible_plugin.tape.by_values import packed_by_values
 from snn_reversible_plugin.tape.handles import Handle, Kept
 from snn_reversible_plugin.tape.operators import Kind, Operator
-from snn_reversible_plugin.tape.origins import OUTSIDE, look_up
+from snn_reversible_plugin.tape.origins import OUTSIDE, is_ended, look_up
 from snn_reversible_plugin.tape.replayed import NO_PRODUCTS, Products, Replayed
 
 # NOTE [What gets a recipe]
@@ -45,9 +45,13 @@ from snn_reversible_plugin.tape.replayed import NO_PRODUCTS, Products, Replayed
 #    same output, and nothing is updated twice.
 # 9. In a block that is rebuilt, the backward follows at once and begins where the block ends. So the last
 #    output of a convolution or matrix product, which it asks for first, waits and isn't computed again.
+# 10. A state that an earlier recording left and that is detached here ends its history: the steps before
+#    have had their backward, or get none through it. Its recipe would lead through all of them. And what is
+#    made of it without a gradient (a trace of spikes) is the user's next state, which lives anyway.
 
 MAX_DEPTH = 256
-MAX_SERIES = 2
+SHORT = 2  # operations, that a state which ends its history may be away from what is stored
+MAX_SERIES = 3
 WORK_LIMIT = {"memory": 5, "speed": 0, "minimal": 5}
 SMALL_OUTPUT = 16  # an output this many times smaller than the largest activation it is made of is kept
 MANY_PRODUCTS = 16  # parts of products are not told apart beyond
@@ -112,6 +116,8 @@ def price(
                 products = _together(products, handle.products, part)
         elif handle is None or (isinstance(handle, Kept) and not handle.anchored):
             newly_kept += tensor.untyped_storage().nbytes()
+            if not torch.is_grad_enabled() and is_ended(tensor):
+                newly_kept += 1
     if operator.work:
         products, series = {**products, next(_serial): 1.0}, series + 1
     if products and (series > MAX_SERIES or sum(products.values()) > work_limit + 1e-3):

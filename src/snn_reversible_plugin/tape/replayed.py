@@ -340,3 +340,10 @@ def constant(func: Any, args: tuple[Any, ...], out: torch.Tensor) -> Replayed | 
     value = args[1] if func is aten.full_like.default else int(func is aten.ones_like.default)
     options = {"dtype": out.dtype, "device": out.device}
     return Replayed(aten.full.default, (list(out.shape), value), options)
+
+
+def number_in(handle: Any) -> float | None:
+    """The number that fills a tensor with this handle, where one does."""
+    return (
+        float(handle.args[1]) if isinstance(handle, Replayed) and handle.func is aten.full.default else None
+    )

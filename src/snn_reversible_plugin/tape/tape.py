@@ -31,8 +31,8 @@ from snn_reversible_plugin.tape.findings import Observer
 from snn_reversible_plugin.tape.handles import Handle, Kept, Packed, Passing
 from snn_reversible_plugin.tape.off_stack import OffStack
 from snn_reversible_plugin.tape.operators import Kind, Operator, operator_of
-from snn_reversible_plugin.tape.origins import OUTSIDE, enter, look_up, tidy, written, written_unseen
-from snn_reversible_plugin.tape.outlived import outlive, outlived
+from snn_reversible_plugin.tape.origins import OUTSIDE, enter, look_up, now, tidy, written, written_unseen
+from snn_reversible_plugin.tape.outlived import end_histories, outlive, outlived, pass_on_the_end
 from snn_reversible_plugin.tape.outsiders import Outsiders, alias
 from snn_reversible_plugin.tape.own_functions import OwnFunctions
 from snn_reversible_plugin.tape.plans import Following
@@ -46,6 +46,7 @@ from snn_reversible_plugin.tape.writes import TensorsOfParts
 
 Rule = Callable[["Tape", Any, tuple[Any, ...], dict[str, Any]], torch.Tensor | None]
 """Runs an operator, given the tape, it and its arguments; None: it is one like any other."""
+Args = tuple[Any, ...]
 _NO_KWARGS: dict[str, Any] = {}
 
 
@@ -72,6 +73,7 @@ class Tape(OwnMode, TorchDispatchMode):
         self.sizes = None if following is None else following.sizes
         self.slices = Slices(self) if mode == "minimal" else None
         tidy()
+        self._began = now()
         # A block that is rebuilt records inside a backward; what a backward itself runs is not recorded.
         self._graph_task = torch._C._current_graph_task_id()
         self._rules: dict[Any, Rule] = {}  # of operators that somebody else runs for the time being
@@ -86,14 +88,12 @@ class Tape(OwnMode, TorchDispatchMode):
         self._own_functions = OwnFunctions()
         self._refused: str | None = None  # why the last operation has no recipe
 
-    # What the verbs of this package are made of.
-
     def pack(self, tensor: torch.Tensor) -> Handle:
         """The pack hook: a handle for one who will unpack it."""
         known = None if self._suspended else look_up(tensor)
-        is_state = False
+        is_state = isinstance(known, Passing) and known.is_state
         if isinstance(known, Passing):
-            is_state, known = known.is_state, known.leads_to()
+            known = known.leads_to()
         if isinstance(known, Packed):
             with OffStack(self):
                 known.materialize(tensor)
@@ -185,8 +185,6 @@ class Tape(OwnMode, TorchDispatchMode):
             if recipe.needs and value._version == version:
                 recipe.cache = value
 
-    # What rules are made of.
-
     def record(
         self, func: Any, operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     ) -> None:
@@ -194,14 +192,16 @@ class Tape(OwnMode, TorchDispatchMode):
         base = args[0] if operator.kind is Kind.VIEW else None
         if isinstance(out, torch.Tensor):
             if out.dtype is torch.bool and base is None:
-                enter(out, Packed())
-                return
+                return enter(out, Packed())
             span, recipe = few_bits(operator, args, kwargs)
             if recipe is None and base is not None:
                 recipe = self._parts.read(func, args, kwargs, out)
             if recipe is None:
                 recipe = self._recipe(func, operator, args, kwargs, [out])
+                self._parts.made(func, args, recipe)
             self._enter(out, recipe, base, span)
+            if recipe is None:
+                pass_on_the_end(args, out, base)
             if operator.work and isinstance(recipe, Replayed) and self.in_backward:
                 self._last_product = recipe, alias(out), out._version
             return
@@ -269,6 +269,7 @@ class Tape(OwnMode, TorchDispatchMode):
             self._own_functions.over()
         if operator.kind is Kind.VIEW and look_up(args[0]) is OUTSIDE:
             return out
+        end_histories(func, args, self._began)
         # Without grad mode, a user's autograd function runs: what it allocates, a kernel may fill unseen.
         unseen = operator.allocates and not torch.is_grad_enabled()
         if types or self._suspended or unseen or operator.kind is Kind.OPAQUE:
@@ -286,13 +287,7 @@ class Tape(OwnMode, TorchDispatchMode):
         return out
 
     def _run_mutating(
-        self,
-        func: Any,
-        operator: Operator,
-        types: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        spared: Sequence[Kept],
+        self, func: Any, operator: Operator, types: Any, args: Args, kwargs: Any, spared: Sequence[Kept]
     ) -> Any:
         mutated = list(
             tensors_among(

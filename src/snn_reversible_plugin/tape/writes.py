@@ -10,7 +10,14 @@ import torch
 from snn_reversible_plugin.tape.handles import Handle, Packed
 from snn_reversible_plugin.tape.operators import Operator, aten
 from snn_reversible_plugin.tape.origins import look_up
-from snn_reversible_plugin.tape.parts import Parts, can_be_in_parts, copied_into, written_part
+from snn_reversible_plugin.tape.parts import (
+    Parts,
+    can_be_in_parts,
+    copied_into,
+    note_what_was_put_together,
+    one_of_those_put_together,
+    written_part,
+)
 from snn_reversible_plugin.tape.recipes import price_of_part
 from snn_reversible_plugin.tape.replayed import Replayed
 
@@ -66,14 +73,22 @@ class TensorsOfParts:
         value = copied_into(view, operands[0], handles[0], cost) if copied else None
         return value, after, parts
 
+    def made(self, func: Any, args: tuple[Any, ...], recipe: Handle | None) -> None:
+        """An operation was written down."""
+        if func is aten.cat.default and recipe is not None:
+            note_what_was_put_together(recipe, *args)
+
     def read(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: torch.Tensor, index: int = -1
     ) -> Handle | None:
         """The value of a view that doesn't wait for its whole root; ``index``: among several outputs."""
-        if not self._parts:
-            return None
         root = args[0]
         handle = look_up(root)
+        if func is aten.slice.Tensor and isinstance(handle, Replayed) and handle.func is aten.cat.default:
+            dim, start = (*args[1:3], 0, 0)[:2] if len(args) > 2 else (0, 0)
+            return one_of_those_put_together(out, handle, dim, start or 0)
+        if not self._parts:
+            return None
         parts = self._parts.get(handle) if isinstance(handle, Replayed) else None
         value = None if parts is None else parts.read(out, root)
         if parts is None or value is not parts.base:

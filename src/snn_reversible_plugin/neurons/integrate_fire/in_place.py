@@ -69,6 +69,9 @@ def multi_step(
     """
     if neuron.launched:
         return on_device.multi_step(x_seq, v, neuron, store_v_seq)
+    if neuron.wide and x_seq.dtype is not torch.float32:
+        spikes, v_last, v_seq = multi_step(x_seq.float(), v, neuron, store_v_seq)
+        return spikes.to(x_seq.dtype), v_last, v_seq
     order = _order_of(x_seq, v, neuron)
     if order is None:
         return sequence(x_seq, v, neuron, store_v_seq)
@@ -116,6 +119,10 @@ def multi_step_vjp(
     """
     if neuron.launched:
         return on_device.multi_step_vjp(x_seq, v, grads, neuron, wanted, owned, v_last)
+    if neuron.wide and x_seq.dtype is not torch.float32:
+        wide = grads._replace(s=None if grads.s is None else grads.s.float())
+        found = multi_step_vjp(x_seq.float(), v, wide, neuron, wanted, owned=True, v_last=v_last)
+        return found._replace(x=None if found.x is None else found.x.to(x_seq.dtype))
     order = _order_of(x_seq, v, neuron)
     if order is None or not _are_laid_out(grads, order):
         if v_last is not None:

@@ -60,7 +60,7 @@ def _of_part(
     how: tuple[Wanted, bool],
 ) -> tuple[Gradients, Tensor | None]:
     """The gradients of some samples, and their final membrane if that is asked for."""
-    x_seq = cut.rows(part).unflatten(0, (part.outer, -1))
+    x_seq = cut.rows(part).reshape(part.outer, part.stop - part.start, *cut.size[2:])
     wanted, keeps_last = how
     last = torch.empty_like(x_seq[0]) if keeps_last else None
     owned = x_seq.untyped_storage().nbytes() == x_seq.nbytes  # and no view of what others hold

@@ -235,7 +235,12 @@ class Place:
         return alive
 
     def left(self, v: Tensor) -> None:
-        """Leave on the membrane after the step a way back to it."""
+        """Leave on the membrane after the step a way back to it.
+
+        Where no tape records, nobody would know of a write to it: the next step is an anchor.
+        """
+        if tape.current() is None:
+            return
         enter(v, NewMembrane(self._stretch, self._index))
         tape.returns(self._stretch, v, held=False)
 
@@ -244,22 +249,22 @@ def place_of_step(v: Tensor | float, x: Tensor, with_leak: WithLeak, w: Tensor |
     """The place of a step on a stretch; None where it has none, and holds what it needs."""
     if not tape.is_recording():
         return None
-    is_free = _is_free(look_up(x))
+    free = is_free(look_up(x))
     before, known = 0, look_up(v) if isinstance(v, Tensor) else None
     if isinstance(known, NewMembrane):
         stretch = known.ref()
         if stretch is not None and known.index == stretch.length - 1 and v.requires_grad:  # type: ignore[union-attr]
             before = stretch.end
-            if is_free and not stretch.is_full:
+            if free and not stretch.is_full:
                 return stretch.step(with_leak, tape.handle_of(x), None if w is None else tape.handle_of(w))
-    if not isinstance(v, Tensor) and not is_free:
+    if not isinstance(v, Tensor) and not free:
         return None
     stretch = Stretch(before, None if isinstance(v, Tensor) else v)
     current = None if isinstance(v, Tensor) else tape.handle_of(x)
     return stretch.step(with_leak, current, None if w is None else tape.handle_of(w))
 
 
-def _is_free(handle: Any) -> bool:
+def is_free(handle: Any) -> bool:
     """Whether a current can be computed again, from what is stored anyway and no membrane."""
     if handle is None or handle is OUTSIDE or (isinstance(handle, Kept) and not handle.anchored):
         return False

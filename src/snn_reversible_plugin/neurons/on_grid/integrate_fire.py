@@ -10,6 +10,7 @@ Source: ``spikingjelly.activation_based.neuron`` 2.0.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +29,8 @@ from snn_reversible_plugin.neurons.on_grid.timeline import REMEDY, NewCharged
 from snn_reversible_plugin.neurons.rerun import differentiable_once
 from snn_reversible_plugin.neurons.surrogates import Surrogate, in_one_pass
 from snn_reversible_plugin.ops.layouts import flat, like
+from snn_reversible_plugin.ops.outputs import on_its_own
+from snn_reversible_plugin.tape.final_membrane import FinalMembrane
 from snn_reversible_plugin.tape.origins import enter
 
 
@@ -62,7 +65,7 @@ class IntegrateFire(Constants):
         reaches: list[Any] = []
         beta = parameters[0] if parameters else None
         spikes, v = self.stepping.apply((before, lost, fired, reaches), before.state, current, beta)
-        return Charged(v, spikes, lost, fired, reaches)
+        return Charged(on_its_own(v), spikes, lost, fired, reaches)
 
     def write(
         self, rows: list[Tensor], record: Record | None, reaches: list[Any]
@@ -207,6 +210,29 @@ def _flat_or_one(g: Tensor, stride: tuple[int, ...]) -> Tensor:
     return flat(g, stride)
 
 
+def _values(
+    constants: IntegrateFire, v: Tensor, x: Tensor, record: Record | None, sinks: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The charged membrane, the spikes and the membrane after; ``sinks``: see :class:`Stepping`."""
+    lost, fired, reaches = sinks
+    stride = v.stride()
+    h, s, after = like(v), like(v), like(v)
+    rows = [flat(one, stride) for one in (v, x, h, after, s)]
+    digits, resets, bits = constants.write(rows, record, reaches)
+    if constants.surrogate.users:
+        check_spikes(constants.fire, h - constants.rule.v_threshold, s)
+    if record is not None:
+        lost += digits
+        fired += [bits, *resets]
+    return h, s, after
+
+
+def first_membrane(constants: IntegrateFire, v: float, x: Tensor) -> Tensor:
+    """The membrane that one step leaves behind; ``v``: a number on the grid."""
+    start = torch.full_like(x, v, dtype=torch.float32)
+    return _values(constants, start, x, None, ([], [], []))[2]
+
+
 class Stepping(torch.autograd.Function):
     """``constants.stepping.apply(sinks, v, x, beta)`` -> spikes, the membrane after.
 
@@ -218,17 +244,14 @@ class Stepping(torch.autograd.Function):
     def forward(ctx: Any, sinks: Any, v: Tensor, x: Tensor, beta: Tensor | None) -> Any:  # type: ignore[override]
         constants: IntegrateFire = ctx._forward_cls.constants
         ctx.set_materialize_grads(False)
-        (_, _, timeline, t), lost, fired, reaches = sinks
-        stride = v.stride()
-        h, s, after = like(v), like(v), like(v)
-        rows = [flat(one, stride) for one in (v, x, h, after, s)]
-        digits, resets, bits = constants.write(rows, None if timeline is None else timeline.record, reaches)
-        if constants.surrogate.users:
-            check_spikes(constants.fire, h - constants.rule.v_threshold, s)
+        (_, _, timeline, t, first), lost, fired, reaches = sinks
+        record = None if timeline is None else timeline.record
+        h, s, after = _values(constants, v, x, record, (lost, fired, reaches))
         if timeline is not None:
-            lost += digits
-            fired += [bits, *resets]
             enter(h, NewCharged(timeline, t))
+        if first is not None:
+            ctx.first = weakref.ref(first)
+            after = first.placeholder(after)
         # Asking for needs_input_grad here would cost bytes a step.
         ctx.save_for_backward(h, beta, v if beta is not None and beta.requires_grad else None)
         if x.dtype is not torch.float32:
@@ -240,6 +263,8 @@ class Stepping(torch.autograd.Function):
     def backward(ctx: Any, g_s: Tensor | None, g_v: Tensor | None) -> Any:
         constants: IntegrateFire = ctx._forward_cls.constants
         h, beta, v = ctx.saved_tensors
+        if (of_first := getattr(ctx, "first", None)) is not None:
+            _keep(of_first(), constants, h)
         if g_s is None and g_v is None:
             return None, None, None, None
         _, of_v, of_x, of_beta = ctx.needs_input_grad
@@ -258,3 +283,21 @@ class Stepping(torch.autograd.Function):
         if of_beta:
             by_beta = (g * v).sum_to_size(beta.shape).to(beta.dtype)
         return None, by_v, by_x, by_beta
+
+
+def _keep(first: FinalMembrane | None, constants: IntegrateFire, h: Tensor) -> None:
+    """Keep the promise of the membrane after a step that charged to h, where somebody may still read it."""
+    if first is None or first.membrane is not None or first.settle():
+        return
+    stride, rule, step, after = h.stride(), constants.rule, constants.step, like(h)
+    spikes = (h > rule.v_threshold if constants.surrogate.strict else h >= rule.v_threshold).float()
+    steps_on(h.device).reset(
+        flat(h, stride),
+        flat(spikes, stride),
+        step.theta,
+        rule.v_reset,
+        step.scale,
+        False,
+        flat(after, stride),
+    )
+    first.keep(after)

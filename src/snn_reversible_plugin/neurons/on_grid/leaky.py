@@ -107,7 +107,7 @@ class Leaky(Constants):
         Raises:
             OffGrid: a surrogate of the user's own gave other spikes than the comparison that it is.
         """
-        (u, bits, timeline, _), (beta, threshold) = before, parameters[:2]
+        (u, bits, timeline, *_), (beta, threshold) = before, parameters[:2]
         record = None if timeline is None else timeline.record
         spikes = None if self.fire is None else like(u)
         if (
@@ -139,7 +139,7 @@ class Leaky(Constants):
 
     def reset_by(self, before: Before, parameters: Parameters) -> Tensor | None:
         """Those spikes, where the gradient asks for them, as bits if the state is contiguous."""
-        u, bits, timeline, _ = before
+        u, bits, timeline, *_ = before
         if not self.resets(parameters):
             return None
         contiguous = u.is_contiguous()

@@ -91,7 +91,8 @@ class OnGrid(SwappedClass):
     def arithmetic(self) -> str:
         """Which guarantee holds, with the settings of now and the last call."""
         left_to_stock = self in _reasons and _reasons[self].from_the_start
-        return "grid" if self.is_set_for_grid and not left_to_stock else "stock"
+        on_grid = self.is_set_for_grid and not left_to_stock
+        return "grid" if on_grid else getattr(super(), "arithmetic", "stock")
 
     @property
     def treatment(self) -> str:

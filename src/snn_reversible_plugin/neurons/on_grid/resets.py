@@ -101,7 +101,7 @@ class Undelayed(Leaky):
 
     def charge(self, current: Tensor, before: Before, parameters: Parameters) -> Charged:
         """Charge, fire, and reset at once."""
-        u, _, timeline, t = before
+        u, _, timeline, t, _ = before
         bits = self.start(u)  # the step that made this state wrote down its spikes before the reset
         charged = super().charge(current, before._replace(fired=bits), parameters)
         h = charged.state

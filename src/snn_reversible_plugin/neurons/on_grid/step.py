@@ -22,6 +22,7 @@ from snn_reversible_plugin.grid import snap
 from snn_reversible_plugin.grid.decays import NONE, Step
 from snn_reversible_plugin.grid.range import check_step, larger, reach
 from snn_reversible_plugin.neurons.on_grid import switches
+from snn_reversible_plugin.neurons.on_grid.promised import Left, Promised
 from snn_reversible_plugin.neurons.on_grid.timeline import (
     REMEDY,
     NewSpikes,
@@ -31,7 +32,10 @@ from snn_reversible_plugin.neurons.on_grid.timeline import (
     rests_on_a_state,
 )
 from snn_reversible_plugin.ops.layouts import is_dense
+from snn_reversible_plugin.tape.final_membrane import OfFirstStep
+from snn_reversible_plugin.tape.operators import aten
 from snn_reversible_plugin.tape.origins import enter, look_up
+from snn_reversible_plugin.tape.replayed import constant, number_in
 
 Parameters = tuple[Tensor, ...]
 
@@ -46,6 +50,7 @@ class Before(NamedTuple):
     fired: Any
     timeline: Timeline | None
     t: int
+    first: OfFirstStep | None = None  # the promise of the state after it, in place of a tensor
 
 
 class Charged(NamedTuple):
@@ -150,7 +155,13 @@ class Constants:
 
 
 def step(
-    constants: Constants, current: Tensor, state: Tensor, parameters: Parameters, trusted: bool = False
+    constants: Constants,
+    current: Tensor,
+    state: Tensor,
+    parameters: Parameters,
+    *,
+    trusted: bool = False,
+    first: OfFirstStep | None = None,
 ) -> Stepped:
     """One step on the grid, on a timeline where a tape records.
 
@@ -160,6 +171,7 @@ def step(
         state: before the step, of the same shape; snapped to the grid where it isn't a timeline's newest.
         parameters: the learnable ones, in the order in which the constants take them.
         trusted: the current rests on states of other timelines only, and may be replayed.
+        first: promises the state after a step that starts a timeline, where one is recorded.
 
     Raises:
         OverflowError: the state left the range in which the grid is exact; on a device, from the backward.
@@ -177,11 +189,16 @@ def step(
         handle = tape.keep(current) if keeps else tape.pack(current)
     with tape.paused():
         before = _before(constants, state, timeline, recorded)
+        if first is not None and timeline is None and recorded:
+            before = before._replace(first=first)
         charged = constants.charge(current, before, parameters)
         unknown = _checked(constants, charged.reaches)
-        (_, _, timeline, t), state = before, charged.state
+        (_, _, timeline, t, first), state = before, charged.state
         if timeline is None or handle is None:
             tape.mark_opaque(state)
+        elif first is not None:
+            timeline.step(handle, Promised(first), charged.lost, charged.fired, unknown)
+            first.place = Left(timeline)
         else:
             timeline.step(handle, tape.keep(state), charged.lost, charged.fired, unknown)
             enter(state, NewState(timeline, t))
@@ -197,10 +214,14 @@ def step(
 def _before(constants: Constants, state: Tensor, timeline: Timeline | None, recorded: bool) -> Before:
     if timeline is not None:
         return Before(state, timeline.newest_fired, timeline, timeline.length + 1)
+    number = number_in(look_up(state))
     state = snap(state, constants.bits)
     if not is_dense(state):
         state = state.contiguous()
     tape.mark_opaque(state)
+    if number is not None and recorded:
+        on_grid = round(number * 2.0**constants.bits) / 2.0**constants.bits
+        enter(state, constant(aten.full_like.default, (state, on_grid), state))
     fired = constants.start(state)
     if recorded:
         timeline = Timeline(constants, state, fired)

@@ -24,7 +24,7 @@ from snn_reversible_plugin.neurons.on_grid.dynamics import Dynamics
 from snn_reversible_plugin.neurons.on_grid.remainders import Remainders
 from snn_reversible_plugin.ops.devices import may_look
 from snn_reversible_plugin.ops.layouts import flat
-from snn_reversible_plugin.tape.handles import Handle, Kept, Packed, Passing
+from snn_reversible_plugin.tape.handles import Handle, Packed, Passing
 from snn_reversible_plugin.tape.origins import look_up
 from snn_reversible_plugin.tape.replayed import Replayed
 
@@ -86,7 +86,7 @@ class Timeline:
         self.records.append([] if fired is None else [fired])
         self.newest_fired: Any = fired  # the spikes of the newest state
         self.currents: list[Handle] = []
-        self._newest: tuple[int, Kept | None] = 0, None
+        self._newest: tuple[int, Handle | None] = 0, None
         self._whole = True
         self.reach: Tensor | None = None  # of all states, where looking at it would wait for a device
         self.watched_in = -1  # the backward in which it was handed in last
@@ -100,7 +100,7 @@ class Timeline:
         return self._newest[0]
 
     @property
-    def newest(self) -> Kept | None:
+    def newest(self) -> Handle | None:
         """The newest state, after :attr:`length` steps."""
         return self._newest[1]
 
@@ -115,7 +115,12 @@ class Timeline:
         return self._whole
 
     def step(
-        self, current: Handle, newest: Kept, lost: Sequence[Any], fired: Sequence[Any], reach: Tensor | None
+        self,
+        current: Handle,
+        newest: Handle,
+        lost: Sequence[Any],
+        fired: Sequence[Any],
+        reach: Tensor | None,
     ) -> None:
         """Take a step.
 
@@ -135,6 +140,10 @@ class Timeline:
             self.reach = reach if self.reach is None else larger(self.reach, reach)
         self._newest = self.length + 1, newest
         self._whole = True
+
+    def hold(self, newest: Handle) -> None:
+        """Somebody has read the newest state, which was a promise."""
+        self._newest = self.length, newest
 
     def state(self, t: int) -> Tensor:
         """The state after step t, flat."""
