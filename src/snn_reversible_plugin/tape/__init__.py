@@ -273,7 +273,7 @@ def _let_go(tape: Tape) -> set[int]:
         state = ref()
         if state is not None and not held:
             sum_later(state)
-        elif state is not None and steps == 1:
+        elif state is not None and steps <= 1:
             kept = tape.kept_by_storage.get(storage_key(state), [])
             tape.before_write(state)
             compare_later(state, kept)
