@@ -17,7 +17,7 @@ FUZZ_SECONDS ?= 3600
 export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 1099511627776
 
-.PHONY: help venv demo test full matrix lint format types docs unit fuzz bench quick clean
+.PHONY: help venv demo test full wheel notebooks browser matrix lint format types docs unit fuzz bench quick clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 
-demo: $(STAMP)  ## train one network twice, stock and converted, and compare (three minutes)
+demo: $(STAMP)  ## train one network twice, stock and converted, and compare (under three minutes)
 	$(PY) -m snn_reversible_plugin demo $(DEMO_ARGS)
 
 test: lint types docs unit  ## lint, types, docs and all tests
@@ -57,7 +57,16 @@ unit: $(STAMP)  ## pytest alone; choose with PYTEST_ARGS="-k data"
 fuzz: $(STAMP)  ## random programs, stock and converted, for FUZZ_SECONDS=3600; prints those that differ, and what it covered
 	PYTHONPATH=tests/helpers $(PY) -m fuzz --seconds $(FUZZ_SECONDS)
 
-full: test matrix  ## all that and what is heavy: every supported version
+full: test wheel notebooks browser matrix  ## all that and what is heavy: the wheel, notebooks, the site, every supported version
+
+wheel: $(STAMP)  ## sdist and wheel, installed with each extra in environments of their own, in two Pythons
+	$(PY) tools/wheel.py
+
+notebooks: $(STAMP)  ## run the notebooks from the top; `python tools/notebooks.py --write` stores their outputs
+	$(PY) tools/notebooks.py
+
+browser: docs  ## the site in Chromium, as wide as a desk's and a phone's; pictures in out/browser
+	$(PY) tools/browse.py
 
 matrix: $(STAMP)  ## the fast tests in every supported version, one environment at a time: docs/compatibility.md
 	$(PY) tools/matrix.py

@@ -76,7 +76,7 @@ def measure(
     """Run the workload under every method, "stock" first; ``tick`` is told of each run."""
     torch.manual_seed(0)
     stock = workload.make().to(device)
-    x = torch.rand(shape, device=device)
+    x = workload.batch(shape, device)
     results: dict[str, Result] = {}
     trainings: dict[str, Training] = {}
     expected: list[torch.Tensor | None] = []
@@ -178,11 +178,16 @@ def count(training: Training, x: torch.Tensor, result: Result) -> None:
             result.held = counter.live
             loss.backward()
     result.peak = counter.peak
-    if isinstance(counter, AllocationCounter):
-        gradients = [p.grad for p in training.model.parameters() if p.grad is not None]
-        result.peak_beyond_gradients = counter.peak_beyond(gradients)
-    else:
+    result.peak_beyond_gradients = peak_beyond_gradients(counter, training.model)
+    if not isinstance(counter, AllocationCounter):
         result.counted_by = "cuda"
+
+
+def peak_beyond_gradients(counter: AllocationCounter | CudaStatistics, model: nn.Module) -> int | None:
+    """The peak without the gradients that parameters have by now; None where nobody can tell."""
+    if not isinstance(counter, AllocationCounter):
+        return None
+    return counter.peak_beyond(p.grad for p in model.parameters() if p.grad is not None)
 
 
 def counter_on(device: torch.device) -> AllocationCounter | CudaStatistics:

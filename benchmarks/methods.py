@@ -170,6 +170,28 @@ def _loss_of_step(out: torch.Tensor) -> torch.Tensor:
     return out.reshape(-1, *out.shape[-2:]).mean(0).square().sum()
 
 
+def _offload(workload: Workload, make: Make, x: torch.Tensor) -> Training:
+    if not x.is_cuda:
+        raise CannotRun("there is nowhere else to save on a CPU")
+    model = _plainly(make())
+
+    def loss_of(x: torch.Tensor) -> torch.Tensor:
+        with torch.autograd.graph.save_on_cpu(pin_memory=True):
+            return workload.loss_of(model, x)
+
+    return Training(model, loss_of)
+
+
+def _autocast(workload: Workload, make: Make, x: torch.Tensor) -> Training:
+    model = _plainly(make())
+
+    def loss_of(x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return workload.loss_of(model, x)
+
+    return Training(model, loss_of)
+
+
 def _tape(mode: str) -> Prepare:
     def method(workload: Workload, make: Make, _x: torch.Tensor) -> Training:
         model = srp.convert_to_reversible(_plainly(make()), mode=mode, arithmetic="stock")
@@ -240,6 +262,14 @@ _PEERS = (
     (
         "published", _published, "the published reversible procedure: streams in floating point, two runs "
         "of each branch", "tab:pink", "P",
+    ),
+    (
+        "offload", _offload, "`torch.autograd.graph.save_on_cpu`: what is saved goes to the host and back",
+        "tab:gray", "1",
+    ),
+    (
+        "autocast", _autocast, "stock under `torch.autocast` in bfloat16: other numbers",
+        "gold", "*",
     ),
     ("SLTT", _sltt, "no gradient through time: an approximation", "tab:red", "X"),
 )  # fmt: skip

@@ -87,18 +87,22 @@ def reversible_chain(depth: int, width: int = 16) -> Callable[[], nn.Module]:
 class Loop(nn.Module):
     """Linear-neuron-Linear-neuron-Linear, stepped by a loop in forward."""
 
-    def __init__(self, width: int, neuron_of: Callable[[], nn.Module]) -> None:
+    def __init__(
+        self, width: int, neuron_of: Callable[[], nn.Module], inputs: int | None = None, outputs: int = 10
+    ) -> None:
         super().__init__()
-        self.fc1, self.lif1 = nn.Linear(width, width), neuron_of()
+        self.fc1, self.lif1 = nn.Linear(inputs or width, width), neuron_of()
         self.fc2, self.lif2 = nn.Linear(width, width), neuron_of()
-        self.fc3 = nn.Linear(width, 10)
+        self.fc3 = nn.Linear(width, outputs)
 
 
 class LeakyLoop(Loop):
     """In snnTorch, as its tutorial 5 does it; ``settings`` are those of the neurons."""
 
-    def __init__(self, width: int = 512, **settings: Any) -> None:
-        super().__init__(width, lambda: snntorch.Leaky(**{"beta": 0.9} | settings))
+    def __init__(
+        self, width: int = 512, inputs: int | None = None, outputs: int = 10, **settings: Any
+    ) -> None:
+        super().__init__(width, lambda: snntorch.Leaky(**{"beta": 0.9} | settings), inputs, outputs)
 
     def forward(self, x_seq: torch.Tensor) -> torch.Tensor:
         total, _ = self.steps(x_seq, self.lif1.init_leaky(), self.lif2.init_leaky())

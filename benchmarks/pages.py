@@ -120,6 +120,8 @@ def problems(text: str, results: Results) -> list[str]:
     found: list[str] = []
     if rendered(text, results) != text:
         found.append("its numbers are not those of benchmarks/results: run python -m benchmarks pages")
+    if re.search(r"^<!-- value:", text, re.MULTILINE):
+        found.append("a value begins a line, which ends the paragraph there: join it to the line before")
     return found + [f"{number!r} is in no results file" for number in loose_numbers(text)]
 
 

@@ -8,7 +8,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from snn_reversible_plugin import convert_to_reversible, memory_report
+from snn_reversible_plugin.demo import network
 
 from .experiment import Entries
 from .methods import METHODS
@@ -18,12 +22,11 @@ from .tables.steps import series_of
 from .workloads import WORKLOADS
 
 IMAGES = ROOT / "docs" / "images"
-AT_FIRST_SIGHT = ("vgg", "sew-resnet34", "spikformer", "leaky-loop")  # one of each kind, for the README
 
 
 def of_steps(entries: Entries, folder: Path, device: str) -> dict[Path, Entries]:
     """The pictures of training steps that there are to draw, and what each shows."""
-    shown = {"memory-against-time": entries, "gain": at_first_sight(entries)}
+    shown = {"memory-against-time": entries}
     if any(map(series_of, entries.values())):
         shown["growth"] = entries
     return {folder / f"{kind}-{device}.png": found for kind, found in shown.items() if found}
@@ -43,16 +46,75 @@ def path_of(folder: Path, name: str, device: str) -> Path:
     return folder / (f"{name}.png" if device == "cpu" else f"{name}-{device}.png")
 
 
-def at_first_sight(entries: Entries) -> Entries:
-    """What the README's picture shows."""
-    return {name: entry for name, entry in entries.items() if entry["workload"] in AT_FIRST_SIGHT}
-
-
 def digest(entries: Entries) -> str:
     """A name for the figures that a picture shows; written into it, so that a stale one is found out."""
     keys = ("held", "peak", "time_ratio")
     figures = {name: [entry.get(key) for key in keys] for name, entry in entries.items()}
     return hashlib.sha256(json.dumps(figures, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def draw_over_steps(entries: Entries, titles: Mapping[str, str], folder: Path) -> list[Path]:
+    """Memory over a training step: of the first network, for light and for dark pages, and of all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    by_name: dict[str, Entries] = {}
+    for entry in entries.values():
+        by_name.setdefault(entry["workload"], {})[entry["method"]] = entry
+    shown = {titles[name]: both for name, both in by_name.items() if len(both) == 2}
+    drawn = []
+    for theme, color in (("light", "#24292f"), ("dark", "#c9d1d9")):
+        figure = Figure(figsize=(8, 3.4), layout="constrained", facecolor="none")
+        title, both = next(iter(shown.items()))
+        axes = figure.add_subplot(facecolor="none")
+        _over_step(axes, both, color)
+        steps, batch, *_, size = both["stock"]["shape"]
+        axes.set_title(
+            f"{title}, one training step: T = {steps}, batch {batch}, {size} x {size} pixels",
+            color=color, fontsize=11, loc="left",
+        )  # fmt: skip
+        drawn.append(folder / f"over-step-{theme}.png")
+        figure.savefig(drawn[-1], dpi=150, metadata={"Results": digest(entries)})
+    figure = Figure(figsize=(9, 5.6), layout="constrained")
+    for at, (title, both) in enumerate(shown.items()):
+        axes = figure.add_subplot(2, 2, at + 1)
+        _over_step(axes, both, "black")
+        axes.set_title(title, fontsize=10, loc="left")
+    drawn.append(folder / "over-steps.png")
+    figure.savefig(drawn[-1], dpi=120, metadata={"Results": digest(entries)})
+    return drawn
+
+
+def _over_step(axes: Axes, both: Entries, color: str) -> None:
+    """Both curves, each named at its peak."""
+    for method, shade, label in (("stock", "#7d858e", "stock"), ("converted", "#2f81f7", "converted")):
+        places, alive = zip(*both[method]["curve"], strict=True)
+        alive = [count / MIB for count in alive]
+        axes.fill_between(places, alive, color=shade, alpha=0.35, linewidth=0)
+        axes.plot(places, alive, color=shade, linewidth=1.2)
+        top = max(alive)
+        place = min(max(places[alive.index(top)], 0.35), 1.9)
+        axes.annotate(
+            f"{label}: {top:,.0f} MiB", (place, top), xytext=(0, 3), textcoords="offset points",
+            ha="right" if place > 1.5 else "center", color=shade, fontweight="bold",
+        )  # fmt: skip
+    axes.axvline(1, color=color, linestyle=":", linewidth=1, alpha=0.6)
+    axes.set_xlim(0, 2)
+    axes.set_ylim(0, 1.15 * axes.get_ylim()[1])
+    axes.set_xticks([0.5, 1.5], ["forward", "backward"], color=color)
+    axes.set_ylabel("MiB alive", color=color)
+    axes.tick_params(axis="y", colors=color)
+    axes.tick_params(axis="x", length=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(color)
+
+
+def draw_report(folder: Path) -> Path:
+    """The picture that users get of their own network, of the demonstration's."""
+    torch.manual_seed(0)
+    report = memory_report(convert_to_reversible(network()), torch.rand(10, 16, 2, 24, 24))
+    path = folder / "report.png"
+    report.plot().savefig(path, dpi=110)
+    return path
 
 
 def draw_points(entries: Entries, path: Path) -> Path:

@@ -74,7 +74,7 @@ def find_largest(
     dim = workload.grows
 
     def batch(size: int) -> torch.Tensor:
-        return torch.rand(*shape[:dim], size, *shape[dim + 1 :], device=device)
+        return workload.batch((*shape[:dim], size, *shape[dim + 1 :]), device)
 
     start = max(1, shape[dim] // PART)
     budget = int(_allocations(workload, stock, batch(start)))

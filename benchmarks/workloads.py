@@ -19,6 +19,7 @@ from torch import nn
 
 from snn_reversible_plugin import models
 
+from . import recordings
 from .networks import (
     LeakyLoop,
     LIFLoop,
@@ -52,6 +53,7 @@ class Workload:
         checkpointed: the same loss for a user's own loop, checkpointed by hand.
         batch_dim: which dimension of the shape is the batch.
         grows: the dimension that grows in that search; None for no search.
+        inputs: makes the batch, of a shape on a device; random numbers by default.
         series, at: the curve of growth that this is a point of, and where.
     """
 
@@ -64,8 +66,13 @@ class Workload:
     checkpointed: Loss | None = None
     batch_dim: int = 1
     grows: int | None = None
+    inputs: Callable[..., torch.Tensor] = torch.rand
     series: str | None = None
     at: int | None = None
+
+    def batch(self, shape: tuple[int, ...], device: str | torch.device) -> torch.Tensor:
+        """What the model is given."""
+        return self.inputs(shape, device=device)
 
     def shape(self, quick: bool) -> tuple[int, ...] | None:
         return self.quick if quick else self.full
@@ -182,6 +189,22 @@ NETWORKS = (
     Workload(
         "tutorial-6", tutorial_6_net, (128, 1, 28, 28), (8, 1, 28, 28), _tutorial_6_loss,
         checkpointed=_tutorial_6_checkpointed, batch_dim=0, grows=0,
+    ),
+    *(
+        Workload(
+            f"spoken-digits-t{steps}", partial(LeakyLoop, 256, inputs=700, outputs=20, beta=0.95),
+            (steps, 64, 700), (25, 4, 700) if steps == 250 else None, _leaky_loss,
+            checkpointed=_leaky_checkpointed, grows=1, inputs=recordings.spoken_digits,
+        )
+        for steps in (250, 1000)
+    ),
+    Workload(
+        "sequential-digits", partial(LeakyLoop, 128, inputs=1, beta=0.97), (784, 64, 1), (36, 4, 1),
+        _leaky_loss, checkpointed=_leaky_checkpointed, grows=1, inputs=recordings.sequential_digits,
+    ),
+    _zoo(
+        "detection-416", lambda: sew_resnet.sew_resnet18(cnf="ADD", **LIF),
+        (10, 1, 3, 416, 416), (2, 1, 3, 64, 64), grows=1,
     ),
 )  # fmt: skip
 

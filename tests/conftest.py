@@ -2,10 +2,10 @@
 
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterator
 from importlib import metadata
-from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers beside each other that each take all cores are slower than workers with one thread. Set before
@@ -14,14 +14,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import torch
-
-# What every supported version has to pass: the mechanisms, and each framework's neurons, in two minutes.
-CORE = (
-    "grid/test_grid.py", "ops/test_bits.py", "tape/test_tape.py", "test_convert.py", "test_import.py",
-    "neurons/integrate_fire/test_gradients.py", "neurons/on_grid/test_reversal.py",
-    "spikingjelly/test_neurons.py", "spikingjelly/test_old_releases.py", "snntorch/test_neurons.py",
-    "snntorch/test_convert.py",
-)  # fmt: skip
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -41,12 +33,20 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is core."""
-    here = Path(__file__).parent
-    core = {here / name for name in CORE}
+    """Skip what a release of snnTorch gets wrong itself."""
     for item in items:
-        if item.path in core:
-            item.add_marker(pytest.mark.core)
+        if "snntorch" in sys.modules and _FAULTY.search(item.name) and _swaps_states():
+            item.add_marker(pytest.mark.skip(reason="a fault of this release of snnTorch's own"))
+
+
+# Of snnTorch 0.9.1: Synaptic mistakes its membrane for its current, and heaviside can't be called.
+_FAULTY = re.compile(r"(?<!R)Synaptic|\[heaviside")
+
+
+def _swaps_states() -> bool:
+    from snn_reversible_plugin.snntorch import _swaps_states
+
+    return _swaps_states()
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:

@@ -47,10 +47,11 @@ def test_the_demo_trains_twice_and_shows_it(tmp_path):
         "held between forward and backward",
         "peak",
         str(picture),
+        "What to try next",
     ):
         assert piece in result.output
     pixels = matplotlib.image.imread(picture)
-    assert pixels.shape[1] > pixels.shape[0] > 300
+    assert pixels.shape[1] > pixels.shape[0] > 1000  # memory over the step stands above the rest
     assert pixels.std() > 0.05
 
 
@@ -173,6 +174,17 @@ class Silent:
         ("own_models:build", "8,four", "'8,four' is no shape"),
         ("own_models:build", "8,0,2", "'8,0,2' is no shape"),
         ("own_models:build", "", "'' is no shape"),
+        ("absent.py:build", "8,4,2", "'absent.py:build' is not there"),
+        (
+            "own_models:build",
+            "8,4,3,8,8",
+            "does not take an input of 8x4x3x8x8: RuntimeError in 0: Given groups",
+        ),
+        (
+            "own_models:build",
+            "8,4,2,9,9",
+            "does not take an input of 8x4x2x9x9: RuntimeError in 3: mat1 and mat2",
+        ),
     ],
 )
 def test_a_bad_argument_is_named_with_its_remedy(models, factory, shape, message):
@@ -180,6 +192,47 @@ def test_a_bad_argument_is_named_with_its_remedy(models, factory, shape, message
     assert result.exit_code == 2
     assert message in result.output
     assert "Traceback" not in result.output
+
+
+def test_a_shape_that_does_not_fit_is_refused_before_anything_is_searched(models):
+    result = run("fit", "own_models:build", "--shape", "T,N,2,9,9", "--steps", "4", "--budget", "1MiB")
+    assert result.exit_code == 2
+    assert "does not take an input of 4x2x2x9x9" in result.output
+
+
+def test_a_file_is_a_module_too_and_its_neighbours_are_found(models):
+    (models / "train.py").write_text(
+        "from own_models import build\nassert __name__ == 'train'\nbuild_it = build\n"
+    )
+    try:
+        result = run("report", f"{models / 'train.py'}:build_it", "--shape", "4,2,2,8,8")
+    finally:
+        sys.modules.pop("train", None)
+    assert result.exit_code == 0, result.output
+    assert "LIFNode" in result.output
+
+
+def test_a_fit_is_a_table_and_a_picture(models):
+    arguments = ["--shape", "T,N,2,8,8", "--steps", "2", "--steps", "4", "--budget", "300KiB"]
+    result = run("fit", "own_models:build", *arguments, "--plot", models / "fit.png")
+    assert result.exit_code == 0, result.output
+    assert all(mode in result.output for mode in ("stock", "memory", "speed", "auto"))
+    assert matplotlib.image.imread(models / "fit.png").std() > 0.02
+
+
+def test_without_a_command_it_explains_itself():
+    result = run()
+    assert result.exit_code == 0
+    for piece in ("convert_to_reversible(model)", "demo", "report", "fit", "--help"):
+        assert piece in result.output
+    assert max(map(len, result.output.splitlines())) < 80
+
+
+def test_without_matplotlib_there_is_a_table_and_a_word(models, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = run("report", "own_models:build", "--shape", "4,2,2,8,8", "--plot", models / "none.png")
+    assert result.exit_code == 0, result.output
+    assert "snn-reversible-plugin[plot]" in result.output and not (models / "none.png").exists()
 
 
 def test_a_mistake_inside_the_users_factory_is_shown_as_it_is(models):

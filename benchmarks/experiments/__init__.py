@@ -6,17 +6,23 @@ Only the latter decides figures: another table here makes no stored result stale
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 from .. import pictures, recordings
-from ..experiment import Experiment
+from ..experiment import Entries, Experiment
 from ..tables import families, learning, time
 from ..tables import steps as of_steps
 from . import (
     block_accuracy,
+    column_accuracy,
     columns,
+    compiled,
+    compiled_accuracy,
     coupled,
     drift,
+    fits,
     long_sequences,
+    over_step,
     parallel,
     published,
     reversal,
@@ -24,6 +30,7 @@ from . import (
     steps,
     surgery,
     time_accuracy,
+    wrap_accuracy,
 )
 
 _GROWTH = {
@@ -40,9 +47,25 @@ _MORE = {
     "all": of_steps.networks, "main": of_steps.main, "behind": of_steps.behind, "methods": of_steps.methods
 }  # fmt: skip
 _TIME = partial(learning.by_method, methods=[*time_accuracy.METHODS])
+_COMPILED = partial(learning.by_method, methods=[*compiled_accuracy.METHODS])
 _BLOCK = partial(
     learning.by_data, arms=[*block_accuracy.ARMS], data=recordings.DATA, equals=block_accuracy.EQUALS
 )
+_COLUMN = partial(
+    learning.by_data, arms=[*column_accuracy.ARMS], data=recordings.DATA, equals=column_accuracy.EQUALS
+)
+_WRAP = partial(
+    learning.tuned, networks=[*wrap_accuracy.NETWORKS], arms=[*wrap_accuracy.ARMS], data=recordings.DATA
+)
+
+
+def draw_over_steps(entries: Entries, folder: Path, device: str) -> list[Path]:
+    """The picture of the first page, one of all networks, and a report's."""
+    if device != "cpu":
+        return []
+    return [*pictures.draw_over_steps(entries, over_step.SHOWN, folder), pictures.draw_report(folder)]
+
+
 _TRAINED = {"goes_stale": False, "threads": 1}
 EXPERIMENTS = {
     experiment.name: experiment
@@ -51,7 +74,12 @@ EXPERIMENTS = {
             "steps", steps.works, of_steps.everything, together=steps.together, more=_MORE | _GROWTH,
             draw=pictures.draw_steps,
         ),
+        Experiment(
+            "over-step", over_step.works, of_steps.over_step, over_step.measure, draw=draw_over_steps,
+        ),
+        Experiment("fits", fits.works, of_steps.fits, fits.measure),
         Experiment("drift", drift.works, time.drift, drift.measure),
+        Experiment("compiled", compiled.works, time.compiled, compiled.measure, threads=1),
         Experiment("columns", columns.works, time.columns, together=columns.together),
         Experiment("parallel", parallel.works, time.parallel, together=parallel.together),
         Experiment("surgery", surgery.works, time.surgery, together=surgery.together),
@@ -70,8 +98,15 @@ EXPERIMENTS = {
             **_TRAINED,
         ),
         Experiment(
+            "compiled-accuracy", compiled_accuracy.works, _COMPILED, compiled_accuracy.measure, **_TRAINED
+        ),
+        Experiment(
             "block-accuracy", block_accuracy.works, _BLOCK, block_accuracy.measure,
             draw=block_accuracy.draw, **_TRAINED,
+        ),
+        Experiment("column-accuracy", column_accuracy.works, _COLUMN, column_accuracy.measure, **_TRAINED),
+        Experiment(
+            "wrap-accuracy", wrap_accuracy.works, _WRAP, together=wrap_accuracy.together, **_TRAINED
         ),
     )
 }  # fmt: skip

@@ -27,16 +27,16 @@ from ..training import accuracy, through_time, train
 STEPS, BATCH, UPDATES, FINE_TUNING, RATE = 4, 16, 300, 1, 5e-3
 
 
-class HalfSize(nn.Module):
-    """Sums events over 2 x 2 pixels, so that a run takes minutes on one core; then the network."""
+class Shrunk(nn.Module):
+    """Sums events over by x by pixels, so that a run takes minutes on one core; then the network."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, by: int = 2) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.by = network, by
 
     def forward(self, x_seq: torch.Tensor) -> torch.Tensor:
         functional.reset_net(self.network)
-        small = nn.functional.avg_pool2d(x_seq.flatten(0, 1), 2, divisor_override=1)
+        small = nn.functional.avg_pool2d(x_seq.flatten(0, 1), self.by, divisor_override=1)
         return self.network(small.unflatten(0, x_seq.shape[:2]))  # type: ignore[no-any-return]
 
 
@@ -126,7 +126,7 @@ def measure(arm: str, options: Options, tick: Tick, data: str, seed: int) -> Ent
     """Train one network."""
     make, before_fine_tuning = ARMS[arm]
     torch.manual_seed(seed)
-    model = HalfSize(make()).to(options.device)
+    model = Shrunk(make()).to(options.device)
     loader, test = batches(data, options.folder, 16 if options.quick else None)
     epochs = 1 if options.quick else round(UPDATES / len(loader))
     loader.generator.manual_seed(seed)

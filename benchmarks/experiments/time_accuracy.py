@@ -22,7 +22,7 @@ from snn_reversible_plugin.training import sltt_backward
 from .. import pictures, recordings
 from ..experiment import Entries, Entry, Options, Tick, Work
 from ..tables import learning
-from ..training import Backward, accuracy, through_time, train
+from ..training import Backward, Scores, accuracy, through_time, train
 
 STEPS, BATCH, EPOCHS, RATE = 20, 20, 10, 3e-3
 K = 5
@@ -91,11 +91,24 @@ def works(options: Options) -> Iterator[Work]:
 def measure(method: str, options: Options, tick: Tick, seed: int, epochs: int) -> Entry:
     """Train by one method from one seed."""
     neurons, prepare, backward = METHODS[method]
-    batch = 4 if options.quick else BATCH
-    x, y, *test = frames(options.folder, 16 if options.quick else None)
     torch.manual_seed(seed)
     model = prepare(network(neurons)).to(options.device)
     drawn = torch.Generator().manual_seed(seed)
+    return trained(model, backward(drawn), scores_of, options, tick, (drawn, epochs))
+
+
+def trained(
+    model: nn.Module,
+    backward: Backward,
+    scores: Scores,
+    options: Options,
+    tick: Tick,
+    order: tuple[torch.Generator, int],
+) -> Entry:
+    """Train on the recordings in an order that a generator draws, for so many epochs, and test."""
+    drawn, epochs = order
+    batch = 4 if options.quick else BATCH
+    x, y, *test = frames(options.folder, 16 if options.quick else None)
     optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
     whole = len(y) // batch * batch
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (whole // batch))
@@ -104,10 +117,10 @@ def measure(method: str, options: Options, tick: Tick, seed: int, epochs: int) -
         for chosen in torch.randperm(len(y), generator=drawn)[:whole].view(-1, batch):
             yield x[:, chosen], y[chosen]
 
-    losses = train(model, (shuffled() for _ in range(epochs)), backward(drawn), optimizer, schedule, tick)
+    losses = train(model, (shuffled() for _ in range(epochs)), backward, optimizer, schedule, tick)
     parts = {"training": (x, y), "test": test}
     right = {
-        f"{name}_accuracy": accuracy(model, zip(a.split(BATCH, 1), b.split(BATCH), strict=True), scores_of)
+        f"{name}_accuracy": accuracy(model, zip(a.split(BATCH, 1), b.split(BATCH), strict=True), scores)
         for name, (a, b) in parts.items()
     }
     return right | {"updates": len(losses), "losses": losses}

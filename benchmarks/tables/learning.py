@@ -23,15 +23,40 @@ def by_data(
     """
     rows = []
     for arm in arms:
-        cells = []
-        for name in data:
-            found = [100 * entry["accuracy"] for entry in runs_of(entries, arm, name)]
-            spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
-            cells.append(f"{statistics.mean(found):.1f}{spread} % ({len(found)})" if found else "")
+        cells = [
+            _deviation([entry["accuracy"] for entry in runs_of(entries, arm, name)], count=True)
+            for name in data
+        ]
         if every := runs_of(entries, arm):
             rows.append((arm, f"{every[0]['parameters']:,}", *cells))
     headings = ("network", "parameters", *data.values())
     return [Table(headings, rows, notes=tuple(_equal_losses(entries, equals)))]
+
+
+def tuned(
+    entries: Entries, networks: Sequence[str], arms: Sequence[str], data: Mapping[str, str]
+) -> list[Table]:
+    """Test accuracy of what a trained network became, as it is trained on; mean, deviation, seeds."""
+    rows, after = [], list(next(iter(entries.values()))["after"]) if entries else []
+    for name, title in data.items():
+        for network in networks:
+            for arm in arms:
+                if runs := runs_of(entries, arm, f"{name}, {network},"):
+                    figures = [[run["trained"] for run in runs], [run["at_once"] for run in runs]]
+                    figures += [[run["anew"] for run in runs]]
+                    figures += [[run["after"][epochs] for run in runs] for epochs in after]
+                    rows.append((title, network, arm, str(len(runs)), *map(_deviation, figures)))
+    epochs = (f"{one} epoch{'s' * (one != '1')}" for one in after)
+    headings = ("data", "network", "goes on as", "seeds", "trained", "at once", "statistics anew", *epochs)
+    return [Table(headings, rows)]
+
+
+def _deviation(accuracies: Sequence[float], count: bool = False) -> str:
+    if not accuracies:
+        return ""
+    found = [100 * one for one in accuracies]
+    spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
+    return f"{statistics.mean(found):.1f}{spread} %" + (f" ({len(found)})" if count else "")
 
 
 def _equal_losses(entries: Entries, equals: Mapping[str, str]) -> Iterator[str]:

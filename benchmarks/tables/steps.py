@@ -74,6 +74,38 @@ def growth(series: str, figure: str) -> Render:
     return render
 
 
+def over_step(entries: Entries) -> list[Table]:
+    """The peak of a step as users have it, by the defaults of the conversion."""
+    rows = []
+    for entry in entries.values():
+        if entry["method"] != "stock":
+            continue
+        ours = entries.get(f"{entry['workload']} | converted")
+        if ours:
+            less = f"{entry['peak'] / ours['peak']:.1f}x"
+            rows.append((_title(entry), mib(entry["peak"]), mib(ours["peak"]), less))
+    headings = ("training step", "stock's peak, MiB", "converted, MiB", "less")
+    return [Table(headings, rows)]
+
+
+def fits(entries: Entries) -> list[Table]:
+    """The largest batches within the memory of cards, and how far a prediction was off that was tried."""
+    rows, last, off = [], "", []
+    for entry in entries.values():
+        if "fits" not in entry:
+            continue
+        title = _title(entry)
+        batches = [f"{batch:,}" for batch in entry["fits"].values()]
+        rows.append(("" if title == last else title, entry["method"], *batches, f"{entry['off']:+.1%}"))
+        last = title
+        off.append(abs(entry["off"]))
+        columns = [f"{gib} GiB" for gib in entry["fits"]]
+    if not rows:
+        return [note("Not measured yet.")]
+    headings = ("training step", "method", *columns, "off where it was tried")
+    return [Table(headings, rows, notes=(circumstances_without_repeats(entries),))]
+
+
 def behind(entries: Entries) -> list[Table]:
     """Where no mode of this package is both as small at the peak and as fast as a peer, stock included."""
     rows = []
@@ -112,6 +144,13 @@ def circumstances(entries: Entries) -> str:
         where = f"{device}{versions}; {context['threads']} threads"
         repeats[where] = min(repeats.get(where, entry["repeats"]), entry["repeats"])
     return " ".join(f"{where}; medians of at least {least} steps." for where, least in repeats.items())
+
+
+def circumstances_without_repeats(entries: Entries) -> str:
+    """As :func:`circumstances`, where nothing was timed."""
+    return circumstances({name: {"repeats": 1} | entry for name, entry in entries.items()}).replace(
+        "; medians of at least 1 steps", ""
+    )
 
 
 def measured(entry: Entry) -> bool:

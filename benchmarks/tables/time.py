@@ -26,12 +26,52 @@ def columns(entries: Entries) -> list[Table]:
     """T-RevSNN's sub-networks as they are trained."""
     rows = [
         (
-            e["size"], str(e["steps"]), e["way"], mib(e["held"]), mib(e["peak"]), times(e["time_ratio"]),
+            e["size"], str(e["steps"]), e["way"], mib(e["held"], 2), mib(e.get("remainders"), 2),
+            mib(e["peak"]), mib(e.get("peak_beyond_gradients"), 2), times(e["time_ratio"]),
             f"{e['max_error']:.3g}",
         )
         for e in entries.values()
     ]  # fmt: skip
-    headings = ("T-RevSNN", "sub-networks", "way", "held, MiB", "peak, MiB", "time", "rebuild off by")
+    headings = (
+        "T-RevSNN", "sub-networks", "way", "held, MiB", "of that remainders", "peak, MiB",
+        "without gradients", "time", "rebuild off by",
+    )  # fmt: skip
+    return [Table(headings, rows)]
+
+
+def compiled(entries: Entries) -> list[Table]:
+    """Time over stock's, memory, and seconds of the first step; a work's methods one below the other."""
+    rows, last = [], ""
+    for key, e in entries.items():
+        work, method = key.split(" | ")
+        head, last = ("" if work == last else work, method), work
+        if "why_not" in e:
+            rows.append((*head, "", "", "", "", "", e["why_not"]))
+            continue
+        steps = entries.get(f"{work} | stock", {}).get("neuron_steps")
+        remarks = [e["on_tape"] or ""] if "on_tape" in e else []
+        base = entries.get(f"{work} | compiled")
+        if method.startswith("srp.compile") and base is not None and not e.get("on_tape"):
+            remarks.append(
+                "loss as compiled" if e["loss"] == base["loss"] else "loss differs from compiled"
+            )
+        rows.append(
+            (
+                *head, times(e["time_ratio"]), mib(e["held"], 2), mib(e["peak"]),
+                f"{e['held'] / steps:.2f}" if steps else "", f"{e['first']:.0f}",
+                "; ".join(filter(None, remarks)),
+            )
+        )  # fmt: skip
+    headings = (
+        "network",
+        "method",
+        "time",
+        "held, MiB",
+        "peak, MiB",
+        "held, B a neuron-step",
+        "first step, s",
+        "",
+    )
     return [Table(headings, rows)]
 
 

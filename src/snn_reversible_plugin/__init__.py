@@ -4,8 +4,10 @@ from snn_reversible_plugin.blocks import RevSBlock, RevSColumns, RevSSequence
 from snn_reversible_plugin.blocks.surgery import SurgeryReport, unwrap_residual_blocks, wrap_residual_blocks
 from snn_reversible_plugin.compiler import compile
 from snn_reversible_plugin.convert import convert_to_reversible, restore, reversible, stock
+from snn_reversible_plugin.grid import look_at_graphs
 from snn_reversible_plugin.modules.kinds import register
 from snn_reversible_plugin.modules.registry import register_reversible
+from snn_reversible_plugin.ops.freed_memory import keep_freed_memory
 from snn_reversible_plugin.reports.fit import largest_batch
 from snn_reversible_plugin.reports.flips import counting_flips
 from snn_reversible_plugin.reports.memory_report import MemoryReport, memory_report
@@ -22,7 +24,9 @@ __all__ = [
     "compile",
     "convert_to_reversible",
     "counting_flips",
+    "keep_freed_memory",
     "largest_batch",
+    "look_at_graphs",
     "memory_report",
     "register",
     "register_reversible",

@@ -7,32 +7,85 @@ Source: typer, https://typer.tiangolo.com.
 """
 
 import importlib
+import importlib.util
 import inspect
+import sys
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from traceback import walk_tb
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
+if TYPE_CHECKING:
+    from torch import nn
+
 app = typer.Typer(
     help="Train spiking neural networks in a small part of their memory.",
-    no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_show_locals=False,
 )
 
+EXPLANATION = """\
+Spiking networks in SpikingJelly or snnTorch, trained in a small part of their
+memory. In your script it is one call:
+
+    import snn_reversible_plugin as srp
+    model = srp.convert_to_reversible(model)
+
+Here you can look before you change a line:
+
+[bold]python -m snn_reversible_plugin demo[/]
+    One network trained twice on event data, stock and converted: a table, and
+    a picture of the memory over a training step. Needs the extra "all".
+
+[bold]python -m snn_reversible_plugin report train.py:Net --shape 8,16,2,32,32[/]
+    Your own model: what each layer holds and what stands at the peak, stock
+    and converted. --plot report.png draws it.
+
+[bold]python -m snn_reversible_plugin fit train.py:Net --shape 8,N,2,32,32[/]
+    How large a batch N fits, stock and in each mode. --budget 8GiB says into
+    what, --plot fit.png draws it.
+
+train.py:Net is a file, or a module as in my_package.models, and the name of
+what makes the model in it: a function or class that is called without
+arguments, or the model itself. --help after a command lists its options."""
+NEXT = """
+What to try next, on your own model and batch:
+    python -m snn_reversible_plugin report train.py:Net --shape 8,16,2,32,32
+    srp.verify(model, x).print()          (in Python: is it right?)"""
+FACTORY = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODULE:FACTORY", help="What makes the model: a module or a file, and a name in it."
+    ),
+]
+
+
+@app.callback(invoke_without_command=True)
+def explain(context: typer.Context) -> None:
+    """Train spiking neural networks in a small part of their memory."""
+    if context.invoked_subcommand is None:
+        Console().print(EXPLANATION, highlight=False)
+
 
 class Mode(StrEnum):
-    """What is replayed: everything replayable, only what needs no convolution or product, or what has to be
-    for the peak of the first."""
+    """What is replayed: everything replayable, only what needs no convolution or product, what has to be
+    for the peak of the first, or everything, with the largest layers a slice of the batch at a time."""
 
     memory = "memory"
     speed = "speed"
     auto = "auto"
+    minimal = "minimal"
 
 
 ModeOption = Annotated[
-    Mode, typer.Option(help="Spare memory all you can, keep stock's speed, or both where the peak allows.")
+    Mode,
+    typer.Option(
+        help="Spare memory all you can, keep stock's speed, both where the peak allows, or the least peak."
+    ),
 ]
 
 
@@ -73,13 +126,14 @@ def demo(
     )
     console.print(comparison.table())
     _save(comparison, plot, console)
+    console.print(NEXT, highlight=False)
     if comparison.equal_steps < len(comparison.stock.losses):
         raise typer.Exit(1)
 
 
 @app.command()
 def report(
-    factory: Annotated[str, typer.Argument(metavar="PACKAGE.MODULE:FACTORY", help="What makes the model.")],
+    factory: FACTORY,
     shape: Annotated[
         list[str],
         typer.Option(help="Input's shape, as in 8,16,2,32,32; once for each input of the model."),
@@ -101,11 +155,12 @@ def report(
     model = _build(factory).to(device)
     console = Console()
     inputs = [torch.rand(sizes, device=device) for sizes in shapes]
+    _run_once(model, inputs)
     try:
         convert_to_reversible(model, mode=mode.value)
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error), param_hint="FACTORY") from error
-    with console.status("two steps, stock and converted"):
+    with console.status("training steps, stock and converted"):
         result = memory_report(model, *inputs)
     result.print()
     if plot is not None:
@@ -114,7 +169,7 @@ def report(
 
 @app.command()
 def fit(
-    factory: Annotated[str, typer.Argument(metavar="PACKAGE.MODULE:FACTORY", help="What makes the model.")],
+    factory: FACTORY,
     shape: Annotated[
         list[str],
         typer.Option(
@@ -129,6 +184,7 @@ def fit(
         list[int] | None, typer.Option(min=1, help="T; give it once for each number to try.")
     ] = None,
     device: Annotated[str, typer.Option(help="Where the model and its input live.")] = "cpu",
+    plot: Annotated[Path | None, typer.Option(help="Also draw the batches, to this file.")] = None,
 ) -> None:
     """Show how large a batch fits into a budget of memory, stock and in each mode, and what a step takes.
 
@@ -138,7 +194,7 @@ def fit(
     import torch
 
     from snn_reversible_plugin.convert import convert_to_reversible, restore
-    from snn_reversible_plugin.reports.fit import fit, fit_table
+    from snn_reversible_plugin.reports.fit import Fits, fit
 
     def shapes(count: int | None, batch: int) -> list[tuple[int, ...]]:
         sizes = {"N": batch} | ({} if count is None else {"T": count})
@@ -146,10 +202,10 @@ def fit(
 
     if not all("N" in text.split(",") for text in shape):
         raise typer.BadParameter("it needs N where the batch goes, as in 8,N,2,32,32", param_hint="--shape")
-    model, console, found = _build(factory).to(device), Console(), []
+    model, console, found = _build(factory).to(device), Console(), Fits()
     counts: list[int | None] = [*steps] if steps else [None]
     for count in counts:
-        shapes(count, 1)
+        _run_once(model, [torch.rand(sizes, device=device) for sizes in shapes(count, 2)])
 
         def inputs(batch: int, count: int | None = count) -> tuple[Any, ...]:
             return tuple(torch.rand(sizes, device=device) for sizes in shapes(count, batch))
@@ -158,17 +214,45 @@ def fit(
             with console.status(mode if count is None else f"{mode}, T={count}"):
                 try:
                     restore(model) if mode == "stock" else convert_to_reversible(model, mode=mode)
-                    found.append((mode, count, fit(model, inputs, budget)))
+                    found.rows.append((mode, count, fit(model, inputs, budget)))
                 except (TypeError, ValueError) as error:
                     raise typer.BadParameter(str(error), param_hint="FACTORY or --budget") from error
-    console.print(fit_table(found))
+    console.print(found.table())
+    if plot is not None:
+        _save(found, plot, console)
 
 
 def _save(result: Any, path: Path, console: Console) -> None:
-    """Write ``result.plot()`` to ``path``."""
+    """Write ``result.plot()`` to ``path``; without matplotlib there is a line that names the extra."""
+    try:
+        figure = result.plot()
+    except ImportError as error:
+        console.print(f"no picture: {error}", soft_wrap=True, markup=False)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    result.plot().savefig(path)
-    console.print(f"picture: {path}", soft_wrap=True)
+    figure.savefig(path)
+    console.print(f"picture: {path}", soft_wrap=True, markup=False)
+
+
+def _run_once(model: "nn.Module", inputs: Sequence[Any]) -> None:
+    """Refuse a shape that the model does not take, in the model's own words."""
+    import torch
+
+    from snn_reversible_plugin.modules.as_it_ran import unchanged
+
+    try:
+        with unchanged(model), torch.no_grad():
+            model(*inputs)
+    except Exception as error:
+        names = {module: name for name, module in model.named_modules()}
+        running = [frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__)]
+        inside = [names[one] for one in running if isinstance(one, torch.nn.Module) and one in names]
+        where = f" in {inside[-1]}" if inside and inside[-1] else ""
+        given = ", ".join("x".join(map(str, one.shape)) for one in inputs)
+        raise typer.BadParameter(
+            f"the model does not take an input of {given}: {type(error).__name__}{where}: {error}",
+            param_hint="--shape",
+        ) from None
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -185,6 +269,18 @@ def _shape(text: str) -> tuple[int, ...]:
     return sizes
 
 
+def _script(file: str) -> Any:
+    """A file as a module: what stands under ``if __name__ == "__main__"`` does not run."""
+    path = Path(file)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.resolve().parent))  # what lies beside a script is imported by it
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 def _build(target: str) -> Any:
     """The model that ``package.module:factory`` makes."""
     from torch import nn
@@ -192,13 +288,15 @@ def _build(target: str) -> Any:
     def refuse(why: str) -> typer.BadParameter:
         return typer.BadParameter(f"{target!r} {why}", param_hint="FACTORY")
 
-    module_name, colon, name = target.partition(":")
+    module_name, colon, name = target.rpartition(":")
     if not (module_name and colon and name):
-        raise refuse("names no factory: give package.module:factory, as in mypackage.models:build")
+        raise refuse("names no factory: give module:factory, as in mypackage.models:build or train.py:Net")
     try:
-        module = importlib.import_module(module_name)
+        module = (_script if module_name.endswith(".py") else importlib.import_module)(module_name)
     except ModuleNotFoundError as error:
         raise refuse(f"cannot be imported ({error}): run in its folder, or set PYTHONPATH") from error
+    except FileNotFoundError as error:
+        raise refuse("is not there: give the file's path from here") from error
     if not hasattr(module, name):
         raise refuse(f"is not there: {module_name} has no {name!r}")
     factory = getattr(module, name)

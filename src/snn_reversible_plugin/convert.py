@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -25,6 +25,7 @@ from snn_reversible_plugin.modules.checks import bytes_of, check_model, skipped_
 from snn_reversible_plugin.modules.kinds import is_spiking, load_adapters
 from snn_reversible_plugin.modules.registry import StaysStock, reversible_type, type_on_grid
 from snn_reversible_plugin.modules.swap import (
+    FUSED,
     NAME,
     ON_GRID,
     SETTINGS,
@@ -44,7 +45,7 @@ from snn_reversible_plugin.tape.settings import Settings, settings_for
 M = TypeVar("M", bound=nn.Module)
 _used: weakref.WeakKeyDictionary[nn.Module, dict[Any, Settings]] = weakref.WeakKeyDictionary()
 
-ARITHMETICS = ("auto", "grid", "stock")
+ARITHMETICS = ("auto", "fused", "grid", "stock")
 
 
 class Recorded(SwappedClass):
@@ -123,11 +124,16 @@ def convert_to_reversible(
             needs no convolution or matrix product. ``"auto"`` has the peak of ``"memory"``, and keeps
             results of convolutions and matrix products where that peak leaves room; the first step of a
             shape, and a network that is called several times before a backward, run as ``"memory"``.
+            ``"minimal"`` rebuilds and differentiates the largest layers a slice of the batch at a time: the
+            least peak, outputs of ``"memory"``, gradients equal to rounding, more time.
         arithmetic: ``"stock"``: outputs and gradients are stock's bit for bit. ``"auto"``: neurons stepped
             one time step at a time compute on multiples of 2^-16, which makes them reversible in time: they
             hold a spike bit and a fraction of a bit a step, and the gradient is the exact one of that
             forward; all else is stock's. ``"grid"``: so do the residual streams of MS-ResNet and its kind,
-            which are then undone from block to block.
+            which are then undone from block to block. ``"fused"``: as ``"auto"``, and SpikingJelly's
+            multi-step IF, LIF and ParametricLIF nodes keep float32 membranes where float16 or bfloat16
+            comes in, as stock's fused kernels have them in float32: on a GPU one launch instead of stock's
+            unfused code. Spikes differ where stock's half-precision membranes round.
         skip: names (as in ``named_modules``) or types of modules to leave as they are: their neurons stay
             stock and nothing that runs inside them is replayed.
         blocks: also turn chains of residual blocks into reversible ones, as :func:`wrap_residual_blocks`
@@ -139,8 +145,9 @@ def convert_to_reversible(
     Raises:
         TypeError: ``model`` is no ``nn.Module``, or is compiled or scripted.
         ValueError: an unknown ``mode`` or ``arithmetic``, a ``skip`` name that is not in the model,
-            ``"grid"`` where nothing can run on the grid, ``blocks`` without residual blocks, a budget that
-            is no number of bytes, or one together with ``"speed"``.
+            ``"grid"`` where nothing can run on the grid, ``"fused"`` where nothing is fused, ``blocks``
+            without residual blocks, a budget that is no number of bytes, or one together with ``"speed"``
+            or ``"minimal"``.
         RuntimeError: from the first forward of a shape that the budget can't take.
 
     Example:
@@ -200,6 +207,12 @@ def convert_to_reversible(
                 'arithmetic="grid": no neuron of the model can run on the grid, no residual stream needs '
                 f"it. {_reasons(settings.off_grid)}"
             )
+    if arithmetic == "fused" and not _fuse(module for module, _ in swaps):
+        restore(model)
+        raise ValueError(
+            'arithmetic="fused": no neuron of the model is fused; IFNode, LIFNode and ParametricLIFNode of '
+            'SpikingJelly 2.0 are. Use arithmetic="auto".'
+        )
     for module in skipped:
         swap(module, swapped_class(Skipped, type(module)))
     swap(model, swapped_class(Recorded, type(model)))
@@ -216,6 +229,14 @@ def _reasons(off_grid: dict[str, str]) -> str:
         f"{first}{f' and {len(others)} more' if others else ''}: {why}"
         for why, (first, *others) in names.items()
     )
+
+
+def _fuse(modules: Iterable[nn.Module]) -> int:
+    """Mark those that can have float32 membranes whatever comes in; how many."""
+    fused = [module for module in modules if getattr(module, "may_fuse", False)]
+    for module in fused:
+        FUSED.set(module, True)
+    return len(fused)
 
 
 def _put_streams_on_grid(model: nn.Module, skipped: set[int]) -> int:
@@ -263,6 +284,7 @@ def restore(model: M) -> M:
         NAME.clear(module)
         ON_GRID.clear(module)
         STRICT.clear(module)
+        FUSED.clear(module)
     for chain in wrapped_chains(model):
         if chain.by_conversion:
             chain.remove()
@@ -338,12 +360,14 @@ def stock(model: nn.Module) -> Iterator[None]:
 def differentiated(model: nn.Module) -> Iterator[None]:
     """Context manager: run a converted model in its own arithmetic, stock where that is stock, by autograd.
 
-    What neurons on the grid compute there is the specification of what they compute on the tape.
+    What neurons on the grid, and fused ones, compute there is the specification of what they compute on the
+    tape.
     """
     others = [
         module
         for module in model.modules()
-        if module is not model and not getattr(module, "is_set_for_grid", is_on_grid(module))
+        if module is not model
+        and not (getattr(module, "is_set_for_grid", is_on_grid(module)) or FUSED.of(module))
     ]
     with stock_classes(others), switches.autograd():
         yield
@@ -352,6 +376,11 @@ def differentiated(model: nn.Module) -> Iterator[None]:
 def is_on_grid(module: nn.Module) -> bool:
     """Whether a neuron, as it is set now, runs on the grid."""
     return getattr(module, "arithmetic", None) == "grid"
+
+
+def has_arithmetic_of_its_own(module: nn.Module) -> bool:
+    """Whether a neuron, as it ran last, computes something else than stock: on the grid, or fused."""
+    return is_on_grid(module) or getattr(module, "arithmetic", None) == "fused"
 
 
 def grid_bits(module: nn.Module) -> int | None:

@@ -30,6 +30,8 @@ from torch import nn
 from snn_reversible_plugin.convert import convert_to_reversible
 from snn_reversible_plugin.modules.as_it_ran import unchanged
 from snn_reversible_plugin.reports.measure import measure_step
+from snn_reversible_plugin.reports.over_step import OverStep, over_step
+from snn_reversible_plugin.reports.pictures import draw_over_step, new_figure
 
 try:
     from spikingjelly.activation_based import functional, layer, neuron, surrogate
@@ -89,6 +91,7 @@ class Run:
         accuracy: on the test part, from 0 to 1.
         held: bytes that live between forward and backward, beyond parameters and input.
         peak: bytes at the worst moment of a step, counted in the same way.
+        over: a step from beginning to end, counted by the CPU's allocator; None on other devices.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -96,6 +99,7 @@ class Run:
     accuracy: float = math.nan
     held: int = 0
     peak: int = 0
+    over: OverStep | None = None
 
 
 @dataclass
@@ -163,18 +167,20 @@ class Comparison:
         return table
 
     def plot(self) -> Any:
-        """The comparison as a matplotlib ``Figure``: both losses as curves, memory as bars."""
-        try:
-            from matplotlib.figure import Figure
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                f"a plot needs matplotlib ({error}): pip install 'snn-reversible-plugin[plot]'",
-                name=error.name,
-            ) from error
+        """The comparison as a matplotlib ``Figure``: memory over the step, both losses, memory as bars."""
         a, b = self.stock, self.converted
         grey, blue = "#b8bec8", "#1f5fbf"
-        figure = Figure(figsize=(10, 4), dpi=150, layout="constrained")
-        curve, bars = figure.subplots(1, 2, width_ratios=(3, 2))
+        if a.over is None or b.over is None:
+            figure = new_figure(10, 4)
+            curve, bars = figure.subplots(1, 2, width_ratios=(3, 2))
+        else:
+            figure = new_figure(10, 8)
+            places = figure.add_gridspec(2, 2, width_ratios=(3, 2))
+            over = figure.add_subplot(places[0, :])
+            draw_over_step(over, a.over, b.over)
+            over.set_title("memory over one training step")
+            over.spines[["top", "right"]].set_visible(False)
+            curve, bars = figure.add_subplot(places[1, 0]), figure.add_subplot(places[1, 1])
         curve.plot(a.losses, color=grey, linewidth=5, label="stock")
         curve.plot(b.losses, color=blue, linewidth=1, label="converted")
         curve.set(xlabel="training step", ylabel="loss", ylim=(0, None))
@@ -182,16 +188,15 @@ class Comparison:
         curve.legend(frameon=False)
 
         for shift, colour, run in ((-0.2, grey, a), (0.2, blue, b)):
-            places = [place + shift for place in (0, 1)]
-            drawn = bars.bar(places, [run.held / 1e6, run.peak / 1e6], 0.36, color=colour)
+            drawn = bars.bar([shift, 1 + shift], [run.held / 1e6, run.peak / 1e6], 0.36, color=colour)
             bars.bar_label(drawn, fmt="%.0f MB", padding=2)
         bars.set_xticks([0, 1], ["held between\nforward and backward", "peak of a step"])
         bars.set_yticks([])
         bars.margins(y=0.12)
         bars.set_title(
-            f"{a.held / b.held:.1f}x less held, {a.peak / b.peak:.1f}x less at the peak, "
+            f"{a.held / b.held:.0f}x less held, {a.peak / b.peak:.1f}x less at the peak, "
             f"{self.time_ratio:.2f}x the time",
-            fontsize="medium",
+            fontsize="small",
         )
         for axes in (curve, bars):
             axes.spines[["top", "right"]].set_visible(False)
@@ -323,6 +328,8 @@ class _Trainer:
         x, digit = x.to(self.device), digit.to(self.device)
         with unchanged(self.model):  # measuring takes steps of its own
             measured = measure_step(lambda: self.loss(x, digit))
+            if self.device.type == "cpu":
+                self.run.over = over_step(self.model, lambda: self.loss(x, digit))
         self.run.held, self.run.peak = measured.held, measured.peak
 
     @torch.no_grad()

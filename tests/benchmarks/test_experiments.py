@@ -17,7 +17,10 @@ from tests.examples.test_examples import nmnist_folder  # noqa: F401
 ARMS = ("RevSResNet24", "RevSResNet24, run plainly", "MS-ResNet20", "MS-ResNet20, trained on")
 SMALL = {
     "steps": ["--only", "chain-8", "--only", "leaky-loop", "--method", "memory", "--fits"],
+    "over-step": ["--only", "vgg"],
+    "fits": ["--only", "tutorial-6", "--method", "stock", "--method", "grid"],
     "drift": ["--only", "8", "--method", "float", "--method", "grid"],
+    "compiled": ["--method", "stock", "--method", "tape, memory"],
     "columns": ["--method", "published", "--method", "grid"],
     "parallel": [],
     "published": ["--only", "TET"],
@@ -30,6 +33,9 @@ SMALL = {
     "sltt": [],
     "long-sequences": ["--method", "reversible"],
     "time-accuracy": ["--method", "stock", "--method", "SLTT-5"],
+    "column-accuracy": ["--only", "events*", "--method", "columns, undone", "--method", "*plainly"],
+    "wrap-accuracy": ["--only", "events, SEW*"],
+    "compiled-accuracy": ["--method", "stock"],
     "block-accuracy": [argument for arm in ARMS for argument in ("--method", arm)],
 }
 
@@ -71,11 +77,18 @@ def test_what_the_figures_have_to_be(invoke):
         assert steps[f"{work} | memory"]["gradient_difference"] == 0
         assert steps[f"{work} | memory"]["held"] < steps[f"{work} | stock"]["held"]
     assert steps["leaky-loop | memory"]["largest"] >= steps["leaky-loop | stock"]["largest"] > 0
+    fits = invoke("fits")
+    batches = [fits[f"tutorial-6 | {method}"]["fits"]["8"] for method in ("stock", "grid")]
+    assert 0 < 5 * batches[0] < batches[1]
+    assert all(abs(entry["off"]) < 0.1 for entry in fits.values())
     drift = invoke("drift")
     assert drift["8 | float"]["max_error"] > 0 == drift["8 | grid"]["max_error"]
     assert drift["8 | grid"]["flipped_spikes"] == 0 < drift["8 | grid"]["spikes"]
     columns = invoke("columns")
-    assert columns["tiny, 4 | grid"]["max_error"] == 0 < columns["tiny, 4 | published"]["max_error"]
+    assert columns["narrow, 4 | grid"]["max_error"] == 0 < columns["narrow, 4 | published"]["max_error"]
+    assert (
+        3 * columns["narrow, 4 | grid"]["peak_beyond_gradients"] < columns["narrow, 4 | published"]["peak"]
+    )
     assert all(entry["differ"] == 0 for entry in invoke("reversal-rebuilt").values())
     gradients = {entry["node"]: entry["gradient"] for entry in invoke("coupled-times").values()}
     assert set(gradients.values()) == {"equal", ""} and gradients["autograd"] == "equal"
@@ -94,8 +107,21 @@ def test_what_networks_learn(invoke):
     assert all(0 <= entry["test_accuracy"] <= 1 for entry in invoke("time-accuracy").values())
 
 
+def test_what_columns_and_wrapped_networks_learn(invoke):
+    columns = invoke("column-accuracy")
+    ours, plain = (
+        columns[f"events, seed 0 | columns, {how}"]["losses"] for how in ("undone", "run plainly")
+    )
+    assert ours == plain != []
+    couplings = invoke("wrap-accuracy")
+    assert len({entry["trained"] for entry in couplings.values()}) == 1
+    losses = [entry["losses"] for entry in couplings.values()]
+    assert len(losses) == 3 and losses[0] != losses[1] != losses[2] != losses[0]
+    assert len(next(iter(couplings.values()))["after"]) == 3
+
+
 def test_pictures_are_drawn(invoke, tmp_path):
-    for name in ("steps", "block-accuracy", "time-accuracy"):
+    for name in ("steps", "over-step", "block-accuracy", "time-accuracy"):
         drawn = EXPERIMENTS[name].draw(invoke(name), tmp_path, "cpu")
         assert drawn and all(path.stat().st_size > 1000 for path in drawn)
 

@@ -65,6 +65,11 @@ def test_values_are_filled_and_held_to_the_results(asked, written):
     assert pages.problems(filled.replace(written, "7.77x"), RESULTS)  # stale
 
 
+def test_a_value_that_would_end_its_paragraph_is_found():
+    text = pages.rendered("It is\n<!-- value: cpu/net | memory/held as .1f MiB --><!-- end -->.", RESULTS)
+    assert any("begins a line" in problem for problem in pages.problems(text, RESULTS))
+
+
 def test_a_value_from_nowhere_is_an_error():
     with pytest.raises(KeyError, match=r"ends at \'net \| grid\'"):
         pages.rendered("<!-- value: cpu/net | grid/held as .1f x --><!-- end -->", RESULTS)

@@ -8,6 +8,8 @@ from spikingjelly.activation_based import neuron, surrogate
 from torch import nn
 
 import snn_reversible_plugin as srp
+from snn_reversible_plugin.grid.products import Room
+from snn_reversible_plugin.ops import devices
 from snn_reversible_plugin.reports.measure import count_step
 from tests.blocks.test_chain import assert_same
 from two_processes import together
@@ -249,6 +251,53 @@ def test_the_outputs_may_be_changed_after_the_backward_and_copies_train():
     other = copy.deepcopy(model)
     other.load_state_dict(model.state_dict())
     assert_same(step(model, frames()), step(other, frames()))
+
+
+# A device: nobody looks at alpha in a forward. The CPU stands in for it.
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """How often somebody has looked at the factors."""
+    monkeypatch.setattr(devices, "HOSTS", frozenset())
+    found, look = [], Room.look
+    monkeypatch.setattr(Room, "look", lambda *args: found.append(1) or look(*args))
+    return found
+
+
+def change(model, by):
+    with torch.no_grad():
+        for alpha in model.alphas.parameters():
+            alpha.mul_(by)
+
+
+@pytest.mark.parametrize("alphas", list(ALPHAS))
+def test_on_a_device_the_columns_equal_the_plain_run(alphas, looks):
+    model = make(alphas=alphas, check=True, tops_at=(1,))
+    against_plain(model, frames())
+    assert len(looks) == 3  # in the first forward, and at the end of both backwards
+    change(model, -0.6)
+    states, _ = model(frames()[0])
+    assert len(looks) == 3
+    states[0].sum().backward(retain_graph=True)
+    states[0].sum().backward()
+    against_plain(model, frames())
+
+
+def test_on_a_device_an_alpha_that_left_its_room_is_named_and_has_room_then(looks):
+    model = make()
+    change(model, 0.99)
+    step(model, frames())
+    change(model, 0.4)
+    states, _ = model(frames()[0])
+    with pytest.raises(
+        OverflowError, match=r"step 3: level 2 .*'s product with alpha lost more.*run this step"
+    ):
+        sum(state.sum() for state in states).backward()
+    against_plain(model, frames())
+    weights = {name: value * 1e-3 for name, value in model.state_dict().items()}
+    model.load_state_dict(weights)
+    against_plain(model, frames())
 
 
 # Errors.

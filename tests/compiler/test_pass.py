@@ -8,6 +8,8 @@ from torch import nn
 
 import snn_reversible_plugin as srp
 from graph_only import GraphOnly
+from snn_reversible_plugin.compiler.passes import InputsAsTheyAre
+from snn_reversible_plugin.compiler.progress import compiling
 
 
 class Fire(torch.autograd.Function):
@@ -220,3 +222,23 @@ def test_sizes_that_change():
             gradients.append([parameter.grad for parameter in net.parameters()])
         assert all(map(torch.equal, *gradients))
     assert len(backend.packing.regions) == 4
+
+
+def test_an_input_that_is_saved_keeps_its_layout():
+    """Inductor is told that it is visible; a backward, which returns gradients, says nothing of that."""
+    graph = torch.fx.Graph()
+    weight = graph.placeholder("weight")
+    result = graph.call_function(torch.ops.aten.relu.default, (weight,))
+    output = graph.output((result, weight, result))
+    InputsAsTheyAre()(graph)
+    assert "user_visible_output_idxs" not in output.meta
+    output.meta["user_visible_output_idxs"] = [0]
+    InputsAsTheyAre()(graph)
+    assert output.meta["user_visible_output_idxs"] == [0, 1]
+
+
+def test_a_compilation_says_what_it_is_at(caplog):
+    with caplog.at_level("INFO", "snn_reversible_plugin.compiler"), compiling(1200):
+        torch.compile(nn.Linear(2, 2), backend=GraphOnly())(torch.rand(1, 2)).sum().backward()
+    first, *_, stored, last = (record.message for record in caplog.records)
+    assert first.endswith("1,200 operations") and "MB stored" in stored and last.startswith("compiled in")

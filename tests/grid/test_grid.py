@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from snn_reversible_plugin import grid
 from snn_reversible_plugin.grid import decays
 from snn_reversible_plugin.grid.range import check_step
+from snn_reversible_plugin.grid.step import Record
 from snn_reversible_plugin.grid.step import reference as steps_torch
 from snn_reversible_plugin.neurons.on_grid.remainders import Remainders
 from snn_reversible_plugin.ops import forms
@@ -256,8 +257,8 @@ def assert_forms_agree(step: decays.Step, u: torch.Tensor, current: torch.Tensor
         form.fired(bits, again)
         assert torch.equal(again, spikes), name
         fired = torch.empty_like(u)
-        pieces, reach, new = form.charge(u, current, bits, step, True, out, (threshold, False, fired))
-        unrecorded, same_reach, none = form.charge(u, current, bits, step, False, torch.empty_like(u))
+        pieces, reach, new = form.charge(u, current, bits, step, Record(), out, (threshold, False, fired))
+        unrecorded, same_reach, none = form.charge(u, current, bits, step, None, torch.empty_like(u))
         assert none is None, name
         again = torch.empty_like(u)
         assert torch.equal(torch.as_tensor(new), torch.as_tensor(form.fire(out, threshold, False, again)))
@@ -366,7 +367,7 @@ def test_a_reach_sees_what_left_the_range(form, value):
     step = decays.Step(decays.decay_of(1.0, 1.0, 1.0, "lif"), 1.0, decays.NONE, 2.0**16)
     current = torch.zeros(1000)
     current[997] = value
-    _, reach, _ = form.charge(torch.zeros(1000), current, None, step, True, torch.empty(1000))
+    _, reach, _ = form.charge(torch.zeros(1000), current, None, step, Record(), torch.empty(1000))
     assert not reach < 256
     _, reach = form.reset(current, torch.zeros(1000), 1.0, None, 2.0**16, True, torch.empty(1000))
     assert not reach < 256
@@ -379,9 +380,9 @@ def test_how_many_bits_a_step_loses(form, beta, bits):
     u = torch.randn(n).mul_(2.0**16).round_().div_(2.0**16)
     beta = float(torch.tensor(beta))
     step = decays.Step(decays.decay_of(beta, beta, beta, "lif"), 1.0, decays.NONE, 2.0**16)
-    pieces, _, _ = form.charge(u, torch.zeros(n), None, step, True, torch.empty(n))
+    pieces, _, _ = form.charge(u, torch.zeros(n), None, step, Record(), torch.empty(n))
     assert 8 * sum(map(len, pieces)) / n <= bits
-    rest, _, _ = form.charge(torch.zeros(n), torch.zeros(n), None, step, True, torch.empty(n))
+    rest, _, _ = form.charge(torch.zeros(n), torch.zeros(n), None, step, Record(), torch.empty(n))
     assert beta <= 0.5 or sum(map(len, rest)) == 0
 
 

@@ -25,7 +25,7 @@ def integers(largest, count=4000):
 @pytest.mark.parametrize("bits", [0, 16, 23])
 @pytest.mark.parametrize("alpha", FACTORS)
 def test_every_value_comes_back(alpha, bits):
-    (factor,) = factors([torch.tensor(alpha)])
+    (factor,), _ = factors([torch.tensor(alpha)])
     # Of the range, what the product does not leave it with.
     in_range = abs(alpha) <= 1 or not abs(alpha) < LARGEST
     u = integers(2**24 if in_range else int(2**24 / abs(alpha)) - 1).float() * 2.0**-bits
@@ -40,7 +40,7 @@ def test_every_value_comes_back(alpha, bits):
     ("alpha", "bits_each"), [(1.0, 0), (-1.5, 0), (0.5, 1), (-0.99, 1), (0.4, 8 / 5), (0.01, 8)]
 )
 def test_what_is_stored(alpha, bits_each):
-    (factor,) = factors([torch.tensor([alpha])])
+    (factor,), _ = factors([torch.tensor([alpha])])
     _, record = multiply(torch.zeros(8000), factor, 16)
     assert 8 * sum(piece.nbytes for piece in record) == pytest.approx(8000 * bits_each, rel=1e-2)
 
@@ -48,7 +48,7 @@ def test_what_is_stored(alpha, bits_each):
 def test_a_factor_a_channel_and_layouts():
     torch.manual_seed(0)
     alpha = torch.tensor([0.5, -0.7, 1e-9, 1.3, 0.0, 0.1]).view(1, 6, 1, 1)
-    (factor,) = factors([alpha])
+    (factor,), _ = factors([alpha])
     assert factor.radix == 10 and factor.stores.flatten().tolist() == [0, 0, 1, 0, 1, 0]
     u = torch.randint(-(2**20), 2**20, (2, 6, 5, 3)).float() * 2.0**-16
     for layout in (torch.contiguous_format, torch.channels_last):
@@ -59,10 +59,10 @@ def test_a_factor_a_channel_and_layouts():
 
 
 def test_no_elements_and_no_factors():
-    (factor,) = factors([torch.tensor([0.3])])
+    (factor,), _ = factors([torch.tensor([0.3])])
     product, record = multiply(torch.zeros(0, 4), factor, 16)
     assert divide(product, factor, record, 16).shape == (0, 4)
-    assert factors([]) == []
+    assert factors([]) == ([], None)
 
 
 @pytest.mark.parametrize("radix", [1, 2, 3, 5, 6, 7, 16, 17, 255, 256])

@@ -13,8 +13,9 @@ from functorch.compile import min_cut_rematerialization_partition, nop
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 
-from snn_reversible_plugin.compiler.backend import as_planned
+from snn_reversible_plugin.compiler.backend import Backend, as_planned
 from snn_reversible_plugin.compiler.graph import is_view
+from snn_reversible_plugin.compiler.membranes import Region
 from snn_reversible_plugin.compiler.passes import Packing
 
 
@@ -53,3 +54,12 @@ class GraphOnly:
     @property
     def saved_bytes(self) -> int:
         return sum(one.numel() * one.element_size() for one in self.saved if isinstance(one, torch.Tensor))
+
+
+class WithoutInductor(Backend):
+    """The backend of ``srp.compile``: regions as Inductor gets them, run eagerly."""
+
+    def __call__(self, module: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        compiler = GraphOnly(self.mode)
+        compiler.packing = self.packing
+        return Region(compiler(module, inputs), self.calls)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from spikingjelly.activation_based import surrogate
 from torch.utils._python_dispatch import TorchDispatchMode
 
 try:
@@ -27,10 +28,12 @@ except (ImportError, AttributeError, RuntimeError) as error:
     pytest.skip(f"this Triton compiles no kernel ahead of time: {error}", allow_module_level=True)
 
 from snn_reversible_plugin.grid import decays
+from snn_reversible_plugin.grid.step import Record
 from snn_reversible_plugin.grid.step import on_triton as steps
 from snn_reversible_plugin.neurons.integrate_fire import on_triton as sequences
 from snn_reversible_plugin.neurons.integrate_fire.reference import Rule
 from snn_reversible_plugin.ops.bits import on_triton as bits
+from snn_reversible_plugin.spikingjelly.surrogates import as_autograd
 
 CAPABILITIES = [80, 89, 90]
 N, T = 4096, 4  # neurons and steps, unless a test says otherwise
@@ -74,7 +77,7 @@ class Launch(NamedTuple):
 class Allocations(TorchDispatchMode):
     """Nothing but new tensors and views of tensors: no value is asked for, and no kernel of torch runs."""
 
-    ALLOWED = ("empty", "empty_like", "view", "detach", "unbind", "zeros")
+    ALLOWED = ("empty", "empty_like", "view", "detach", "unbind", "zeros", "slice")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert func.overloadpacket.__name__ in self.ALLOWED, func
@@ -139,7 +142,7 @@ def floats(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def steps_there_and_back(reset: str, radix: int, beta: Any, theta: Any) -> None:
     step, u, x = step_of(reset, beta, theta, radix), floats(N), floats(N)
     before = None if reset == decays.NONE else torch.empty((N + 7) // 8, dtype=torch.uint8)
-    pieces, _, _ = steps.charge(u, x, before, step, True, floats(N), (theta, False, floats(N)))
+    pieces, _, _ = steps.charge(u, x, before, step, Record(), floats(N), (theta, False, floats(N)))
     record = pieces[0] if pieces else torch.empty(0, dtype=torch.uint8)
     steps.undo(u, x, before, step, record)
 
@@ -147,7 +150,7 @@ def steps_there_and_back(reset: str, radix: int, beta: Any, theta: Any) -> None:
 def at_once_there_and_back(to: float | None, radix: int, beta: Any, theta: Any) -> None:
     step, u, x = step_of(decays.NONE, beta, theta, radix), floats(N), floats(N)
     digits, planes, _, fired = steps.charge_and_reset(
-        u, x, step, to, True, (None, floats(N)), (theta, True, floats(N))
+        u, x, step, to, Record(), (None, floats(N)), (theta, True, floats(N))
     )
     nothing = torch.empty(0, dtype=torch.uint8)
     lost = (digits or [nothing])[0], (planes or [nothing])[0]
@@ -196,7 +199,13 @@ def test_every_kernel_of_a_step(launches, capability):
         fired = steps.fire(floats(N), 1.0, True, spikes)
         steps.reset(floats(N), spikes, 1.0, 0.0, 2.0**16, True, floats(N))
         steps.unreset(floats(N), fired, 1.0, 0.0, 2.0**16, planes)
-    assert len(launches) == 10
+        for name in steps._FORMULAS:
+            parameter = "slope" if name.endswith("fast_sigmoid") else "alpha"
+            steps.in_one_pass(name, {parameter: 2.0})(floats(N), 1.0, floats(N), floats(N))
+        known, rule = as_autograd(surrogate.ATan()), Rule(None, False, 1.0, 0.25, False)
+        given, made = (floats(N), floats(1)), (floats(N), floats(N))
+        steps.gradient(floats(N), given, rule, known, (floats(), 0.5), made)
+    assert len(launches) == 10 + 6 + 1
     for launch in launches[2:]:
         # A comparison has nothing to fuse.
         check_integers(launch._replace(fusion=False), capability)
@@ -229,6 +238,9 @@ def test_sequences(launches, capability, dtype):
         assert not launch.fusion
         compiled = launch.compiled(capability)
         assert not any("f64" in one or one.startswith("fma") for one in instructions(compiled))
+        # What becomes half precision is rounded to the nearest.
+        cast = re.findall(r"cvt\.(\w+)\.(?:satfinite\.)?b?f16(?:x2)?\.f32", compiled.asm["ptx"])
+        assert set(cast) <= {"rn"} and (dtype is torch.float32 or launch is forward or cast)
         check_resources(compiled)
 
 

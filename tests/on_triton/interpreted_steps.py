@@ -5,11 +5,19 @@ import random
 
 import numpy as np
 import pytest
+import snntorch
 import torch
+from spikingjelly.activation_based import surrogate
 from triton.runtime import interpreter
 
 from snn_reversible_plugin.grid import decays
-from snn_reversible_plugin.grid.step import on_triton, reference
+from snn_reversible_plugin.grid.step import Record, on_triton, reference
+from snn_reversible_plugin.neurons.integrate_fire.reference import Rule, fire_reset_vjp
+from snn_reversible_plugin.neurons.on_grid.remainders import Remainders
+from snn_reversible_plugin.neurons.surrogates import in_one_pass
+from snn_reversible_plugin.ops import devices
+from snn_reversible_plugin.snntorch.surrogates import known_surrogate
+from snn_reversible_plugin.spikingjelly.surrogates import as_autograd
 
 SCALE = 2.0**16
 RESETS = [decays.NONE, decays.SUBTRACT, decays.BEFORE, decays.AFTER]
@@ -43,16 +51,16 @@ def check(step: decays.Step, u: torch.Tensor, current: torch.Tensor, threshold) 
     assert torch.equal(ours, spikes)
 
     out, fired, their_out, their_fired = (torch.empty_like(u) for _ in range(4))
-    pieces, reach, new = on_triton.charge(u, current, bits, step, True, out, (threshold, False, fired))
+    pieces, reach, new = on_triton.charge(u, current, bits, step, Record(), out, (threshold, False, fired))
     _, their_reach, their_new = reference.charge(
-        u, current, bits, step, True, their_out, (threshold, False, their_fired)
+        u, current, bits, step, Record(), their_out, (threshold, False, their_fired)
     )
     assert same_bits(out, their_out) and torch.equal(fired, their_fired) and torch.equal(new, their_new)
     assert reach == their_reach
     assert same_bits(on_triton.undo(out, current, bits, step, record_of(pieces)), u)
 
     again = torch.empty_like(u)
-    nothing, same_reach, none = on_triton.charge(u, current, bits, step, False, again)
+    nothing, same_reach, none = on_triton.charge(u, current, bits, step, None, again)
     assert nothing == [] and none is None and same_reach == reach and same_bits(again, out)
     whole = step.reset in (decays.BEFORE, decays.AFTER)
     digit_bits = math.ceil(math.log2(step.decay.radix))
@@ -134,7 +142,7 @@ def test_resets_at_once_by_themselves_and_with_their_charge(n, size, each, to):
     theta = on_grid(n).abs() if each else 0.5
     step = step_of(float(torch.tensor(0.8)), decays.NONE, theta)
     h, s, after = (torch.empty_like(u) for _ in range(3))
-    _, reach, bits = reference.charge(u, current, None, step, True, h, (theta, True, s))
+    _, reach, bits = reference.charge(u, current, None, step, Record(), h, (theta, True, s))
     _, reach_after = reference.reset(h, s, step.theta, to, SCALE, True, after)
 
     found = torch.empty_like(u)
@@ -147,7 +155,7 @@ def test_resets_at_once_by_themselves_and_with_their_charge(n, size, each, to):
     for wanted in (torch.empty_like(u), None):
         fired, found = torch.empty_like(u), torch.empty_like(u)
         lost, overshoots, both, its_bits = on_triton.charge_and_reset(
-            u, current, step, to, True, (wanted, found), (theta, True, fired)
+            u, current, step, to, Record(), (wanted, found), (theta, True, fired)
         )
         assert wanted is None or same_bits(wanted, h)
         assert same_bits(found, after) and torch.equal(fired, s) and torch.equal(its_bits, bits)
@@ -182,10 +190,10 @@ def test_a_reach_sees_what_left_the_range(value):
     far[997] = value
     out = torch.empty(1000)
     for u, current in ((torch.zeros(1000), far), (far, torch.zeros(1000))):
-        _, reach, _ = on_triton.charge(u, current, None, step, True, out)
+        _, reach, _ = on_triton.charge(u, current, None, step, Record(), out)
         assert not reach < 256
     # What a charge brings back into the range was lost before it.
-    _, reach, _ = on_triton.charge(far, -far, None, step, True, out)
+    _, reach, _ = on_triton.charge(far, -far, None, step, Record(), out)
     assert value == 256.0 or not reach < 256
     _, reach = on_triton.reset(far, torch.zeros(1000), 1.0, None, SCALE, True, out)
     assert not reach < 256
@@ -197,7 +205,7 @@ def test_what_a_record_has_no_room_for_is_not_lost_in_silence(beta):
     learned = decays.Decay(torch.tensor(beta), None, None, None, step.decay.radix, False)
     u, out = on_grid(1000), torch.empty(1000)
     _, reach, _ = on_triton.charge(
-        u, torch.zeros(1000), None, decays.Step(learned, 1.0, decays.NONE, SCALE), True, out
+        u, torch.zeros(1000), None, decays.Step(learned, 1.0, decays.NONE, SCALE), Record(), out
     )
     assert reach.isnan()
 
@@ -207,7 +215,85 @@ def test_an_overshoot_that_takes_more_than_its_planes_is_not_lost_in_silence():
     step = step_of(0.75, decays.AFTER, theta)
     bits = reference.fire(h, theta, False, torch.empty(9))
     for lost in (
-        on_triton.charge(h, torch.zeros(9), bits, step, True, torch.empty(9))[1],
+        on_triton.charge(h, torch.zeros(9), bits, step, Record(), torch.empty(9))[1],
         on_triton.reset(h, torch.ones(9), theta * SCALE, 0.0, SCALE, True, torch.empty(9))[1],
     ):
         assert lost.isnan()
+
+
+def test_a_reach_goes_on_from_step_to_step():
+    step = step_of(1.0, decays.NONE, 1.0)
+    zeros, out, reach = torch.zeros(40), torch.empty(40), None
+    for far in (3.0, 200.0, 7.0):
+        _, reach, _ = on_triton.charge(zeros, zeros + far, None, step, Record(reach), out)
+    assert reach == 200.0
+    _, _, same, _ = on_triton.charge_and_reset(
+        zeros, zeros + 250.0, step, 0.0, Record(reach), (None, out), (1.0, True, torch.empty(40))
+    )
+    assert same is reach and reach == 250.0
+
+
+def test_what_a_step_wrote_down_is_one_stretch_of_memory():
+    step, u = step_of(0.9, decays.NONE, 0.5), on_grid(41)
+    store = Remainders(u)
+    devices.HOSTS, hosts = frozenset(), devices.HOSTS
+    try:
+        lost, overshoot, _, bits = on_triton.charge_and_reset(
+            u, torch.randn(41), step, 0.0, Record(), (None, torch.empty(41)), (0.5, True, torch.empty(41))
+        )
+        store.append(lost)
+        store.append([bits, *overshoot])
+        store.append([bits, *lost])
+    finally:
+        devices.HOSTS = hosts
+    records = [torch.as_tensor(store.record(index)) for index in range(3)]
+    assert records[1].data_ptr() == bits.data_ptr() and len(records[1]) == 6 + 3 * 41
+    assert torch.equal(records[1], torch.cat((bits, *overshoot)))
+    assert torch.equal(records[2], torch.cat((bits, *lost)))
+
+
+KNOWN = [
+    as_autograd(getattr(surrogate, name)(alpha=alpha))
+    for name, alpha in (
+        ("ATan", 2.3),
+        ("ATan", 1.0),
+        ("PiecewiseQuadratic", 1.3),
+        ("SoftSign", 2.0),
+        ("SuperSpike", 1.7),
+    )
+] + [known_surrogate(snntorch.surrogate.atan(2.0)), known_surrogate(snntorch.surrogate.fast_sigmoid(25))]
+
+
+@pytest.mark.parametrize("known", KNOWN, ids=lambda known: known.name)
+def test_surrogates(known):
+    write = on_triton.in_one_pass(known.name, dict(known.parameters))
+    for n, theta in ((0, 1.0), (1, 0.5), (1031, torch.tensor(0.7)), (1031, torch.rand(1031))):
+        h, g, out = torch.randn(n).mul_(3), torch.randn(n), torch.empty(n)
+        write(h, theta, g, out)
+        assert same_bits(out, known.vjp(g, h - theta))
+    assert in_one_pass(known, torch.device("cpu")) is not None or not known.name.startswith("snntorch")
+    assert on_triton.in_one_pass("spikingjelly.Sigmoid.backward", {"alpha": 4.0}) is None
+
+
+@pytest.mark.parametrize("detach", [False, True])
+@pytest.mark.parametrize("to", [None, 0.0, -0.25])
+def test_gradients_of_a_step(to, detach):
+    """As the specification has them, of spikes, of the membrane, and of both."""
+    rule, n = Rule(None, False, 0.5, to, detach), 1031
+    for number, known in enumerate(one for one in KNOWN if not one.strict):
+        h = torch.randn(n).mul_(4).round_().div_(4)  # some at the threshold
+        beta = torch.tensor(0.7) if number % 2 else 0.7
+        gain = None if number % 2 else 0.3
+        everywhere = torch.randn(1)
+        for g_s, g_v in (
+            (torch.randn(n), torch.randn(n)), (torch.randn(n), None), (None, torch.randn(n)),
+            (everywhere, torch.randn(n)), (everywhere, None),
+        ):  # fmt: skip
+            wide = None if g_s is None else g_s.expand(n)
+            g = fire_reset_vjp(h, wide, g_v, rule, known)
+            by_v, by_x = torch.empty(n), torch.empty(n)
+            on_triton.gradient(h, (g_s, g_v), rule, known, (beta, gain), (by_v, by_x))
+            assert same_bits(by_x, g if gain is None else g * gain), known.name
+            assert same_bits(by_v, g * beta), known.name
+            on_triton.gradient(h, (g_s, g_v), rule, known, (beta, gain), (None, by_v))
+            assert same_bits(by_v, by_x)

@@ -28,7 +28,10 @@ def run(group: str, interpreted: bool) -> None:
     assert result.returncode == 0 and re.search(r"\d+ passed", found), found
 
 
-@pytest.mark.parametrize("group", ["interpreted_bits", "interpreted_steps", "interpreted_sequences"])
+GROUPS = ["interpreted_bits", "interpreted_steps", "interpreted_sequences", "interpreted_training"]
+
+
+@pytest.mark.parametrize("group", GROUPS)
 def test_interpreted_kernels_give_the_bits_of_their_references(group):
     run(group, interpreted=True)
 

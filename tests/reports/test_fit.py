@@ -11,6 +11,7 @@ from snn_reversible_plugin.__main__ import app
 from snn_reversible_plugin.modules.checks import bytes_of
 from snn_reversible_plugin.reports.fit import fit
 from snn_reversible_plugin.reports.measure import count_step
+from snn_reversible_plugin.tape.settings import MODES
 
 
 def build():
@@ -117,7 +118,7 @@ def test_the_command(tmp_path, monkeypatch):
         if "│" in line
     ]
     batches = {(mode, steps): int(batch) for mode, steps, batch, *_ in rows}
-    assert batches.keys() == {(mode, "4") for mode in ("stock", "memory", "speed", "auto")}
+    assert batches.keys() == {(mode, "4") for mode in ("stock", *MODES)}
     assert batches["stock", "4"] < batches["memory", "4"]
     refused = CliRunner().invoke(app, [*arguments, "--shape", "4,8,16"], env={"COLUMNS": "200"})
     assert refused.exit_code != 0

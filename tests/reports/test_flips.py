@@ -8,7 +8,7 @@ from spikingjelly.activation_based import neuron
 from torch import nn
 
 from snn_reversible_plugin.blocks import RevSBlock, RevSSequence
-from snn_reversible_plugin.models import RevSResNet
+from snn_reversible_plugin.models import RevSResNet, TRevSNN
 from snn_reversible_plugin.reports.flips import counting_flips
 from tests.blocks.test_chain import Loop, chain, step
 
@@ -96,8 +96,25 @@ def test_several_chains_and_none():
         assert "call backward first" in str(flips)
     out.sum().backward()  # outside: what was asked for at the forward holds
     assert list(flips.chains) == ["stages.0", "stages.2"] and flips.flipped_spikes == 0 < flips.spikes
-    with pytest.raises(ValueError, match="no RevSSequence"), counting_flips(nn.Linear(2, 2)):
+    with pytest.raises(ValueError, match="no RevSSequence or RevSColumns"), counting_flips(nn.Linear(2, 2)):
         pass
+
+
+def test_columns_are_counted_too():
+    torch.manual_seed(0)
+    found = {}
+    for bits in (16, None):
+        model = TRevSNN((2, 3, 4, 4), steps=8, num_classes=3, auxiliary=False, bits=bits, alpha=0.1)
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight)  # so that neurons fire
+        with counting_flips(model) as flips:
+            model(torch.randn(2, 3, 32, 32)).sum().backward()
+        found[bits] = flips
+        assert list(flips.chains) == ["columns"] and not model.columns.check
+    ours, floats = found[16], found[None]
+    assert ours.flipped_spikes == ours.chains["columns"].flipped_bits == 0 < ours.spikes == floats.spikes
+    assert floats.flipped_spikes > 0 and floats.chains["columns"].by_branch
 
 
 def test_walking_the_graph_twice_counts_twice_the_same():

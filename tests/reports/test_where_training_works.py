@@ -152,3 +152,63 @@ def test_zero_has_no_sign_and_a_difference_is_one():
     net.other = 1e-3
     wrong = srp.verify(net, INPUT, repeats=1)
     assert not wrong.ok and wrong.output_difference == pytest.approx(1e-3)
+
+
+class Scaled(torch.autograd.Function):
+    """Its gradient is what it is told to be."""
+
+    factor = staticmethod(lambda: 1.0)
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.factor = Scaled.factor()
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.factor
+
+
+class WithAGradient(Base):
+    def forward(self, x):
+        return super().forward(Scaled.apply(x * 1))
+
+
+def converted_runs():
+    return srp.tape.current() is not None
+
+
+def verified(monkeypatch, factor):
+    calls = []
+
+    def next_factor():
+        calls.append(converted_runs())
+        return factor(calls)
+
+    monkeypatch.setattr(Scaled, "factor", staticmethod(next_factor))
+    return srp.verify(srp.convert_to_reversible(WithAGradient(), arithmetic="stock"), INPUT, repeats=1)
+
+
+def test_a_stock_that_settles_is_what_counts(monkeypatch):
+    """As TorchScript's, whose first calls add up in another order."""
+    assert verified(monkeypatch, lambda calls: 0.5 if len(calls) == 1 else 1.0).ok
+
+
+@pytest.mark.parametrize(
+    "factor",
+    [
+        lambda calls: 1.0 + calls[-1],
+        lambda calls: 1.0 + any(calls),  # the fault stays, so that stock has it from then on
+        lambda calls: 0.5 if len(calls) == 1 else 1.0 + any(calls),
+    ],
+    ids=["each time", "for good", "for good, after stock settled"],
+)
+def test_a_difference_of_the_gradients_alone_is_reported_always(monkeypatch, factor):
+    found = verified(monkeypatch, factor)
+    assert found.outputs_equal and not found.gradients_equal and not found.ok
+    assert found.gradient_difference > 0 and not found.unseen
+
+
+def test_a_stock_that_is_never_the_same_is_said_to_be(monkeypatch):
+    found = verified(monkeypatch, lambda calls: float(len(calls)))
+    assert not found.ok and any("stock itself" in one.operation for one in found.unseen)

@@ -12,7 +12,7 @@ from spikingjelly.activation_based import functional, neuron, surrogate
 
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.reports.measure import AllocationCounter
-from snn_reversible_plugin.spikingjelly import analytic
+from snn_reversible_plugin.spikingjelly import agreement
 from snn_reversible_plugin.spikingjelly.copies import installed
 from snn_reversible_plugin.spikingjelly.surrogates import proved
 from spikingjelly_against_stock import (
@@ -330,7 +330,8 @@ def test_what_is_held():
 
 
 def test_an_arithmetic_that_differs_from_the_installed_one_is_not_used(monkeypatch):
-    analytic._agrees.cache_clear()
+    agreement.agrees.cache_clear()
     monkeypatch.setattr(functional, "lif_multi_step", lambda x, *args: (x.relu(), x[-1].relu(), None))
-    assert not analytic._agrees(installed(), "LIF", True, True, True, "ATan")
-    analytic._agrees.cache_clear()
+    case = agreement.Case("LIF", True, True, True, "ATan")
+    assert not agreement.agrees(installed(), case)
+    agreement.agrees.cache_clear()

@@ -147,17 +147,24 @@ def interrupt_everywhere(name, opcodes, most):
     with Interrupt(None, opcodes) as counted:
         training.step()
     assert counted.events > 100
-    places = range(1, counted.events + 1)
+    places, tried = range(1, counted.events + 1), 0
     for at in sorted(random.Random(0).sample(places, most)) if len(places) > most else places:
         training.start()
         interrupt = Interrupt(at, opcodes)
-        with pytest.raises(KeyboardInterrupt), interrupt:
-            training.step()
+        try:
+            with interrupt:
+                training.step()
+        except KeyboardInterrupt:
+            tried += 1
+        else:  # a later step is a few lines shorter, by what is cached
+            assert interrupt.where is None, f"an interrupt at {interrupt.where} was swallowed"
         found = training.result()
         assert_thread_is_clean()
         for ours, fresh in zip(found, expected, strict=True):
             same = ours is fresh is None or torch.equal(ours, fresh)
             assert same, f"after an interrupt at {interrupt.where}"
+    assert tried > 0.9 * min(len(places), most)
+    print(f"{name}: {tried} interrupts")
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -17,9 +17,9 @@ from torch.autograd.function import once_differentiable
 
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.blocks.coupling import Streams, couple, entered
-from snn_reversible_plugin.blocks.inner_backward import sharded_modules
+from snn_reversible_plugin.blocks.inner_backward import Totals, sharded_modules
 from snn_reversible_plugin.blocks.promised_states import PromisedStates, Undoing
-from snn_reversible_plugin.blocks.second_run import BranchRun, How
+from snn_reversible_plugin.blocks.second_run import BranchRun, How, shared_parameters
 from snn_reversible_plugin.blocks.unchanged import Unchanged
 from snn_reversible_plugin.blocks.undo import Flips, Undo, difference, flipped
 from snn_reversible_plugin.grid import reach, watch
@@ -27,7 +27,7 @@ from snn_reversible_plugin.modules.kinds import load_adapters
 from snn_reversible_plugin.modules.states import Key, state_tensors
 from snn_reversible_plugin.ops.batched import comes_again, one_by_one
 from snn_reversible_plugin.ops.layouts import with_strides
-from snn_reversible_plugin.tape.handles import checksum
+from snn_reversible_plugin.tape.unseen import checksum
 
 # NOTE [How the backward walks]
 #
@@ -80,8 +80,11 @@ class _Run:
         self.bits, self.check = chain.bits, chain.check
         self.carries = chain.states == "carry"
         load_adapters()
-        how = How(chain.mode, observe=chain.check, inspect=chain.check or not chain._inspected)
+        how = How(
+            tape.mode_inside(chain.mode), observe=chain.check, inspect=chain.check or not chain._inspected
+        )
         self.branches = [BranchRun(*update, how) for update in updates]
+        self.shared = shared_parameters(self.branches)
         self.strides: list[tuple[int, ...]] = []
         self.checksums: list[Tensor] = []
         self.exits: list[tuple[dict[str, Any], str]] = []
@@ -164,7 +167,8 @@ class _Run:
         if not torch.equal(checksum(rebuilt), self.checksums[index]):
             raise RuntimeError(
                 f"{self.branches[index].name}: the rebuilt input differs from the forward's. The branch is "
-                "not deterministic, reads something that has changed, or a stream left the grid's range."
+                "not deterministic, reads something that has changed, or a stream left the grid's range. "
+                "Make it deterministic, lower its gain, or set reversible=False."
             )
 
     def backward(
@@ -190,7 +194,7 @@ class _Run:
         (a, b), (g_a, g_b) = self._last(outs), g_streams
         outs.clear()
         del g_streams
-        totals: dict[int, Tensor] = {}
+        totals = Totals(self.shared)
         for name, output in (("first", a), ("second", b)):
             self.watch(f"the output's {name} stream", output)
         flips: dict[str, Flips] = {}
@@ -207,9 +211,8 @@ class _Run:
                 (leaf,), kept.pop(), parameters, undo, arrived, g_states
             )
             for parameter, g_p in zip(parameters, g_parameters, strict=True):
-                if g_p is not None:
-                    total = totals.get(id(parameter))
-                    totals[id(parameter)] = g_p if total is None else total + g_p
+                totals.add(parameter, g_p)
+            del g_parameters
             a, b = undo.rebuilt, a
             g_a, g_b = g_b, g_total
             if self.check:

@@ -12,7 +12,7 @@ and O(1) Inference Cost", ICML 2024 (arXiv 2405.16466), after Cai et al., "Rever
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from snn_reversible_plugin import tape
 from snn_reversible_plugin.blocks.columns_function import States, next_state, run_reversibly
 from snn_reversible_plugin.blocks.undo import Rebuild
 from snn_reversible_plugin.grid import check_bits
+from snn_reversible_plugin.grid.products import Room
 from snn_reversible_plugin.modules.states import fresh_states
 
 
@@ -30,6 +31,13 @@ class Columns(NamedTuple):
     Attributes:
         states: of every level after the last time step, from the first level to the top one.
         tops: of the top level after each of the time steps in ``tops_at``.
+
+    Example:
+        >>> import torch
+        >>> found = Columns((torch.zeros(2, 3),), ())
+        >>> states, tops = found
+        >>> states[-1].shape, tops
+        (torch.Size([2, 3]), ())
     """
 
     states: tuple[Tensor, ...]
@@ -120,6 +128,8 @@ class RevSColumns(nn.Module):
         self.reversible = True
         self.last_rebuild: Rebuild | None = None
         self._inspected = False
+        self._room = Room()
+        self.register_load_state_dict_post_hook(_forget)
 
     def extra_repr(self) -> str:
         return f"tops_at={self.tops_at}, bits={self.bits}"
@@ -160,6 +170,10 @@ class RevSColumns(nn.Module):
             if step in self._tops_before_the_end():
                 tops.append(states[-1])
         return tuple(states), tuple(tops)
+
+
+def _forget(columns: RevSColumns, _keys: Any) -> None:
+    columns._room = Room()  # other factors
 
 
 def _parameter(alpha: nn.Parameter | float) -> nn.Parameter:

@@ -6,7 +6,8 @@ below finds the state above as it was a step before. Source: Hu et al., ICML 202
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,16 +16,17 @@ from torch.autograd.function import once_differentiable
 
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.blocks.coupling import couple
-from snn_reversible_plugin.blocks.second_run import BranchRun, How
+from snn_reversible_plugin.blocks.inner_backward import Totals
+from snn_reversible_plugin.blocks.second_run import BranchRun, How, shared_parameters
 from snn_reversible_plugin.blocks.unchanged import Unchanged
 from snn_reversible_plugin.blocks.undo import Flips, difference, flipped
-from snn_reversible_plugin.grid import decay, reach, sub_snapped_, watch
+from snn_reversible_plugin.grid import decay, reach, sub_snapped_, watch, when_over
 from snn_reversible_plugin.grid.products import Factor, divide, factors, multiply
 from snn_reversible_plugin.modules.kinds import load_adapters
 from snn_reversible_plugin.modules.states import Key
 from snn_reversible_plugin.ops.batched import comes_again, one_by_one
 from snn_reversible_plugin.ops.layouts import with_strides
-from snn_reversible_plugin.tape.handles import checksum
+from snn_reversible_plugin.tape.unseen import checksum
 
 # NOTE [How columns walk back]
 #
@@ -41,6 +43,11 @@ from snn_reversible_plugin.tape.handles import checksum
 # (x1, c1(0)) is alpha c0(0), so c0(0) is; then step 0 has its gradients and nothing to rebuild.
 
 States = tuple[Tensor, ...]
+_OF_ROOM = (
+    "Its magnitude became less than half, or too large, since the last backward, which made room for the "
+    "remainders. There is room for it now: run this step again (capture a CUDA graph again), and change "
+    "alpha less in one."
+)
 
 
 def next_state(name: str, before: Tensor | None, alpha: Tensor, out: Tensor, bits: int | None) -> Tensor:
@@ -80,7 +87,9 @@ class _Run:
         places = {id(x): place for place, x in enumerate(inputs)}
         self.places = [places[id(x)] for x in xs]  # of each step's input among the inputs
         load_adapters()
-        how = How(columns.mode, observe=self.check, inspect=self.check or not columns._inspected)
+        how = How(
+            tape.mode_inside(columns.mode), observe=self.check, inspect=self.check or not columns._inspected
+        )
         self.branches = [
             [
                 BranchRun(f"step {step}: level {k} ({level._get_name()})", level, None, how)
@@ -88,11 +97,15 @@ class _Run:
             ]
             for step, levels in enumerate(columns.subnets)
         ]
+        self.shared = shared_parameters(branch for of_step in self.branches for branch in of_step)
         alphas = [list(of_step) for of_step in columns.alphas]
         self.alphas = alphas
         self.factors: list[list[Factor]] = []
+        self.seen: Tensor | None = None
         if self.bits is not None:
-            found = iter(factors([alpha for of_step in alphas for alpha in of_step]))
+            every = [alpha for of_step in alphas for alpha in of_step]
+            known, self.seen = factors(every, columns._room)
+            found = iter(known)
             self.factors = [[next(found) for _ in of_step] for of_step in alphas]
         self.strides: list[list[tuple[int, ...]]] = []
         self.checksums: list[list[Tensor]] = []
@@ -163,9 +176,11 @@ class _Run:
         Returns:
             The parameters' gradients by their ids.
         """
-        totals: dict[int, Tensor] = {}
+        totals = Totals(self.shared)
         g_of_neurons: dict[Key, Tensor] = {}
         flips: dict[str, Flips] = {}
+        if self.seen is not None:
+            when_over(partial(self.columns._room.look, self.seen))
         for k, state in enumerate(states):
             self._watch(f"level {k}'s last state", state)
         for step in range(self.steps - 1, -1, -1):
@@ -196,7 +211,9 @@ class _Run:
                 g_states[k] = self._through_product(step, k, g, states[k], totals, wanted)
                 if k == self.levels - 1 and step - 1 in self.tops_at:
                     g_states[k] = _sum(g_tops.pop(), g_states[k])
-                _add(totals, zip(parameters, g_parameters, strict=True))
+                for parameter, g_p in zip(parameters, g_parameters, strict=True):
+                    totals.add(parameter, g_p)
+                del g_parameters, g_leaves
                 if self.check:
                     flips[branch.name] = flipped(branch.name, branch.spikes, spikes)
         self.columns._inspected = True
@@ -219,9 +236,14 @@ class _Run:
                 before = (state - out) / self.alphas[step][k].detach()
             else:
                 sub_snapped_(state, out, self.bits)
-                self._watch(f"{self.branches[step][k].name}: alpha times its state before", state)
-                before = divide(state, self.factors[step][k], record, self.bits)
-                self._watch(f"{self.branches[step][k].name}: its state before", before)
+                name, factor = self.branches[step][k].name, self.factors[step][k]
+                self._watch(f"{name}: alpha times its state before", state)
+                if factor.reach is not None:
+                    watch(
+                        f"RevSColumns: {name}'s product with alpha", factor.reach, self.bits, lost=_OF_ROOM
+                    )
+                before = divide(state, factor, record, self.bits)
+                self._watch(f"{name}: its state before", before)
             states[k] = with_strides(before, self.strides[step - 1][k])
             if self.check and self.bits is not None:
                 self._compare(step, k, states[k])
@@ -232,7 +254,8 @@ class _Run:
         if not torch.equal(checksum(rebuilt), self.checksums[step - 1][k]):
             raise RuntimeError(
                 f"{self.branches[step][k].name}: its rebuilt state differs from the forward's. The level "
-                "is not deterministic, reads something that has changed, or a state left the grid's range."
+                "is not deterministic, reads something that has changed, or a state left the grid's range. "
+                "Make it deterministic, lower its gain, or set reversible=False."
             )
 
     def _watch(self, name: str, state: Tensor) -> None:
@@ -245,7 +268,7 @@ class _Run:
         k: int,
         g: Tensor | None,
         before: Tensor,
-        totals: dict[int, Tensor],
+        totals: Totals,
         wanted: set[int],
     ) -> Tensor | None:
         """The gradient of the state before; alpha's goes to the totals."""
@@ -256,14 +279,8 @@ class _Run:
             g_alpha = (
                 (g * before).sum_to_size(alpha.shape).to(alpha.dtype) if step else torch.zeros_like(alpha)
             )
-            _add(totals, [(alpha, g_alpha)])
+            totals.add(alpha, g_alpha)
         return g * alpha.detach() if step else None
-
-
-def _add(totals: dict[int, Tensor], found: Iterable[tuple[nn.Parameter, Tensor | None]]) -> None:
-    for parameter, g in found:
-        if g is not None:
-            totals[id(parameter)] = _sum(totals.get(id(parameter)), g)  # type: ignore[assignment]
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -43,7 +43,9 @@ def split(x: Tensor | Streams, dim: int, name: str) -> Streams:
     """The two streams of an input."""
     if isinstance(x, Tensor):
         if not -x.dim() <= dim < x.dim():
-            raise ValueError(f"{name}: dim={dim}, and the input has shape {tuple(x.shape)}")
+            raise ValueError(
+                f"{name}: dim={dim}, and the input has shape {tuple(x.shape)}: give one that it has"
+            )
         if x.shape[dim] % 2:
             raise ValueError(
                 f"{name}: {x.shape[dim]} channels (dimension {dim} of {tuple(x.shape)}) don't split into "

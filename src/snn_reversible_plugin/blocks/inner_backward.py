@@ -65,6 +65,28 @@ def gradients(
     return found
 
 
+class Totals(dict[int, Tensor]):
+    """Gradients by the ids of their parameters, added up in place as they come.
+
+    ``shared`` are those that get several terms: the first may be a tensor of somebody else's, so it is
+    copied.
+    """
+
+    def __init__(self, shared: set[int]) -> None:
+        super().__init__()
+        self._shared = shared
+
+    def add(self, parameter: nn.Parameter, g: Tensor | None) -> None:
+        """One more term."""
+        if g is None:
+            return
+        key = id(parameter)
+        if key in self:
+            self[key].add_(g)
+        else:
+            self[key] = g.clone() if key in self._shared else g
+
+
 def sharded_modules(module: nn.Module) -> list[nn.Module]:
     """The modules inside a module, itself included, that ``fully_shard`` was called on."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # whoever sharded something has imported it

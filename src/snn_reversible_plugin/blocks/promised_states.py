@@ -98,7 +98,8 @@ class PromisedStates:
         if final is None or final.membrane is None:
             raise RuntimeError(
                 "RevSSequence: a neuron inside keeps its states in another table than at the time of the "
-                "forward whose membrane is read now, so that they are not that forward's any more."
+                "forward whose membrane is read now, so that they are not that forward's any more. Read it "
+                "before the neuron is changed or reset."
             )
         return final.membrane
 

@@ -11,7 +11,8 @@ branches of a reversible spiking block.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -324,10 +325,19 @@ class BranchRun:
             nodes += [following for following, _ in node.next_functions]
 
 
+def shared_parameters(branches: Iterable[BranchRun]) -> set[int]:
+    """The ids of the parameters that several of the branches have."""
+    users = Counter(found for branch in branches for found in set(map(id, branch.parameters())))
+    return {found for found, count in users.items() if count > 1}
+
+
 def check_output(name: str, out: Any, inputs: Sequence[Tensor], versions: Sequence[int]) -> None:
     """Refuse what a block can't add to a stream, or what changed the stream."""
     if not isinstance(out, Tensor):
-        raise TypeError(f"{name} returned {type(out).__name__}; a branch returns one tensor")
+        raise TypeError(
+            f"{name} returned {type(out).__name__}, and a branch returns one tensor: hand on one of "
+            "several, or leave the block out of the chain"
+        )
     if [x._version for x in inputs] != [*versions]:
         raise RuntimeError(
             f"{name} changed its input in place, and the stream still needs it: make its first operation "

@@ -22,6 +22,8 @@ from snn_reversible_plugin.tape.handles import Handle
 from snn_reversible_plugin.tape.operators import Kind, Operator, aten, operator_of
 from snn_reversible_plugin.tape.origins import enter, look_up, written
 from snn_reversible_plugin.tape.replayed import Replayed
+from snn_reversible_plugin.tape.sliced.cut import Cut
+from snn_reversible_plugin.tape.sliced.rows import by_element
 from snn_reversible_plugin.tape.tape import Tape
 
 # NOTE [Undoing a sum]
@@ -48,7 +50,7 @@ SUMS = {aten.add.Tensor: False, aten.add_.Tensor: True}  # whether it writes int
 class Stream(Replayed):
     """The handle of a stream: the tensor itself, until the sum after it is known."""
 
-    __slots__ = ("_before", "_stride", "_total", "_undoing", "anchor", "where")
+    __slots__ = ("_before", "_cut", "_stride", "_total", "_undoing", "anchor", "where")
 
     def __init__(self, anchor: Handle, stride: tuple[int, ...], where: str) -> None:
         super().__init__(aten.sub.Tensor, (None, None), {})
@@ -56,6 +58,7 @@ class Stream(Replayed):
         self.where = where
         self._stride = stride
         self._undoing = False
+        self._cut: Cut | None = None
         self._total: Callable[[], Stream | None] = _nothing
         self._before: Callable[[], Stream | None] = _nothing
 
@@ -71,9 +74,9 @@ class Stream(Replayed):
         if self.anchor is not None:
             self.anchor.need()
 
-    def undo(self, total: Stream, branch: Replayed) -> None:
-        """From now on be ``total - branch``."""
-        self.anchor, self.args = None, (total, branch)
+    def undo(self, total: Stream, branch: Replayed, cut: Cut | None = None) -> None:
+        """From now on be ``total - branch``; ``cut``: of the branch, if it may be rebuilt in slices."""
+        self.anchor, self.args, self._cut = None, (total, branch), cut
         self._total, total._before = weakref.ref(total), weakref.ref(self)
         if self.needs:
             self.claiming = True
@@ -104,6 +107,9 @@ class Stream(Replayed):
             if not owned:
                 stream.cache = value
         return value, owned
+
+    def at_hand(self) -> torch.Tensor | None:
+        return self.cache if self.anchor is None else self.anchor.peek()
 
     def release(self) -> None:
         if self.needs:
@@ -164,13 +170,10 @@ class Stream(Replayed):
         above, recipe = self.args
         self._undoing = True
         try:
-            branch, replaceable = recipe.get(recipe.needs <= 1)
-            if replaceable and branch.stride() == self._stride:
-                value = torch.sub(total, branch, out=branch)
-            elif owned and total.stride() == self._stride:
-                value = torch.sub(total, branch, out=total)
+            if self._cut is not None and not recipe.stands():
+                value = self._undone_in_slices(self._cut, total, owned)
             else:
-                value = with_strides(total - branch, self._stride)
+                value = self._undone_at_once(recipe, total, owned)
             self.drop_claims()
         finally:
             self._undoing = False
@@ -178,6 +181,20 @@ class Stream(Replayed):
         above._leave()
         _watch(self.where, value)
         return self.verified(value, "undoing a residual sum")
+
+    def _undone_at_once(self, recipe: Replayed, total: torch.Tensor, owned: bool) -> torch.Tensor:
+        branch, replaceable = recipe.get(recipe.needs <= 1)
+        if replaceable and branch.stride() == self._stride:
+            return torch.sub(total, branch, out=branch)
+        if owned and total.stride() == self._stride:
+            return torch.sub(total, branch, out=total)
+        return with_strides(total - branch, self._stride)
+
+    def _undone_in_slices(self, cut: Cut, total: torch.Tensor, owned: bool) -> torch.Tensor:
+        value = total if owned and total.stride() == self._stride else cut.empty(self._stride)
+        for part in cut.parts(min(cut.exact)):
+            part.put(part.of(total) - cut.rows(part), value)
+        return value
 
 
 def _arrive(ref: Callable[[], Stream | None]) -> None:
@@ -220,7 +237,8 @@ class ResidualSums:
         tape.record(aten.add.Tensor, operator_of(aten.add.Tensor), (x, branch), {}, total)
         after = self.start(tape, total)
         if tape.replays_products and recipe is not None and not leads_to_a_stream(recipe):
-            before.undo(after, recipe)
+            cut = None if tape.slices is None else tape.slices.exactly(recipe, branch)
+            before.undo(after, recipe, cut)
         if not SUMS[func]:
             return total  # type: ignore[no-any-return]
         tape.before_write(args[0])
@@ -260,6 +278,7 @@ def snapped(branch: torch.Tensor) -> torch.Tensor:
     return _snap_(branch.float() if branch.dtype is not torch.float32 else branch.clone())
 
 
+@by_element
 def snap_again(branch: torch.Tensor) -> torch.Tensor:
     """The same in a backward, where the branch is the caller's to overwrite."""
     return _snap_(branch.float())

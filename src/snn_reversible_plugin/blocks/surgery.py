@@ -59,6 +59,16 @@ class SurgeryReport:
     """What was done to each residual block, or in a dry run would be. Made by :func:`wrap_residual_blocks`.
 
     ``chains`` has the pairs (F, G) of each chain, by the names of the blocks that the branches come from.
+
+    Example:
+        >>> import snn_reversible_plugin as srp
+        >>> from spikingjelly.activation_based import functional, neuron
+        >>> from spikingjelly.activation_based.model import sew_resnet
+        >>> net = sew_resnet.sew_resnet18(cnf="ADD", spiking_neuron=neuron.IFNode)
+        >>> functional.set_step_mode(net, "m")
+        >>> report = srp.wrap_residual_blocks(net, dry_run=True)
+        >>> report.dry_run, report.wrapped[:2]
+        (True, ('layer1.0', 'layer1.1'))
     """
 
     blocks: tuple[BlockReport, ...]
@@ -149,7 +159,8 @@ def wrap_residual_blocks(
             each with the output of the one before. Calling them otherwise raises a ``RuntimeError``.
         coupling: ``"additive"``, as above; or ``"leapfrog"``: ``x[n+1] = x[n-1] + 2 f[n](x[n])``, with
             ``x[1] = x[0] + f[0](x[0])`` and the last x as output: one stream's form, undone as exactly.
-            Magnitudes may grow more in a deep network.
+            Magnitudes may grow more in a deep network. It keeps more of a trained network's accuracy where
+            nothing is trained afterwards, not even the statistics of batch norms (docs/accuracy.md).
 
     Raises:
         ValueError: no residual block is known in the model (not in a dry run); a name that is not in it; a

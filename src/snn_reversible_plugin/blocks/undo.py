@@ -105,17 +105,21 @@ class SpikeObserver:
         self._found = found
 
     def __call__(self, neuron: nn.Module, _inputs: Any, output: Any) -> None:
-        spikes = spikes_of(neuron, output)
+        spikes = spikes_of(neuron, output) if is_spiking(neuron) else output
         with tape.paused(), torch.no_grad():
             self._found.append((ops.pack_bits(spikes.detach().reshape(-1)), spikes.numel()))
 
 
 @contextmanager
 def observed_spikes(modules: Iterable[nn.Module]) -> Iterator[Spikes]:
-    """The spikes of every neuron among the modules, of both frameworks, in the order of the calls."""
+    """The spikes of every neuron among the modules, in the order of the calls.
+
+    Neurons are those of both frameworks, and modules that say of what they return that it is spikes.
+    """
     found: Spikes = []
     observer = SpikeObserver(found)
-    hooks = [module.register_forward_hook(observer) for module in modules if is_spiking(module)]
+    neurons = (m for m in modules if is_spiking(m) or getattr(m, "returns_spikes", False))
+    hooks = [module.register_forward_hook(observer) for module in neurons]
     try:
         yield found
     finally:
@@ -128,7 +132,8 @@ def flipped(name: str, forward: Spikes, rebuild: Spikes) -> Flips:
     if [count for _, count in forward] != [count for _, count in rebuild]:
         raise RuntimeError(
             f"{name}: its neurons ran {len(forward)} times in the forward and {len(rebuild)} times in the "
-            "rebuild, or on other shapes. The branch is not deterministic."
+            "rebuild, or on other shapes. The branch is not deterministic: let it go the same way each "
+            "time, or set reversible=False."
         )
     total = torch.zeros((), dtype=torch.int64)
     for (ours, _), (theirs, _) in zip(forward, rebuild, strict=True):

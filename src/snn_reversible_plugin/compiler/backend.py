@@ -14,7 +14,9 @@ from typing import Any
 
 from torch import fx
 
-from snn_reversible_plugin.tape import MODES
+from snn_reversible_plugin import tape
+from snn_reversible_plugin.compiler.membranes import Calls, Region
+from snn_reversible_plugin.compiler.progress import compiling
 
 # A graph of so many calls is most likely a loop over time, unrolled: compiling it takes minutes.
 MANY_CALLS = 20_000
@@ -31,6 +33,9 @@ def missing() -> str | None:
     return None if hasattr(config, "joint_custom_post_pass") else "joint_custom_post_pass"
 
 
+MODES = tuple(mode for mode in tape.MODES if mode != "minimal")  # a compiler fuses what that would cut
+
+
 class Backend:
     """What ``torch.compile`` hands each region to; ``packing.regions`` says what became of them."""
 
@@ -38,6 +43,7 @@ class Backend:
         if mode not in MODES:
             raise ValueError(f"mode must be one of {MODES}, not {mode!r}")
         self.mode, self.patches = mode, patches or {}
+        self.calls = Calls()
         self._packing: Any = None
 
     @property
@@ -52,9 +58,21 @@ class Backend:
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         from torch._inductor.compile_fx import compile_fx
 
-        patches = {**self.patches, "joint_custom_post_pass": self.packing}
-        with as_planned():
-            return compile_fx(module, inputs, config_patches=patches)  # type: ignore[arg-type, return-value]
+        from snn_reversible_plugin.compiler.passes import InputsAsTheyAre
+
+        ours = {
+            "joint_custom_post_pass": self.packing,
+            "post_grad_custom_post_pass": InputsAsTheyAre(),
+        }
+        patches = {**self.patches, **ours}
+        with as_planned(), compiling(calls_of(module)):
+            run: Any = compile_fx(module, inputs, config_patches=patches)  # type: ignore[arg-type]
+        return Region(run, self.calls)
+
+
+def calls_of(module: fx.GraphModule) -> int:
+    """How many operations a region has."""
+    return sum(node.op.startswith("call") for node in module.graph.nodes)
 
 
 def as_planned() -> AbstractContextManager[None]:
@@ -89,7 +107,7 @@ def srp(
     ``mode`` is :func:`~snn_reversible_plugin.compile`'s, or one of ``torch.compile``'s own, which then
     goes with ``"memory"``; ``options`` are Inductor's.
     """
-    calls = sum(node.op.startswith("call") for node in module.graph.nodes)
+    calls = calls_of(module)
     if calls > MANY_CALLS:
         warnings.warn(
             f"backend='srp': a region of {calls:,} operations, most likely an unrolled loop over time; "

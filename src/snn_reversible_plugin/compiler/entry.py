@@ -14,9 +14,9 @@ from torch import nn
 
 from snn_reversible_plugin import convert
 from snn_reversible_plugin.compiler import loops
-from snn_reversible_plugin.compiler.backend import Backend, missing, patches_of
+from snn_reversible_plugin.compiler.backend import MODES, Backend, missing, patches_of
+from snn_reversible_plugin.compiler.membranes import FinalMembranes
 from snn_reversible_plugin.modules.checks import check_model
-from snn_reversible_plugin.tape import MODES
 
 
 def compile(  # named as torch's
@@ -93,6 +93,7 @@ class FirstLook:
         self.backend, self.options = backend, options
         self.on_tape: str | None = None
         self._decided = False
+        self._membranes = FinalMembranes(model, backend.calls)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._decided and not torch.compiler.is_compiling():
@@ -100,7 +101,11 @@ class FirstLook:
             self.on_tape = self._why_on_tape(args, kwargs)
             if self.on_tape is not None:
                 self._run_on_tape(self.on_tape)
-        return self._forward(*args, **kwargs)
+        # Memory that CUDA graphs own is none to let go of.
+        if self.on_tape or self.backend.patches.get("triton.cudagraphs") or torch.compiler.is_compiling():
+            return self._forward(*args, **kwargs)
+        with self._membranes.promised(args, kwargs):
+            return self._forward(*args, **kwargs)
 
     def _why_on_tape(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         if lacking := missing():

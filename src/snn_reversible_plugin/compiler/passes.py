@@ -8,6 +8,7 @@ that the partitioner puts it into the backward. The forward stays as it was, and
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +20,14 @@ from snn_reversible_plugin.compiler import graph as graphs
 from snn_reversible_plugin.compiler import levels, packing, peak, plan
 from snn_reversible_plugin.compiler.graph import Joint, name_of, parent_of, size_of, tensor_of
 from snn_reversible_plugin.compiler.plan import Plan
+from snn_reversible_plugin.compiler.progress import tell
+
+
+@functools.cache
+def _hash_of_code() -> bytes:
+    """Of the code that runs: files may be replaced while it does."""
+    files = (__file__, *(module.__file__ for module in (graphs, levels, packing, peak, plan)))
+    return get_hash_for_files(files)
 
 
 @dataclass
@@ -44,12 +53,39 @@ class Packing(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         graphs.merge_equal(graph)
         joint = Joint(graph)
-        if joint.has_backward:
-            self.regions.append(rewrite(joint, plan.plan(joint, self.mode)))
+        if not joint.has_backward:
+            return
+        tell(f"srp.compile: choosing what {len(joint.forward):,} values of the forward are stored as")
+        region = rewrite(joint, plan.plan(joint, self.mode))
+        self.regions.append(region)
+        tell(f"srp.compile: {region.packed} packed, {region.bytes / 1e6:.1f} MB stored; Inductor compiles")
 
     def uuid(self) -> bytes:
-        files = (__file__, *(module.__file__ for module in (graphs, levels, packing, peak, plan)))
-        return get_hash_for_files(files, extra=self.mode)
+        return _hash_of_code() + self.mode.encode()
+
+
+class InputsAsTheyAre(CustomGraphPass):
+    """Runs on each half when Inductor is about to choose layouts: an input that is saved stays the input.
+
+    Inductor gives what a forward saves the layout that convolutions prefer, so that a weight would be saved
+    as a copy: as many bytes as the network has parameters. What a user sees keeps its layout, and that is
+    what a saved input is said to be.
+    """
+
+    def __call__(self, graph: fx.Graph) -> None:
+        output = next(iter(reversed(graph.nodes)))
+        visible = output.meta.get("user_visible_output_idxs")
+        if visible is None or not isinstance(output.args[0], (list, tuple)):
+            return
+        inputs = [
+            index
+            for index, node in enumerate(output.args[0])
+            if isinstance(node, fx.Node) and node.op == "placeholder" and index not in visible
+        ]
+        output.meta["user_visible_output_idxs"] = [*visible, *inputs]
+
+    def uuid(self) -> bytes:
+        return _hash_of_code()
 
 
 def rewrite(joint: Joint, chosen: Plan) -> Region:

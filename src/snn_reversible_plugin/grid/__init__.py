@@ -12,7 +12,7 @@ from snn_reversible_plugin.grid.numbers import (
     sub_snapped_,
     undecay,
 )
-from snn_reversible_plugin.grid.range import check_range, reach, watch
+from snn_reversible_plugin.grid.range import check_range, look_at_graphs, reach, watch, when_over
 
 __all__ = [
     "add_snapped",
@@ -21,6 +21,7 @@ __all__ = [
     "check_range",
     "decay",
     "limit",
+    "look_at_graphs",
     "reach",
     "remainder",
     "snap",
@@ -28,4 +29,5 @@ __all__ = [
     "sub_snapped_",
     "undecay",
     "watch",
+    "when_over",
 ]

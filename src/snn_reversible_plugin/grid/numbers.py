@@ -155,9 +155,14 @@ def undecay(v: Tensor, remainder: Tensor, beta: Tensor | float, bits: int = 16) 
 
 
 def stream_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type of a stream that values of ``dtype`` are added to."""
+    """The type of a stream that values of ``dtype`` are added to.
+
+    Example:
+        >>> stream_dtype(torch.bfloat16)
+        torch.float32
+    """
     if not dtype.is_floating_point:
-        raise TypeError(f"the grid takes floating-point tensors, not {dtype}")
+        raise TypeError(f"the grid takes floating-point tensors, not {dtype}: cast it, to float32 say")
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
@@ -196,7 +201,14 @@ def bits_for(scale: float) -> int:
 
 
 def check_bits(bits: int, dtype: torch.dtype = torch.float32) -> None:
-    """Refuse a number of bits that the type has no room for."""
+    """Refuse a number of bits that the type has no room for.
+
+    Example:
+        >>> check_bits(16)
+        >>> check_bits(24)
+        Traceback (most recent call last):
+        ValueError: bits must be an integer from 0 to 23 for torch.float32, not 24
+    """
     if not isinstance(bits, int) or isinstance(bits, bool) or not 0 <= bits < _PRECISION[dtype]:
         raise ValueError(
             f"bits must be an integer from 0 to {_PRECISION[dtype] - 1} for {dtype}, not {bits!r}"

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from snn_reversible_plugin.grid.decays import MARGIN
 from snn_reversible_plugin.grid.digits import pack_digits, unpack_digits
+from snn_reversible_plugin.grid.range import LOST
+from snn_reversible_plugin.ops.devices import is_capturing, may_look
 
 # NOTE [What is stored of a product]
 #
@@ -31,11 +33,16 @@ from snn_reversible_plugin.grid.digits import pack_digits, unpack_digits
 #    margin below LARGEST.
 # 4. An alpha outside [SMALLEST, LARGEST), zero and NaN among them, has no digits: the value is stored.
 #
+# 5. On a device nobody looks at alpha. Room is made by what was seen of it at the end of the last backward,
+#    for half of that; where that is below SMALL, or not in range, values are stored, which fits any alpha.
+#    Whether an alpha has left its room is told with the states' reaches (grid.range).
+#
 # Worked example, bits = 2, alpha = 0.5: u = 0.5 is 2 units and u = 0.25 one unit; floor(0.5 * 2 + 0.5) = 1
 # and floor(0.5 * 1 + 0.5) = 1. The lowest value that goes to 1 is ceil((1 - 0.5) / 0.5) = 1 unit, so the
 # digits are 1 and 0.
 
 SMALLEST, LARGEST = 1 / 256, 2.0**16
+SMALL, HEADROOM = 1 / 8, 2
 PIECES, LEAST = 16, 1 << 13  # parts of a tensor, and the fewest elements that are worth an operation
 
 
@@ -44,38 +51,74 @@ class Factor:
     """A factor, and what undoing a product with it takes.
 
     ``alpha`` is float32, ``radix`` one more than the largest digit, ``stores``: where the value itself is
-    stored, in alpha's shape; None if nowhere.
+    stored, in alpha's shape; None if nowhere, True if everywhere. ``reach``: on a device, for
+    :func:`...grid.range.watch`, whether the factor is in its room.
     """
 
     alpha: Tensor
     radix: int
-    stores: Tensor | None
+    stores: Tensor | bool | None
+    reach: Tensor | None = None
 
 
-def factors(alphas: Sequence[Tensor]) -> list[Factor]:
-    """What is to be known of some factors. Waits for the device, once.
+class Room:
+    """What is known of some factors that change from step to step, by who multiplies with them."""
+
+    def __init__(self) -> None:
+        self.told: list[list[float]] = []
+
+    def look(self, seen: Tensor) -> None:
+        """See what :func:`_seen` saw. Waits for the device, so not in a captured graph."""
+        if not is_capturing():
+            self.told = seen.tolist()
+
+
+def factors(alphas: Sequence[Tensor], room: Room | None = None) -> tuple[list[Factor], Tensor | None]:
+    """What is to be known of some factors.
+
+    Args:
+        alphas: of any shape and size, on one device.
+        room: for a device; without one, or while it knows nothing of these factors, this waits.
+
+    Returns:
+        The factors, and what is to be looked at by the room when the backward is over; None on a CPU.
 
     Example:
         >>> import torch
-        >>> [factor.radix for factor in factors([torch.tensor([0.5, -1.5]), torch.tensor([0.2])])]
+        >>> found, _ = factors([torch.tensor([0.5, -1.5]), torch.tensor([0.2])])
+        >>> [factor.radix for factor in found]
         [2, 5]
     """
     if not alphas:
-        return []
-    found = []
-    for alpha in alphas:
-        has_digits = _has_digits(alpha.detach().float())
-        smallest = torch.where(has_digits, alpha.detach().float().abs(), 1.0).amin()
-        found.append(torch.stack((smallest, has_digits.all())).double())
-    told = torch.stack(found).tolist()
-    return [
-        Factor(
-            alpha.detach().float(),
-            math.ceil(1 / smallest),
-            None if all_digits else ~_has_digits(alpha.detach().float()),
-        )
-        for alpha, (smallest, all_digits) in zip(alphas, told, strict=True)
-    ]
+        return [], None
+    seen = torch.stack([_seen(alpha.detach().float()) for alpha in alphas])
+    if room is None or may_look(seen.device):
+        told = seen.tolist()
+        return [_exactly(alpha, *one) for alpha, one in zip(alphas, told, strict=True)], None
+    if len(room.told) != len(alphas):
+        room.look(seen)
+    rooms = zip(alphas, room.told, seen.unbind(), strict=True)
+    return [_with_room(alpha, now, *told) for alpha, told, now in rooms], seen
+
+
+def _seen(alpha: Tensor) -> Tensor:
+    """The smallest magnitude of those that have digits, and whether all have."""
+    has_digits = _has_digits(alpha)
+    return torch.stack((torch.where(has_digits, alpha.abs(), 1.0).amin(), has_digits.all()))
+
+
+def _exactly(alpha: Tensor, smallest: float, all_digits: float) -> Factor:
+    alpha = alpha.detach().float()
+    return Factor(alpha, math.ceil(1 / smallest), None if all_digits else ~_has_digits(alpha))
+
+
+def _with_room(alpha: Tensor, now: Tensor, smallest: float, all_digits: float) -> Factor:
+    alpha = alpha.detach().float()
+    if not all_digits or smallest < SMALL:
+        return Factor(alpha, 1, True)
+    radix = math.ceil(HEADROOM / smallest)
+    fits = (now[0] >= 1 / radix) & (now[1] == 1)
+    return Factor(alpha, radix, None, torch.where(fits, 0.0, LOST))
 
 
 def _has_digits(alpha: Tensor) -> Tensor:
@@ -93,7 +136,7 @@ def multiply(u: Tensor, factor: Factor, bits: int) -> tuple[Tensor, list[Tensor]
 
     Example:
         >>> import torch
-        >>> (factor,) = factors([torch.tensor([-0.5])])
+        >>> (factor,), _ = factors([torch.tensor([-0.5])])
         >>> u = torch.tensor([0.75, -0.5, 0.25])
         >>> product, record = multiply(u, factor, bits=2)
         >>> product, divide(product, factor, record, bits=2)
@@ -107,13 +150,17 @@ def multiply(u: Tensor, factor: Factor, bits: int) -> tuple[Tensor, list[Tensor]
         if factor.radix > 1:
             of_digits.copy_(y.sub_(whole).div_(alpha.abs()).floor_().clamp_(0, factor.radix - 1))
     record = [pack_digits(digits.view(-1), factor.radix)] if factor.radix > 1 else []
-    if factor.stores is not None:
+    if isinstance(factor.stores, Tensor):
         record.append(u.masked_select(factor.stores))
+    elif factor.stores:
+        record.append(u.clone())
     return product, record
 
 
 def divide(product: Tensor, factor: Factor, record: Sequence[Tensor], bits: int) -> Tensor:
     """The ``u`` of :func:`multiply`, bit for bit; see there."""
+    if factor.stores is True:
+        return record[0].clone()
     u = torch.empty_like(product)
     digits = product.new_zeros((), dtype=torch.uint8).expand(product.shape)
     if factor.radix > 1:
@@ -123,6 +170,7 @@ def divide(product: Tensor, factor: Factor, record: Sequence[Tensor], bits: int)
         units.add_(of_digits).mul_(torch.where(alpha < 0, -1.0, 1.0)).add_(0.0)
         torch.mul(units, 2.0**-bits, out=of_u)
     if factor.stores is not None:
+        assert isinstance(factor.stores, Tensor)
         u.masked_scatter_(factor.stores, record[-1])
     return u
 

@@ -10,13 +10,16 @@ from __future__ import annotations
 import math
 import struct
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from snn_reversible_plugin.grid.numbers import limit
+from snn_reversible_plugin.ops import devices
+from snn_reversible_plugin.ops.devices import may_look
 
 # NOTE [When a reach is looked at]
 #
@@ -26,6 +29,12 @@ from snn_reversible_plugin.grid.numbers import limit
 #    and goes with its task; here stands a weak reference. Nothing of it is left for the next backward.
 # 3. A backward inside a backward is a task of its own, with its own look.
 # 4. On a CPU the forward of a neuron's step has the number anyway, and looks at once: `check_step`.
+# 5. While a CUDA graph is captured nothing has run yet, and nothing may wait. So what is handed in stays,
+#    for each replay writes it anew, and is looked at before the next step of an optimizer that is no part
+#    of a graph, with the next look that may wait, and by `look_at_graphs`. It is held as long as the
+#    process, or until something of the same name is captured: a few bytes a layer.
+#    Say a step is captured whole, its optimizer too: nobody looks unless the loop calls `look_at_graphs`
+#    now and then.
 
 REMEDY = "Use fewer bits (each one less doubles the range), or normalize the branches."
 LOST = struct.unpack("f", struct.pack("I", 0x7FC05EED))[0]  # a NaN that no arithmetic makes
@@ -44,6 +53,7 @@ class _Reached(NamedTuple):
     reach: Tensor
     bits: int
     remedy: str
+    lost: str
 
 
 class _Look:
@@ -55,22 +65,48 @@ class _Look:
         self.reached: list[_Reached] = []
 
     def __call__(self) -> None:
-        _check(self.reached)
+        _look_at(self.reached)
 
 
+_captured: dict[str, _Reached] = {}
+
+
+def _look_at(reached: Sequence[_Reached]) -> None:
+    if devices.is_capturing():
+        _captured.update({one.name: one for one in reached})
+        return
+    _check((*reached, *_captured.values()))
+
+
+def look_at_graphs(*_: Any) -> None:
+    """Raise if a step on the grid left its range in a CUDA graph that was replayed. Waits for the device.
+
+    A captured step can't look by itself. It is looked at before each step of an optimizer outside of the
+    graph; where that is inside, call this now and then.
+
+    Raises:
+        OverflowError: as :func:`check_range`; the gradients since the last look may be wrong.
+
+    Example:
+        >>> import snn_reversible_plugin as srp
+        >>> srp.look_at_graphs()
+    """
+    if _captured and not devices.is_capturing():
+        _check(_captured.values())
+
+
+register_optimizer_step_pre_hook(look_at_graphs)
 _looks: weakref.WeakValueDictionary[int, _Look] = weakref.WeakValueDictionary()
 
 
-HOSTS = frozenset({"cpu"})
-
-
-def may_look(device: torch.device) -> bool:
-    """Whether looking at a value on a device waits for nothing. Nobody else may, in a forward."""
-    return device.type in HOSTS
-
-
 def reach(stream: Tensor) -> Tensor:
-    """The largest magnitude in a stream, on its device, without waiting for it; NaN if it holds one."""
+    """The largest magnitude in a stream, on its device, without waiting for it; NaN if it holds one.
+
+    Example:
+        >>> import torch
+        >>> reach(torch.tensor([0.5, -2.0]))
+        tensor(2.)
+    """
     if stream.numel() == 0:
         return stream.new_zeros(())
     low, high = torch.aminmax(stream.detach())
@@ -83,7 +119,7 @@ def larger(a: Tensor, b: Tensor) -> Tensor:
     return torch.maximum(a.view(torch.int32), b.view(torch.int32)).view(torch.float32)
 
 
-def watch(name: str, reach: Tensor, bits: int, remedy: str = REMEDY) -> None:
+def watch(name: str, reach: Tensor, bits: int, remedy: str = REMEDY, lost: str = _OF_LOST) -> None:
     """Look at a reach when the backward that runs here has ended, or now if none does.
 
     Args:
@@ -91,20 +127,33 @@ def watch(name: str, reach: Tensor, bits: int, remedy: str = REMEDY) -> None:
         reach: what :func:`reach` returned.
         bits: the grid's.
         remedy: what to do against values that are too large, the error's last sentence.
+        lost: the same where the reach is :data:`LOST`.
 
     Raises:
         OverflowError: from the backward, at its end, as :func:`check_range`.
+
+    Example:
+        >>> import torch
+        >>> watch("block 3: its stream", reach(torch.tensor([200.0])), bits=16)
+        >>> watch("block 3: its stream", reach(torch.tensor([300.0])), bits=16)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        OverflowError: block 3: its stream ...
     """
-    reached = _Reached(name, reach, bits, remedy)
+    reached = _Reached(name, reach, bits, remedy, lost)
     task = torch._C._current_graph_task_id()
     if task == -1:
-        _check([reached])
+        _look_at([reached])
         return
     look = _looks.get(task)
     if look is None:
         look = _looks[task] = _Look()
-        torch.autograd.Variable._execution_engine.queue_callback(look)  # type: ignore[attr-defined]
+        when_over(look)
     look.reached.append(reached)
+
+
+def when_over(callback: Callable[[], None]) -> None:
+    """Call back when the backward that runs here has ended, where waiting for a device costs least."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
 
 
 def check_step(reach: Any, name: str, bits: int, remedy: str) -> Tensor | None:
@@ -148,7 +197,9 @@ def check_range(names: Sequence[str], reaches: Sequence[Tensor], bits: int, reme
         ...
         OverflowError: block 3: x1 holds NaN, ...
     """
-    _check([_Reached(name, value, bits, remedy) for name, value in zip(names, reaches, strict=True)])
+    _check(
+        [_Reached(name, value, bits, remedy, _OF_LOST) for name, value in zip(names, reaches, strict=True)]
+    )
 
 
 def _check(reached: Iterable[_Reached]) -> None:
@@ -158,16 +209,18 @@ def _check(reached: Iterable[_Reached]) -> None:
         groups.setdefault((one.reach.device, one.reach.dtype), []).append(one)
     for (_, dtype), group in groups.items():
         values = torch.stack([one.reach for one in group]).tolist()
-        for (name, _, bits, remedy), value in zip(group, values, strict=True):
-            bound = limit(bits, dtype)
+        for one, value in zip(group, values, strict=True):
+            bound = limit(one.bits, dtype)
             if not value < bound:
-                raise _left(name, value, bits, bound, remedy)
+                raise _left(one.name, value, one.bits, bound, one.remedy, one.lost)
 
 
-def _left(name: str, value: float, bits: int, bound: float, remedy: str) -> OverflowError:
+def _left(
+    name: str, value: float, bits: int, bound: float, remedy: str, lost: str = _OF_LOST
+) -> OverflowError:
     found = f"reaches {value:g}, and with bits={bits} a grid is exact below {bound:g} only"
     if math.isnan(value) and struct.pack("f", value) == struct.pack("f", LOST):
-        found, remedy = "lost more in a step than its records hold", _OF_LOST
+        found, remedy = "lost more in a step than its records hold", lost
     elif math.isnan(value):
         found, remedy = "holds NaN, which no grid has", _OF_NAN
     elif math.isinf(value):

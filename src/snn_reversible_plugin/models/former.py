@@ -30,7 +30,14 @@ SCALE = 0.125  # of the attention, as in Spikformer: counts of coincident spikes
 
 
 class RevSFormer(nn.Module):
-    """A reversible spiking transformer. See :func:`rev_s_former`."""
+    """A reversible spiking transformer. See :func:`rev_s_former`, which has its arguments.
+
+    Example:
+        >>> import torch
+        >>> from snn_reversible_plugin.models import RevSFormer
+        >>> RevSFormer(1, 48, T=2, patch=8)(torch.rand(2, 3, 16, 16)).shape
+        torch.Size([2, 10])
+    """
 
     def __init__(
         self,

@@ -69,7 +69,9 @@ class RevSResNet(nn.Module):
     ) -> None:
         super().__init__()
         if len(depths) != len(widths) or not depths:
-            raise ValueError(f"RevSResNet: {len(depths)} depths for {len(widths)} widths")
+            raise ValueError(
+                f"RevSResNet: {len(depths)} depths for {len(widths)} widths: give one of each a stage"
+            )
         fire = neuron_maker(neuron)
         self.T, self.in_channels = T, in_channels
         self.stem = nn.Sequential(*conv_norm(in_channels, 2 * widths[0], 3))
@@ -122,7 +124,13 @@ def rev_s_resnet21(**settings: Any) -> RevSResNet:
 
 
 def rev_s_resnet37(**settings: Any) -> RevSResNet:
-    """RevSResNet37: 23,590,884 parameters with 100 classes. Settings as in :func:`rev_s_resnet21`."""
+    """RevSResNet37: 23,590,884 parameters with 100 classes. Settings as in :func:`rev_s_resnet21`.
+
+    Example:
+        >>> model = rev_s_resnet37(num_classes=100)
+        >>> sum(p.numel() for p in model.parameters())
+        23590884
+    """
     return RevSResNet((1, 2, 3, 2), WIDTHS, **settings)
 
 
@@ -130,6 +138,12 @@ def rev_s_resnet24(**settings: Any) -> RevSResNet:
     """RevSResNet24 for events: 260,362 parameters with 2 input channels and 10 classes, the defaults.
 
     Settings as in :func:`rev_s_resnet21`; inputs have their time steps unless ``T`` is given.
+
+    Example:
+        >>> import torch
+        >>> model = rev_s_resnet24()
+        >>> model(torch.rand(3, 2, 2, 16, 16)).shape  # [T, N, C, H, W]
+        torch.Size([2, 10])
     """
     defaults: dict[str, Any] = {"T": None, "in_channels": 2}
     return RevSResNet((1, 2, 2), (16, 32, 48), **{**defaults, **settings})
@@ -139,5 +153,12 @@ def rev_s_resnet109(**settings: Any) -> RevSResNet:
     """RevSResNet109: 70,075,876 parameters with 100 classes. Settings as in :func:`rev_s_resnet21`.
 
     The paper has no table of it. Its authors' code has: blocks 2, 4, 16, 4 of the same widths.
+
+    Example:
+        >>> import torch
+        >>> with torch.device("meta"):  # its shapes alone: no memory
+        ...     model = rev_s_resnet109(num_classes=100)
+        >>> sum(p.numel() for p in model.parameters())
+        70075876
     """
     return RevSResNet((2, 4, 16, 4), WIDTHS, **settings)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from snn_reversible_plugin import tape
 from snn_reversible_plugin.blocks import RevSColumns
 
 HIDDEN = 4  # times as many channels inside a block
@@ -30,7 +31,9 @@ class _Fire(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward((x >= 0).logical_and_(x <= 1))
+        passes = (x >= 0).logical_and_(x <= 1)
+        tape.mark_spikes(passes)
+        ctx.save_for_backward(passes)
         return (x >= THRESHOLD).to(x.dtype)
 
     @staticmethod
@@ -48,10 +51,15 @@ class Fire(nn.Module):
         tensor([0., 0., 1., 1.])
     """
 
+    returns_spikes = True  # so that a check of the rebuild counts them
+
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return (x >= THRESHOLD).to(x.dtype)
-        return _Fire.apply(x)  # type: ignore[no-any-return, no-untyped-call]
+        with tape.paused():
+            spikes = _Fire.apply(x)  # type: ignore[no-untyped-call]
+        tape.mark_spikes(spikes)
+        return spikes  # type: ignore[no-any-return]
 
 
 class StandardizedConv2d(nn.Conv2d):
@@ -166,6 +174,13 @@ class TRevSNN(nn.Module):
     Shape:
         Input ``[N, 3, H, W]``, or events ``[steps, N, 2, H, W]``. Output ``[N, num_classes]``; in training
         with ``auxiliary`` a tuple of such, of which the last is the answer.
+
+    Example:
+        >>> import torch
+        >>> from snn_reversible_plugin.models import TRevSNN
+        >>> net = TRevSNN((8, 8, 16, 16), num_classes=10).eval()
+        >>> net(torch.rand(1, 3, 32, 32)).shape
+        torch.Size([1, 10])
     """
 
     def __init__(
@@ -183,7 +198,7 @@ class TRevSNN(nn.Module):
     ) -> None:
         super().__init__()
         if len(widths) != 4:
-            raise ValueError(f"TRevSNN has four levels, and widths names {len(widths)}")
+            raise ValueError(f"TRevSNN has four levels, and widths names {len(widths)}: give four numbers")
         if auxiliary and steps % HEADS:
             raise ValueError(f"with auxiliary heads, steps must be a multiple of {HEADS}, not {steps}")
         self.steps, self.events = steps, events

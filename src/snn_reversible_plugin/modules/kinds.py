@@ -168,6 +168,7 @@ class _SnnTorch(Framework):
         for name in self.states:
             if isinstance(state := module._buffers.get(name), Tensor):
                 module._buffers[name] = state.new_zeros(())
+        module.__dict__.pop("reset", None)  # spikes that reset it, which its next step makes anew
 
 
 FRAMEWORKS: tuple[Framework, ...] = (_SpikingJelly(), _SnnTorch())

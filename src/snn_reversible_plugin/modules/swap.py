@@ -39,6 +39,7 @@ class Mark(Generic[T]):
 SETTINGS: Mark[Any] = Mark("settings")  # of the root of a converted model: what the conversion decided
 NAME: Mark[str] = Mark("name")  # of a module on the grid: its name in the model, for errors
 STRICT: Mark[bool] = Mark("strict")  # of a neuron that the user wants on the grid, and nowhere else
+FUSED: Mark[bool] = Mark("fused")  # of a neuron whose states the user wants in float32, whatever comes in
 ON_GRID: Mark[Any] = Mark("on_grid")  # of a neuron on the grid: what was fixed at the conversion
 WRAPPED_CHAIN: Mark[Any] = Mark("wrapped_chain")  # of a residual block: the chain that it is part of
 LAST_RESET: Mark[Any] = Mark("reset")  # of a snnTorch neuron: the spikes that its last step reset, as bits

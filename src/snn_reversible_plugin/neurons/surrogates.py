@@ -207,25 +207,24 @@ def _leaves(out: Tensor) -> set[int]:
 _users: weakref.WeakKeyDictionary[Any, Surrogate | str] = weakref.WeakKeyDictionary()
 
 
-# Formulas that the compiled steps know, by what the functions are called there.
-_COMPILED = {"snntorch.atan": "atan", "snntorch.fast_sigmoid": "fast_sigmoid"}
-
-
 @functools.lru_cache(maxsize=256)
-def in_one_pass(surrogate: Surrogate) -> Callable[..., None] | None:
-    """``write(membrane, threshold, grad, out)`` of a surrogate, flat and float32 on the CPU, to its bits.
+def in_one_pass(surrogate: Surrogate, device: torch.device) -> Callable[..., None] | None:
+    """``write(membrane, threshold, grad, out)`` of a surrogate, flat and float32 on a device, to its bits.
 
-    None where nothing is compiled for it.
+    None where nothing is compiled for it. Waits for the device, the first time.
     """
-    form: Any = steps_on(torch.device("cpu"))
-    write = getattr(form, _COMPILED.get(surrogate.name or "", ""), None)
+    compile_ = getattr(steps_on(device), "in_one_pass", None)
+    write = (
+        None
+        if compile_ is None or surrogate.name is None
+        else compile_(surrogate.name, dict(surrogate.parameters))
+    )
     if write is None:
         return None
-    write = functools.partial(write, **dict(surrogate.parameters))
 
     def sample() -> tuple[Tensor, Tensor]:
         membrane = torch.linspace(-3, 4, 1001, dtype=torch.float32, device="cpu")
-        return membrane, torch.arange(1001, dtype=torch.float32, device="cpu").cos_()
+        return membrane.to(device), torch.arange(1001, dtype=torch.float32, device="cpu").cos_().to(device)
 
     def compiled() -> list[Tensor]:
         membrane, grad = sample()

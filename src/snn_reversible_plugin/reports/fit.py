@@ -12,9 +12,9 @@ Source: this package's own.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,6 +22,9 @@ from torch import nn
 from snn_reversible_plugin.modules.checks import bytes_of, check_model
 from snn_reversible_plugin.reports.measure import count_step, time_step
 from snn_reversible_plugin.reports.trial import Loss, Step, megabytes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MakeInputs = Callable[[int], Any]
 _SMALL = 2, 6  # the batches that the line goes through
@@ -176,21 +179,40 @@ def _what_helps(model: nn.Module) -> str:
     )
 
 
-def fit_table(found: Iterable[tuple[str, int | None, Fit]]) -> Any:
-    """What :func:`fit` found for modes and numbers of time steps, as a table for the terminal."""
-    from rich.table import Table
+@dataclass
+class Fits:
+    """What :func:`fit` found, as ``(mode, time steps or None, Fit)``."""
 
-    found = list(found)
-    budget = max((one.budget for _, _, one in found), default=0)
-    table = Table(title=f"Largest batches in {megabytes(budget)}")
-    for column in ("mode", "T", "batch", "peak", "step", "a sample"):
-        table.add_column(column, justify="left" if column == "mode" else "right")
-    for mode, steps, one in found:
-        times = (
-            (f"{1e3 * one.seconds:,.0f} ms", f"{1e3 * one.seconds / one.batch:,.2f} ms")
-            if one.batch
-            else ("", "")
-        )
-        batch = str(one.batch) if one.batch else "does not fit"
-        table.add_row(mode, "" if steps is None else str(steps), batch, megabytes(one.peak), *times)
-    return table
+    rows: list[tuple[str, int | None, Fit]] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        budget = max((one.budget for _, _, one in self.rows), default=0)
+        return f"Largest batches in {megabytes(budget)}"
+
+    def table(self) -> Any:
+        """As a table for the terminal."""
+        from rich.table import Table
+
+        table = Table(title=self.title)
+        for column in ("mode", "T", "batch", "peak", "step", "a sample"):
+            table.add_column(column, justify="left" if column == "mode" else "right")
+        for mode, steps, one in self.rows:
+            times = (
+                (f"{1e3 * one.seconds:,.0f} ms", f"{1e3 * one.seconds / one.batch:,.2f} ms")
+                if one.batch
+                else ("", "")
+            )
+            batch = str(one.batch) if one.batch else "does not fit"
+            table.add_row(mode, "" if steps is None else str(steps), batch, megabytes(one.peak), *times)
+        return table
+
+    def plot(self) -> Figure:
+        """As bars, a group for each number of time steps. Needs the extra ``plot``.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        from snn_reversible_plugin.reports.pictures import picture_of_fits
+
+        return picture_of_fits(self)

@@ -1,8 +1,8 @@
 """A counter of flipped spikes for whole models: did the rebuilt network fire as the forward did?
 
-The one idea: check mode for every reversible chain of a model, switched on for the time of a training step.
-On the grid the count is zero; for streams in plain floating point (``bits=None``), the published method,
-it shows how far the rebuild has drifted. Source: docs/exactness.md.
+The one idea: check mode for everything in a model that is rebuilt, chains of blocks and temporal columns,
+switched on for the time of a training step. On the grid the count is zero; in plain floating point
+(``bits=None``), the published methods, it shows how far the rebuild has drifted. Source: docs/exactness.md.
 """
 
 from __future__ import annotations
@@ -12,20 +12,33 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from snn_reversible_plugin.blocks import RevSSequence
+from snn_reversible_plugin.blocks import RevSColumns, RevSSequence
 from snn_reversible_plugin.blocks.undo import Rebuild
 from snn_reversible_plugin.ops.interrupts import surely
 
+_REBUILT = (RevSSequence, RevSColumns)
+
 
 class FlipCount:
-    """What :func:`counting_flips` found in the last backward, by chain and in all; a table in print."""
+    """What :func:`counting_flips` found in the last backward, by chain and in all; a table in print.
 
-    def __init__(self, chains: dict[str, RevSSequence]) -> None:
+    Example:
+        >>> import torch
+        >>> import snn_reversible_plugin as srp
+        >>> from snn_reversible_plugin.models import rev_s_resnet24
+        >>> model = rev_s_resnet24()
+        >>> with srp.counting_flips(model) as found:
+        ...     model(torch.rand(2, 1, 2, 12, 12)).sum().backward()
+        >>> found.flipped_spikes, found.spikes > 0
+        (0, True)
+    """
+
+    def __init__(self, chains: dict[str, RevSSequence | RevSColumns]) -> None:
         self._chains = chains
 
     @property
     def chains(self) -> dict[str, Rebuild]:
-        """The :class:`~.undo.Rebuild` of every chain that a backward has gone through."""
+        """The :class:`~.undo.Rebuild` of every chain, or columns, that a backward has gone through."""
         found = {name: chain.last_rebuild for name, chain in self._chains.items()}
         return {name: rebuild for name, rebuild in found.items() if rebuild is not None}
 
@@ -47,14 +60,15 @@ class FlipCount:
 
 @contextmanager
 def counting_flips(model: nn.Module) -> Iterator[FlipCount]:
-    """Context manager: count the spikes that differ between forward and rebuild in every chain of a model.
+    """Context manager: count the spikes that differ between forward and rebuild in a model's chains.
 
-    Slow; holds one bit a spike and each chain's input from the forward to the backward. The forward has to
-    run inside; the count is there after its backward, wherever that runs.
+    Chains are :class:`RevSSequence` and :class:`RevSColumns`. Slow; holds, from the forward to the
+    backward, one bit a spike, each chain's input, and the states of columns after their first time step.
+    The forward has to run inside; the count is there after its backward, wherever that runs.
 
     Raises:
-        ValueError: the model has no :class:`RevSSequence`.
-        RuntimeError: from the backward, where a stream on the grid was rebuilt wrongly.
+        ValueError: the model has neither.
+        RuntimeError: from the backward, where a stream or state on the grid was rebuilt wrongly.
 
     Example:
         >>> import torch
@@ -67,9 +81,10 @@ def counting_flips(model: nn.Module) -> Iterator[FlipCount]:
         stages.2: 0 of 768 spikes flipped; the rebuilt input is equal bit for bit
     """
     named = model.named_modules()
-    chains = {name or "model": module for name, module in named if isinstance(module, RevSSequence)}
+    chains = {name or "model": module for name, module in named if isinstance(module, _REBUILT)}
     if not chains:
-        raise ValueError(f"{type(model).__name__} has no RevSSequence, so that nothing is rebuilt")
+        kinds = " or ".join(kind.__name__ for kind in _REBUILT)
+        raise ValueError(f"{type(model).__name__} has no {kinds}, so that nothing is rebuilt")
     before = {name: chain.check for name, chain in chains.items()}
 
     def put_back() -> None:

@@ -2,13 +2,13 @@
 
 The one idea: *held* are bytes that live between forward and backward. For a module they are those of the
 storages that autograd, or a handle in place of a tensor, keeps alive: what lives anyway (parameters,
-buffers, inputs) is free, and what several modules share is counted where it is saved first. For the whole
-step the allocator counts, so there what modules return is in, too.
+buffers, inputs) is free. What a module returned is its own, whoever saves it: spikes stand with the neurons
+that fired them, not with the pool or the convolution behind. The rest stands where it is saved first. For
+the whole step the allocator counts, so there what modules return is in, too.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -21,28 +21,32 @@ from snn_reversible_plugin.compiler.entry import look_of
 from snn_reversible_plugin.modules.checks import is_compiled
 from snn_reversible_plugin.modules.swap import stock_type
 from snn_reversible_plugin.modules.tracking import tracked
-from snn_reversible_plugin.ops.layouts import storage_key
 from snn_reversible_plugin.reports.compiled import verify_compiled
 from snn_reversible_plugin.reports.measure import StepCost
 from snn_reversible_plugin.reports.over_step import OverStep, over_step
+from snn_reversible_plugin.reports.saved import SavedByStock, SavedByTape
 from snn_reversible_plugin.reports.trial import Loss, Step, as_converted, costs, megabytes
-from snn_reversible_plugin.tape.findings import Findings, FoundBits, KeptInFull
-from snn_reversible_plugin.tape.handles import Handle, Packed, storage_once
+from snn_reversible_plugin.tape.findings import FoundBits, KeptInFull
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 MOST_CAUSES = 5  # of a peak that are printed
+LEAST_PART = 0.01  # of what is held, for a tensor to be printed
+ROUNDS = 3  # that a step is timed in: one says nothing
+OUTSIDE = "(outputs, loss)"  # the row of what is held beyond what the modules' forward saves
 
 
 @dataclass
 class ModuleReport:
-    """One module's row: ``stock_bytes`` and ``bytes`` held by what its forward saves, stock and converted.
+    """One module's row: ``stock_bytes`` and ``bytes`` held, stock and converted: what it returns, whoever
+    saves that, and what its forward computes and saves.
 
     ``treatment`` counts the saved tensors by what became of them. ``neuron`` says how a spiking neuron
     runs and with which guarantee, or why it stayed stock; it is empty for other modules. ``grid_bits``:
-    binary digits behind the point, where it runs on a grid.
+    binary digits behind the point, where it runs on a grid. The row ``(outputs, loss)`` is what the step
+    holds beyond that, by the allocator's count: what the model returns, and what its loss saves.
     """
 
     name: str
@@ -62,6 +66,18 @@ class MemoryReport:
     what stands at the peak and why; None where the step ran on a GPU. ``bits`` are the tensors of which a
     few bits an element are stored, and ``kept`` those that are stored in full, the largest first: the
     operation that made each, why it is kept, and what one may change.
+
+    Example:
+        >>> import torch
+        >>> import snn_reversible_plugin as srp
+        >>> from torch import nn
+        >>> from spikingjelly.activation_based import layer, neuron
+        >>> model = nn.Sequential(layer.Linear(64, 64), neuron.LIFNode(), layer.Linear(64, 10))
+        >>> report = srp.memory_report(model, torch.rand(32, 64))
+        >>> [row.name for row in report.modules if row.type == "LIFNode"], report.mode
+        (['1'], 'memory')
+        >>> report.converted_over_step.peak.bytes > 0
+        True
     """
 
     modules: list[ModuleReport]
@@ -105,14 +121,14 @@ class MemoryReport:
                 megabytes(after),
             )
         ratio = self.converted.seconds / self.stock.seconds
-        table.add_row("[bold]time of a training step", "", f"{ratio:.2f}x stock", "", "", "")
+        about = f"{ratio:.2f}x stock (median of {ROUNDS})"
+        table.add_row("[bold]time of a training step", "", about, "", "", "")
         console = Console()
         console.print(table)
         for one in self.kept[:MOST_CAUSES]:
-            made = f"the output of {one.operation}" if one.operation else "a tensor"
-            console.print(
-                f"kept in full, {megabytes(one.bytes)} in {one.module}: {made}: {one.why}. {one.remedy}"
-            )
+            if one.bytes < self.converted.held * LEAST_PART:
+                break
+            console.print(f"kept in full in {one.module}: {one}")
         for label, run in (("stock", self.stock_over_step), ("converted", self.converted_over_step)):
             if run is not None:
                 largest = [
@@ -166,7 +182,7 @@ def memory_report(
     if look_of(model) is not None:
         return _of_compiled(step)
     with as_converted(model) as settings:
-        by_stock = _SavedByStock(step)
+        by_stock = SavedByStock(step)
         with (
             step.unchanged(),
             convert.stock(model),
@@ -177,10 +193,10 @@ def memory_report(
         if settings.plans is not None:
             with step.unchanged():  # the first step of a shape runs as "memory"
                 step.run().backward()
-        by_tape = _SavedByTape(step)
+        by_tape = SavedByTape(step)
         with step.unchanged(), settings.recording(observer=by_tape) as tape:
             assert tape is not None
-            with tracked(model, tape):
+            with tracked(model, tape), tracked(model, by_tape):
                 graph = step.run()
                 held, treatments = by_tape.count()
                 del graph
@@ -200,7 +216,10 @@ def memory_report(
                 rows.append(row)
         bits, kept = by_tape.found()
         del by_tape
-        before, after = costs(step, repeats=1)
+        before, after = costs(step, repeats=ROUNDS)
+        rest = [cost.held - sum(sizes.values()) for cost, sizes in ((before, by_stock.held), (after, held))]
+        if max(rest) > 0:
+            rows.append(ModuleReport(OUTSIDE, "", "", {}, max(rest[0], 0), max(rest[1], 0)))
         over = _over_both(step)
         return MemoryReport(rows, before, after, settings.mode, over[0], over[1], bits, kept)
 
@@ -223,73 +242,17 @@ def _about_neuron(name: str, module: nn.Module, settings: convert.Settings) -> s
         return "compiled: runs as it is written under a tape, and compiled elsewhere"
     if treatment is None:
         return ""
-    about = f"{treatment}, {getattr(module, 'arithmetic', 'stock')} arithmetic"
+    sliced = ", sliced" if settings.mode == "minimal" else ""
+    about = f"{treatment}, {getattr(module, 'arithmetic', 'stock')} arithmetic{sliced}"
     reason = convert.off_grid_reason(name, module, settings)
     return f"{about}: {reason}" if reason else about
 
 
 def _of_compiled(step: Step) -> MemoryReport:
     """Beside stock compiled the same way."""
-    found = verify_compiled(step, repeats=1)
+    found = verify_compiled(step, repeats=ROUNDS)
     rows = [
         ModuleReport(kind, "compiled regions", "", {"stored": 1}, 0, size)
         for kind, size in found.stored.items()
     ]
     return MemoryReport(rows, found.stock, found.compiled, look_of(step.model).backend.mode)
-
-
-def _storages(step: Step) -> set[int]:
-    return {storage_key(tensor) for tensor in step.alive()}
-
-
-class _SavedByStock:
-    """A pack hook that keeps everything and counts it."""
-
-    def __init__(self, step: Step) -> None:
-        self.where: str | None = None
-        self.held: Counter[str] = Counter()
-        self._seen = _storages(step)
-
-    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        self.held[self.where or "model"] += storage_once(tensor, self._seen)
-        return tensor.detach()
-
-
-class _SavedByTape(Findings):
-    """Asks the handles that autograd was given what they hold, each thing once, when the forward is over: a
-    stream is not undone before the sum after it is known."""
-
-    def __init__(self, step: Step) -> None:
-        super().__init__()
-        self._seen = _storages(step)
-        self._packed: list[tuple[str, Handle]] = []
-        self._stored: list[tuple[str, Packed, int]] = []
-        self._kept: list[KeptInFull] = []
-
-    def found(self) -> tuple[list[FoundBits], list[KeptInFull]]:
-        """What is bits, and what is kept in full, once it is counted."""
-        return self.bits(self._stored), sorted(self._kept, key=lambda one: -one.bytes)
-
-    def packed(self, where: str | None, tensor: torch.Tensor, handle: Handle) -> None:
-        self._packed.append((where or "model", handle))
-
-    def count(self) -> tuple[Counter[str], dict[str, Counter[str]]]:
-        """Bytes held, and the number of each treatment, by module."""
-        treatments: dict[str, Counter[str]] = {}
-        held: Counter[str] = Counter()
-        seen = self._seen  # storages and handles: no two that live have one address
-        for where, packed in self._packed:
-            treatments.setdefault(where, Counter())[packed.treatment] += 1
-            waiting = [packed]
-            while waiting:
-                handle = waiting.pop()
-                if id(handle) not in seen:
-                    seen.add(id(handle))
-                    size = handle.stored(seen)
-                    held[where] += size
-                    if isinstance(handle, Packed) and size:
-                        self._stored.append((where, handle, size))
-                    if kept := self.kept(where, handle, size):
-                        self._kept.append(kept)
-                    waiting += handle.relies_on()
-        return held, treatments

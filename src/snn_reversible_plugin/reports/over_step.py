@@ -25,6 +25,7 @@ from snn_reversible_plugin.modules.tracking import tracked
 from snn_reversible_plugin.ops.layouts import is_plain
 from snn_reversible_plugin.reports.measure import Allocation, AllocationCounter, mark
 from snn_reversible_plugin.reports.trial import tensors_in
+from snn_reversible_plugin.training.step_in_backward import SteppedGradient
 
 _FORWARD, _TURN, _BACKWARD = "forward", "turn", "backward"
 
@@ -226,4 +227,6 @@ def _dense_parts(gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors with a storage that a gradient is made of."""
     if gradient.is_sparse:
         return gradient._indices(), gradient._values()
+    if isinstance(gradient, SteppedGradient):  # it is used, and freed
+        return ()
     return (gradient,) if is_plain(gradient) else ()

@@ -14,10 +14,24 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from snn_reversible_plugin.reports.fit import Fits
     from snn_reversible_plugin.reports.memory_report import MemoryReport
 
 MOST_NAMES = 40  # along an axis
 STOCK, CONVERTED = "0.6", "tab:blue"
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty one, in inches.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plot() needs matplotlib: pip install 'snn-reversible-plugin[plot]'") from error
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
 def picture_of_step(report: MemoryReport) -> Figure:
@@ -26,25 +40,48 @@ def picture_of_step(report: MemoryReport) -> Figure:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plot() needs matplotlib: pip install snn-reversible-plugin[plot]") from error
     bars = 1.5 + 0.25 * len(report.modules)
     if report.stock_over_step is None or report.converted_over_step is None:
-        figure = Figure(figsize=(9, bars), layout="constrained")
+        figure = new_figure(9, bars)
         _held_by_module(figure.add_subplot(), report)
         return figure
-    figure = Figure(figsize=(9, 4 + bars), layout="constrained")
+    figure = new_figure(9, 4 + bars)
     over_step, by_module = figure.subplots(2, 1, height_ratios=(4, bars))
-    _over_step(over_step, report.stock_over_step, report.converted_over_step)
+    draw_over_step(over_step, report.stock_over_step, report.converted_over_step)
     _held_by_module(by_module, report)
     return figure
 
 
-def _over_step(axes: Axes, stock: OverStep, converted: OverStep) -> None:
+def picture_of_fits(fits: Fits) -> Figure:
+    """The largest batches as bars: a group a number of time steps, a bar a mode."""
+    modes = list(dict.fromkeys(mode for mode, _, _ in fits.rows))
+    counts = list(dict.fromkeys(steps for _, steps, _ in fits.rows))
+    figure = new_figure(max(5.0, 1.2 + 2.2 * len(counts)), 3.5)
+    axes = figure.add_subplot()
+    for place, mode in enumerate(modes):
+        found = [(counts.index(steps), one.batch) for name, steps, one in fits.rows if name == mode]
+        drawn = axes.bar(
+            [group + (place - (len(modes) - 1) / 2) * 0.8 / len(modes) for group, _ in found],
+            [batch for _, batch in found],
+            0.8 / len(modes),
+            color=STOCK if mode == "stock" else f"C{place - 1}",
+            label=mode,
+        )
+        axes.bar_label(drawn, fmt="{:,.0f}", padding=2, fontsize="small")
+    axes.set_xticks(range(len(counts)), ["" if steps is None else f"T = {steps}" for steps in counts])
+    axes.set_ylabel("samples in a batch")
+    axes.set_title(fits.title, fontsize="medium")
+    axes.margins(y=0.12)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def draw_over_step(axes: Axes, stock: OverStep, converted: OverStep) -> None:
+    """Memory over the step, stock and converted, with the layers along the axis."""
     for run, color, label in ((stock, STOCK, "stock"), (converted, CONVERTED, "converted")):
-        places, bytes_alive = _curve(run)
+        places, counts = curve_of(run)
+        bytes_alive = [count / 1e6 for count in counts]
         axes.fill_between(places, bytes_alive, color=color, alpha=0.35, linewidth=0)
         axes.plot(places, bytes_alive, color=color, linewidth=1)
         top = max(bytes_alive, default=0.0)
@@ -66,13 +103,13 @@ def _over_step(axes: Axes, stock: OverStep, converted: OverStep) -> None:
     axes.set_ylabel("MB alive beyond parameters and input")
 
 
-def _curve(run: OverStep) -> tuple[list[float], list[float]]:
-    """Places from 0 to 1 for the forward, to 2 for the backward; MB."""
+def curve_of(run: OverStep) -> tuple[list[float], list[int]]:
+    """Bytes alive over the step: places from 0 to 1 are the forward, to 2 the backward."""
     places: list[float] = []
-    alive: list[float] = []
+    alive: list[int] = []
     for start, width, part in _laid_out(run):
         places += [start + width * at / len(part.curve) for at in range(len(part.curve))]
-        alive += [count / 1e6 for count in part.curve]
+        alive += part.curve
     return places, alive
 
 
@@ -104,7 +141,7 @@ def _held_by_module(axes: Axes, report: MemoryReport) -> None:
             color=color,
             label=f"{label}, held {cost.held / 1e6:,.4g} MB",
         )
-    axes.set_yticks(list(places), [row.name for row in report.modules], fontsize="x-small")
+    axes.set_yticks(list(places), [f"{row.name}  {row.type}" for row in report.modules], fontsize="x-small")
     axes.invert_yaxis()
     axes.set_xlabel("MB held for the backward")
     axes.legend()

@@ -5,7 +5,9 @@ The one idea: every run starts from the same state and the same random numbers, 
 
 from __future__ import annotations
 
+import random
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -82,7 +84,7 @@ class Step:
         for leaf, _ in gradients:
             leaf.grad = None
         try:
-            with unchanged(self.model):
+            with unchanged(self.model), _same_draws():
                 yield
         finally:
             for leaf, gradient in gradients:
@@ -91,6 +93,19 @@ class Step:
     def alive(self) -> Iterable[torch.Tensor]:
         """The tensors that live anyway: parameters, buffers, inputs."""
         return (*self.model.parameters(), *self.model.buffers(), *tensors_in((self.inputs, self.kwargs)))
+
+
+@contextmanager
+def _same_draws() -> Iterator[None]:
+    """Context manager: afterwards the generators of Python and of numpy are where they were."""
+    numpy = sys.modules.get("numpy")
+    states = random.getstate(), None if numpy is None else numpy.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        if numpy is not None:
+            numpy.random.set_state(states[1])
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:

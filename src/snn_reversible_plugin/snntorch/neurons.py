@@ -184,7 +184,19 @@ class RevSynaptic(snntorch.Synaptic):
 
 
 class RevAlpha(snntorch.Alpha):
-    """snnTorch's ``Alpha`` that holds its membrane; its two currents where ``beta`` is learned."""
+    """snnTorch's ``Alpha`` that holds its membrane; its two currents where ``beta`` is learned.
+
+    Signature, shapes, errors and guarantee as :class:`RevLeaky`'s, against ``snntorch.Alpha``; returns
+    ``(spk, syn_exc, syn_inh, mem)``.
+
+    Example:
+        >>> import torch
+        >>> from snn_reversible_plugin.snntorch import RevAlpha
+        >>> lif = RevAlpha(alpha=0.9, beta=0.8)
+        >>> spk, syn_exc, syn_inh, mem = lif(torch.ones(2, 3), *lif.reset_mem())
+        >>> mem.shape
+        torch.Size([2, 3])
+    """
 
     treatment = "analytic step"
     arithmetic = "stock"
@@ -205,7 +217,16 @@ class RevAlpha(snntorch.Alpha):
 
 
 class RevRLeaky(snntorch.RLeaky):
-    """snnTorch's ``RLeaky``: as :class:`RevLeaky`, its recurrent layer an ordinary one, fed with spikes."""
+    """snnTorch's ``RLeaky``: as :class:`RevLeaky`, its recurrent layer an ordinary one, fed with spikes.
+
+    Example:
+        >>> import torch
+        >>> from snn_reversible_plugin.snntorch import RevRLeaky
+        >>> lif = RevRLeaky(beta=0.9, linear_features=3)
+        >>> spk, mem = lif(torch.ones(2, 3), *lif.reset_mem())
+        >>> spk.shape
+        torch.Size([2, 3])
+    """
 
     treatment = "analytic step"
     arithmetic = "stock"
@@ -218,7 +239,16 @@ class RevRLeaky(snntorch.RLeaky):
 
 
 class RevRSynaptic(snntorch.RSynaptic):
-    """snnTorch's ``RSynaptic``: as :class:`RevSynaptic`, its recurrent layer an ordinary one."""
+    """snnTorch's ``RSynaptic``: as :class:`RevSynaptic`, its recurrent layer an ordinary one.
+
+    Example:
+        >>> import torch
+        >>> from snn_reversible_plugin.snntorch import RevRSynaptic
+        >>> lif = RevRSynaptic(alpha=0.9, beta=0.8, linear_features=3)
+        >>> spk, syn, mem = lif(torch.ones(2, 3), *lif.reset_mem())
+        >>> syn.shape
+        torch.Size([2, 3])
+    """
 
     treatment = "analytic step"
     arithmetic = "stock"

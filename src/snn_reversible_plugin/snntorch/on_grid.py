@@ -16,7 +16,6 @@ from torch import Tensor
 
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.grid.decays import AFTER, BEFORE, NONE, SUBTRACT
-from snn_reversible_plugin.grid.range import may_look
 from snn_reversible_plugin.modules.swap import LAST_RESET
 from snn_reversible_plugin.neurons.leaky.reference import AlphaCharge
 from snn_reversible_plugin.neurons.on_grid import switches
@@ -32,6 +31,7 @@ from snn_reversible_plugin.neurons.on_grid.neuron import (
 from snn_reversible_plugin.neurons.on_grid.resets import ResetByGiven, Undelayed
 from snn_reversible_plugin.neurons.on_grid.step import Parameters, Stepped, step
 from snn_reversible_plugin.neurons.surrogates import of_users
+from snn_reversible_plugin.ops.devices import may_look
 from snn_reversible_plugin.snntorch import neurons
 from snn_reversible_plugin.snntorch.steps import (
     Spec,
@@ -284,7 +284,7 @@ def _winners(neuron: Any, mem: Tensor) -> Tensor:
     with torch.no_grad(), tape.paused():
         above = mem - neuron.threshold
         winners = torch.zeros_like(above)
-        winners[torch.arange(mem.size(0)), torch.argmax(above, dim=1)] = 1
+        winners[torch.arange(mem.size(0), device=mem.device), torch.argmax(above, dim=1)] = 1
     tape.mark_spikes(winners)
     return winners
 

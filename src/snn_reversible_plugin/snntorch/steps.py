@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.grid.decays import AFTER, NONE, SUBTRACT
-from snn_reversible_plugin.grid.range import may_look
 from snn_reversible_plugin.neurons.leaky.call import Charging, Firing, fired, kind_of
 from snn_reversible_plugin.neurons.leaky.reference import (
     Charge,
@@ -31,6 +30,8 @@ from snn_reversible_plugin.neurons.leaky.reference import (
 )
 from snn_reversible_plugin.neurons.on_grid.neuron import value_of
 from snn_reversible_plugin.neurons.surrogates import Surrogate
+from snn_reversible_plugin.ops.devices import may_look
+from snn_reversible_plugin.ops.outputs import on_its_own
 from snn_reversible_plugin.snntorch.surrogates import known_surrogate
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -122,7 +123,7 @@ def analytic(neuron: Any, spec: Spec, current: Tensor, given: tuple[Tensor | Non
             if mechanism == AFTER:
                 x = spec.arrange(again, states, parameters) + x
             result = Charging.apply(kind, constants, threshold, *x)
-            charged = [result] if isinstance(result, Tensor) else list(result)
+            charged = [result] if isinstance(result, Tensor) else [on_its_own(state) for state in result]
         tape.mark_opaque(*charged)
         if surrogate is not None and not neuron.inhibition:
             spikes = Firing.apply(surrogate, charged[-1], threshold)

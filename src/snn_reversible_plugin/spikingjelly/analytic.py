@@ -8,10 +8,7 @@ its own, is replayed as a black box (:mod:`.spikingjelly.replayed`).
 
 from __future__ import annotations
 
-import functools
-import os
 import weakref
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,13 +17,14 @@ from torch import Tensor, nn
 
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.modules.kinds import is_multi_step
-from snn_reversible_plugin.modules.swap import SwappedClass
-from snn_reversible_plugin.neurons.integrate_fire.in_place import multi_step, multi_step_vjp
-from snn_reversible_plugin.neurons.integrate_fire.reference import Neuron, OutputGradients, Rule
+from snn_reversible_plugin.modules.swap import FUSED, SwappedClass
+from snn_reversible_plugin.neurons.integrate_fire import on_device
+from snn_reversible_plugin.neurons.integrate_fire.reference import Neuron, Rule
 from snn_reversible_plugin.neurons.integrate_fire.stretch import place_of_step
-from snn_reversible_plugin.neurons.surrogates import Surrogate, by_autograd
-from snn_reversible_plugin.neurons.witness import agree
+from snn_reversible_plugin.neurons.on_grid import switches
 from snn_reversible_plugin.ops.chunks import chunk_size
+from snn_reversible_plugin.ops.outputs import on_its_own
+from snn_reversible_plugin.spikingjelly.agreement import Case, agrees, stock_runs
 from snn_reversible_plugin.spikingjelly.calls import (
     Beside,
     Call,
@@ -38,7 +36,7 @@ from snn_reversible_plugin.spikingjelly.calls import (
     promises_of,
     stepped_neurons,
 )
-from snn_reversible_plugin.spikingjelly.copies import Copy, copy_of, in_torch
+from snn_reversible_plugin.spikingjelly.copies import Copy, InTorch, copy_of
 from snn_reversible_plugin.spikingjelly.replayed import as_stock, is_learning, replayed
 from snn_reversible_plugin.spikingjelly.surrogates import (
     as_autograd,
@@ -77,13 +75,25 @@ How = ByFormula | ByReplay | ByStock
 _TEXTS = {ByReplay: "generic replay", ByStock: "stock"}
 # What ran last in place of the formulas, for reports; nothing of a neuron that runs by them.
 _instead: weakref.WeakKeyDictionary[Any, ByReplay | ByStock] = weakref.WeakKeyDictionary()
+# Those whose last call had membranes that are wider than stock's.
+_ran_wide: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 class Analytic:
     """Mixin in front of one of the three neurons."""
 
-    arithmetic = "stock"
     lean = True
+
+    @property
+    def arithmetic(self) -> str:
+        """Which guarantee holds, with the settings of now and the last call."""
+        return "fused" if self in _ran_wide else "stock"
+
+    @property
+    def may_fuse(self) -> bool:
+        """Whether ``arithmetic="fused"`` means something to it."""
+        copy = copy_of(type(self))
+        return copy is not None and copy.has_operators
 
     @property
     def treatment(self) -> str:
@@ -119,13 +129,16 @@ class Analytic:
         (memories if "v_seq" in memories else self.__dict__)["v_seq"] = value
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if switches.by_autograd() and len(args) == 1 and is_wide(self, args[0]):
+            # The specification of what runs fused: stock's, in float32 between two casts.
+            return super().forward(args[0].float()).to(args[0].dtype)  # type: ignore[misc]
         chosen = how(self, args, kwargs)
         if isinstance(chosen, ByFormula):
             if _instead:
                 _instead.pop(self, None)
             return _run(self, args[0], chosen)
         if not tape.may_record():
-            with in_torch(self):  # type: ignore[arg-type]
+            with InTorch(self):  # type: ignore[arg-type]
                 return super().forward(*args, **kwargs)  # type: ignore[misc]
         _instead[self] = chosen
         run = replayed if isinstance(chosen, ByReplay) else as_stock
@@ -175,6 +188,12 @@ def how(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> How:
     return ByReplay(found)
 
 
+def is_wide(module: Any, x: Any) -> bool:
+    """Whether a call computes in float32 what stock computes in half precision, as the user said."""
+    halves = isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16)
+    return bool(halves and FUSED.of(module) and is_multi_step(module) and fused(surrogate_of(module)))
+
+
 def _has_no_surrogate(module: Any, copy: Copy) -> bool:
     """Whether a call is run by the scripted code that 0.0.0.0.14 has for evaluation."""
     scripted = copy.has_step_modes and not copy.has_operators
@@ -210,8 +229,10 @@ def _by_formula(module: Any, copy: Copy, x: Tensor) -> ByFormula | str:
         if copy.has_operators:
             if v.shape != shape:
                 v = module.v_reset if module.v_reset is not None else 0.0
-            elif v.dtype != x.dtype or v.device != x.device:
-                v = v.to(dtype=x.dtype, device=x.device)
+            else:
+                dtype = torch.float32 if is_wide(module, x) else x.dtype
+                if v.dtype != dtype or v.device != x.device:
+                    v = v.to(dtype=dtype, device=x.device)
         elif (v.shape, v.dtype, v.device) != (shape, x.dtype, x.device):
             return "its membrane has another shape, dtype or device than its input"
     elif not isinstance(v, float):
@@ -226,12 +247,13 @@ def _by_formula(module: Any, copy: Copy, x: Tensor) -> ByFormula | str:
         or (isinstance(w, Tensor) and w.requires_grad)
     ):
         return "what learns in it is neither its input nor its state"
-    call = _call(module, copy, shape, x, w)
+    call = _call(module, copy, x, v, w)
     return call if isinstance(call, str) else ByFormula(call, v, w)
 
 
 def _run(module: Any, x: Tensor, chosen: ByFormula) -> Tensor:
     call, start, w = chosen
+    (_ran_wide.add if call.neuron.wide else _ran_wide.discard)(module)
     v: Any = start
     again = v if isinstance(v, Tensor) else None
     ws: tuple[Tensor, ...] = ()
@@ -246,7 +268,7 @@ def _run(module: Any, x: Tensor, chosen: ByFormula) -> Tensor:
                 partial(stepped_neurons.add, module), partial(first_membrane, call, v), *held
             )
             promised = Promised(first)
-        s, v = SingleStep.apply(x, v, again, call, Beside(first, place), *ws)
+        s, v = map(on_its_own, SingleStep.apply(x, v, again, call, Beside(first, place), *ws))
         if first is not None:
             first.place = place
         states = [v]
@@ -256,7 +278,7 @@ def _run(module: Any, x: Tensor, chosen: ByFormula) -> Tensor:
         promises = torch.is_grad_enabled() and tape.may_promise()
         if promises and not isinstance(v, Tensor):
             promised = promises_of(call, v, tuple(map(tape.handle_of, (x, *ws[:1]))))
-        s, *states = MultiStep.apply(x, v, again, call, promised, *ws)
+        s, *states = map(on_its_own, MultiStep.apply(x, v, again, call, promised, *ws))
         v_seq = states[-1] if call.store_v_seq else None
         v = states[0]
         if v_seq is not None and promised.stored is None:
@@ -280,31 +302,44 @@ def _run(module: Any, x: Tensor, chosen: ByFormula) -> Tensor:
     return s
 
 
-def _call(module: Any, copy: Copy, shape: torch.Size, x: Tensor, w: Tensor | None) -> Call | str:
+def _call(module: Any, copy: Copy, x: Tensor, v: Tensor | float, w: Tensor | None) -> Call | str:
     """What the formulas need of a neuron, or why they are not stock's arithmetic as it is set."""
     equations = equations_of(module)
     rule = _rule(module, equations, copy, x, w)
     if isinstance(rule, str):
         return rule
     function = surrogate_of(module)
-    known = fused(function) if copy.has_operators and x.dtype is torch.float32 else None
+    wide = is_wide(module, x)
+    known = fused(function) if copy.has_operators and (wide or x.dtype is torch.float32) else None
     if w is not None and w.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         known = None
     is_fused = known is not None
-    if not _runs_torch(equations, copy, x.device, is_fused):
+    runs = stock_runs(equations, copy, x.device, is_fused)
+    if wide and known is not None:  # where no kernel is, it is computed as on a CPU
+        runs = "triton" if on_device.takes(Neuron(rule, known), x.device) else "torch"
+    launched = runs == "triton" and known is not None and is_multi_step(module)
+    if launched and not on_device.takes(Neuron(rule, known), x.device):  # type: ignore[arg-type]
+        return f"no kernel here computes its sequences on {x.device.type}"
+    if runs != "torch" and not launched:
         return f"stock runs a kernel of its own on {x.device.type}"
+    if launched and on_device.order_of(x, v) is None:
+        return "its input is laid out neither step by step nor channels-last"
     name = None if known is None else known.name.rpartition(".")[2]  # type: ignore[union-attr]
-    if not _agrees(copy, equations, rule.decay_input, rule.v_reset is None, rule.detach_reset, name):
+    case = Case(equations, rule.decay_input, rule.v_reset is None, rule.detach_reset, name)
+    if not agrees(copy, case, x.device if launched else None):
         return "the installed SpikingJelly computes it in another order"
     if known is None and not copy.has_operators and is_heaviside(function):
         known = as_autograd(function, x.dtype)
         known = None if known.name is None else known
     if known is None:
+        shape = x.shape[1:] if is_multi_step(module) else x.shape
         chunk = min(shape.numel(), chunk_size(x.device))
         known = proved(function, shape, x.dtype, x.device, chunk)
     if known is None:
         return f"its surrogate {type(function).__name__} is not known to work element by element"
-    return Call(Neuron(rule, known), is_fused, stores_v_seq(module))
+    return Call(
+        Neuron(rule, known, launched=launched, wide=wide and is_fused), is_fused, stores_v_seq(module)
+    )
 
 
 def _rule(module: Any, equations: Any, copy: Copy, x: Tensor, w: Tensor | None) -> Rule | str:
@@ -329,54 +364,3 @@ def _rule(module: Any, equations: Any, copy: Copy, x: Tensor, w: Tensor | None) 
     if getattr(module, "_neuron_precision", None) is not None:
         return "it has a precision of its own"
     return Rule(tau, decay_input, v_threshold, v_reset, bool(module.detach_reset), copy.order(equations))
-
-
-def _runs_torch(equations: Any, copy: Copy, device: torch.device, fused: bool) -> bool:
-    """Whether stock runs torch code here, rather than a kernel or an error message (:func:`in_torch`)."""
-    if device.type == "cpu" or not copy.has_operators:
-        return True
-    choice = os.environ.get(f"SJ_{equations}_CUDA_IMPLEMENTATION", "auto")
-    return device.type == "cuda" and not fused and choice == "auto"
-
-
-@functools.cache
-def _agrees(
-    copy: Copy, equations: str, decay_input: bool, soft: bool, detach_reset: bool, name: str | None
-) -> bool:
-    """Whether a copy of SpikingJelly computes what is written out here; tried once for each case.
-
-    Another release may do its arithmetic in another order; then stock's own code is replayed. ``name``: of
-    the surrogate, in a fused operator; None: the surrogate is called as it is.
-    """
-    tau = 1.7 if equations == "LIF" else None
-    rule = Rule(tau, decay_input, 0.9, None if soft else -0.3, detach_reset, copy.order(equations))
-    function = getattr(copy.surrogate, name or "ATan")(alpha=1.3)
-    dtype = torch.float64 if name is None else torch.float32
-
-    def sample() -> tuple[Tensor, Tensor, OutputGradients, Tensor]:
-        grid = torch.arange(60, dtype=dtype, device="cpu")
-        x_seq, w = (
-            torch.sin(grid).mul_(3).view(3, 20),
-            torch.full((), 0.4, device="cpu", dtype=torch.float32 if copy.has_operators else dtype),
-        )
-        grads = OutputGradients(torch.cos(grid).view(3, 20), torch.sin(grid[:20] + 1))
-        return x_seq, torch.cos(grid[:20] * 2), grads, w
-
-    def stocks() -> Sequence[Tensor]:
-        x_seq, v, grads, w = sample()
-        x_seq.requires_grad_()
-        s, v_last = copy.run(equations, rule, function, x_seq, v, w)
-        return s, v_last, *torch.autograd.grad((s, v_last), x_seq, grads[:2])
-
-    def ours() -> Sequence[Tensor]:
-        x_seq, v, grads, w = sample()
-        known = Surrogate(by_autograd(function)) if name is None else fused(function)
-        assert known is not None
-        own = Neuron(rule, known, w.sigmoid() if equations == "PLIF" else None)
-        with torch.no_grad():
-            s, v_last, _ = multi_step(x_seq, v, own)
-            g_x = multi_step_vjp(x_seq, v, grads, own).x
-        assert g_x is not None
-        return s, v_last, g_x
-
-    return agree(ours, stocks)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.neurons.integrate_fire.in_place import multi_step, multi_step_vjp
+from snn_reversible_plugin.neurons.integrate_fire.in_slices import sequence_vjp_in_slices
 from snn_reversible_plugin.neurons.integrate_fire.reference import (
     Neuron,
     OutputGradients,
@@ -35,7 +36,8 @@ from snn_reversible_plugin.tape.final_membrane import FinalMembrane, LastOfAll, 
 # NOTE [What stock runs]
 #
 # 1. SpikingJelly 2.0, in float32 with one of seven surrogates, an operator: on a CPU torch code with
-#    derivatives of its own for those surrogates, on a GPU a fused kernel, which is left alone.
+#    derivatives of its own for those surrogates, on a GPU a kernel. Where that is Triton's, ours stands in
+#    for it (`neurons/integrate_fire/on_device.py`), over sequences; others are left alone.
 #    ParametricLIF takes the sigmoid of w once. The final membrane is cut from v_seq where that is stored.
 # 2. Otherwise, and in older releases, torch code with the surrogate as it is. ParametricLIF takes the
 #    sigmoid in every step, so w gets T gradients one after the other; w is handed over T times for that.
@@ -58,6 +60,8 @@ class Call(NamedTuple):
 
     def leak_vjp(self, g_q: list[Tensor], q: Tensor, w: Tensor) -> list[Tensor]:
         """Gradients of w, one each time it was handed over, in the order of autograd's arrivals."""
+        if self.neuron.launched:  # stock's kernel writes the derivative out
+            return [(g * q * (1 - q)).to(w.dtype) for g in g_q]
         if self.fused:
             total = g_q[0]
             for g in g_q[1:]:
@@ -120,12 +124,15 @@ def leave_all(module: Any, promised: Promised, places: list[Tensor]) -> None:
         else:
             memories.stored = stored
     if final is not None:
+        final.goes_unread = memories.goes_unread
         final.promise(places[0])
     memories["v"] = LastOfAll(lambda: module.v_seq) if final is None else final
 
 
 class MultiStep(torch.autograd.Function):
     """Spikes and final membrane, and what is stored of those between, of a whole sequence."""
+
+    takes_slices = True
 
     @staticmethod
     def forward(
@@ -144,11 +151,12 @@ class MultiStep(torch.autograd.Function):
         ctx.save_for_backward(x_seq, v if ctx.start is None else None, ws[0] if ws else None)
         with tape.paused():
             builds_v_seq = call.store_v_seq and stored is None
-            spikes, v, v_seq = multi_step(x_seq, v, call.with_leak(ws[0] if ws else None), builds_v_seq)
+            neuron = call.with_leak(ws[0] if ws else None)
+            spikes, v, v_seq = multi_step(x_seq, v, neuron, builds_v_seq, drops_last=final is not None)
             if stored is not None:
                 v_seq = stored.placeholder(spikes)
             if final is not None:
-                v = final.placeholder(v)
+                v = final.placeholder(v, x_seq.new_zeros(()))
         if v_seq is None:
             return spikes, v
         return (spikes, v_seq) if call.fused else (spikes, v, v_seq)
@@ -157,13 +165,16 @@ class MultiStep(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, g_s: Tensor | None, *g_states: Tensor | None) -> Any:
         x_seq, v, w = ctx.saved_tensors
-        owned = tape.owns(x_seq)
+        cut = tape.cut_of(x_seq)
+        owned = cut is None and tape.owns(x_seq)
         call: Call = ctx.call
         nothing = (None,) * (len(ctx.needs_input_grad) - 5)
         g_v, g_v_seq = (*g_states, None)[:2]
         if call.store_v_seq and call.fused:
             g_v, g_v_seq = None, g_v
         if g_s is None and g_v is None and g_v_seq is None:
+            if cut is not None:
+                cut.release()
             return None, None, None, None, None, *nothing
         neuron = call.with_leak(w)
         wanted = Wanted(
@@ -172,14 +183,16 @@ class MultiStep(torch.autograd.Function):
             q=w is not None and ctx.needs_input_grad[5],
         )
         final, stored = (None if one is None else one() for one in ctx.promised)
-        if stored is not None and not stored.settle():
+        if stored is not None and not stored.settle(cut is not None):
             stored.compute()
-        v_last = None if final is None or final.settle() else final.empty()
-        # What is saved is part of the forward's graph, and a gradient must not be.
-        found = multi_step_vjp(
-            x_seq.detach(), ctx.start if v is None else v, OutputGradients(g_s, g_v, g_v_seq), neuron,
-            wanted, owned=owned, v_last=v_last,
-        )  # fmt: skip
+        v_last = None if final is None or final.settle(cut is not None) else final.empty()
+        start, grads = ctx.start if v is None else v, OutputGradients(g_s, g_v, g_v_seq)
+        if cut is not None:
+            found = sequence_vjp_in_slices(cut, start, grads, neuron, wanted, v_last)
+        else:
+            # What is saved is part of the forward's graph, and a gradient must not be.
+            x = x_seq.detach()
+            found = multi_step_vjp(x, start, grads, neuron, wanted, owned=owned, v_last=v_last)
         if final is not None and v_last is not None:
             final.keep(v_last)
         g_ws = call.leak_vjp(found.q, neuron.q, w) if wanted.q else nothing  # type: ignore[arg-type]

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -42,7 +40,7 @@ class Copy:
         if not hasattr(self.neuron, "check_backend") and not hasattr(self.neuron.BaseNode, "store_v_seq"):
             raise ImportError(
                 f"{root} is a release below 0.0.0.0.12; neurons of that, of 0.0.0.0.14 and of 2.0 become "
-                "reversible"
+                "reversible: install one of these"
             )
         base = self.neuron.BaseNode
         # Users may put other types in their place.
@@ -130,23 +128,27 @@ def copy_of(cls: type) -> Copy | None:
     return None
 
 
-@contextmanager
-def in_torch(module: nn.Module) -> Iterator[None]:
-    """Inside, a neuron that is set to compute in cupy computes in torch.
+class InTorch:
+    """Context manager: inside, a neuron that is set to compute in cupy computes in torch.
 
     Of a release with ``backend="cupy"`` the torch code is the specification: cupy's kernels are compiled
     with fast math, and round otherwise.
     """
-    table, key = module.__dict__, "_backend" if "_backend" in module.__dict__ else "backend"
-    set_to = table.get(key)
-    if set_to != "cupy":
-        yield
-        return
-    table[key] = "torch"
-    try:
-        yield
-    finally:
-        table[key] = set_to
+
+    __slots__ = ("_key", "_set_to", "_table")
+
+    def __init__(self, module: nn.Module) -> None:
+        self._table = module.__dict__
+        self._key = "_backend" if "_backend" in self._table else "backend"
+        self._set_to = self._table.get(self._key)
+
+    def __enter__(self) -> None:
+        if self._set_to == "cupy":
+            self._table[self._key] = "torch"
+
+    def __exit__(self, *exc: object) -> None:
+        if self._set_to == "cupy":
+            self._table[self._key] = self._set_to
 
 
 @functools.cache

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from snn_reversible_plugin import tape
-from snn_reversible_plugin.grid.range import may_look
 from snn_reversible_plugin.modules.kinds import is_multi_step
 from snn_reversible_plugin.neurons.integrate_fire.reference import Rule
 from snn_reversible_plugin.neurons.integrate_fire.stretch import is_free
@@ -30,6 +29,7 @@ from snn_reversible_plugin.neurons.on_grid.integrate_fire import (
 from snn_reversible_plugin.neurons.on_grid.neuron import OffGrid, OnGrid, constants_of, value_of
 from snn_reversible_plugin.neurons.on_grid.step import step
 from snn_reversible_plugin.neurons.surrogates import Surrogate, of_users
+from snn_reversible_plugin.ops.devices import may_look
 from snn_reversible_plugin.spikingjelly.calls import leave, stepped_neurons
 from snn_reversible_plugin.spikingjelly.surrogates import as_autograd, is_heaviside, surrogate_of
 from snn_reversible_plugin.spikingjelly.types import equations_of, row_of, states_beside_v, stores_v_seq

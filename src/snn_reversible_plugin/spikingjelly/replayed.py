@@ -29,7 +29,8 @@ from snn_reversible_plugin.neurons.witness import Witness, alone
 from snn_reversible_plugin.ops.autocast import Autocast
 from snn_reversible_plugin.ops.chunks import cuts
 from snn_reversible_plugin.ops.layouts import is_contiguous_in
-from snn_reversible_plugin.spikingjelly.copies import Copy, copy_of, in_torch
+from snn_reversible_plugin.ops.outputs import on_its_own
+from snn_reversible_plugin.spikingjelly.copies import Copy, InTorch, copy_of
 from snn_reversible_plugin.spikingjelly.scripted import same_graph
 from snn_reversible_plugin.spikingjelly.surrogates import is_heaviside, is_known, is_uniform
 from snn_reversible_plugin.spikingjelly.types import row_of
@@ -43,7 +44,7 @@ class Replayed(SwappedClass):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not tape.may_record():
-            with in_torch(self):  # type: ignore[arg-type]
+            with InTorch(self):  # type: ignore[arg-type]
                 return super().forward(*args, **kwargs)  # type: ignore[misc]
         learns = is_learning(self, args, kwargs)  # type: ignore[arg-type]
         run = replayed if learns else as_stock
@@ -52,7 +53,7 @@ class Replayed(SwappedClass):
 
 def as_stock(module: nn.Module, mixin: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The forward that ``mixin`` stands in front of, as it is, for a call that no gradient goes through."""
-    with tape.paused(), in_torch(module):
+    with tape.paused(), InTorch(module):
         out = super(mixin, module).forward(*args, **kwargs)
     _mark(module, out, _fires(module))
     return out
@@ -62,7 +63,7 @@ def replayed(module: nn.Module, mixin: Any, args: tuple[Any, ...], kwargs: dict[
     """The forward that ``mixin`` stands in front of, with as little kept as can be."""
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with in_torch(module):
+        with InTorch(module):
             return super(mixin, module).forward(*args, **kwargs)
 
     row, copy = row_of(module), copy_of(type(module))
@@ -267,7 +268,7 @@ def _in_chunks(module: Any, x_seq: Any) -> Any:
         _reached[settings] = _outputs_reached(run, x_seq, states)
     spikes, *updated = _Chunked.apply(x_seq, run, states, parts, _reached[settings])
     for name, state in zip(names, updated, strict=True):
-        module._memories[name] = state
+        module._memories[name] = on_its_own(state)
     module.v_seq = None
     return spikes
 

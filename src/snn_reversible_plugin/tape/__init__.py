@@ -46,21 +46,27 @@ import torch
 
 from snn_reversible_plugin.ops.interrupts import Left, Restoring, put_back_interrupted
 from snn_reversible_plugin.ops.layouts import storage_key
+from snn_reversible_plugin.tape.as_stock import followed_among
 from snn_reversible_plugin.tape.exposed import compare_later, look_again, sum_later
 from snn_reversible_plugin.tape.findings import Observer
 from snn_reversible_plugin.tape.handles import Handle, Kept, Packed, PackedLevels, owns, peek, unpack
-from snn_reversible_plugin.tape.off_stack import OffStack
+from snn_reversible_plugin.tape.off_stack import OffStack, set_compiler
 from snn_reversible_plugin.tape.on_stack import OnThread
 from snn_reversible_plugin.tape.origins import OUTSIDE, enter, look_up
 from snn_reversible_plugin.tape.plans import Plans
 from snn_reversible_plugin.tape.recipes import WORK_LIMIT
+from snn_reversible_plugin.tape.sliced.cut import Cut
+from snn_reversible_plugin.tape.sliced.stand_in import cut_of
+from snn_reversible_plugin.tape.sliced.stand_in import unpack as unpack_in_slices
 from snn_reversible_plugin.tape.surroundings import runs_eagerly, to_be_repeated
 from snn_reversible_plugin.tape.tape import Rule, Tape
 
 __all__ = [
     "MODES",
     "MOST_COUNTS",
+    "Cut",
     "current",
+    "cut_of",
     "hand_over",
     "handle_of",
     "is_recording",
@@ -70,6 +76,7 @@ __all__ = [
     "mark_spikes",
     "may_promise",
     "may_record",
+    "mode_inside",
     "overriding",
     "owns",
     "pack",
@@ -78,6 +85,7 @@ __all__ = [
     "recording",
     "returns",
     "runs_eagerly",
+    "set_compiler",
     "suspended",
     "takes",
     "to_be_repeated",
@@ -102,7 +110,7 @@ class recording(Restoring):
 
     Args:
         mode: ``"memory"`` replays everything replayable, ``"speed"`` what needs no convolution and no
-            matrix product.
+            matrix product; ``"minimal"`` does as ``"memory"``, the large layers a slice at a time.
         check: compare each rebuilt tensor with a checksum from the forward.
         observer: is told of each saved tensor.
         plans: of the model that runs: which products are kept, by what its earlier forwards took.
@@ -135,7 +143,7 @@ class recording(Restoring):
         planned = self.plans is not None and torch._C._current_graph_task_id() == -1
         self._following = self.plans.begin() if planned and self.plans is not None else None
         tape = Tape(self.mode, self.check, self.observer, self._following)
-        on_thread = OnThread(tape, (tape.pack, unpack))
+        on_thread = OnThread(tape, (tape.pack, unpack_in_slices if self.mode == "minimal" else unpack))
 
         def put_back(how: Left) -> None:
             _local.tape = None
@@ -175,6 +183,12 @@ def may_promise() -> bool:
     """Whether a tape records what outlives this call: it does not in a block that a backward rebuilds."""
     tape = current()
     return tape is not None and not tape.keeps_everything and not tape.in_backward
+
+
+def mode_inside(mode: str) -> str:
+    """The mode of a tape for a block that is rebuilt: "minimal" where all around it is."""
+    tape = current()
+    return mode if tape is None or tape.slices is None else "minimal"
 
 
 def suspended() -> AbstractContextManager[None]:
@@ -253,6 +267,8 @@ def returns(key: object, state: torch.Tensor, taken: int = 1, held: bool = True)
     ``key``: whose state it is; ``taken``: how many steps; ``held``: the tape holds it as well.
     """
     if current() is None:
+        if not held:  # it was promised, and somebody reads it between two recordings
+            sum_later(state)
         return
     returned = _local.__dict__.setdefault("returned", {})
     steps = returned[id(key)][0] if id(key) in returned else 0
@@ -274,9 +290,12 @@ def _let_go(tape: Tape) -> set[int]:
         if state is not None and not held:
             sum_later(state)
         elif state is not None and steps <= 1:
-            kept = tape.kept_by_storage.get(storage_key(state), [])
+            storage = storage_key(state)
+            followed = followed_among(tape.kept_by_storage, storage)
+            kept = tape.kept_by_storage.get(storage, [])
             tape.before_write(state)
-            compare_later(state, kept)
+            compare_later(state, kept, followed)
+            tape.kept_by_storage.setdefault(storage, []).extend(followed)
         elif state is not None:
             of_loops.add(storage_key(state))
     return of_loops

@@ -9,6 +9,7 @@ Source: this package's own; ``zlib.crc32``.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import weakref
 import zlib
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from snn_reversible_plugin.ops.layouts import is_dense, storage_key
+from snn_reversible_plugin.tape.as_stock import ByReference, ByStorage, Followed
 from snn_reversible_plugin.tape.handles import Exposure, Kept
 from snn_reversible_plugin.tape.origins import written_unseen
 
@@ -36,6 +38,7 @@ from snn_reversible_plugin.tape.origins import written_unseen
 #    autograd saves them for a backward that doesn't read them then: they are left alone.
 # 5. What was written to is nobody's newest state any more: its entry is void, a timeline ends before it.
 
+Refs = list[weakref.ref[Kept] | weakref.ref[Followed]]
 SMALL = 1 << 16  # bytes
 
 _use_count = getattr(torch._C, "_storage_Use_Count", None)
@@ -51,7 +54,7 @@ class Copied(Exposure):
         self._value = tensor.clone()
 
     def is_unchanged(self, tensor: torch.Tensor) -> bool:
-        return torch.equal(_bytes(tensor), _bytes(self._value))
+        return _stands(tensor) and torch.equal(_bytes(tensor), _bytes(self._value))
 
     def value(self, kept: Kept) -> torch.Tensor:
         # A copy lies elsewhere, and a kernel may round by alignment.
@@ -72,7 +75,7 @@ class Summed(Exposure):
         self._sum = _sum_of(tensor)
 
     def is_unchanged(self, tensor: torch.Tensor) -> bool:
-        return _sum_of(tensor) == self._sum
+        return _stands(tensor) and _sum_of(tensor) == self._sum
 
     def value(self, kept: Kept) -> torch.Tensor:
         kept.check_version()
@@ -91,14 +94,14 @@ def leave_alone(kept: Iterable[Kept], statistics: Iterable[torch.Tensor | None])
                 one.checksum = None
 
 
-def look_after(by_storage: dict[int, list[weakref.ref[Kept]]], of_loops: set[int]) -> None:
+def look_after(by_storage: ByStorage, of_loops: set[int]) -> None:
     """A recording is over, and relies on these; ``of_loops``: the storages of states that loops left."""
     for storage, refs in by_storage.items():
         _look_after(refs, SMALL if storage not in of_loops else 0)
 
 
-def _look_after(refs: list[weakref.ref[Kept]], small: int) -> None:
-    kept = [one for ref in refs if (one := ref()) is not None and one.anchored and one.exposure is None]
+def _look_after(refs: Refs, small: int) -> None:
+    kept = [one for one in _alive(refs) if not isinstance(one, ByReference) and one.exposure is None]
     if not kept or not _can_be_compared(kept[0].tensor):
         return
     is_held = None
@@ -117,11 +120,12 @@ def _look_after(refs: list[weakref.ref[Kept]], small: int) -> None:
             _looked_after().append(weakref.ref(one))
 
 
-def compare_later(state: torch.Tensor, kept: Iterable[weakref.ref[Kept]]) -> None:
-    """The tape has a copy of its own of a state: whether the user's is still the same, is seen later."""
-    copies = [one for ref in kept if (one := ref()) is not None and one.anchored]
+def compare_later(state: torch.Tensor, kept: Refs, followed: list[weakref.ref[Followed]]) -> None:
+    """The tape has a copy of its own of a state: whether the user's is still the same, is seen later, and
+    told to those who follow it."""
+    copies = [one for one in _alive(kept) if not isinstance(one, ByReference)]
     if copies and _can_be_compared(state) and is_dense(state):
-        _handed_out().append((weakref.ref(state), weakref.ref(copies[-1])))
+        _handed_out().append((weakref.ref(state), weakref.ref(copies[-1]), followed))
 
 
 def sum_later(state: torch.Tensor) -> None:
@@ -132,12 +136,15 @@ def sum_later(state: torch.Tensor) -> None:
 
 def look_again() -> None:
     """A recording starts: what nobody has written to since the last one is as safe as any other value."""
-    pairs = _handed_out()
-    while pairs:
-        of_state, of_kept = pairs.pop()
+    handed_out = _handed_out()
+    while handed_out:
+        of_state, of_kept, followed = handed_out.pop()
         state, kept = of_state(), of_kept()
         if state is not None and kept is not None and not _same_bits(state, kept.tensor):
             written_unseen(state)
+            for ref in followed:
+                if (one := ref()) is not None:
+                    one.spill()
     sums = _summed()
     while sums:
         of_state, of_sum = sums.pop()
@@ -155,11 +162,15 @@ def look_again() -> None:
             written_unseen(kept.tensor)
 
 
-def _handed_out() -> list[tuple[weakref.ref[torch.Tensor], weakref.ref[Kept]]]:
-    pairs: list[Any] | None = getattr(_local, "pairs", None)
-    if pairs is None:
-        pairs = _local.pairs = []
-    return pairs
+def _alive(refs: Refs) -> list[Kept]:
+    return [one for ref in refs if isinstance(one := ref(), Kept) and one.anchored]
+
+
+def _handed_out() -> list[tuple[weakref.ref[torch.Tensor], weakref.ref[Kept], list[weakref.ref[Followed]]]]:
+    handed_out: list[Any] | None = getattr(_local, "handed_out", None)
+    if handed_out is None:
+        handed_out = _local.handed_out = []
+    return handed_out
 
 
 def _summed() -> list[tuple[weakref.ref[torch.Tensor], Summed]]:
@@ -184,7 +195,14 @@ def _looked_after() -> list[weakref.ref[Kept]]:
 
 def _can_be_compared(tensor: torch.Tensor) -> bool:
     plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_quantized
-    return plain and tensor.device.type == "cpu" and not (tensor.is_conj() or tensor.is_neg())
+    if not plain or tensor.device.type != "cpu" or tensor.is_conj() or tensor.is_neg():
+        return False
+    return _stands(tensor)
+
+
+def _stands(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has its memory: what FSDP2 gathers it lets go of when a layer has run."""
+    return not tensor.numel() or tensor.untyped_storage().nbytes() > 0
 
 
 def _is_held(kept: list[Kept]) -> bool:
@@ -202,5 +220,7 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _sum_of(tensor: torch.Tensor) -> int:
+    """Read where it stands, without numpy, which torch does without, too."""
     with torch._C._DisableTorchDispatch():
-        return zlib.crc32(_bytes(tensor).numpy())  # type: ignore[arg-type]
+        size = tensor.numel() * tensor.element_size()
+        return zlib.crc32((ctypes.c_char * size).from_address(tensor.data_ptr())) if size else 0

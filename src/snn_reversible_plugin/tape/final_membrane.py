@@ -51,7 +51,7 @@ class FinalMembrane:
         held: handles of the tensors that ``run`` takes.
     """
 
-    __slots__ = ("__weakref__", "_held", "_place", "_run", "_stride", "_v")
+    __slots__ = ("__weakref__", "_held", "_place", "_run", "_stride", "_v", "goes_unread")
 
     _place: Tensor
     _stride: tuple[int, ...]
@@ -60,6 +60,7 @@ class FinalMembrane:
         self._run: Callable[..., Tensor] | None = run
         self._held = held
         self._v: Tensor | None = None
+        self.goes_unread = False  # whether the neuron's last one was reset before anybody read it
 
     def placeholder(self, v: Tensor, zero: Tensor | None = None) -> Tensor:
         """For the neuron's autograd function to return in place of ``v``: of its shape, but of one
@@ -102,19 +103,27 @@ class FinalMembrane:
         self._v, self._run, self._held = v, None, ()
         _promises().discard(self)
 
-    def settle(self) -> bool:
-        """Hold on, beyond the backward, to what it is computed from, if that is smaller; whether it is."""
+    def settle(self, lean: bool = False) -> bool:
+        """Hold on, beyond the backward, to what it is computed from, if that is smaller; whether it is.
+
+        ``lean``: if copies of parameters are smaller; for a backward that has no room for the membrane. Of
+        a neuron whose last one was reset unread nothing is copied before an optimizer's step.
+        """
         if self._run is None or not self._held:
             return False
-        waiting, met, kept = list(self._held), set(self._held), []
+        if lean and self.goes_unread:
+            return True
+        waiting, met = list(self._held), set(self._held)
+        kept: list[Kept] = []
         size, seen, place = 0, set[int](), self._place
         while waiting:
             handle = waiting.pop()
             if not isinstance(handle, (Kept, Packed, Replayed)) or handle.treatment == "reversed":
                 return False  # what a stream is undone from goes with the backward
-            size += handle.stored(seen)
-            if isinstance(handle, Kept):
+            if isinstance(handle, Kept) and (handle.parameter or not lean):
                 kept.append(handle)
+            if not lean or handle in kept:
+                size += handle.stored(seen)
             for other in handle.relies_on():
                 if other not in met:
                     met.add(other)
@@ -221,6 +230,7 @@ class Memories(dict[str, Any]):
     def __getitem__(self, key: str) -> Any:
         value = super().__getitem__(key)
         if isinstance(value, FinalMembrane):
+            self.goes_unread = False
             self[key] = value = value.read()
         return value
 
@@ -256,6 +266,7 @@ class Memories(dict[str, Any]):
     def __reduce_ex__(self, _protocol: Any) -> Any:
         return dict, (self.copy(),)
 
+    goes_unread = False  # whether what was promised last was reset before anybody read it
     stored: FinalMembrane | None = None  # membranes of all steps, of a neuron that has them as an attribute
 
     def forget(self) -> None:
@@ -263,6 +274,7 @@ class Memories(dict[str, Any]):
         self.stored = None
         for key, value in super().items():
             if isinstance(value, FinalMembrane):
+                self.goes_unread = True
                 super().__setitem__(key, None)
 
     def _read(self) -> None:

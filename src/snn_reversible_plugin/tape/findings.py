@@ -17,12 +17,17 @@ from snn_reversible_plugin.tape.handles import Handle, Kept, Packed
 from snn_reversible_plugin.tape.operators import Kind, Operator
 from snn_reversible_plugin.tape.origins import look_up
 from snn_reversible_plugin.tape.recipes import Refused, tensors_among
+from snn_reversible_plugin.tape.unseen import Unseen
 
 OTHER = "computed where nothing is recorded: inside of a neuron, or of an operation that others run"
 OPAQUE = "draws random numbers, or is an operator that can't be known to give the same again"
 SAVED_BY_OWN = "saved by an autograd function that computes a block of layers, or written to from elsewhere"
 UNSEEN = "made inside of an autograd function, where a kernel that torch doesn't see may fill it"
+OF_NEURON = "a neuron's spikes"
+LIFTED = "made from numbers of Python's or numpy's, which nobody can ask for again"
+FROM_ELSEWHERE = ("lift_fresh", "lift", "lift_fresh_copy")
 REMEDIES = {
+    LIFTED: "make it once, and keep it as a buffer",
     Refused.WORK: 'mode="memory" computes more again than "speed"; neurons between layers make it bits',
     Refused.DEPTH: "one step of a long loop in many is kept: nothing to change",
     Refused.OPERANDS: "compute it from what is stored anyway, in fewer operations on new tensors",
@@ -43,6 +48,8 @@ class Observer(Protocol):
 
     def packed(self, where: str | None, tensor: torch.Tensor, handle: Handle) -> None: ...
 
+    def unseen(self, finding: Unseen) -> None: ...
+
 
 @dataclass(frozen=True)
 class FoundBits:
@@ -53,6 +60,10 @@ class FoundBits:
     tensors: int
     elements: int
     bytes: int
+
+    def __str__(self) -> str:
+        each = 8 * self.bytes / max(self.elements, 1)
+        return f"the output of {self.operation}, {self.tensors} times: {each:.0f} bits an element"
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,10 @@ class KeptInFull:
     bytes: int
     why: str
     remedy: str
+
+    def __str__(self) -> str:
+        made = f"the output of {self.operation}" if self.operation else "a tensor"
+        return f"{self.bytes / 1e6:,.2f} MB, {made}: {self.why}. {self.remedy}"
 
 
 @dataclass
@@ -85,9 +100,14 @@ class Findings:
             if isinstance(handle, Packed):
                 self._bits[handle] = where, operator.name
             elif is_plain(tensor):
-                made = UNSEEN if operator.allocates else SAVED_BY_OWN
-                why = refused or (OPAQUE if operator.kind is Kind.OPAQUE else made)
-                self._made[storage_key(tensor)] = operator.name, why
+                self._made[storage_key(tensor)] = operator.name, refused or _why_kept(operator)
+
+    def made_by(self, tensor: torch.Tensor) -> str:
+        """The operation that filled a tensor's storage; empty for none that was recorded."""
+        return self._made[storage_key(tensor)][0] if storage_key(tensor) in self._made else ""
+
+    def unseen(self, finding: Unseen) -> None:
+        """Check mode has found what no operation of torch did."""
 
     def kept(self, module: str, handle: Handle, size: int) -> KeptInFull | None:
         """What to say of a handle that holds this many bytes; None: it is no tensor in full."""
@@ -103,8 +123,16 @@ class Findings:
         """A line for each module and operation that made bits; ``stored``: module, handle, bytes."""
         lines: dict[tuple[str, str], tuple[int, int, int]] = {}
         for module, handle, size in stored:
-            where, operation = self._bits.get(handle, (None, "a neuron's spikes"))
+            where, operation = self._bits.get(handle, (None, OF_NEURON))
             key = where or module, operation
             tensors, elements, total = lines.get(key, (0, 0, 0))
             lines[key] = tensors + 1, elements + handle.size.numel(), total + size
         return [FoundBits(*key, *numbers) for key, numbers in lines.items()]
+
+
+def _why_kept(operator: Operator) -> str:
+    if operator.name in FROM_ELSEWHERE:
+        return LIFTED
+    if operator.allocates or operator.name.startswith(("empty", "new_empty")):
+        return UNSEEN
+    return OPAQUE if operator.kind is Kind.OPAQUE else SAVED_BY_OWN

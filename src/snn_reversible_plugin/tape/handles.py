@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
 from snn_reversible_plugin import ops
 from snn_reversible_plugin.ops.autocast import without_autocast
 from snn_reversible_plugin.ops.layouts import is_dense, storage_key
+from snn_reversible_plugin.ops.levels import bits_for
+from snn_reversible_plugin.tape.unseen import Unseen, WrittenUnseen, checksum, of_value
 
 
 class Label:
@@ -93,10 +95,13 @@ class Handle:
     def verified(self, value: torch.Tensor, how: str) -> torch.Tensor:
         """In check mode, compare with the checksum that the forward left."""
         if self.checksum is not None and not torch.equal(checksum(value), self.checksum):
-            raise RuntimeError(
-                f"{self.where or 'the model'}: {how} gave another value than the forward did "
-                f"(shape {tuple(value.shape)}, {value.dtype}). It is not deterministic, or something "
-                "it reads has changed; leave that module out with skip=, or make it deterministic."
+            raise WrittenUnseen(
+                Unseen(
+                    self.where or "the model",
+                    f"{how} gave another value than the forward did (shape {tuple(value.shape)}, "
+                    f"{value.dtype}). It is not deterministic, or something it reads has changed",
+                    "Leave that module out with skip=, or make it deterministic.",
+                )
             )
         return value
 
@@ -140,7 +145,9 @@ class Kept(Handle):
     """The tensor itself, by reference, with the version that it had."""
 
     treatment = "kept"
-    __slots__ = ("anchored", "exposure", "outside", "parameter", "statistic", "tensor", "version")
+    __slots__ = (
+        "anchored", "exposure", "for_stock", "outside", "parameter", "statistic", "tensor", "version",
+    )  # fmt: skip
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
@@ -149,6 +156,7 @@ class Kept(Handle):
         self.outside = self.parameter = False  # whether it came from outside, and whether to be learned
         self.statistic = False  # whether a batch norm counts in it, which moves no version
         self.exposure: Exposure | None = None  # how it is known, where somebody may write to it unseen
+        self.for_stock: Callable[[], Kept | None] | None = None  # what stock's nodes are given in its place
 
     def spill(self, spared: bool = False) -> None:
         """Copy the value, because the tensor is about to be changed in place.
@@ -169,17 +177,26 @@ class Kept(Handle):
         if self.exposure is not None:
             return self.exposure.value(self), False
         self.check_version()
+        if self.parameter and self.tensor.numel() and not self.tensor.untyped_storage().nbytes():
+            raise RuntimeError(
+                f"{self.where or 'the model'}: a parameter of shape {tuple(self.tensor.shape)} was let go "
+                "of when its layer had run, and a neuron's backward computes that layer again. Shard "
+                "with fully_shard(layer, reshard_after_forward=False), or the converted model as a whole."
+            )
         if self.checksum is not None and not torch.equal(checksum(self.tensor), self.checksum):
             raise self.was_written()
         return self.tensor, False
 
-    def was_written(self) -> RuntimeError:
+    def was_written(self) -> WrittenUnseen:
         """The error for a value that is gone."""
-        return RuntimeError(
-            f"{self.where or 'the model'}: a tensor of shape {tuple(self.tensor.shape)} "
-            f"({self.tensor.dtype}) that the backward needs was written to past its version counter (by "
-            ".data, numpy, or a buffer that was filled again). Hand over a clone, write to a clone, or put "
-            "snn_reversible_plugin.reversible(model) around the loop: inside, writes by .data are seen."
+        return WrittenUnseen(
+            Unseen(
+                self.where or "the model",
+                f"{of_value(self.tensor)} that the backward needs was written to past its version counter "
+                "(by .data, numpy, or a buffer that was filled again)",
+                "Hand over a clone, write to a clone, or put snn_reversible_plugin.reversible(model) "
+                "around the loop: inside, writes by .data are seen.",
+            )
         )
 
     def check_version(self) -> None:
@@ -201,9 +218,12 @@ class Passing(Handle):
     """Leads to a handle without keeping alive what that one needs.
 
     For tensors that outlive their graph, as the state that a neuron starts its next step from.
+    ``is_state``: it is in the user's hands, who may write to it.
     """
 
     __slots__ = ()
+
+    is_state = False
 
     def leads_to(self) -> Handle | None:
         """The handle to store; None where what it needs is gone."""
@@ -238,6 +258,25 @@ class Packed(Handle):
         self._unpack(self.bits, spikes.as_strided((spikes.numel(),), (1,)))
         return self.verified(spikes, "unpacking its spikes"), True
 
+    def unpack_range(self, begin: int, flat: torch.Tensor) -> None:
+        """Write as many elements as ``flat`` has, in the order of memory from ``begin`` on."""
+        assert self.bits is not None
+        early = begin % 8  # bytes begin at every eighth element, however many bits one takes
+        start = (begin - early) * self.bits_each // 8
+        stop = -(-(begin + flat.numel()) * self.bits_each // 8)
+        bits = self.bits[start:stop]
+        if not early:
+            self._unpack(bits, flat)
+            return
+        longer = flat.new_empty(early + flat.numel())
+        self._unpack(bits, longer)
+        flat.copy_(longer[early:])
+
+    @property
+    def bits_each(self) -> int:
+        """Bits that an element takes."""
+        return 1
+
     def _pack(self, flat: torch.Tensor) -> torch.Tensor:
         return ops.pack_bits(flat)
 
@@ -256,6 +295,11 @@ class PackedLevels(Packed):
     def __init__(self, low: int, high: int) -> None:
         super().__init__()
         self.low, self.high = low, high
+
+    @property
+    def bits_each(self) -> int:
+        """Bits that an element takes."""
+        return bits_for(self.low, self.high)
 
     def _pack(self, flat: torch.Tensor) -> torch.Tensor:
         return ops.pack_levels(flat, self.low, self.high)
@@ -323,16 +367,3 @@ def owns(tensor: torch.Tensor) -> bool:
     """
     ref = _local.__dict__.setdefault("fresh", {}).pop(tensor.data_ptr(), None)
     return ref is not None and ref() is tensor.untyped_storage()
-
-
-def checksum(tensor: torch.Tensor) -> torch.Tensor:
-    """A position-dependent integer checksum of the bits, on the tensor's device.
-
-    Which of the many NaN an operation gives is nobody's promise, and may hang on the place in a vector.
-    """
-    tensor = tensor.detach()
-    if tensor.is_floating_point():
-        tensor = tensor.masked_fill(tensor.isnan(), torch.nan)
-    words = tensor.contiguous().reshape(-1).view(torch.uint8).to(torch.int64)
-    weights = torch.arange(1, words.numel() + 1, device=words.device) % 65521
-    return (words + 1).mul_(weights).sum()

@@ -11,9 +11,10 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode, 
 if TYPE_CHECKING:
     from snn_reversible_plugin.tape.tape import Tape
 
-# What torch.compiler.disable does, at a hundredth of its time and without an import of the compiler.
+# What torch.compiler.disable does, at a hundredth of its time and without an import of the compiler: sets
+# what compiles the frames that are entered from now on, None for nothing, and gives what did before.
 _frames = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
-_set_compiler: Callable[[Any], Any] = getattr(_frames, "set_eval_frame", lambda compiler: compiler)
+set_compiler: Callable[[Any], Any] = getattr(_frames, "set_eval_frame", lambda compiler: compiler)
 
 
 class OffStack:
@@ -36,7 +37,7 @@ class OffStack:
         if _get_current_dispatch_mode() is self._tape:
             _pop_mode()
             self._popped = True
-            self._compiler = _set_compiler(None)
+            self._compiler = set_compiler(None)
         else:
             self._tape.pauses += 1
 
@@ -44,7 +45,7 @@ class OffStack:
         if self._tape is None:
             return
         if self._popped:
-            _set_compiler(self._compiler)
+            set_compiler(self._compiler)
             _push_mode(self._tape)
         else:
             self._tape.pauses -= 1

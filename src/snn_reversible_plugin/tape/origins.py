@@ -143,6 +143,13 @@ def written_unseen(tensor: torch.Tensor) -> None:
             _writes[storage_key(tensor)] = next(_serial)
 
 
+def live_in(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors in the table that have this tensor's storage. Slow: it goes through the table."""
+    storage = storage_key(tensor)
+    live = [one for entry in list(_entries.values()) if (one := entry()) is not None]
+    return [one for one in live if storage_key(one) == storage]
+
+
 def tidy() -> None:
     """Sweep what no live tensor will be looked up for, where that has become much."""
     global _many

@@ -12,21 +12,20 @@ from typing import Any
 
 import torch
 
+from snn_reversible_plugin.tape.as_stock import ByStorage, Followed
 from snn_reversible_plugin.tape.handles import Kept
 from snn_reversible_plugin.tape.operators import aten
 from snn_reversible_plugin.tape.origins import enter, is_ended, is_older, look_up
 from snn_reversible_plugin.tape.recipes import SHORT, tensors_among
 from snn_reversible_plugin.tape.replayed import Replayed
 
-KeptByStorage = dict[int, list[weakref.ref[Kept]]]
-
 _FEW = 4096
-_by_storage: KeptByStorage = {}
+_by_storage: ByStorage = {}
 _count = 0
 _many = _FEW
 
 
-def outlive(by_storage: KeptByStorage) -> None:
+def outlive(by_storage: ByStorage) -> None:
     """A tape is over; it kept these, and a backward will want those that something relies on."""
     global _count
     for storage, refs in by_storage.items():
@@ -38,7 +37,7 @@ def outlive(by_storage: KeptByStorage) -> None:
         _sweep()
 
 
-def outlived(storage: int) -> list[weakref.ref[Kept]]:
+def outlived(storage: int) -> list[weakref.ref[Kept] | weakref.ref[Followed]]:
     """What relies on a storage since earlier tapes; it is told of one write."""
     return _by_storage.pop(storage, [])
 

@@ -52,7 +52,7 @@ from snn_reversible_plugin.tape.replayed import NO_PRODUCTS, Products, Replayed
 MAX_DEPTH = 256
 SHORT = 2  # operations, that a state which ends its history may be away from what is stored
 MAX_SERIES = 3
-WORK_LIMIT = {"memory": 5, "speed": 0}
+WORK_LIMIT = {"memory": 5, "speed": 0, "minimal": 5}
 SMALL_OUTPUT = 16  # an output this many times smaller than the largest activation it is made of is kept
 MANY_PRODUCTS = 16  # parts of products are not told apart beyond
 

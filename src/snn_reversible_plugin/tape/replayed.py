@@ -120,7 +120,7 @@ class Replayed(Handle):
             if handle.uses == 1:
                 handle.claiming = True
                 for operand in handle.operands():
-                    if operand.__class__ in _PLAIN:
+                    if operand.__class__ in PLAIN:
                         claiming.append(operand)  # type: ignore[arg-type]
                     else:
                         operand.need()
@@ -135,6 +135,15 @@ class Replayed(Handle):
                 (value, version), self.standing = self.standing, None
                 if self.needs and value._version == version:
                     self.cache = value
+
+    def stands(self) -> bool:
+        """Whether the backward that runs has it already."""
+        self.enter(_walk())
+        return self.cache is not None
+
+    def at_hand(self) -> torch.Tensor | None:
+        """The value, where it stands."""
+        return self.cache
 
     def release(self) -> None:
         self.enter(_walk())
@@ -152,7 +161,7 @@ class Replayed(Handle):
                 continue
             handle.claiming = False
             for operand in handle.operands():
-                if operand.__class__ not in _PLAIN:
+                if operand.__class__ not in PLAIN:
                     operand.release()
                     continue
                 assert isinstance(operand, Replayed)
@@ -197,7 +206,7 @@ class _OneOfSeveral(Replayed):
     __slots__ = ("index", "siblings")
 
 
-_PLAIN = (Replayed, _OneOfSeveral)  # what is rebuilt here; what derives from it knows how itself
+PLAIN = (Replayed, _OneOfSeveral)  # what is rebuilt here; what derives from it knows how itself
 _walk = torch._C._current_graph_task_id
 _held: dict[int, list[weakref.ref[Any]]] = {}
 
@@ -248,7 +257,7 @@ class _Rebuild:
             begun.add(handle)
             waiting += (handle, None)
             for operand in reversed(tuple(handle.operands())):
-                if operand.__class__ in _PLAIN:
+                if operand.__class__ in PLAIN:
                     if walk is not None:
                         operand.enter(walk)  # type: ignore[attr-defined]
                     if operand.cache is None:  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ from snn_reversible_plugin.tape import recording
 from snn_reversible_plugin.tape.findings import Observer
 from snn_reversible_plugin.tape.plans import Plans
 
-MODES = ("memory", "speed", "auto")
+MODES = ("memory", "speed", "auto", "minimal")
 
 
 @dataclass
@@ -40,14 +40,15 @@ def settings_for(mode: str, budget: int | None = None, arithmetic: str = "auto")
     """Settings for a mode, or for a budget in bytes, which chooses as mode "auto" does.
 
     Raises:
-        ValueError: there is no such mode, or it keeps what no budget asks for.
+        ValueError: there is no such mode, or it leaves a budget nothing to choose.
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, not {mode!r}")
     if budget is None:
         return Settings(mode, arithmetic, plans=Plans() if mode == "auto" else None)
-    if mode == "speed":
+    if mode in ("speed", "minimal"):
+        keeps = {"speed": "everything", "minimal": "nothing"}[mode]
         raise ValueError(
-            'budget= chooses what is kept, mode="speed" keeps everything: leave one of them out'
+            f'budget= chooses what is kept, mode="{mode}" keeps {keeps}: leave one of them out'
         )
     return Settings("auto", arithmetic, plans=Plans(budget))

@@ -22,11 +22,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from snn_reversible_plugin.ops.layouts import is_plain, storage_key
+from snn_reversible_plugin.tape.as_stock import ByStorage, by_reference, follow, is_stocks
 from snn_reversible_plugin.tape.by_values import packed_by_values
+from snn_reversible_plugin.tape.checked import about_to_write, compared
 from snn_reversible_plugin.tape.exposed import leave_alone, look_after
 from snn_reversible_plugin.tape.few_bits import few_bits
 from snn_reversible_plugin.tape.findings import Observer
-from snn_reversible_plugin.tape.handles import Handle, Kept, Packed, Passing, checksum
+from snn_reversible_plugin.tape.handles import Handle, Kept, Packed, Passing
 from snn_reversible_plugin.tape.off_stack import OffStack
 from snn_reversible_plugin.tape.operators import Kind, Operator, operator_of
 from snn_reversible_plugin.tape.origins import OUTSIDE, enter, look_up, now, tidy, written, written_unseen
@@ -36,13 +38,15 @@ from snn_reversible_plugin.tape.own_functions import OwnFunctions
 from snn_reversible_plugin.tape.plans import Following
 from snn_reversible_plugin.tape.recipes import WORK_LIMIT, price, tensors_among
 from snn_reversible_plugin.tape.replayed import Replayed, constant
+from snn_reversible_plugin.tape.sliced.cut import Slices
 from snn_reversible_plugin.tape.spans import Span
 from snn_reversible_plugin.tape.surroundings import OwnMode
+from snn_reversible_plugin.tape.unseen import checksum
 from snn_reversible_plugin.tape.writes import TensorsOfParts
 
 Rule = Callable[["Tape", Any, tuple[Any, ...], dict[str, Any]], torch.Tensor | None]
 """Runs an operator, given the tape, it and its arguments; None: it is one like any other."""
-
+Args = tuple[Any, ...]
 _NO_KWARGS: dict[str, Any] = {}
 
 
@@ -53,6 +57,7 @@ class Tape(OwnMode, TorchDispatchMode):
         where: the name of the module that runs. Whoever wants names in errors and reports sets it.
         replays_products: whether outputs of convolutions and matrix products are replayed.
         sizes: takes note of the sizes of what runs, where that is wanted.
+        observer: is told of what runs and is saved, where a report wants that.
     """
 
     def __init__(
@@ -63,18 +68,20 @@ class Tape(OwnMode, TorchDispatchMode):
         self.replays_products = WORK_LIMIT[mode] > 0
         self.work_limit = WORK_LIMIT[mode]
         self._check = check
-        self._observer = observer
+        self.observer = observer
         self._following = following
         self.sizes = None if following is None else following.sizes
+        self.slices = Slices(self) if mode == "minimal" else None
         tidy()
         self._began = now()
         # A block that is rebuilt records inside a backward; what a backward itself runs is not recorded.
         self._graph_task = torch._C._current_graph_task_id()
         self._rules: dict[Any, Rule] = {}  # of operators that somebody else runs for the time being
+        self.latest_writes: list[Any] = []  # in check mode
         self._suspended = 0
         self.pauses = 0
         self._outsiders = Outsiders()
-        self.kept_by_storage: dict[int, list[weakref.ref[Kept]]] = {}
+        self.kept_by_storage: ByStorage = {}
         self._just_kept: list[Kept] = []  # packed since the last operation
         self._last_product: tuple[Replayed, torch.Tensor, int] | None = None
         self._parts = TensorsOfParts(self)
@@ -84,14 +91,18 @@ class Tape(OwnMode, TorchDispatchMode):
     def pack(self, tensor: torch.Tensor) -> Handle:
         """The pack hook: a handle for one who will unpack it."""
         known = None if self._suspended else look_up(tensor)
+        is_state = isinstance(known, Passing) and known.is_state
         if isinstance(known, Passing):
             known = known.leads_to()
         if isinstance(known, Packed):
             with OffStack(self):
                 known.materialize(tensor)
-        if self._own_functions and self._own_functions.keeps(tensor, known, sys._getframe().f_back):
+        caller = sys._getframe().f_back
+        if self._own_functions and self._own_functions.keeps(tensor, known, caller):
             known = None
         handle = self.relied_on(tensor, known)
+        if isinstance(handle, Kept) and is_stocks(caller):
+            handle = by_reference(handle)
         handle.need()
         if torch._C._current_graph_task_id() != self._graph_task:
             return handle  # what a backward saves for one of its own
@@ -99,10 +110,16 @@ class Tape(OwnMode, TorchDispatchMode):
             self.sizes.packed(handle)
         if isinstance(handle, Kept):
             self._just_kept.append(handle)
-        if self._check or self._observer is not None:
-            self._label(handle, tensor)
-            if self._observer is not None:
-                self._observer.packed(self.where, tensor, handle)
+        if self._check:
+            compared(self, [(handle, tensor)])
+        if self.observer is not None:
+            handle.where = handle.where or self.where
+        if is_state and is_stocks(caller):
+            handle = follow(self.kept_by_storage, handle, tensor)
+        elif self.slices is not None:
+            handle = self.slices.cut(handle, tensor)
+        if self.observer is not None:
+            self.observer.packed(self.where, tensor, handle)
         return handle
 
     def handle_of(self, tensor: torch.Tensor) -> Handle:
@@ -156,6 +173,7 @@ class Tape(OwnMode, TorchDispatchMode):
         """
         self._outsiders.clear()
         self._just_kept.clear()
+        self.latest_writes.clear()
         if not self.in_backward:
             look_after(self.kept_by_storage, of_loops)
         outlive(self.kept_by_storage)
@@ -174,8 +192,7 @@ class Tape(OwnMode, TorchDispatchMode):
         base = args[0] if operator.kind is Kind.VIEW else None
         if isinstance(out, torch.Tensor):
             if out.dtype is torch.bool and base is None:
-                enter(out, Packed())
-                return
+                return enter(out, Packed())
             span, recipe = few_bits(operator, args, kwargs)
             if recipe is None and base is not None:
                 recipe = self._parts.read(func, args, kwargs, out)
@@ -202,7 +219,9 @@ class Tape(OwnMode, TorchDispatchMode):
             elif recipe is None or (index and operator.kind is Kind.NORM):
                 enter(tensor, None, base)
             else:
-                self._enter(tensor, recipe.output(index, siblings), base)
+                self._enter(tensor, one := recipe.output(index, siblings), base)
+                if self.slices is not None and operator.kind is Kind.NORM:
+                    self.slices.normalized(one, args[0], out)
 
     def before_write(self, tensor: torch.Tensor, spared: Sequence[Kept] = ()) -> None:
         """Save what would be lost: something is about to write into a tensor, with ``spared`` in mind."""
@@ -226,7 +245,7 @@ class Tape(OwnMode, TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        kwargs = kwargs or {}
+        kwargs = kwargs or _NO_KWARGS
         if self.pauses or torch._C._current_graph_task_id() != self._graph_task:
             return func(*args, **kwargs)
         just_kept, self._just_kept = self._just_kept, []
@@ -263,18 +282,12 @@ class Tape(OwnMode, TorchDispatchMode):
             self.record(func, operator, args, kwargs, out)
         if self._following is not None:
             self._following.computed(operator, args, out)
-        if self._observer is not None:
-            self._observer.computed(self.where, operator, out, self._refused)
+        if self.observer is not None:
+            self.observer.computed(self.where, operator, out, self._refused)
         return out
 
     def _run_mutating(
-        self,
-        func: Any,
-        operator: Operator,
-        types: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        spared: Sequence[Kept],
+        self, func: Any, operator: Operator, types: Any, args: Args, kwargs: Any, spared: Sequence[Kept]
     ) -> Any:
         mutated = list(
             tensors_among(
@@ -295,6 +308,8 @@ class Tape(OwnMode, TorchDispatchMode):
                 recipe = self._recipe(func, operator, args, kwargs, [args[0]])
             if root is not None and parts is not None:
                 parts.wrote(args[0], root, recipe)
+        if self._check:
+            about_to_write(self, mutated)
         for tensor in mutated:
             self.before_write(tensor, spared)
             written_unseen(tensor)  # an interrupt may come between the write and what is noted of it
@@ -319,12 +334,7 @@ class Tape(OwnMode, TorchDispatchMode):
             enter(tensor, Packed() if bit and operator.kind is not Kind.VIEW else None)
 
     def _recipe(
-        self,
-        func: Any,
-        operator: Operator,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        outputs: list[torch.Tensor],
+        self, func: Any, operator: Operator, args: Sequence[Any], kwargs: dict[str, Any], outputs: list[Any]
     ) -> Replayed | None:
         """The recipe of an operation, or None where keeping its output is cheaper."""
         operands = (*args, *kwargs.values()) if kwargs else args
@@ -332,16 +342,12 @@ class Tape(OwnMode, TorchDispatchMode):
         if isinstance(cost, str):
             self._refused = cost
             return None
-        return Replayed(
-            func,
-            tuple([self.operand(arg, cost.known) for arg in args]),
-            {key: self.operand(arg, cost.known) for key, arg in kwargs.items()} if kwargs else _NO_KWARGS,
-            cost.products,
-            cost.depth,
-            operator.inplace,
-            cost.cheap,
-            cost.series,
-        )
+        positional = tuple([self.operand(arg, cost.known) for arg in args])
+        by_name = {key: self.operand(arg, cost.known) for key, arg in kwargs.items()} if kwargs else kwargs
+        if self._check and operator.kind is not Kind.VIEW:
+            compared(self, [(cost.known[id(one)], one) for one in tensors_among(operands)])
+        options = cost.products, cost.depth, operator.inplace, cost.cheap, cost.series
+        return Replayed(func, positional, by_name, *options)
 
     def operand(self, arg: Any, known: dict[int, Any]) -> Any:
         if isinstance(arg, torch.Tensor):
@@ -385,15 +391,10 @@ class Tape(OwnMode, TorchDispatchMode):
         span: Span | None = None,
     ) -> None:
         """Write down a tensor's recipe; None: it has none."""
-        if recipe is not None and (self._check or self._observer is not None):
+        if recipe is not None and (self._check or self.observer is not None):
             recipe.where = self.where
             if self._check:
                 recipe.checksum = checksum(out)
+        if self.slices is not None:
+            self.slices.computed(recipe, out)
         enter(out, recipe, base, span)
-
-    def _label(self, handle: Handle, tensor: torch.Tensor) -> None:
-        if handle.where is None:
-            handle.where = self.where
-        if self._check and handle.checksum is None and is_plain(tensor):
-            with OffStack(self), torch.no_grad():
-                handle.checksum = checksum(tensor)

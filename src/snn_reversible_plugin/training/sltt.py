@@ -50,6 +50,17 @@ class SLTTResult:
 
     ``loss``: the loss, detached. ``output``: the mean over all steps of what the model returned for each,
     detached, at least in float32. ``states``: the final states, where the model was given its states.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from spikingjelly.activation_based import layer, neuron
+        >>> from snn_reversible_plugin.training import sltt_backward
+        >>> net = nn.Sequential(layer.Linear(4, 8), neuron.LIFNode(), layer.Linear(8, 2))
+        >>> result = sltt_backward(net, torch.rand(5, 3, 4), lambda out: out.square().mean())
+        >>> loss, output = result
+        >>> output.shape, loss.requires_grad
+        (torch.Size([3, 2]), False)
     """
 
     loss: Tensor

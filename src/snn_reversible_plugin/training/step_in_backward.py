@@ -36,7 +36,18 @@ from torch import Tensor, nn
 
 
 class StepInBackward:
-    """What :func:`step_in_backward` returns: stands for the arrangement until :meth:`remove`."""
+    """What :func:`step_in_backward` returns: stands for the arrangement until :meth:`remove`.
+
+    Example:
+        >>> import torch
+        >>> import snn_reversible_plugin as srp
+        >>> layer = torch.nn.Linear(2, 2)
+        >>> arrangement = srp.step_in_backward(torch.optim.SGD(layer.parameters(), lr=0.1))
+        >>> arrangement.remove()
+        >>> layer(torch.rand(3, 2)).sum().backward()
+        >>> layer.weight.grad.shape  # it waits for the optimizer again
+        torch.Size([2, 2])
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer, names: dict[int, str]) -> None:
         self._optimizer = optimizer

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 import snn_reversible_plugin as srp
 from snn_reversible_plugin import convert
-from snn_reversible_plugin.grid import range as reaches
 from snn_reversible_plugin.grid.step import reference
-from snn_reversible_plugin.ops import forms
+from snn_reversible_plugin.neurons.surrogates import in_one_pass
+from snn_reversible_plugin.ops import devices, forms
 from snntorch_against_stock import RESETS, STATES, equal, make, one_thread_fixture  # noqa: F401
 
 
@@ -88,9 +88,11 @@ def no_looking(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return reference if operation == forms.GRID_STEP else chosen(operation, device)
 
     with monkeypatch.context() as patch:
-        patch.setattr(reaches, "HOSTS", frozenset())
+        patch.setattr(devices, "HOSTS", frozenset())
         patch.setattr(forms, "_first", first)
+        in_one_pass.cache_clear()
         yield
+    in_one_pass.cache_clear()
 
 
 def train(net: nn.Module, x_seq: Tensor) -> list[Any]:

@@ -287,11 +287,15 @@ def retained_gradients(net: nn.Module, x_seq: Tensor) -> list[Any]:
     "script", [several_backward_passes, partial_gradients, a_loss_on_the_stack, retained_gradients]
 )
 @pytest.mark.parametrize("reset", ["subtract", "zero"])
-def test_backward_passes(script: Script, reset: str) -> None:
-    assert_as_autograd(leaky(reset_mechanism=reset, learn_beta=True), x_of(), script)
-    assert_as_autograd(Loop(lambda: make("Synaptic", True, reset_mechanism=reset)), x_of(), script)
+@pytest.mark.parametrize("kind", ["Leaky", "Synaptic", "ParametricLIFNode"])
+def test_backward_passes(script: Script, reset: str, kind: str) -> None:
     v_reset = None if reset == "subtract" else 0.0
-    assert_as_autograd(Stepped(lambda: neuron.ParametricLIFNode(v_reset=v_reset)), x_of(), script)
+    net = {
+        "Leaky": lambda: leaky(reset_mechanism=reset, learn_beta=True),
+        "Synaptic": lambda: Loop(lambda: make("Synaptic", True, reset_mechanism=reset)),
+        "ParametricLIFNode": lambda: Stepped(lambda: neuron.ParametricLIFNode(v_reset=v_reset)),
+    }[kind]()
+    assert_as_autograd(net, x_of(), script)
 
 
 class Delays(Loop):
@@ -802,7 +806,7 @@ def test_surrogates_in_one_pass(factory: Any, parameter: float, threshold: Any) 
     pytest.importorskip("numba")
     known = known_surrogate(factory(parameter))
     assert known is not None
-    write = in_one_pass(known)
+    write = in_one_pass(known, torch.device("cpu"))
     assert write is not None
     mem, grad = 3 * torch.randn(5003), torch.randn(5003)
     mem[:5] = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.7, 1e38])
@@ -814,4 +818,4 @@ def test_surrogates_in_one_pass(factory: Any, parameter: float, threshold: Any) 
 def test_surrogates_that_nothing_is_compiled_for() -> None:
     for factory in (surrogate.sigmoid, surrogate.straight_through_estimator):
         known = known_surrogate(factory())
-        assert known is not None and in_one_pass(known) is None
+        assert known is not None and in_one_pass(known, torch.device("cpu")) is None

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from snn_reversible_plugin.ops.forms import GRID_STEP, form_of
+
+
+class Record(NamedTuple):
+    """That a step has to be written down.
+
+    ``reach``: how far the steps before reached, where that is accumulated on a device; it goes on there.
+    """
+
+    reach: torch.Tensor | None = None
 
 
 def steps_on(device: torch.device) -> Any:

@@ -7,15 +7,17 @@ is another.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
 from snn_reversible_plugin.grid.decays import AFTER, BEFORE, SUBTRACT, Step, digits_a_byte
+from snn_reversible_plugin.grid.step import Record, kernels
 from snn_reversible_plugin.grid.step import gradient_kernels as gradients
-from snn_reversible_plugin.grid.step import kernels
 
 Piece = np.ndarray[Any, Any]
 _KINDS = {SUBTRACT: kernels.MINUS_THETA, BEFORE: kernels.ZERO_BEFORE, AFTER: kernels.ZERO_AFTER}
@@ -45,7 +47,7 @@ def charge(
     current: torch.Tensor,
     bits: Piece | None,
     step: Step,
-    record: bool,
+    record: Record | None,
     out: torch.Tensor,
     fires: tuple[Any, bool, torch.Tensor] | None = None,
 ) -> tuple[list[Any], float, Piece | None]:
@@ -55,9 +57,9 @@ def charge(
     un, theta = u.numpy(), _double(step.theta)
     reset_by = _NO_BYTES if kind == kernels.KEEP else bits
     digits, pieces = _NO_BYTES, []
-    if record and radix > 1:
+    if record is not None and radix > 1:
         digits = np.empty(len(un) // each + 2 if each else 2 * len(un), np.uint8)
-    if record and kind >= kernels.ZERO_BEFORE:
+    if record is not None and kind >= kernels.ZERO_BEFORE:
         pieces.append(kernels.overshoot(un, reset_by, theta, step.scale))
     gain = np.float32(1 if step.gain is None else step.gain)
     threshold, inclusive, spikes = (0.0, False, None) if fires is None else fires
@@ -150,6 +152,18 @@ def fast_sigmoid(
 ) -> None:
     """The same of its ``FastSigmoid``."""
     gradients.fast_sigmoid(h.numpy(), _single(theta), grad.numpy(), np.float32(slope), out.numpy())
+
+
+def in_one_pass(name: str, parameters: dict[str, float]) -> Callable[..., None] | None:
+    """``write(membrane, threshold, grad, out)`` of a surrogate's formula; None where nothing is compiled.
+
+    Tensors are flat and float32.
+    """
+    compiled: dict[str, Callable[..., None]] = {
+        "snntorch.atan": atan,
+        "snntorch.fast_sigmoid": fast_sigmoid,
+    }
+    return functools.partial(compiled[name], **parameters) if name in compiled else None
 
 
 def _radix(step: Step) -> tuple[int, int]:

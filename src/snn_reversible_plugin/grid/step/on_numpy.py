@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from snn_reversible_plugin.grid.decays import AFTER, BEFORE, SUBTRACT, Decay, Step, digits_a_byte
-from snn_reversible_plugin.grid.step import reference
+from snn_reversible_plugin.grid.step import Record, reference
 
 BLOCK = 1 << 15
 Piece = np.ndarray[Any, Any]
@@ -80,7 +80,7 @@ def charge(
     current: torch.Tensor,
     bits: Piece | None,
     step: Step,
-    record: bool,
+    record: Record | None,
     out: torch.Tensor,
     fires: tuple[Any, bool, torch.Tensor] | None = None,
 ) -> tuple[list[Any], Any, Piece | None]:
@@ -103,11 +103,11 @@ def charge(
         if step.reset in (BEFORE, AFTER):
             assert sn is not None
             fired = np.flatnonzero(sn[part])
-            if record and len(fired):
+            if record is not None and len(fired):
                 pieces += _overshoot(v.take(fired) - _of_indices(theta, part, fired))
             v[fired] = 0
         _decayed(v, of_beta, a)
-        if record:
+        if record is not None:
             _digits(step.decay, of_beta, a, v, digit, several, pieces)
         np.copyto(w, v, casting="unsafe")
         if step.reset == SUBTRACT:

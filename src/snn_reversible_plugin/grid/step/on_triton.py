@@ -6,14 +6,20 @@ a size that is known beforehand; parameters are numbers, or float32 tensors that
 
 from __future__ import annotations
 
+import functools
+import math
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from snn_reversible_plugin.grid.decays import AFTER, BEFORE, NONE, SUBTRACT, Step
+from snn_reversible_plugin.grid.step import Record
+from snn_reversible_plugin.grid.step import triton_gradient_kernels as gradients
 from snn_reversible_plugin.grid.step import triton_kernels as kernels
+from snn_reversible_plugin.ops import devices
 from snn_reversible_plugin.ops.bits.on_triton import GROUPS, programs, unpack_bits
 
 SIZE = 8 * GROUPS  # elements a program
@@ -51,21 +57,21 @@ def charge(
     current: Tensor,
     bits: Tensor | None,
     step: Step,
-    record: bool,
+    record: Record | None,
     out: Tensor,
     fires: tuple[Any, bool, Tensor] | None = None,
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
-    """See :func:`.grid.step.on_numpy.charge`. One launch.
+    """See :func:`.grid.step.on_numpy.charge`. One launch. The reach goes on from ``record.reach``.
 
     The reach is NaN where something that the record should hold is lost: a digit of a decay that learned
     to forget more than ``step.decay.radix`` tells, or a state that is out of range already.
     """
     reset = _NEXT[step.reset]
     digits, planes = _room(u, step, record)
-    reach, fired_bits = _new_reach(u.device), _bytes_for(len(u), 1, u) if fires else None
+    reach, fired_bits = _reach_of(record, u.device), _bytes_for(len(u), 1, u) if fires else None
     given = (u, current, bits if step.reset != NONE else None, 0.0)
     made = (out, None, digits, planes, fires[2] if fires else None, fired_bits, reach)
-    _charge(given, made, step, reset, record, fires)
+    _charge(given, made, step, reset, record is not None, fires)
     return [piece for piece in (digits, planes) if piece is not None], reach, fired_bits
 
 
@@ -74,7 +80,7 @@ def charge_and_reset(
     current: Tensor,
     step: Step,
     to: float | None,
-    record: bool,
+    record: Record | None,
     out: tuple[Tensor | None, Tensor],
     fires: tuple[Any, bool, Tensor],
 ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
@@ -92,10 +98,14 @@ def charge_and_reset(
     assert step.reset == NONE, step.reset
     reset = _at_once(to)
     digits, _ = _room(u, step, record)
-    planes = _planes(u) if record and to is not None else None
-    reach, bits = _new_reach(u.device), _bytes_for(len(u), 1, u)
+    bits, planes = _bytes_for(len(u), 1, u), None
+    if record is not None and to is not None:
+        # One after the other: together they are a record, which nobody has to copy.
+        both = torch.empty(len(bits) + kernels.PLANES.value * len(u), dtype=torch.uint8, device=u.device)
+        bits, planes = both[: len(bits)], both[len(bits) :]
+    reach = _reach_of(record, u.device)
     made = (*out, digits, planes, fires[2], bits, reach)
-    _charge((u, current, None, 0.0 if to is None else to), made, step, reset, record, fires)
+    _charge((u, current, None, 0.0 if to is None else to), made, step, reset, record is not None, fires)
     lost, overshoot = ([] if piece is None else [piece] for piece in (digits, planes))
     return lost, overshoot, reach, bits
 
@@ -203,7 +213,7 @@ def gate(g: Tensor, factor: Any, bits: Tensor, out: Tensor) -> None:
     if n:
         with torch.cuda.device_of(g):
             value, where = _parameter(factor)
-            kernels.gate[programs(n)](g, value, bits, out, n, where, GROUPS, enable_fp_fusion=False)
+            gradients.gate[programs(n)](g, value, bits, out, n, where, GROUPS, enable_fp_fusion=False)
 
 
 def add_past_reset(h: Tensor, threshold: float, g: Tensor, out: Tensor) -> None:
@@ -211,7 +221,7 @@ def add_past_reset(h: Tensor, threshold: float, g: Tensor, out: Tensor) -> None:
     n = len(h)
     if n:
         with torch.cuda.device_of(h):
-            kernels.add_past_reset[programs(n)](h, threshold, g, out, n, SIZE, enable_fp_fusion=False)
+            gradients.add_past_reset[programs(n)](h, threshold, g, out, n, SIZE, enable_fp_fusion=False)
 
 
 def add_through_reset(h: Tensor, threshold: float, to: float | None, g_v: Tensor, g_s: Tensor) -> None:
@@ -220,9 +230,84 @@ def add_through_reset(h: Tensor, threshold: float, to: float | None, g_v: Tensor
     if n:
         with torch.cuda.device_of(h):
             value = 0.0 if to is None else to
-            kernels.add_through_reset[programs(n)](
+            gradients.add_through_reset[programs(n)](
                 h, threshold, value, g_v, g_s, n, to is None, SIZE, enable_fp_fusion=False
             )
+
+
+class _Formula(NamedTuple):
+    """A surrogate as kernels take it: which, and its numbers."""
+
+    kind: int
+    a: float
+    b: float = 0.0
+    c: float = 0.0
+
+
+_FORMULAS: dict[str, Callable[..., _Formula]] = {
+    "snntorch.atan": lambda alpha: _Formula(gradients.ATAN.value, math.pi / 2 * alpha, alpha / 2),
+    "snntorch.fast_sigmoid": lambda slope: _Formula(gradients.FAST_SIGMOID.value, slope),
+    "spikingjelly.ATan": lambda alpha: _Formula(gradients.ATAN.value, math.pi / 2 * alpha, alpha / 2),
+    "spikingjelly.PiecewiseQuadratic.backward": lambda alpha: _Formula(
+        gradients.PIECEWISE_QUADRATIC.value, alpha**2, alpha, 1 / alpha
+    ),
+    "spikingjelly.SoftSign.backward": lambda alpha: _Formula(
+        gradients.SOFT_SIGN.value, 2 * alpha, 1 / alpha
+    ),
+    "spikingjelly.SuperSpike.backward": lambda alpha: _Formula(gradients.SUPER_SPIKE.value, alpha),
+}
+
+
+def in_one_pass(name: str, parameters: dict[str, float]) -> Callable[..., None] | None:
+    """See :func:`.grid.step.on_numba.in_one_pass`. One launch."""
+    if name not in _FORMULAS:
+        return None
+    return functools.partial(_through, _FORMULAS[name](**parameters))
+
+
+def _through(formula: _Formula, h: Tensor, theta: Any, grad: Tensor, out: Tensor) -> None:
+    n = len(h)
+    if n:
+        kind, *numbers = formula
+        with torch.cuda.device_of(h):
+            value, where = _parameter(theta)
+            gradients.surrogate[programs(n)](
+                h, value, grad, out, n, *numbers, where, kind, SIZE, enable_fp_fusion=False
+            )
+
+
+def gradient(
+    h: Tensor,
+    given: tuple[Tensor | None, Tensor | None],
+    rule: Any,
+    surrogate: Any,
+    factors: tuple[Any, float | None],
+    made: tuple[Tensor | None, Tensor],
+) -> None:
+    """Write the gradients of a step that resets at once, by a surrogate of :func:`in_one_pass`. One launch.
+
+    Args:
+        h: the charged membrane.
+        given: the gradients of the spikes and of the membrane after, not both None: [n], or [1] of all.
+        rule: the threshold, the reset and whether that is detached.
+        surrogate: its name and parameters.
+        factors: the decay, a number or a tensor, and the current's gain.
+        made: places for the gradients of the membrane before, if wanted, and of the current.
+    """
+    n = len(h)
+    if not n:
+        return
+    (g_s, g_v), (beta, gain), (by_v, by_x) = given, factors, made
+    kind, *numbers = _FORMULAS[surrogate.name](**dict(surrogate.parameters))
+    strides = (int(g is not None and len(g) == n and n > 1) for g in given)
+    with torch.cuda.device_of(h):
+        value, where = _parameter(beta)
+        gradients.step[programs(n)](
+            h, g_s, g_v, by_v, by_x, n, *strides, rule.v_threshold, rule.rest, value,
+            1.0 if gain is None else gain, *numbers, where, g_s is not None, g_v is not None,
+            by_v is not None, gain is not None, rule.v_reset is None, rule.detach_reset, kind, SIZE,
+            enable_fp_fusion=False,
+        )  # fmt: skip
 
 
 def _at_once(to: float | None) -> int:
@@ -254,9 +339,9 @@ def _planes(like: Tensor) -> Tensor:
     return torch.empty(kernels.PLANES.value * len(like), dtype=torch.uint8, device=like.device)
 
 
-def _room(u: Tensor, step: Step, record: bool) -> tuple[Tensor | None, Tensor | None]:
+def _room(u: Tensor, step: Step, record: Record | None) -> tuple[Tensor | None, Tensor | None]:
     """Room for the digits of a step, and for what a reset to zero loses with them."""
-    if not record:
+    if record is None:
         return None, None
     if step.reset in (BEFORE, AFTER):
         return None, _planes(u)
@@ -272,15 +357,19 @@ def _room(u: Tensor, step: Step, record: bool) -> tuple[Tensor | None, Tensor | 
 _local = threading.local()
 
 
+def _reach_of(record: Record | None, device: torch.device) -> Tensor:
+    return _new_reach(device) if record is None or record.reach is None else record.reach
+
+
 def _new_reach(device: torch.device) -> Tensor:
     """A float32 scalar that is 0, made with one launch in AT_A_TIME calls."""
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    if devices.is_capturing():
         return torch.zeros((), device=device)
     filled = _local.__dict__.setdefault("filled", {})
-    stream = torch.cuda.current_stream(device)
-    if not filled.get(stream):
-        filled[stream] = list(torch.zeros(AT_A_TIME, device=device).unbind())
-    return filled[stream].pop()  # type: ignore[no-any-return]
+    place = torch.cuda.current_stream(device) if device.type == "cuda" else device
+    if not filled.get(place):
+        filled[place] = list(torch.zeros(AT_A_TIME, device=device).unbind())
+    return filled[place].pop()  # type: ignore[no-any-return]
 
 
 def _ordered(reach: Tensor | None) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from snn_reversible_plugin.grid.decays import AFTER, BEFORE, SUBTRACT, Decay, Step, digits_a_byte
-from snn_reversible_plugin.grid.range import LOST
+from snn_reversible_plugin.grid.range import LOST, larger
+from snn_reversible_plugin.grid.step import Record
 from snn_reversible_plugin.ops.bits import reference as bits_form
 
 
@@ -46,7 +47,7 @@ def charge(
     current: Tensor,
     bits: Tensor | None,
     step: Step,
-    record: bool,
+    record: Record | None,
     out: Tensor,
     fires: tuple[Any, bool, Tensor] | None = None,
 ) -> tuple[list[Tensor], Tensor, Any]:
@@ -54,14 +55,14 @@ def charge(
     pieces: list[Tensor] = []
     spikes = None if bits is None else _spikes(bits, u)
     whole = step.reset in (BEFORE, AFTER)
-    if whole and record:
+    if whole and record is not None:
         pieces.append(u.clone().view(torch.uint8))
     a = u.double().mul_(step.scale)
     if spikes is not None and whole:
         a.mul_(1 - spikes)
     v = a.mul_(step.decay.beta).add_(0.5).floor()
     unfit = None
-    if record and not whole:
+    if record is not None and not whole:
         digits = a.sub_(v).div_(step.decay.beta).floor_()
         if isinstance(step.decay.beta, Tensor):
             unfit = (digits >= step.decay.radix).any()  # nobody looked at its factors
@@ -76,6 +77,8 @@ def charge(
     size = reach(out)
     if unfit is not None:
         size = torch.where(unfit, LOST, size)
+    if record is not None and record.reach is not None:
+        size = larger(record.reach, size)
     return pieces, size, None if fires is None else fire(out, *fires)
 
 

@@ -318,37 +318,3 @@ def unreset(
     s = load_flags(bits, groups, n)
     h = _before_reset(value, s, planes, thetas, unit, index, mask, n, RESET)
     tl.store(out + index, h, mask=mask)
-
-
-@triton.jit
-def gate(g, factor, bits, out, n, FACTOR: tl.constexpr, ROWS: tl.constexpr):
-    """``g * factor`` times 0 where neurons fired."""
-    groups, index = tile(ROWS)
-    mask = index < n
-    product = tl.load(g + index, mask=mask, other=0.0) * parameter(factor, index, mask, FACTOR)
-    product = product * (1 - load_flags(bits, groups, n)).to(tl.float32)
-    tl.store(out + index, product, mask=mask)
-
-
-@triton.jit
-def add_past_reset(h, threshold, g, out, n, SIZE: tl.constexpr):
-    """Add g times 0 where the potentials fire."""
-    index = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    mask = index < n
-    s = (tl.load(h + index, mask=mask, other=0.0) - threshold >= 0).to(tl.float32)
-    past = tl.load(g + index, mask=mask, other=0.0) * (1.0 - s)
-    tl.store(out + index, past + tl.load(out + index, mask=mask, other=0.0), mask=mask)
-
-
-@triton.jit
-def add_through_reset(h, threshold, to, g_v, g_s, n, SOFT: tl.constexpr, SIZE: tl.constexpr):
-    """Add to the spikes' gradients what comes to them through the reset."""
-    index = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    mask = index < n
-    of_v = tl.load(g_v + index, mask=mask, other=0.0)
-    total = tl.load(g_s + index, mask=mask, other=0.0)
-    if SOFT:
-        total = total + -of_v * threshold
-    else:
-        total = total + -(of_v * tl.load(h + index, mask=mask, other=0.0)) + of_v * to
-    tl.store(g_s + index, total, mask=mask)

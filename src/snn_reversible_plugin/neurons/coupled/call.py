@@ -213,7 +213,7 @@ def _check(x: Tensor, s: Tensor | None, name: str, channels: int) -> None:
     if x.dim() <= channels:
         raise ValueError(f"{name} takes {expected}, not a tensor of shape {tuple(x.shape)}")
     if channels == 2 and not x.shape[0]:
-        raise ValueError(f"{name}: a sequence of no time steps, shape {tuple(x.shape)}")
+        raise ValueError(f"{name}: a sequence of no time steps, shape {tuple(x.shape)}: give one or more")
     if x.shape[channels] % 2:
         raise ValueError(
             f"{name}: {x.shape[channels]} channels (dimension {channels} of {tuple(x.shape)}) don't split "

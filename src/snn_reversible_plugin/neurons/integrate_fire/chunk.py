@@ -30,7 +30,7 @@ class Chunk:
     state: Tensor
 
     def __init__(self, x2: Tensor, size: int, neuron: Neuron) -> None:
-        self.rule, self.surrogate, self.q = rule, surrogate, _ = neuron
+        self.rule, self.surrogate, self.q = rule, surrogate, _ = neuron.rule, neuron.surrogate, neuron.q
         self.leaky, self.parts = neuron.leaky, neuron.parts
         self.kept = neuron.kept if self.leaky and self.rule.scales else 1.0
         self.signs = self.rule.order.selects and len(x2) > 1  # no zero of x's gradient is negative

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from snn_reversible_plugin.neurons.integrate_fire import on_numba
+from snn_reversible_plugin.neurons.integrate_fire import on_device, on_numba
 from snn_reversible_plugin.neurons.integrate_fire.chunk import Chunk, fill
 from snn_reversible_plugin.neurons.integrate_fire.reference import (
     Gradients,
@@ -45,9 +45,16 @@ ONLY_X = Wanted(x=True, v=False, q=False)
 
 
 def multi_step(
-    x_seq: Tensor, v: Tensor | float, neuron: Neuron, store_v_seq: bool = False
+    x_seq: Tensor,
+    v: Tensor | float,
+    neuron: Neuron,
+    store_v_seq: bool = False,
+    *,
+    drops_last: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """:func:`.neurons.integrate_fire.reference.sequence`, with less memory and time.
+
+    ``drops_last``: of the final membrane only the layout is asked for; it may come on the device "meta".
 
     Example:
         >>> import torch
@@ -60,10 +67,17 @@ def multi_step(
         >>> spikes.squeeze(), v
         (tensor([0., 1., 0.]), tensor([0.7500]))
     """
+    if neuron.launched:
+        return on_device.multi_step(x_seq, v, neuron, store_v_seq)
+    if neuron.wide and x_seq.dtype is not torch.float32:
+        spikes, v_last, v_seq = multi_step(x_seq.float(), v, neuron, store_v_seq)
+        return spikes.to(x_seq.dtype), v_last, v_seq
     order = _order_of(x_seq, v, neuron)
     if order is None:
         return sequence(x_seq, v, neuron, store_v_seq)
-    spikes, v_last = empty_in(x_seq, order), empty_in(x_seq, order, steps=False)
+    drops_last = drops_last and not store_v_seq and x_seq.numel() > on_numba.MOST
+    spikes = empty_in(x_seq, order)
+    v_last = empty_in(x_seq.to("meta") if drops_last else x_seq, order, steps=False)
     v_seq = empty_in(x_seq, order) if store_v_seq else None
     x2, s2, v1 = as_rows(x_seq, order), as_rows(spikes, order), as_rows(v_last[None], order)[0]
     v2 = None if v_seq is None else as_rows(v_seq, order)
@@ -72,7 +86,7 @@ def multi_step(
         return spikes, v_last, None
     uniform = neuron.surrogate.uniform or neuron.surrogate.fire is None
     for part, work in _chunks(x2, neuron, uniform):
-        state = fill(v1[part], _cut(start, part))
+        state = fill(work.state if drops_last else v1[part], _cut(start, part))
         targets = None if v2 is None else v2[:, part].unbind(0)
         for t, (x, s) in enumerate(zip(x2[:, part].unbind(0), s2[:, part].unbind(0), strict=True)):
             work.charge(x, state, work.h)
@@ -103,6 +117,12 @@ def multi_step_vjp(
         owned: x_seq may be overwritten: it becomes h, then the gradient of x_seq.
         v_last: is overwritten with the final membrane. Laid out as :func:`multi_step` does.
     """
+    if neuron.launched:
+        return on_device.multi_step_vjp(x_seq, v, grads, neuron, wanted, owned, v_last)
+    if neuron.wide and x_seq.dtype is not torch.float32:
+        wide = grads._replace(s=None if grads.s is None else grads.s.float())
+        found = multi_step_vjp(x_seq.float(), v, wide, neuron, wanted, owned=True, v_last=v_last)
+        return found._replace(x=None if found.x is None else found.x.to(x_seq.dtype))
     order = _order_of(x_seq, v, neuron)
     if order is None or not _are_laid_out(grads, order):
         if v_last is not None:

@@ -107,11 +107,18 @@ class Rule(NamedTuple):
 
 
 class Neuron(NamedTuple):
-    """A neuron as its equations see it. ``q``: the leak 1 / tau as a scalar tensor, of a parametric one."""
+    """A neuron as its equations see it.
+
+    ``q``: the leak 1 / tau as a scalar tensor, of a parametric one. ``launched``: its sequences are
+    computed by its device's form (:mod:`.neurons.integrate_fire.on_device`), as stock's are by a kernel.
+    ``wide``: membranes are float32 whatever the currents are; their gradients and spikes are as those.
+    """
 
     rule: Rule
     surrogate: Surrogate
     q: Tensor | None = None
+    launched: bool = False
+    wide: bool = False
 
     @property
     def leaky(self) -> bool:

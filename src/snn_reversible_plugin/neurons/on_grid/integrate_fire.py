@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,14 +21,15 @@ from torch import Tensor
 from snn_reversible_plugin.grid import decay, snap
 from snn_reversible_plugin.grid.decays import NONE, Step, decay_of
 from snn_reversible_plugin.grid.range import check_step, reach
-from snn_reversible_plugin.grid.step import steps_on
+from snn_reversible_plugin.grid.step import Record, steps_on
 from snn_reversible_plugin.neurons.integrate_fire.reference import Rule, fire_reset_vjp
 from snn_reversible_plugin.neurons.on_grid.neuron import check_spikes
 from snn_reversible_plugin.neurons.on_grid.step import Before, Charged, Constants, Parameters, Stepped
 from snn_reversible_plugin.neurons.on_grid.timeline import REMEDY, NewCharged
 from snn_reversible_plugin.neurons.rerun import differentiable_once
-from snn_reversible_plugin.neurons.surrogates import Surrogate
+from snn_reversible_plugin.neurons.surrogates import Surrogate, in_one_pass
 from snn_reversible_plugin.ops.layouts import flat, like
+from snn_reversible_plugin.ops.outputs import on_its_own
 from snn_reversible_plugin.tape.final_membrane import FinalMembrane
 from snn_reversible_plugin.tape.origins import enter
 
@@ -63,13 +65,48 @@ class IntegrateFire(Constants):
         reaches: list[Any] = []
         beta = parameters[0] if parameters else None
         spikes, v = self.stepping.apply((before, lost, fired, reaches), before.state, current, beta)
-        return Charged(v, spikes, lost, fired, reaches)
+        return Charged(on_its_own(v), spikes, lost, fired, reaches)
+
+    def write(
+        self, rows: list[Tensor], record: Record | None, reaches: list[Any]
+    ) -> tuple[Sequence[Any], Sequence[Any], Any]:
+        """Write a step. ``rows``: the membrane, the current, places for h, the membrane after, the spikes.
+
+        Returns what the charge lost and what the reset did, in pieces, and the spikes as bits; ``reaches``
+        collects the largest magnitudes.
+        """
+        (v, x, h, after, s), rule, step, form = rows, self.rule, self.step, steps_on(rows[0].device)
+        fires = rule.v_threshold, not self.surrogate.strict, s
+        if hasattr(form, "charge_and_reset"):
+            digits, resets, reach, bits = form.charge_and_reset(
+                v, x, step, rule.v_reset, record, (h, after), fires
+            )
+            reaches.append(reach)
+            return digits, resets, bits
+        digits, reach, bits = form.charge(v, x, None, step, record, h, fires)
+        reaches.append(reach)
+        resets, reach = form.reset(h, s, step.theta, rule.v_reset, step.scale, record is not None, after)
+        reaches.append(reach)
+        return digits, resets, bits
 
     def unreset(self, state: Tensor, fired: Any, lost: Any) -> Tensor:
         """The charged membrane of a step, flat, from the membrane after it."""
         step = self.step
         return steps_on(state.device).unreset(  # type: ignore[no-any-return]
             state, fired, step.theta, self.rule.v_reset, step.scale, lost
+        )
+
+    def undoes_at_once(self, device: torch.device) -> bool:
+        """Where the device has a form that does."""
+        return hasattr(steps_on(device), "undo_charge_and_reset")
+
+    def back_to_both(self, state: Tensor, current: Tensor, record: Any, lost: Any) -> tuple[Tensor, Tensor]:
+        """The charged membrane of a step and the one before it, flat."""
+        end = (len(state) + 7) // 8
+        return steps_on(
+            state.device
+        ).undo_charge_and_reset(  # type: ignore[no-any-return]
+            state, current, record[:end], self.step, self.rule.v_reset, (lost, record[end:])
         )
 
     def back(self, charged: Tensor, current: Tensor, fired: Any, lost: Any) -> Tensor:
@@ -95,6 +132,21 @@ class IntegrateFire(Constants):
             g = like(h).copy_(g)
         form.add_past_reset(flat_h, rule.v_threshold, flat_g_v, flat(g, stride))
         return g
+
+    def gradients_at_once(
+        self, h: Tensor, g_s: Tensor | None, g_v: Tensor | None, beta: Tensor | None, of_v: bool
+    ) -> tuple[Tensor | None, Tensor] | None:
+        """Those of the membrane before, if wanted, and of the current; None where no form computes them."""
+        write = getattr(steps_on(h.device), "gradient", None)
+        if write is None or self.surrogate.strict or in_one_pass(self.surrogate, h.device) is None:
+            return None
+        stride = h.stride()
+        given = tuple(None if g is None else _flat_or_one(g, stride) for g in (g_s, g_v))
+        by_v, by_x = like(h) if of_v else None, like(h)
+        factors = (self.beta if beta is None else beta), self.step.gain
+        made = None if by_v is None else flat(by_v, stride), flat(by_x, stride)
+        write(flat(h, stride), given, self.rule, self.surrogate, factors, made)
+        return by_v, by_x
 
     def reference(self, current: Tensor, state: Tensor, parameters: Parameters) -> Stepped:
         """The step as operations that autograd differentiates."""
@@ -151,23 +203,25 @@ def integrate_fire(
     return IntegrateFire(name, bits, charge, fire, parameters, rule, surrogate, factor)
 
 
-def _values(constants: IntegrateFire, v: Tensor, x: Tensor, sinks: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _flat_or_one(g: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """A gradient, flat in the order of memory of a layout; of one number for all, that one."""
+    if g.dtype is torch.float32 and not any(g.stride()):
+        return g.detach().as_strided((1,), (1,))
+    return flat(g, stride)
+
+
+def _values(
+    constants: IntegrateFire, v: Tensor, x: Tensor, record: Record | None, sinks: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     """The charged membrane, the spikes and the membrane after; ``sinks``: see :class:`Stepping`."""
     lost, fired, reaches = sinks
-    stride, form, rule, step = v.stride(), steps_on(v.device), constants.rule, constants.step
-    record = lost is not None
+    stride = v.stride()
     h, s, after = like(v), like(v), like(v)
-    flat_h, flat_s = flat(h, stride), flat(s, stride)
-    fires = rule.v_threshold, not constants.surrogate.strict, flat_s
-    digits, reach, bits = form.charge(flat(v, stride), flat(x, stride), None, step, record, flat_h, fires)
-    reaches.append(reach)
+    rows = [flat(one, stride) for one in (v, x, h, after, s)]
+    digits, resets, bits = constants.write(rows, record, reaches)
     if constants.surrogate.users:
-        check_spikes(constants.fire, h - rule.v_threshold, s)
-    resets, reach = form.reset(
-        flat_h, flat_s, step.theta, rule.v_reset, step.scale, record, flat(after, stride)
-    )
-    reaches.append(reach)
-    if record:
+        check_spikes(constants.fire, h - constants.rule.v_threshold, s)
+    if record is not None:
         lost += digits
         fired += [bits, *resets]
     return h, s, after
@@ -176,7 +230,7 @@ def _values(constants: IntegrateFire, v: Tensor, x: Tensor, sinks: Any) -> tuple
 def first_membrane(constants: IntegrateFire, v: float, x: Tensor) -> Tensor:
     """The membrane that one step leaves behind; ``v``: a number on the grid."""
     start = torch.full_like(x, v, dtype=torch.float32)
-    return _values(constants, start, x, (None, None, []))[2]
+    return _values(constants, start, x, None, ([], [], []))[2]
 
 
 class Stepping(torch.autograd.Function):
@@ -191,9 +245,9 @@ class Stepping(torch.autograd.Function):
         constants: IntegrateFire = ctx._forward_cls.constants
         ctx.set_materialize_grads(False)
         (_, _, timeline, t, first), lost, fired, reaches = sinks
-        record = timeline is not None
-        h, s, after = _values(constants, v, x, (lost, fired, reaches) if record else (None, None, reaches))
-        if record:
+        record = None if timeline is None else timeline.record
+        h, s, after = _values(constants, v, x, record, (lost, fired, reaches))
+        if timeline is not None:
             enter(h, NewCharged(timeline, t))
         if first is not None:
             ctx.first = weakref.ref(first)
@@ -214,6 +268,10 @@ class Stepping(torch.autograd.Function):
         if g_s is None and g_v is None:
             return None, None, None, None
         _, of_v, of_x, of_beta = ctx.needs_input_grad
+        if not of_beta and of_x and not hasattr(ctx, "dtype"):
+            at_once = constants.gradients_at_once(h, g_s, g_v, beta, of_v)
+            if at_once is not None:
+                return None, *at_once, None
         g = constants.gradient(h, g_s, g_v)
         by_v = by_x = by_beta = None
         if of_v:

@@ -20,14 +20,14 @@ from torch.autograd.function import once_differentiable
 
 from snn_reversible_plugin.grid import decay, snap
 from snn_reversible_plugin.grid.decays import AFTER, BEFORE, NONE, SUBTRACT, Step, decay_of
-from snn_reversible_plugin.grid.range import may_look
-from snn_reversible_plugin.grid.step import as_pieces, steps_on
+from snn_reversible_plugin.grid.step import Record, as_pieces, steps_on
 from snn_reversible_plugin.neurons.leaky.reference import through_clamp
 from snn_reversible_plugin.neurons.on_grid.neuron import check_spikes
 from snn_reversible_plugin.neurons.on_grid.step import Before, Charged, Constants, Parameters, Stepped
 from snn_reversible_plugin.neurons.on_grid.timeline import NewBits, NewSpikes
 from snn_reversible_plugin.neurons.surrogates import Surrogate, in_one_pass
 from snn_reversible_plugin.ops.batched import one_by_one
+from snn_reversible_plugin.ops.devices import may_look
 from snn_reversible_plugin.ops.layouts import flat, like
 from snn_reversible_plugin.tape.origins import enter
 
@@ -108,7 +108,7 @@ class Leaky(Constants):
             OffGrid: a surrogate of the user's own gave other spikes than the comparison that it is.
         """
         (u, bits, timeline, *_), (beta, threshold) = before, parameters[:2]
-        lost: list[Any] | None = None if timeline is None else []
+        record = None if timeline is None else timeline.record
         spikes = None if self.fire is None else like(u)
         if (
             self.decayed is None
@@ -117,9 +117,9 @@ class Leaky(Constants):
             or current.stride() != u.stride()
         ):
             found: list[Any] = []
-            sinks = [bits, self.reset_by(before, parameters), lost, spikes, found]
+            sinks = [bits, self.reset_by(before, parameters), record, spikes, found]
             state = self.charging.apply(sinks, u, current, beta, threshold)
-            reach, fired = found
+            lost, reach, fired = found
         else:
             # NOTE [A sum for its gradient]
             #
@@ -127,10 +127,10 @@ class Leaky(Constants):
             # object. So autograd is shown the sum, and what it comes to is overwritten by what the grid
             # makes of it.
             state = torch.add(current, u, alpha=self.decayed)
-            reach, fired = self.write(u, current, bits, lost, state, spikes)
+            lost, reach, fired = self.write(u, current, bits, record, state, spikes)
         if spikes is not None and self.surrogate is not None and self.surrogate.users:
             check_spikes(self.fire, state - self.theta, spikes)
-        return Charged(state, spikes, lost or (), () if fired is None else (fired,), (reach,))
+        return Charged(state, spikes, lost, () if fired is None else (fired,), (reach,))
 
     def resets(self, parameters: Parameters) -> bool:
         """Whether the gradient of a charge asks for the spikes that reset it."""
@@ -153,28 +153,25 @@ class Leaky(Constants):
         u: Tensor,
         current: Tensor,
         bits: Any,
-        lost: list[Any] | None,
+        record: Record | None,
         out: Tensor,
         spikes: Tensor | None,
-    ) -> tuple[Any, Any]:
+    ) -> tuple[list[Any], Any, Any]:
         """Write the state after the charge to ``out``, and its spikes; both are laid out as u.
 
-        ``bits``: the spikes of u; ``lost`` collects what has to be written down, None if nothing.
-        Returns the largest magnitude, and the bits of the spikes.
+        ``bits``: the spikes of u; ``record``: None if nothing has to be written down. Returns what has to
+        be, in pieces, the largest magnitude, and the bits of the spikes.
         """
         stride = u.stride()
-        found, reach, fired = steps_on(u.device).charge(
+        return steps_on(u.device).charge(  # type: ignore[no-any-return]
             flat(u, stride),
             flat(current, stride),
             None if self.step.reset == NONE else bits,
             self.step,
-            lost is not None,
+            record,
             flat(out, stride),
             None if spikes is None else (self.flat_theta, self.inclusive, flat(spikes, stride)),
         )
-        if lost is not None:
-            lost.extend(found)
-        return reach, fired
 
     def let_fire(self, charged: Charged, parameters: Parameters) -> Tensor | None:
         """The spikes in the graph."""
@@ -192,7 +189,7 @@ class Leaky(Constants):
     def vjp(self, mem: Tensor, g: Tensor) -> Tensor:
         """The gradient of a membrane from that of its spikes."""
         assert self.surrogate is not None
-        write = in_one_pass(self.surrogate) if may_look(mem.device) else None
+        write = in_one_pass(self.surrogate, mem.device)
         stride = mem.stride()
         if write is None or g.stride() != stride or g.dtype is not torch.float32:
             return self.surrogate.vjp(g, mem - self.theta)
@@ -292,9 +289,9 @@ def _each(parameter: Tensor, example: Tensor) -> Tensor:
 class Charging(torch.autograd.Function):
     """``constants.charging.apply(sinks, u, current, beta, threshold)`` -> the state after the charge.
 
-    Of the ``sinks = [bits, reset, lost, spikes, found]``, ``reset`` are the spikes of u where the gradient
-    asks for them, as bits if u is contiguous; ``found`` collects what :meth:`Leaky.write` returns; the rest
-    are its arguments.
+    Of the ``sinks = [bits, reset, record, spikes, found]``, ``reset`` are the spikes of u where the
+    gradient asks for them, as bits if u is contiguous; ``found`` collects what :meth:`Leaky.write` returns;
+    the rest are its arguments.
     """
 
     @staticmethod
@@ -302,9 +299,9 @@ class Charging(torch.autograd.Function):
         ctx: Any, sinks: list[Any], u: Tensor, current: Tensor, beta: Tensor, threshold: Tensor
     ) -> Tensor:
         constants: Leaky = ctx._forward_cls.constants
-        bits, reset, lost, spikes, found = sinks
+        bits, reset, record, spikes, found = sinks
         state = like(u)
-        found.extend(constants.write(u, current, bits, lost, state, spikes))
+        found.extend(constants.write(u, current, bits, record, state, spikes))
         # Asking for needs_input_grad here would cost bytes a step.
         learned = beta.requires_grad
         ctx.save_for_backward(beta if learned else None, u if learned else None, reset)

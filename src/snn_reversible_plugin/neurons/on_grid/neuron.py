@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from snn_reversible_plugin import tape
-from snn_reversible_plugin.grid.range import may_look
 from snn_reversible_plugin.modules.swap import STRICT, SwappedClass
 from snn_reversible_plugin.neurons.on_grid import switches
+from snn_reversible_plugin.ops import devices
+from snn_reversible_plugin.ops.devices import may_look
 
 # NOTE [Leaving the grid, and coming back]
 #
@@ -90,7 +91,8 @@ class OnGrid(SwappedClass):
     def arithmetic(self) -> str:
         """Which guarantee holds, with the settings of now and the last call."""
         left_to_stock = self in _reasons and _reasons[self].from_the_start
-        return "grid" if self.is_set_for_grid and not left_to_stock else "stock"
+        on_grid = self.is_set_for_grid and not left_to_stock
+        return "grid" if on_grid else getattr(super(), "arithmetic", "stock")
 
     @property
     def treatment(self) -> str:
@@ -106,6 +108,8 @@ class OnGrid(SwappedClass):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         if _left and self._goes_on_off_grid(args, kwargs):
             return self._off_grid(args, kwargs)
+        # A compiler that gave up on this frame would go on with those below, which are numba's and numpy's.
+        compiler = tape.set_compiler(None)
         try:
             result = self.step_on_grid(settings, *args, **kwargs)
         except OffGrid as why:
@@ -119,6 +123,8 @@ class OnGrid(SwappedClass):
                 if _reasons:
                     _reasons.pop(self, None)
                 return result
+        finally:
+            tape.set_compiler(compiler)
         return self._off_grid(args, kwargs)
 
     def _off_grid(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -217,6 +223,10 @@ def constants_of(neuron: Any, of: str, settings: tuple[Any, ...], make: Callable
         made for 4.0
         [None, None, None]
     """
+    if devices.is_capturing():
+        # A replay computes them again, of what parameters are by then, only if they are part of the graph.
+        recording = tape.current()
+        settings = (*settings, None if recording is None else weakref.ref(recording))
     known = _constants.get(neuron)
     if known is None:
         known = _constants[neuron] = {}

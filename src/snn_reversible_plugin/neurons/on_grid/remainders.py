@@ -15,9 +15,16 @@ import torch
 from torch import Tensor
 
 from snn_reversible_plugin.grid.step import as_pieces
+from snn_reversible_plugin.ops.devices import may_look
+from snn_reversible_plugin.ops.layouts import storage_key
 from snn_reversible_plugin.tape.handles import stored_once
 
 RECORDS_A_CHUNK = 8
+
+# NOTE [Records of a device]
+#
+# There a copy is a launch, so that what a step wrote down is taken over as it is. A step's pieces are one
+# stretch of memory where its form made them so; others are put together, which is a launch.
 
 
 class Remainders:
@@ -34,7 +41,7 @@ class Remainders:
         (tensor([1, 2, 3], dtype=torch.uint8), 2, 3)
     """
 
-    __slots__ = ("_bases", "_chunks", "_ends", "_room", "device", "size", "stride")
+    __slots__ = ("_bases", "_chunks", "_ends", "_room", "device", "size", "stride", "unpacked")
 
     def __init__(self, like: Tensor) -> None:
         self.size, self.stride, self.device = like.size(), like.stride(), like.device
@@ -42,6 +49,7 @@ class Remainders:
         self._bases = array("Q")
         self._ends = array("Q")
         self._room = 0
+        self.unpacked: tuple[int, Tensor] | None = None  # a step's spikes, where somebody will ask again
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -59,6 +67,11 @@ class Remainders:
         """Write a record: its pieces one after the other."""
         total = sum(map(len, pieces))
         end = self._ends[-1] if self._ends else 0
+        if total and not may_look(self.device):
+            self._chunks.append(_in_one(pieces))
+            self._bases.append(end)
+            self._ends.append(end + total)
+            return
         left = total
         for piece in pieces:
             while len(piece):
@@ -90,3 +103,13 @@ class Remainders:
             for at, base in enumerate(self._bases[first : last + 1], first)
         )
         return as_pieces(torch.cat(tuple(parts)))
+
+
+def _in_one(pieces: Sequence[Tensor]) -> Tensor:
+    """Pieces one after the other, without a copy where they are."""
+    first, at = pieces[0], pieces[0].storage_offset()
+    for piece in pieces:
+        if piece.storage_offset() != at or storage_key(piece) != storage_key(first):
+            return torch.cat(tuple(pieces))
+        at += len(piece)
+    return first.as_strided((at - first.storage_offset(),), (1,))

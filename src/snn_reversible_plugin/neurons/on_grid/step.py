@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from snn_reversible_plugin import tape
@@ -133,11 +134,19 @@ class Constants:
         return None
 
     def unreset(self, state: Tensor, fired: Any, lost: Any) -> Tensor:
-        """The charged state of a step that resets at once: :meth:`.timeline.Dynamics.unreset`."""
+        """The charged state of a step that resets at once: :meth:`.dynamics.Dynamics.unreset`."""
+        raise NotImplementedError
+
+    def undoes_at_once(self, device: torch.device) -> bool:
+        """Whether a reset at once is undone with its charge: :meth:`.dynamics.Dynamics.undoes_at_once`."""
+        return False
+
+    def back_to_both(self, state: Tensor, current: Tensor, record: Any, lost: Any) -> tuple[Tensor, Tensor]:
+        """The charged state and the one before: :meth:`.dynamics.Dynamics.back_to_both`."""
         raise NotImplementedError
 
     def back(self, charged: Tensor, current: Tensor, fired: Any, lost: Any) -> Tensor:
-        """The state before a step: :meth:`.timeline.Dynamics.back`."""
+        """The state before a step: :meth:`.dynamics.Dynamics.back`."""
         raise NotImplementedError
 
     def reference(self, current: Tensor, state: Tensor, parameters: Parameters) -> Stepped:

@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from snn_reversible_plugin.grid import watch
 from snn_reversible_plugin.grid.range import larger
-from snn_reversible_plugin.grid.step import steps_on
+from snn_reversible_plugin.grid.step import Record, steps_on
+from snn_reversible_plugin.neurons.on_grid.dynamics import Dynamics
 from snn_reversible_plugin.neurons.on_grid.remainders import Remainders
+from snn_reversible_plugin.ops.devices import may_look
 from snn_reversible_plugin.ops.layouts import flat
 from snn_reversible_plugin.tape.handles import Handle, Packed, Passing
 from snn_reversible_plugin.tape.origins import look_up
@@ -44,6 +46,9 @@ from snn_reversible_plugin.tape.replayed import Replayed
 # 3. A step back needs the current of that step. A current computed from a membrane is kept, not replayed:
 #    rebuilding it could ask for the very state that is being rebuilt.
 # 4. No state is changed in place: somebody may hold what a cursor handed out.
+# 5. On a device each of these is a launch. There a reset at once is undone together with its charge, and a
+#    step's spikes, which the next layer's current and its weight's gradient ask for one after the other,
+#    stand from the first time to the second.
 CURSORS = 4
 REMEDY = (
     "Lower the weights or the gain of the input, set grid_bits of the neuron to fewer (each one less "
@@ -51,37 +56,7 @@ REMEDY = (
 )
 
 
-class Dynamics(Protocol):
-    """How a timeline's steps are undone. Equal for all of them; tensors are flat, float32 [n]."""
-
-    @property
-    def name(self) -> str:
-        """Whose state it is, for errors."""
-
-    @property
-    def bits(self) -> int:
-        """The grid's."""
-
-    @property
-    def resets_at_once(self) -> bool:
-        """Whether a step ends with a reset by its own spikes (SpikingJelly)."""
-
-    @property
-    def resets_in_charge(self) -> bool:
-        """Whether a step's charge resets by the spikes before it (snnTorch)."""
-
-    def unreset(self, state: Tensor, fired: Any, lost: Any) -> Tensor:
-        """The charged state of a step that resets at once, from the one after it.
-
-        ``fired``: the spikes of the step as they were written down, ``lost``: what its reset lost.
-        """
-
-    def back(self, charged: Tensor, current: Tensor, fired: Any, lost: Any) -> Tensor:
-        """The state before a step.
-
-        ``fired``: the spikes before the step, None where they don't reset in it; ``lost``: what its charge
-        lost.
-        """
+_FIRST = Record()
 
 
 class _Cursor(NamedTuple):
@@ -130,6 +105,11 @@ class Timeline:
         return self._newest[1]
 
     @property
+    def record(self) -> Record:
+        """For the next step: its reach is accumulated in that of those before it."""
+        return _FIRST if self.reach is None else Record(self.reach)
+
+    @property
     def is_whole(self) -> bool:
         """Whether a step can follow: it can't where an interrupt came in the middle of the last one."""
         return self._whole
@@ -156,7 +136,7 @@ class Timeline:
         self.records.append(fired)
         self.newest_fired = fired[0] if fired else None
         self.currents.append(current)
-        if reach is not None:
+        if reach is not None and reach is not self.reach:
             self.reach = reach if self.reach is None else larger(self.reach, reach)
         self._newest = self.length + 1, newest
         self._whole = True
@@ -188,7 +168,15 @@ class Timeline:
 
     def charged_state(self, t: int) -> Tensor:
         """The state before the reset at the end of step t, flat."""
-        charged = self._unreset(t, self.state(t))
+        state = self.state(t)
+        # The state that a timeline starts from is seldom asked for, and takes a current to get.
+        if t > 1 and self.dynamics.undoes_at_once(self.records.device):
+            current = flat(self.currents[t - 1].unpack(), self.records.stride)
+            record, lost = self.records.record(2 * t), self.records.record(2 * t - 1)
+            charged, before = self.dynamics.back_to_both(state, current, record, lost)
+            self.cursors[-1] = _Cursor(t - 1, before)
+            return charged
+        charged = self._unreset(t, state)
         self.charged = _Cursor(t, charged)
         return charged
 
@@ -291,8 +279,15 @@ class Spikes(Handle):
         self.records, self.t = records, t
 
     def get(self, last: bool) -> tuple[Tensor, bool]:
-        spikes = spikes_of(self.records, self.t).as_strided(self.records.size, self.records.stride)
-        return self.verified(spikes, "unpacking its spikes"), True
+        records, owned = self.records, True
+        known, records.unpacked = records.unpacked, None
+        if known is not None and known[0] == self.t:
+            spikes, owned = known[1], False
+        else:
+            spikes = spikes_of(records, self.t).as_strided(records.size, records.stride)
+            if not may_look(records.device):
+                records.unpacked, owned = (self.t, spikes), False
+        return self.verified(spikes, "unpacking its spikes"), owned
 
     def stored(self, seen: set[int]) -> int:
         return self.records.stored(seen)
@@ -323,6 +318,8 @@ class NewState(OfTimelines, _Newly):
     """Leads to a :class:`State`."""
 
     __slots__ = ()
+
+    is_state = True
 
     def leads_to(self) -> Handle | None:
         timeline = self.ref()

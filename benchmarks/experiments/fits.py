@@ -1,0 +1,71 @@
+"""The largest batch within a card's memory, predicted from two small ones, and one prediction tried."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import inf
+
+import torch
+
+from ..experiment import Entry, Options, Tick, Work
+from ..measure import peak_within
+from ..methods import METHODS, CannotRun, Training, prepare
+from ..workloads import WORKLOADS, Workload
+
+SHOWN = ("vgg", "sew-resnet18", "spiking-resnet34", "spikformer", "tutorial-6", "detection-416")
+BUDGETS = (8, 12, 24)  # GiB
+TRIED = ("stock", "checkpoint", "memopt 1", *(name for name, one in METHODS.items() if one.ours))
+MOST = 3  # times the larger small batch's peak: the budget of the prediction that is tried
+
+
+def works(options: Options) -> Iterator[Work]:
+    for name in SHOWN:
+        if shape := WORKLOADS[name].shape(options.quick):
+            yield Work(name, TRIED, {"workload": name, "shape": list(shape), "small": small(shape)})
+
+
+def small(shape: tuple[int, ...]) -> list[int]:
+    """The two batches: one and two where images are large."""
+    return [1, 2] if shape[-1] > 64 else [2, 4]
+
+
+def measure(
+    method: str, options: Options, tick: Tick, workload: str, shape: list[int], small: list[int]
+) -> Entry:
+    """Bytes of parameters, buffers, gradients, inputs and all that a step takes; no optimizer's state."""
+    work = WORKLOADS[workload]
+    torch.manual_seed(0)
+    stock = work.make().to(options.device)
+    try:
+        (least, at_least), (more, at_more) = (
+            (size, _bytes(method, work, stock, _batch(work, shape, size, options.device))) for size in small
+        )
+    except CannotRun as reason:
+        return {"method": method, "why_not": str(reason)}
+    a_sample = max(1.0, (at_more - at_least) / (more - least))
+    alone = at_least - least * a_sample
+    tick("a prediction is tried")
+    tried = int((MOST * at_more - alone) / a_sample)
+    found = _bytes(method, work, stock, _batch(work, shape, tried, options.device))
+    return {
+        "method": method,
+        "a_sample": round(a_sample),
+        "alone": round(alone),
+        "fits": {str(gib): max(0, int((gib * 2**30 - alone) / a_sample)) for gib in BUDGETS},
+        "tried": tried,
+        "off": found / (alone + tried * a_sample) - 1,
+    }
+
+
+def _batch(work: Workload, shape: list[int], size: int, device: str) -> torch.Tensor:
+    at = work.batch_dim
+    return work.batch((*shape[:at], size, *shape[at + 1 :]), device)
+
+
+def _bytes(method: str, work: Workload, stock: torch.nn.Module, x: torch.Tensor) -> int:
+    training: Training = prepare(method, work, stock, x)
+    training.run(x)  # the first step of a shape may choose for later ones
+    peak = peak_within(training, x, inf)
+    assert peak is not None
+    lives = (*training.model.parameters(), *training.model.buffers(), x)
+    return peak + sum(tensor.nbytes for tensor in lives)

@@ -1,0 +1,92 @@
+"""A sequence's backward where its input is rebuilt a slice of the batch at a time.
+
+The one idea: neurons don't see each other, so all time steps of some samples make a sequence of their own.
+What stands whole is the gradient that comes in and the one that goes out. Source: this package's own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from snn_reversible_plugin import tape
+from snn_reversible_plugin.neurons.integrate_fire.in_place import multi_step_vjp
+from snn_reversible_plugin.neurons.integrate_fire.reference import (
+    Gradients,
+    Neuron,
+    OutputGradients,
+    Wanted,
+)
+from snn_reversible_plugin.tape.sliced.rows import Part
+
+
+def sequence_vjp_in_slices(
+    cut: tape.Cut,
+    v: Tensor | float,
+    grads: OutputGradients,
+    neuron: Neuron,
+    wanted: Wanted,
+    v_last: Tensor | None = None,
+) -> Gradients:
+    """As :func:`.in_place.multi_step_vjp`, of an input that is cut. A leak's gradients are sums.
+
+    Args:
+        cut: of the input [T, N, ...]. Where it can't be cut by samples, it is put together.
+        v, grads, neuron, wanted, v_last: as there.
+    """
+    if cut.size[0] not in cut.exact:
+        x_seq = cut.whole()
+        cut.release()
+        return multi_step_vjp(x_seq, v, grads, neuron, wanted, owned=True, v_last=v_last)
+    whole = _Whole(cut, v_last, wanted)
+    for part in cut.parts(outer=cut.size[0]):
+        samples = slice(part.start, part.stop)
+        start = v[samples] if isinstance(v, Tensor) else v
+        of_part = OutputGradients(
+            *(None if g is None else g[:, samples] if steps else g[samples]
+              for g, steps in zip(grads, (True, False, True), strict=True))
+        )  # fmt: skip
+        whole.put(samples, _of_part(cut, part, start, of_part, neuron, (wanted, v_last is not None)))
+    cut.release()
+    return Gradients(whole.x, (whole.v[0], whole.v[1]), whole.q)
+
+
+def _of_part(
+    cut: tape.Cut,
+    part: Part,
+    v: Tensor | float,
+    grads: OutputGradients,
+    neuron: Neuron,
+    how: tuple[Wanted, bool],
+) -> tuple[Gradients, Tensor | None]:
+    """The gradients of some samples, and their final membrane if that is asked for."""
+    x_seq = cut.rows(part).reshape(part.outer, part.stop - part.start, *cut.size[2:])
+    wanted, keeps_last = how
+    last = torch.empty_like(x_seq[0]) if keeps_last else None
+    owned = x_seq.untyped_storage().nbytes() == x_seq.nbytes  # and no view of what others hold
+    return multi_step_vjp(x_seq, v, grads, neuron, wanted, owned=owned, v_last=last), last
+
+
+class _Whole:
+    """The gradients of all samples, put together."""
+
+    def __init__(self, cut: tape.Cut, v_last: Tensor | None, wanted: Wanted) -> None:
+        self._samples, self._v_last = cut.size[1], v_last
+        self.x = cut.empty() if wanted.x else None
+        self.v: list[Tensor | None] = [None, None]
+        self.q: list[Tensor] = []
+
+    def put(self, samples: slice, of_part: tuple[Gradients, Tensor | None]) -> None:
+        (g_x, g_v, g_q), last = of_part
+        if self.x is not None and g_x is not None:
+            self.x[:, samples] = g_x
+        if self._v_last is not None and last is not None:
+            self._v_last[samples] = last
+        for at, g in enumerate(g_v):
+            if g is None:
+                continue
+            whole = self.v[at]
+            if whole is None:
+                whole = self.v[at] = g.new_empty((self._samples, *g.shape[1:]))
+            whole[samples] = g
+        self.q = [one + other for one, other in zip(self.q, g_q, strict=True)] if self.q else list(g_q)

@@ -1,0 +1,316 @@
+"""What of a forward's saved tensors is cut, where, and the proof that slices are the forward's bits.
+
+The one idea: whether a kernel gives rows of a batch the same bits alone as among others is not promised
+anywhere, but depends on sizes and never on values. So the first time that something of a size is saved,
+while it still stands, its first and its last slice are computed from the recipe and compared.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, pairwise
+from operator import mul
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from snn_reversible_plugin.ops.layouts import is_dense, is_plain
+from snn_reversible_plugin.tape.handles import Handle, Kept, Packed
+from snn_reversible_plugin.tape.off_stack import OffStack
+from snn_reversible_plugin.tape.outsiders import alias
+from snn_reversible_plugin.tape.replayed import PLAIN, Replayed
+from snn_reversible_plugin.tape.sliced.rows import Noted, Part, Whole, last_product, note, rows_of, size_of
+
+# NOTE [What is cut]
+#
+# 1. Slices take time, and what they save is a few tensors of the layer's size and of those that it is
+#    rebuilt from. So a layer is cut if it is large in itself, and beside the largest one: of one that is
+#    SMALL times smaller, all that can stand at once is less than what the largest has to have whole.
+# 2. A neuron fires or not by the last bit of its current. So it takes slices that were shown to be the
+#    forward's bits and no others. A gradient may take slices that are equal to rounding.
+# 3. A forward's sizes, kernels and threads decide, so that is what a proof holds for.
+# 4. A single row is often a kernel's special case. No slice is one row where there are others.
+# 5. What is neither is no slice at all: the tensor is rebuilt as one, as in mode "memory".
+
+STEP = {"cpu": 1 << 20}  # bytes of a slice
+LARGE_STEP = 1 << 25
+SMALL = 32
+CLOSE = 1e-3  # of the largest value: nothing that merely rounds is further off
+_proved: dict[Any, bool | None] = {}
+
+
+class Cut(Handle):
+    """A handle whose value may be had a part at a time.
+
+    ``exact``: of which numbers of groups its parts are the forward's, bit for bit.
+    """
+
+    __slots__ = ("_slices", "_step", "device", "dtype", "exact", "groups", "handle", "released", "size",
+                 "stride")  # fmt: skip
+
+    def __init__(self, handle: Handle, tensor: Tensor, groups: tuple[int, int], slices: Slices) -> None:
+        self.handle, self.groups, self._slices = handle, groups, slices
+        self.size, self.stride = tensor.size(), tensor.stride()
+        self.dtype, self.device = tensor.dtype, tensor.device
+        self._step = STEP.get(tensor.device.type, LARGE_STEP)
+        self.exact: set[int] = set()
+
+    @property
+    def treatment(self) -> str:  # type: ignore[override]
+        """That of what is cut, for reports."""
+        return f"{self.handle.treatment} in slices" if self.is_large() else self.handle.treatment
+
+    @property
+    def nbytes(self) -> int:
+        """Of the whole."""
+        return self.size.numel() * self.dtype.itemsize
+
+    def is_large(self) -> bool:
+        """Whether slices lower the peak of the step that it is of."""
+        return SMALL * self.nbytes > self._slices.largest
+
+    def parts(self, outer: int = 1, nbytes: int = 0) -> list[Part]:
+        """How it is cut, in groups of rows; ``nbytes``: of something larger that is cut with it.
+
+        Raises:
+            Whole: it has no such groups.
+        """
+        inner = self.groups[0] * self.groups[1] // outer
+        if outer not in (1, self.groups[0]):
+            raise Whole
+        each = max(1, max(nbytes, self.nbytes) // max(1, inner))
+        step = max(1 if outer > 1 else 2, self._step // each)
+        ends = [inner * at // -(-inner // step) for at in range(-(-inner // step) + 1)]
+        if outer == 1:  # never one row alone
+            ends = [end for end in ends if not (end == 1 or end == inner - 1)]
+        return [Part(outer, inner, *both) for both in pairwise(ends)]
+
+    def is_at_hand(self) -> bool:
+        """Whether its parts can be computed now: nothing of it waits for a stream to be undone."""
+        waiting, met = [self.handle], {self.handle}
+        while waiting:
+            one = waiting.pop()
+            if isinstance(one, Replayed) and one.at_hand() is None:
+                if one.__class__ not in PLAIN:
+                    return False
+                more = [operand for operand in one.operands() if operand not in met]
+                met.update(more)
+                waiting += more
+        return True
+
+    def rows(self, part: Part, found: dict[Handle, Tensor] | None = None) -> Tensor:
+        """A part's rows."""
+        return rows_of(self.handle, part, {} if found is None else found)
+
+    def empty(self, stride: tuple[int, ...] | None = None) -> Tensor:
+        """A tensor of its size, to be filled; laid out as it is by default."""
+        stride = self.stride if stride is None else stride
+        return torch.empty_strided(self.size, stride, dtype=self.dtype, device=self.device)
+
+    def assembled(self) -> Tensor:
+        """The whole, put together from exact parts."""
+        whole = self.empty()
+        for part in self.parts(min(self.exact)):
+            part.put(self.rows(part), whole)
+        return whole
+
+    def whole(self) -> Tensor:
+        """The whole, from parts where these are the forward's bits."""
+        if not isinstance(self.handle, Replayed) or self.handle.at_hand() is not None:
+            return self.peek()
+        return self.assembled() if self.exact else self._around_a_product()
+
+    def _around_a_product(self) -> Tensor:
+        """The whole, where a product has other bits in slices: all but that product in slices."""
+        product = last_product(self.handle)
+        operand = None if product is None or not product.args else product.args[0]
+        size = size_of(operand)
+        if product is None or operand is None or size is None or size_of(product) is None:
+            return self.peek()
+        value = self._run(product, operand, size)
+        same = value.dtype is self.dtype and value.is_contiguous() and value.numel() == self.size.numel()
+        whole = value.view(self.size) if same and self.empty_meta().is_contiguous() else self.empty()
+        for part in self.parts():
+            part.put(self.rows(part, {product: part.of(value)}), whole)
+        return whole
+
+    def _run(self, product: Replayed, operand: Handle, size: torch.Size) -> Tensor:
+        """A product as a whole, its first operand put together from slices."""
+        try:
+            first = None
+            for part in self.parts():
+                rows = rows_of(operand, part, {})
+                if first is None:
+                    first = torch.empty(size, dtype=rows.dtype, device=rows.device)
+                part.put(rows, first)
+        except Whole:
+            first = operand.peek()
+        others = [arg.peek() if isinstance(arg, Handle) else arg for arg in product.args[1:]]
+        named = {
+            name: arg.peek() if isinstance(arg, Handle) else arg for name, arg in product.kwargs.items()
+        }
+        return product.func(first, *others, **named)  # type: ignore[no-any-return]
+
+    def empty_meta(self) -> Tensor:
+        """Its layout."""
+        return torch.empty_strided(self.size, self.stride, device="meta")
+
+    def peek(self) -> Tensor:
+        return self.handle.peek()
+
+    def get(self, last: bool) -> tuple[Tensor, bool]:
+        return self.handle.get(last)
+
+    def need(self) -> None:
+        self.handle.need()
+
+    def release(self) -> None:
+        self.handle.release()
+
+    def unpack(self) -> Tensor:
+        return self.handle.unpack()
+
+    def relies_on(self) -> Iterable[Handle]:
+        return (self.handle,)
+
+
+class Slices:
+    """What a recording in mode "minimal" cuts. ``largest`` are the bytes of the largest of that."""
+
+    def __init__(self, tape: Any) -> None:
+        self._tape = weakref.ref(tape)  # autograd keeps what is cut, and must not keep the tape
+        self.largest = 0
+
+    def computed(self, recipe: Handle | None, out: Tensor) -> None:
+        """A tensor has a recipe."""
+        if isinstance(recipe, Replayed) and out.nbytes >= STEP.get(out.device.type, LARGE_STEP):
+            note(recipe, Noted(out.size()))
+
+    def normalized(self, recipe: Replayed, x: Tensor, outputs: Sequence[Tensor]) -> None:
+        """A batch norm ran: what it gave beside its result is noted with that."""
+        out, mean, deviation = outputs[:3]
+        if out.nbytes < STEP.get(out.device.type, LARGE_STEP) or not isinstance(recipe.args[0], Handle):
+            return
+        noted = Noted(out.size(), (alias(mean), alias(deviation)) if mean.numel() else None)
+        note(recipe, noted)
+        part = Part(1, len(x), 0, min(len(x), 2))
+        key = recipe.func, x.size(), x.stride(), x.dtype, x.device, bool(mean.numel())
+        if key not in _proved:
+            try:
+                with OffStack(self._tape()), torch.no_grad():
+                    rows = rows_of(recipe, part, {recipe.args[0]: part.of(x.detach())})
+                    _proved[key] = torch.equal(rows, part.of(out.detach()))
+            except Whole:
+                _proved[key] = None
+        noted.exact = bool(_proved[key])
+
+    def cut(self, handle: Handle, tensor: Tensor) -> Handle:
+        """What autograd gets for a tensor that it saves: the handle, or one that can be cut."""
+        with OffStack(self._tape()):
+            cut = self._cut(handle, tensor)
+        if cut is None:
+            return handle
+        self.largest = max(self.largest, cut.nbytes)
+        return cut
+
+    def exactly(self, handle: Handle, tensor: Tensor) -> Cut | None:
+        """A tensor's handle, cut, if its parts are the forward's bits."""
+        cut = self.cut(handle, tensor)
+        return cut if isinstance(cut, Cut) and cut.exact else None
+
+    def _cut(self, handle: Handle, tensor: Tensor) -> Cut | None:
+        step = STEP.get(tensor.device.type, LARGE_STEP)
+        if not is_plain(tensor) or tensor.nbytes < 2 * step or not tensor.dim() or not is_dense(tensor):
+            return None
+        if handle.__class__ not in PLAIN and not isinstance(handle, (Kept, Packed)):
+            return None
+        if isinstance(handle, Kept) and handle.parameter:
+            return None
+        for groups in _groups(tensor.size(), handle):
+            cut = Cut(handle, tensor, groups, self)
+            ways = {1, groups[0]}
+            if len(cut.parts()) < 2:
+                continue
+            if not isinstance(handle, Replayed):
+                cut.exact = ways
+                return cut
+            proofs = {outer: self._proof(cut, tensor, outer) for outer in ways}
+            if None not in proofs.values():
+                cut.exact = {outer for outer, exact in proofs.items() if exact}
+                return cut
+        return None
+
+    def _proof(self, cut: Cut, tensor: Tensor, outer: int) -> bool | None:
+        parts = cut.parts(outer)
+        key = _signature(cut.handle), parts[0], parts[-1], cut.stride, torch.get_num_threads()
+        if key not in _proved:
+            if len(_proved) > 4096:
+                _proved.clear()
+            _proved[key] = _compared(cut, tensor, {parts[0], parts[-1]})
+        return _proved[key]
+
+
+def _compared(cut: Cut, tensor: Tensor, parts: Iterable[Part]) -> bool | None:
+    """Whether parts are a tensor's bits; None: they are not even close, or there are none."""
+    exact = True
+    with torch.no_grad():
+        for part in parts:
+            try:
+                rows, expected = cut.rows(part), part.of(tensor.detach())
+            except Whole:
+                return None
+            if rows.dtype is not tensor.dtype or rows.shape != expected.shape:
+                return None
+            if torch.equal(rows, expected):
+                continue
+            exact = False
+            off, scale = (rows - expected).abs().max(), expected.abs().max()
+            if not bool(off <= CLOSE * scale):
+                return None
+    return exact
+
+
+def _groups(size: torch.Size, handle: Handle) -> Iterator[tuple[int, int]]:
+    """Into how many groups of how many rows a tensor may be cut: into its time steps' samples, if a layer
+    that sees no time led to it; into its first dimension; into what that was in what led to it, as where
+    heads of an attention are told apart."""
+    one: Any = handle
+    coarser: list[int] = []
+    while one.__class__ in PLAIN and one.args:
+        one = one.args[0]
+        before = size_of(one)
+        if before is None:
+            continue
+        if len(size) > 2 and before[0] == size[0] * size[1]:
+            yield size[0], size[1]
+            return
+        coarser += [rows for rows in accumulate(before, mul) if 1 < rows < size[0] and not size[0] % rows]
+    yield 1, size[0]
+    yield from ((1, rows) for rows in sorted({*coarser}, reverse=True)[:4])
+
+
+def _signature(handle: Any) -> Any:
+    """What decides the kernels of a recipe."""
+    if handle.__class__ in PLAIN:
+        return (
+            handle.func,
+            handle.index,
+            tuple(_signature(arg) for arg in handle.args),
+            tuple((name, _signature(arg)) for name, arg in handle.kwargs.items()),
+        )
+    if isinstance(handle, Kept):
+        return handle.tensor.shape, handle.tensor.stride(), handle.tensor.dtype, handle.tensor.device
+    if isinstance(handle, Packed):
+        return handle.size, handle.stride, handle.dtype
+    if isinstance(handle, Handle):
+        return handle.__class__
+    return repr(handle)
+
+
+def parts_of(*cuts: Cut) -> Iterator[tuple[Part, dict[Handle, Tensor]]]:
+    """Parts of tensors with one number of rows, with a place for what is found of each."""
+    coarsest = min(cuts, key=lambda cut: cut.groups[0] * cut.groups[1])
+    for part in coarsest.parts(nbytes=max(cut.nbytes for cut in cuts)):
+        yield part, {}

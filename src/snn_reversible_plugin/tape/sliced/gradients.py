@@ -1,0 +1,219 @@
+"""Backward operators on one slice of the batch after the other.
+
+The one idea: gradients of what each sample has for itself are computed where they belong, and those of
+parameters, which all samples share, are sums over slices. Batch norm's statistics are of the whole batch,
+so its slices are gone through twice: once for the two sums that its backward needs, and once for the
+gradients. Source: ``derivatives.yaml`` of PyTorch says which operator each node calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from snn_reversible_plugin.tape.operators import aten
+from snn_reversible_plugin.tape.sliced.cut import Cut, parts_of
+from snn_reversible_plugin.tape.sliced.rows import Part, Whole
+
+# NOTE [Sums over slices]
+#
+# Parameters' gradients are added up in float32 at least, in the order of the batch: slices of the batch
+# give another order of additions than the whole, and so another rounding. The rest of a gradient is what
+# the same kernel gives for the same samples.
+
+
+class Turned(NamedTuple):
+    """A cut tensor with its last two dimensions exchanged."""
+
+    cut: Cut
+
+
+class _Whole:
+    """A result that is filled a slice at a time, laid out as its slices are."""
+
+    def __init__(self, size: torch.Size | tuple[int, ...]) -> None:
+        self._size = torch.Size(size)
+        self.value: Tensor | None = None
+
+    def put(self, part: Part, rows: Tensor) -> None:
+        if self.value is None:
+            layout = torch.contiguous_format
+            if rows.dim() == 4 and not rows.is_contiguous():
+                layout = torch.channels_last
+            self.value = torch.empty(self._size, dtype=rows.dtype, device=rows.device, memory_format=layout)
+        part.put(rows, self.value)
+
+
+class _Sum:
+    """A parameter's gradient."""
+
+    def __init__(self) -> None:
+        self._total: Tensor | None = None
+        self._dtype = torch.float32
+
+    def add(self, term: Tensor) -> None:
+        self._dtype = term.dtype
+        if self._total is None:
+            wide = torch.promote_types(term.dtype, torch.float32)
+            self._total = term.to(wide) if wide != term.dtype else term
+        else:
+            self._total.add_(term)
+
+    def value(self) -> Tensor | None:
+        return None if self._total is None else self._total.to(self._dtype)
+
+
+def _convolution(func: Any, grad: Tensor, x: Cut, weight: Tensor, *how: Any) -> Any:
+    if not isinstance(x, Cut) or not isinstance(weight, Tensor) or len(x.size) < 3:
+        raise Whole
+    mask = how[-1]
+    g_x, g_weight, g_bias = _Whole(x.size), _Sum(), _Sum()
+    for part, found in parts_of(x):
+        one, of_weight, of_bias = func(part.of(grad), x.rows(part, found), weight, *how)
+        if mask[0]:
+            g_x.put(part, one)
+        if mask[1]:
+            g_weight.add(of_weight)
+        if mask[2]:
+            g_bias.add(of_bias)
+        del one, found
+    return g_x.value, g_weight.value(), g_bias.value()
+
+
+def _batch_norm(
+    func: Any, grad: Tensor, x: Cut, weight: Tensor | None, *how: Any
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    running_mean, running_var, mean, deviation, training, eps, mask = how
+    if not training:
+        mean, deviation = running_mean, (running_var + eps).rsqrt()
+    return _normalized(grad, x, weight, (mean, deviation, training), mask)
+
+
+def _cudnn_batch_norm(func: Any, x: Cut, grad: Tensor, weight: Tensor | None, *how: Any) -> Any:
+    _, _, mean, deviation, *_ = how
+    return _normalized(grad, x, weight, (mean, deviation, True), (True, True, True))
+
+
+def _normalized(
+    grad: Tensor, x: Cut, weight: Tensor | None, by: tuple[Tensor, Tensor, bool], mask: Any
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of ``(x - mean) * deviation * weight + bias``; ``by``: mean, deviation's inverse, and
+    whether these are x's own."""
+    if not isinstance(x, Cut) or len(x.size) < 2:
+        raise Whole
+    mean, deviation, own = by
+    wide = torch.promote_types(x.dtype, torch.float32)
+    dims = [dim for dim in range(len(x.size)) if dim != 1]
+    shape = [1, -1] + [1] * (len(x.size) - 2)
+    mean, deviation = (one.to(wide).view(shape) for one in (mean, deviation))
+    total, along = _Sum(), _Sum()  # of the gradient, and of it along x - mean
+    if own or mask[1] or mask[2]:
+        for part, found in parts_of(x):
+            g = part.of(grad).to(wide)
+            total.add(g.sum(dims, dtype=torch.float64))
+            along.add((x.rows(part, found).to(wide) - mean).mul_(g).sum(dims, dtype=torch.float64))
+    g_total, g_along = total.value(), along.value()
+    g_x = None
+    if mask[0]:
+        scale = deviation if weight is None else deviation * weight.to(wide).view(shape)
+        whole = x.empty()
+        if own:
+            assert g_total is not None and g_along is not None
+            n = x.size.numel() // x.size[1]
+            shift = (g_total / n).to(wide).view(shape)
+            slope = (g_along / n).to(wide).view(shape) * deviation.square()
+        for part, found in parts_of(x):
+            g = part.of(grad)
+            if own:
+                pull = (x.rows(part, found).to(wide) - mean).mul_(slope)
+                g = torch.sub(g, pull, out=pull).sub_(shift)
+                part.put(g.mul_(scale), whole)
+            else:
+                part.put(g * scale, whole)
+        g_x = whole
+    like = deviation.view(-1) if weight is None else weight
+    g_weight = (g_along * deviation.view(-1)).to(like.dtype) if mask[1] and g_along is not None else None
+    g_bias = g_total.to(like.dtype) if mask[2] and g_total is not None else None
+    return g_x, g_weight, g_bias
+
+
+def _max_pool(func: Any, grad: Tensor, x: Any, *how: Any) -> Tensor | None:
+    *window, indices = how
+    cuts = [one for one in (x, indices) if isinstance(one, Cut)]
+    g_x = _Whole(x.size if isinstance(x, Cut) else x.shape)
+    for part, found in parts_of(*cuts):
+        of_x, of_indices = (
+            one.rows(part, found) if isinstance(one, Cut) else part.of(one) for one in (x, indices)
+        )
+        g_x.put(part, func(part.of(grad), of_x, *window, of_indices))
+    return g_x.value
+
+
+def _pool(func: Any, grad: Tensor, x: Cut, *how: Any) -> Tensor | None:
+    """One that wants to know x's size and layout, and none of its values."""
+    g_x = _Whole(x.size)
+    for part, _ in parts_of(x):
+        size = part.sized(x.size)
+        layout = torch.contiguous_format
+        if len(size) == 4 and x.stride[1] == 1 and size[1] > 1:
+            layout = torch.channels_last
+        of_x = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
+        g_x.put(part, func(part.of(grad), of_x, *how))
+    return g_x.value
+
+
+def _mm(func: Any, one: Any, other: Any) -> Tensor | None:
+    total = _Sum()
+    if isinstance(one, Turned) and isinstance(other, Tensor):  # x^T g, over rows of both
+        for part, found in parts_of(one.cut):
+            total.add(func(one.cut.rows(part, found).t(), part.of(other)))
+    elif isinstance(other, Cut) and isinstance(one, Tensor):  # g^T x
+        for part, found in parts_of(other):
+            total.add(func(part.of(one.t()).t(), other.rows(part, found)))
+    else:
+        raise Whole
+    return total.value()
+
+
+def _bmm(func: Any, one: Any, other: Any) -> Tensor | None:
+    opened = [getattr(arg, "cut", arg) for arg in (one, other)]
+    sizes = [arg.size if isinstance(arg, Cut) else arg.shape for arg in opened]
+    rows = sizes[0][-1] if isinstance(one, Turned) else sizes[0][-2]
+    columns = sizes[1][-2] if isinstance(other, Turned) else sizes[1][-1]
+    result = _Whole((sizes[0][0], rows, columns))
+
+    def factor(arg: Any, part: Part, found: Any) -> Tensor:
+        if isinstance(arg, Turned):
+            return arg.cut.rows(part, found).transpose(1, 2)
+        return arg.rows(part, found) if isinstance(arg, Cut) else part.of(arg)
+
+    for part, found in parts_of(*(arg for arg in opened if isinstance(arg, Cut))):
+        result.put(part, func(factor(one, part, found), factor(other, part, found)))
+    return result.value
+
+
+def _mul(func: Any, one: Any, other: Any) -> Tensor:
+    if not isinstance(other, Cut) or not isinstance(one, Tensor) or one.shape != other.size:
+        raise Whole
+    product = torch.empty_strided(
+        other.size, other.stride, dtype=torch.promote_types(one.dtype, other.dtype), device=one.device
+    )
+    for part, found in parts_of(other):
+        part.put(func(part.of(one), other.rows(part, found)), product)
+    return product
+
+
+BY_SLICES: dict[Any, Callable[..., Any]] = {
+    aten.convolution_backward.default: _convolution,
+    aten.native_batch_norm_backward.default: _batch_norm,
+    aten.cudnn_batch_norm_backward.default: _cudnn_batch_norm,
+    aten.max_pool2d_with_indices_backward.default: _max_pool,
+    aten.avg_pool2d_backward.default: _pool,
+    aten._adaptive_avg_pool2d_backward.default: _pool,
+    aten.mm.default: _mm,
+    aten.bmm.default: _bmm,
+    aten.mul.Tensor: _mul,
+}

@@ -1,0 +1,364 @@
+"""A recipe, run on some of the rows of its result.
+
+The one idea: of most operations, rows of the result need the same rows of the operands and nothing else.
+What is stored in bits is unpacked for these rows alone.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from snn_reversible_plugin.tape.handles import Handle, Kept, Packed
+from snn_reversible_plugin.tape.operators import aten, operator_of
+from snn_reversible_plugin.tape.replayed import PLAIN, Replayed
+
+# NOTE [Rows]
+#
+# 1. A tensor's rows are the elements of its leading dimensions, as many as they have: of [T * N, ...] and
+#    [T, N, ...] the same T * N. A part takes the rows from `start` to `stop` of each of `outer` groups:
+#    of one group for a layer that sees no time, of T groups (each time step's N) for a neuron.
+# 2. The rows of a part are laid out as [rows, ...], whatever the leading dimensions were.
+# 3. Batch norm takes the mean and the deviation that its forward noted, as numbers for which the kernel
+#    of evaluation does the same arithmetic: a variance of one, and the deviation in the weight.
+# 4. What has no rule here, or another layout, raises Whole: then the tensor is rebuilt as one.
+
+
+class Whole(Exception):
+    """Something has no rows that could be computed by themselves."""
+
+
+class Part(NamedTuple):
+    """Rows from ``start`` to ``stop`` of each of ``outer`` groups of ``inner`` rows."""
+
+    outer: int
+    inner: int
+    start: int
+    stop: int
+
+    def split(self, size: torch.Size) -> tuple[int, int]:
+        """How many leading dimensions the rows are, and how many of their elements a row has."""
+        rows = self.outer * self.inner
+        elements = 1
+        for dims, length in enumerate(size, 1):
+            elements *= length
+            if elements >= rows:
+                if elements % rows:
+                    break
+                return dims, elements // rows
+        raise Whole
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """These rows of a tensor: a view where they are one stretch."""
+        dims, each = self.split(tensor.shape)
+        rest = tensor.shape[dims:]
+        try:
+            groups = tensor.view(self.outer, self.inner * each, *rest)
+        except RuntimeError:
+            raise Whole from None
+        rows = groups[:, self.start * each : self.stop * each]
+        return rows.flatten(0, 1) if self.outer > 1 else rows[0]
+
+    def put(self, rows: Tensor, into: Tensor) -> None:
+        """Write them into a tensor."""
+        dims, each = self.split(into.shape)
+        groups = into.view(self.outer, self.inner * each, *into.shape[dims:])
+        target = groups[:, self.start * each : self.stop * each]
+        target.copy_(rows.view(target.shape) if rows.shape != target.shape else rows)
+
+    def sized(self, size: torch.Size) -> tuple[int, ...]:
+        """The size of these rows of a tensor of this size."""
+        dims, each = self.split(size)
+        return (self.outer * (self.stop - self.start) * each, *size[dims:])
+
+
+@dataclass(slots=True)
+class Noted:
+    """What a forward notes of a large value: its size, and what a batch norm normalized it by, with whether
+    the kernel of evaluation gave the same bits."""
+
+    size: torch.Size
+    statistics: tuple[Tensor, Tensor] | None = None
+    exact: bool = True
+
+
+_noted: weakref.WeakKeyDictionary[Handle, Noted] = weakref.WeakKeyDictionary()
+
+
+def note(handle: Handle, noted: Noted) -> None:
+    """Remember a value's size."""
+    _noted[handle] = noted
+
+
+def size_of(handle: Any) -> torch.Size | None:
+    """The size of what a handle stands for; None where it is small, or no handle."""
+    if isinstance(handle, Kept):
+        return handle.tensor.shape
+    if isinstance(handle, Packed):
+        return handle.size
+    noted = _noted.get(handle) if isinstance(handle, Handle) else None
+    return None if noted is None else noted.size
+
+
+def last_product(handle: Handle) -> Replayed | None:
+    """The convolution or matrix product that a value comes from by operations that are exact in slices."""
+    while handle.__class__ in PLAIN:
+        assert isinstance(handle, Replayed)
+        operator = None if handle.func in _functions else operator_of(handle.func)
+        if operator is not None and operator.work:
+            return handle
+        noted = _noted.get(handle)
+        if noted is None or not noted.exact or not handle.args or not isinstance(handle.args[0], Handle):
+            return None
+        if any(isinstance(arg, Handle) and arg in _noted for arg in handle.args[1:]):
+            return None  # a sum of two: what is made of both would have to stand
+        handle = handle.args[0]
+    return None
+
+
+def rows_of(handle: Handle, part: Part, found: dict[Handle, Tensor]) -> Tensor:
+    """Rows of what a handle stands for.
+
+    Args:
+        handle: of the whole tensor.
+        part: which rows.
+        found: rows of this part that are known.
+
+    Raises:
+        Whole: they can't be computed by themselves.
+    """
+    known = found.get(handle)
+    if known is not None:
+        return known
+    if isinstance(handle, Kept):
+        rows = part.of(handle.get(False)[0])
+    elif isinstance(handle, Packed):
+        rows = _unpacked(handle, part)
+    elif isinstance(handle, Replayed) and (value := handle.at_hand()) is not None:
+        rows = part.of(value)
+    elif handle.__class__ in PLAIN:
+        rows = _run(handle, part, found)  # type: ignore[arg-type]
+    else:
+        raise Whole
+    found[handle] = rows
+    return rows
+
+
+def _unpacked(handle: Packed, part: Part) -> Tensor:
+    """The spikes of these rows, from their stretches of the bits."""
+    dims, _ = part.split(handle.size)
+    size, stride = handle.size, handle.stride
+    row = math.prod(size) // (part.outer * part.inner)
+    expected = math.prod(size[dims:])
+    for length, step in zip(reversed(size[:dims]), reversed(stride[:dims]), strict=True):
+        if length > 1 and step != expected:
+            raise Whole
+        expected *= length
+    length = (part.stop - part.start) * row
+    assert handle.bits is not None
+    flat = torch.empty(part.outer * length, dtype=handle.dtype, device=handle.bits.device)
+    for group in range(part.outer):
+        begin = (group * part.inner + part.start) * row
+        handle.unpack_range(begin, flat[group * length : (group + 1) * length])
+    rows = part.sized(size)
+    inner = stride[dims:]
+    first = max((one * step for one, step in zip(size[dims:], inner, strict=True)), default=1)
+    return flat.as_strided(rows, (first, *inner))
+
+
+# -- operations ----------------------------------------------------------------------------------------
+
+Rule = Callable[["_Run"], Tensor]
+_RESHAPES = frozenset(
+    ["view", "_unsafe_view", "reshape", "_reshape_alias", "unsqueeze", "squeeze", "alias", "detach",
+     "expand"]
+)  # fmt: skip
+_BY_ELEMENT = frozenset(
+    ["add", "sub", "mul", "div", "neg", "clone", "_to_copy", "relu", "clamp", "clamp_min", "clamp_max",
+     "hardtanh"]
+)  # fmt: skip
+_BY_SAMPLE = frozenset(
+    ["convolution", "_convolution", "max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool1d",
+     "avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "upsample_nearest2d",
+     "upsample_bilinear2d", "mm", "linear"]
+)  # fmt: skip
+
+
+_functions: set[Any] = set()
+
+
+def by_element(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Decorator: recipes of a function that is no operator, and sees one element at a time."""
+    _functions.add(function)
+    return function
+
+
+class _Run(NamedTuple):
+    """One operation to run on a part."""
+
+    handle: Replayed
+    name: str
+    part: Part
+    found: dict[Handle, Tensor]
+
+    def size(self) -> torch.Size:
+        """The size of the whole result."""
+        noted = _noted.get(self.handle)
+        if noted is None:
+            raise Whole
+        return noted.size
+
+    def rows(self, arg: Any) -> Tensor:
+        if not isinstance(arg, Handle):
+            raise Whole
+        return rows_of(arg, self.part, self.found)
+
+    def beside(self, arg: Any) -> Any:
+        """An operand that all rows share: a parameter, or what is made of parameters."""
+        if not isinstance(arg, Handle):
+            return [self.beside(one) for one in arg] if type(arg) is list else arg
+        known = self.found.get(arg)
+        if known is None:
+            if isinstance(arg, Packed) or (arg in _noted and not getattr(arg, "cheap", False)):
+                raise Whole
+            known = self.found[arg] = arg.peek()
+        return known
+
+    def call(self, args: list[Any], kwargs: dict[str, Any]) -> Tensor:
+        result = self.handle.func(*args, **kwargs)
+        return result if self.handle.index is None else result[self.handle.index]  # type: ignore[no-any-return]
+
+
+def _run(handle: Replayed, part: Part, found: dict[Handle, Tensor]) -> Tensor:
+    name = "" if handle.func in _functions else operator_of(handle.func).name
+    rule = _RULES.get(name) if name else _by_element
+    if rule is None:
+        raise Whole
+    return rule(_Run(handle, name, part, found))
+
+
+def _reshaped(run: _Run) -> Tensor:
+    """The same elements in the same order: the same rows, whatever a row's size."""
+    rows, size = run.rows(run.handle.args[0]), run.part.sized(run.size())
+    if rows.numel() != math.prod(size):  # expanded
+        raise Whole
+    return rows.reshape(size)
+
+
+def _permuted(run: _Run) -> Tensor:
+    """Dimensions inside of a row changed places."""
+    source, *how = run.handle.args
+    size = size_of(source)
+    if size is None:
+        raise Whole
+    order = list(range(len(size)))
+    if run.name == "permute":
+        order = [dim % len(size) for dim in how[0]]
+    else:
+        one, other = (dim % len(size) for dim in (how or (0, 1)))
+        order[one], order[other] = order[other], order[one]
+    dims, _ = run.part.split(size)
+    if order[:dims] != list(range(dims)):
+        raise Whole
+    return run.rows(source).permute(0, *(dim - dims + 1 for dim in order[dims:]))
+
+
+def _cut_out(run: _Run) -> Tensor:
+    """Part of each row, along a dimension inside of it."""
+    source, *how = run.handle.args
+    size = size_of(source)
+    if size is None:
+        raise Whole
+    at = 1 if run.name in ("split", "split_with_sizes") else 0
+    how = [*how, 0][: max(at + 1, len(how))]
+    dims, _ = run.part.split(size)
+    dim = how[at] % len(size)
+    if dim < dims or run.handle.kwargs:
+        raise Whole
+    how[at] = dim - dims + 1
+    return run.call([run.rows(source), *how], {})
+
+
+def _by_element(run: _Run) -> Tensor:
+    whole = run.size()
+    dims, _ = run.part.split(whole)
+
+    def operand(arg: Any) -> Any:
+        if not isinstance(arg, Handle):
+            return arg
+        size = size_of(arg)
+        if size == whole:
+            rows = run.rows(arg)
+            return rows.clone() if run.handle.inplace and arg is run.handle.args[0] else rows
+        value = run.beside(arg)
+        if value.dim() > len(whole) - dims:
+            raise Whole
+        return value
+
+    args = [operand(arg) for arg in run.handle.args]
+    return run.call(args, {name: operand(arg) for name, arg in run.handle.kwargs.items()})
+
+
+def _by_sample(run: _Run) -> Tensor:
+    first, *others = run.handle.args
+    size = size_of(first)
+    if size is None or run.part.split(size)[0] != 1 or run.handle.inplace:
+        raise Whole
+    if run.name == "linear" and len(size) < 2:
+        raise Whole
+    kwargs = {name: run.beside(arg) for name, arg in run.handle.kwargs.items()}
+    return run.call([run.rows(first), *map(run.beside, others)], kwargs)
+
+
+def _product(run: _Run) -> Tensor:
+    """addmm(bias, rows, weight)."""
+    bias, first, *others = run.handle.args
+    of_bias = run.beside(bias)
+    size = size_of(first)
+    if size is None or run.part.split(size)[0] != 1 or of_bias.dim() > 1:
+        raise Whole
+    kwargs = {name: run.beside(arg) for name, arg in run.handle.kwargs.items()}
+    return run.call([of_bias, run.rows(first), *map(run.beside, others)], kwargs)
+
+
+def _products(run: _Run) -> Tensor:
+    """bmm: a product a row."""
+    sizes = [size_of(arg) for arg in run.handle.args[:2]]
+    if any(size is None or run.part.split(size)[0] != 1 for size in sizes):
+        raise Whole
+    return run.call([run.rows(arg) for arg in run.handle.args[:2]], {})
+
+
+def _normalized(run: _Run) -> Tensor:
+    x, weight, bias, mean, var, *_ = run.handle.args
+    size, noted = size_of(x), _noted.get(run.handle)
+    if run.handle.index or size is None or run.part.split(size)[0] != 1:
+        raise Whole
+    training, eps = run.handle.args[5], run.handle.args[7]
+    weight, bias, rows = run.beside(weight), run.beside(bias), run.rows(x)
+    if not training:
+        mean, var = run.beside(mean), run.beside(var)
+        return aten.native_batch_norm(rows, weight, bias, mean, var, False, 0.0, eps)[0]  # type: ignore[no-any-return]
+    if noted is None or noted.statistics is None:
+        raise Whole
+    mean, deviation = noted.statistics  # the deviation's inverse
+    scale = deviation if weight is None else deviation * weight
+    return aten.native_batch_norm(rows, scale, bias, mean, torch.ones_like(mean), False, 0.0, 0.0)[0]  # type: ignore[no-any-return]
+
+
+_RULES: dict[str, Rule] = {
+    **dict.fromkeys(_RESHAPES, _reshaped),
+    **dict.fromkeys(["permute", "transpose", "t"], _permuted),
+    **dict.fromkeys(["split", "split_with_sizes", "slice", "select", "narrow"], _cut_out),
+    **dict.fromkeys(_BY_ELEMENT, _by_element),
+    **dict.fromkeys(_BY_SAMPLE, _by_sample),
+    **dict.fromkeys(["native_batch_norm", "cudnn_batch_norm"], _normalized),
+    "addmm": _product,
+    "bmm": _products,
+}

@@ -1,0 +1,240 @@
+"""What a training step launches on CUDA, and what it would wait for, counted without a GPU.
+
+The one idea: tensors on ``meta`` are plain to the tape and to autograd, and have no value that anybody
+could look at. With the forms and kernels of CUDA on them, a whole step runs, and each operation is one that
+a GPU would be asked for. (A tensor type on a device of Python's own would have values too, but torch ends
+the process where its threads for such a device see an exception, and when it exits.)
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import snntorch
+import torch
+from spikingjelly.activation_based import functional, layer, neuron, surrogate
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import snn_reversible_plugin as srp
+
+pytest.importorskip("triton", reason="Triton is not installed")
+from triton.runtime.jit import JITFunction
+
+from as_cuda import as_cuda
+from snn_reversible_plugin.grid import range as reaches
+from snn_reversible_plugin.ops import devices
+
+VIEWS = {
+    "_reshape_alias", "_unsafe_view", "alias", "as_strided", "chunk", "detach", "empty", "empty_like",
+    "empty_strided", "expand", "new_empty", "new_empty_strided", "permute", "select", "slice", "split",
+    "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
+}  # fmt: skip
+LOOKS = {"_local_scalar_dense", "equal", "is_nonzero", "masked_select", "nonzero", "unique", "_unique2"}
+# Operators of stock's that launch more than a kernel: sigmoid(w), and w's gradient.
+INSIDE = {"sj_plif.forward.default": 2, "sj_plif.backward.default": 6}
+
+
+class Launches(TorchDispatchMode):
+    """Counts what is launched; refuses whatever would wait for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        tensors = [
+            one for one in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(one, Tensor)
+        ]
+        if any(tensor.is_meta for tensor in tensors):
+            assert name not in LOOKS, name
+            moved = name in ("_to_copy", "copy_") and not all(t.is_meta for t in tensors if t.dim())
+            assert not moved and not str((kwargs or {}).get("device", "meta")).startswith("cpu"), name
+        out = func(*args, **(kwargs or {}))
+        made = [one for one in tree_leaves(out) if isinstance(one, Tensor)]
+        if name not in VIEWS and any(tensor.is_meta for tensor in made):
+            self.found[name] += INSIDE.get(str(func), 1)
+        return out
+
+
+KERNELS: Counter[str] = Counter()
+
+
+@pytest.fixture(autouse=True)
+def on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        KERNELS[f"triton {kernel.fn.__name__}"] += 1
+
+    monkeypatch.setattr(JITFunction, "run", launch)
+    with as_cuda("meta"):
+        yield
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many reaches each look took at once; nobody can look on meta."""
+    found: list[int] = []
+    monkeypatch.setattr(reaches, "_check", lambda reached: found.append(len(tuple(reached))))
+    return found
+
+
+def launches(run: Callable[[], Any]) -> Counter[str]:
+    KERNELS.clear()
+    with Launches() as counting:
+        run()
+    return counting.found + KERNELS
+
+
+def step(net: nn.Module, x: Tensor) -> None:
+    out = net(x)
+    (sum(one.sum() for one in out) if isinstance(out, list) else out.sum()).backward()
+
+
+def compared(make: Callable[[], nn.Module], x: Tensor, **settings: Any) -> float:
+    """Launches of a training step, converted to stock; of the second one, where all is known."""
+    stock = make().to("meta")
+    ours = srp.convert_to_reversible(copy.deepcopy(stock), **settings)
+    found = []
+    for net in (stock, ours):
+        step(net, x)
+        found.append(sum(launches(lambda net=net: step(net, x)).values()))
+    return found[1] / found[0]
+
+
+def conv_net(cls: Any = neuron.LIFNode, layers: int = 4) -> nn.Module:
+    blocks = []
+    for place in range(layers):
+        blocks += [
+            layer.Conv2d(3 if place == 0 else 8, 8, 3, padding=1, bias=False), layer.BatchNorm2d(8),
+            cls(surrogate_function=surrogate.ATan(), detach_reset=True),
+        ]  # fmt: skip
+    net = nn.Sequential(*blocks)
+    functional.set_step_mode(net, "m")
+    return Resetting(net)
+
+
+class Resetting(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x_seq: Tensor) -> Tensor:
+        functional.reset_net(self)
+        return self.net(x_seq)
+
+
+@pytest.mark.parametrize("cls", [neuron.IFNode, neuron.LIFNode, neuron.ParametricLIFNode])
+def test_conv_norm_neuron(cls: Any) -> None:
+    x = torch.empty(4, 2, 3, 8, 8, device="meta")
+    assert compared(lambda: conv_net(cls), x) <= 1.6
+    assert compared(lambda: conv_net(cls), x, mode="speed") <= 1.15
+
+
+def test_no_kernel_of_stocks_runs_in_a_converted_network() -> None:
+    net = srp.convert_to_reversible(conv_net().to("meta"))
+    x = torch.empty(4, 2, 3, 8, 8, device="meta")
+    step(net, x)
+    found = launches(lambda: step(net, x))
+    assert found["triton forward"] == found["triton backward"] == 4
+    # Spikes that a convolution saves, packed in one launch, and unpacked in one for it and for its replay.
+    assert found["triton pack"] == 3 and found["triton unpack"] <= 6
+    assert not found["forward"] and not found["backward"]
+
+
+class Loop(nn.Module):
+    def __init__(self, make: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.fc1, self.lif1, self.fc2, self.lif2 = nn.Linear(5, 9), make(), nn.Linear(9, 4), make()
+
+    def forward(self, x_seq: Tensor) -> list[Tensor]:
+        functional.reset_net(self)
+        return [self.lif2(self.fc2(self.lif1(self.fc1(x)))) for x in x_seq]
+
+
+class TorchLoop(Loop):
+    def forward(self, x_seq: Tensor) -> list[Tensor]:
+        mem1, mem2, seen = self.lif1.reset_mem(), self.lif2.reset_mem(), []
+        for x in x_seq:
+            spikes, mem1 = self.lif1(self.fc1(x), mem1)
+            spikes, mem2 = self.lif2(self.fc2(spikes), mem2)
+            seen.append(spikes)
+        return seen
+
+
+NODES = {
+    "IF": lambda: neuron.IFNode(surrogate_function=surrogate.ATan()),
+    "LIF": lambda: neuron.LIFNode(surrogate_function=surrogate.ATan()),
+    "LIF, detached soft reset": lambda: neuron.LIFNode(
+        v_reset=None, detach_reset=True, surrogate_function=surrogate.ATan()
+    ),
+}
+LEAKY = {
+    "subtract": {"beta": 0.9},
+    "zero": {"beta": 0.9, "reset_mechanism": "zero"},
+    "learned": {"beta": 0.9, "learn_beta": True, "learn_threshold": True},
+}
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_loops_of_spikingjelly(name: str, looks: list[int]) -> None:
+    """Stock's step is one kernel there and one back; what memory mode computes again comes on top."""
+    x = torch.empty(12, 2, 5, device="meta")
+    assert compared(lambda: Loop(NODES[name]), x) <= 1.2
+    assert compared(lambda: Loop(NODES[name]), x, mode="speed") <= 1.1
+
+
+@pytest.mark.parametrize("name", LEAKY)
+def test_loops_of_snntorch(name: str, looks: list[int]) -> None:
+    x = torch.empty(12, 2, 5, device="meta")
+    ratio = compared(lambda: TorchLoop(lambda: snntorch.Leaky(**LEAKY[name])), x)
+    assert ratio <= (0.8 if name == "learned" else 0.6)
+
+
+def nets() -> Iterator[tuple[str, nn.Module, Tensor]]:
+    for name, make in NODES.items():
+        yield name, Loop(make), torch.empty(3, 2, 5)
+    yield "PLIF", Loop(neuron.ParametricLIFNode), torch.empty(3, 2, 5)
+    for name, settings in LEAKY.items():
+        yield name, TorchLoop(lambda s=settings: snntorch.Leaky(**s)), torch.empty(3, 2, 5)
+    for cls in (neuron.IFNode, neuron.ParametricLIFNode):
+        yield cls.__name__, conv_net(cls, 2), torch.empty(3, 2, 3, 4, 4)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_training_step_waits_for_nothing_but_one_look(
+    captured: bool, looks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward, backward, and both again after the optimizer has moved what constants follow from."""
+    for name, net, x in nets():
+        srp.convert_to_reversible(net).to("meta")
+        optimizer, x = torch.optim.SGD(net.parameters(), 0.1), x.to("meta")
+        step(net, x)
+        looks.clear()
+        monkeypatch.setattr(devices, "is_capturing", lambda: captured)
+        for _ in range(2):
+            launches(lambda net=net, x=x, optimizer=optimizer: (step(net, x), optimizer.step()))
+        on_grid = not isinstance(net, Resetting)
+        assert len(looks) == (2 if on_grid and not captured else 0), name
+        monkeypatch.setattr(devices, "is_capturing", lambda: False)
+        srp.look_at_graphs()
+        assert not captured or not on_grid or looks[-1] >= 2, name
+        reaches._captured.clear()
+
+
+def test_constants_of_a_graph_are_computed_in_it(looks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    net = TorchLoop(lambda: snntorch.Leaky(0.9, learn_beta=True))
+    srp.convert_to_reversible(net).to("meta")
+    x = torch.empty(3, 2, 5, device="meta")
+    step(net, x)
+    known = launches(lambda: step(net, x))
+    monkeypatch.setattr(devices, "is_capturing", lambda: True)
+    captured, again = launches(lambda: step(net, x)), launches(lambda: step(net, x))
+    # Once a forward and layer, and not once a step.
+    assert captured["clamp"] - known["clamp"] == again["clamp"] - known["clamp"] == 2
+    reaches._captured.clear()

@@ -1,0 +1,43 @@
+"""Whose bytes a report's rows are, and what it says of times."""
+
+import pytest
+import torch
+from spikingjelly.activation_based import functional, layer, neuron
+from torch import nn
+
+import snn_reversible_plugin as srp
+
+
+@pytest.fixture(scope="module")
+def report():
+    model = nn.Sequential(
+        layer.Conv2d(2, 8, 3, padding=1), neuron.LIFNode(), layer.MaxPool2d(2), layer.Flatten(),
+        layer.Linear(8 * 16, 16), neuron.LIFNode(), layer.Linear(16, 10),
+    )  # fmt: skip
+    functional.set_step_mode(model, "m")
+    return srp.memory_report(srp.convert_to_reversible(model), torch.rand(8, 4, 2, 8, 8))
+
+
+def test_spikes_stand_with_the_neurons_that_fired_them(report):
+    rows = {row.name: row for row in report.modules}
+    assert rows["1"].bytes == 8 * 4 * 8 * 64 // 8  # a bit an element, though the pool saved them
+    assert "2" not in rows or rows["2"].bytes == 0
+    spikes = 8 * 4 * 8 * 64 * 4
+    assert rows["1"].stock_bytes >= 3 * spikes  # charged membranes, membranes, and the spikes themselves
+    assert (
+        rows["2"].stock_bytes == 3 * spikes // 4
+    )  # its own: indices of 8 bytes, and floats for the linear
+    assert [(bits.module, bits.bytes) for bits in report.bits if bits.module == "1"] == [
+        ("1", rows["1"].bytes)
+    ]
+
+
+def test_rows_are_nearly_all_that_is_held(report):
+    # The allocator also counts what the model returns, and the membranes that neurons are left with.
+    assert 0.95 * report.stock.held <= sum(row.stock_bytes for row in report.modules) <= report.stock.held
+
+
+def test_a_time_is_never_that_of_one_step(report, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    report.print()
+    assert "stock (median of 3)" in capsys.readouterr().out

@@ -1,0 +1,276 @@
+"""Mode "minimal": slices of the batch against autograd unsliced."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import snn_reversible_plugin as srp
+from snn_reversible_plugin import tape
+from snn_reversible_plugin.reports.measure import count_step
+from snn_reversible_plugin.tape.sliced import cut, gradients, stand_in
+
+neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
+from spikingjelly.activation_based import functional, layer, surrogate  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def small_slices(monkeypatch):
+    """Slices of a few rows, whatever the layer's size."""
+    monkeypatch.setitem(cut.STEP, "cpu", 1 << 9)
+    monkeypatch.setattr(cut, "_proved", {})
+
+
+@pytest.fixture
+def sliced(monkeypatch):
+    """The operators that ran on slices, and on how many in all."""
+    ran = []
+
+    def counting(func, by_slices):
+        def counted(*args):
+            result = by_slices(*args)
+            ran.append(func)
+            return result
+
+        return counted
+
+    for func, by_slices in gradients.BY_SLICES.items():
+        monkeypatch.setitem(gradients.BY_SLICES, func, counting(func, by_slices))
+    return ran
+
+
+def gradients_of(module, x, mode):
+    """Of a layer behind spikes, with those of its input."""
+    module, x = copy.deepcopy(module), x.clone().requires_grad_()
+    with tape.recording(mode) if mode else torch.enable_grad():
+        spikes = x + (x > 0).to(x.dtype) - x.detach()
+        result = module(spikes)
+        weights = torch.linspace(-1, 1, result.numel(), dtype=x.dtype).cos().view_as(result)
+        loss = (result * weights).sum()
+    loss.backward()
+    return [x.grad, *(parameter.grad for parameter in module.parameters())]
+
+
+class Attention(nn.Module):
+    """Products of products of one input, head by head."""
+
+    def forward(self, x):
+        heads = x.flatten(2).unflatten(1, (2, -1))
+        return (heads @ heads.transpose(-1, -2)) @ heads
+
+
+class Residual(nn.Module):
+    """A product of two values that are rebuilt."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
+
+    def forward(self, x):
+        return self.one(x) * self.other(x)
+
+
+LAYERS = {
+    "convolution": lambda: nn.Conv2d(8, 6, 3),
+    "strides, dilation, no bias": lambda: nn.Conv2d(8, 6, 3, stride=2, dilation=2, padding=2, bias=False),
+    "groups": lambda: nn.Conv2d(8, 16, 3, groups=4, padding=1),
+    "depthwise": lambda: nn.Conv2d(8, 8, 5, groups=8, padding=2),
+    "transposed": lambda: nn.ConvTranspose2d(8, 4, 3, stride=2, output_padding=1),
+    "one dimension": lambda: nn.Sequential(nn.Flatten(2), nn.Conv1d(8, 6, 3)),
+    "three dimensions": lambda: nn.Sequential(nn.Unflatten(1, (2, 4)), nn.Conv3d(2, 3, 3, padding=1)),
+    "max pooling": lambda: nn.Sequential(nn.Conv2d(8, 8, 1), nn.MaxPool2d(3, 2, 1)),
+    "average pooling": lambda: nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(8, 6, 1)),
+    "adaptive pooling": lambda: nn.Sequential(nn.Conv2d(8, 8, 1), nn.AdaptiveAvgPool2d(3)),
+    "batch norm": lambda: nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)),
+    "batch norm without momentum": lambda: nn.Sequential(
+        nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8, momentum=None)
+    ),
+    "batch norm without weights": lambda: nn.Sequential(
+        nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8, affine=False)
+    ),
+    "batch norm without statistics": lambda: nn.Sequential(
+        nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8, track_running_stats=False)
+    ),
+    "batch norm in evaluation": lambda: nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)).eval(),
+    "linear": lambda: nn.Sequential(nn.Flatten(), nn.Linear(8 * 81, 20)),
+    "linear of many dimensions": lambda: nn.Linear(9, 7, bias=False),
+    "attention": Attention,
+    "product": Residual,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("batch", [1, 5, 8])
+@pytest.mark.parametrize("name", LAYERS)
+def test_an_operator_in_slices_has_autograds_gradients(name, batch, sliced):
+    torch.manual_seed(0)
+    module = LAYERS[name]().double()
+    x = torch.randn(batch, 8, 9, 9, dtype=torch.float64)
+    expected, actual = gradients_of(module, x, None), gradients_of(module, x, "minimal")
+    assert bool(sliced) == (batch > 1 or name == "linear of many dimensions")
+    for one, other in zip(expected, actual, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def network(bias=True):
+    torch.manual_seed(1)
+    net = nn.Sequential(
+        layer.Conv2d(2, 16, 3, padding=1, bias=bias),
+        layer.BatchNorm2d(16),
+        neuron.LIFNode(v_threshold=0.3, detach_reset=True, surrogate_function=surrogate.ATan()),
+        layer.MaxPool2d(2),
+        layer.Conv2d(16, 16, 3, padding=1, bias=False),
+        layer.BatchNorm2d(16),
+        neuron.ParametricLIFNode(v_threshold=0.3),
+        layer.AvgPool2d(2),
+        layer.Flatten(),
+        layer.Linear(16 * 16, 10),
+    )
+    functional.set_step_mode(net, "m")
+    return net
+
+
+def train(net, x, backwards=1):
+    functional.reset_net(net)
+    net.zero_grad()
+    y = net(x)
+    for at in range(backwards):
+        y.square().mean().backward(retain_graph=at + 1 < backwards)
+    return y.detach(), [parameter.grad for parameter in net.parameters()]
+
+
+def assert_close(expected, actual, rtol=1e-4):
+    largest = max(float(one.abs().max()) for one in expected)
+    for one, other in zip(expected, actual, strict=True):
+        torch.testing.assert_close(one, other, rtol=rtol, atol=rtol * largest)
+
+
+@pytest.mark.parametrize("shape", [(4, 5, 2, 16, 16), (1, 6, 2, 16, 16), (6, 1, 2, 16, 16)], ids=str)
+@pytest.mark.parametrize("backwards", [1, 2])
+def test_a_network_trains_with_stocks_outputs_and_gradients_equal_to_rounding(shape, backwards, sliced):
+    x = torch.rand(shape)
+    expected = train(network(), x, backwards)
+    actual = train(srp.convert_to_reversible(network(), mode="minimal"), x, backwards)
+    assert torch.equal(expected[0], actual[0])
+    assert_close(expected[1], actual[1])
+    assert len({*sliced}) >= 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast(dtype, sliced):
+    x = torch.rand(4, 5, 2, 16, 16)
+    found = []
+    for net in (network(bias=False), srp.convert_to_reversible(network(bias=False), mode="minimal")):
+        with torch.autocast("cpu", dtype):
+            found.append(train(net, x))
+    assert torch.equal(found[0][0], found[1][0])
+    assert_close(found[0][1], found[1][1], rtol=0.02)
+    assert sliced
+
+
+def test_a_product_with_other_bits_in_slices_runs_as_a_whole(monkeypatch, sliced):
+    compared = cut._compared
+
+    def never_equal(one, tensor, parts):
+        return compared(one, tensor, parts) and False
+
+    monkeypatch.setattr(cut, "_compared", never_equal)
+    x = torch.rand(4, 5, 2, 16, 16)
+    around = []
+    original = cut.Cut._around_a_product
+    monkeypatch.setattr(cut.Cut, "_around_a_product", lambda one: around.append(one) or original(one))
+    expected = train(network(), x)
+    actual = train(srp.convert_to_reversible(network(), mode="minimal"), x)
+    assert len(around) == 2  # a neuron each
+    assert_close(expected[1], actual[1])
+
+
+def test_hooks_see_whole_gradients():
+    x, found = torch.rand(4, 5, 2, 16, 16), []
+    for net in (network(), srp.convert_to_reversible(network(), mode="minimal")):
+        seen = []
+        handles = [
+            module.register_full_backward_hook(lambda _m, gi, go, seen=seen: seen.extend((*gi, *go)))
+            for module in (net[1], net[4])
+        ]
+        train(net, x)
+        for handle in handles:
+            handle.remove()
+        found.append([one for one in seen if one is not None])
+    assert len(found[0]) == len(found[1])
+    assert_close(*found)
+
+
+def test_the_peak_is_lower_than_in_mode_memory(monkeypatch):
+    monkeypatch.setitem(cut.STEP, "cpu", 1 << 16)
+    x = torch.rand(4, 16, 2, 32, 32)
+    peaks = {}
+    for mode in ("memory", "minimal"):
+        net = network()
+        net[9] = layer.Linear(16 * 64, 10, step_mode="m")
+        srp.convert_to_reversible(net, mode=mode)
+        for _ in range(2):
+            peaks[mode] = count_step(lambda net=net: forward(net, x))[1]
+    assert peaks["minimal"] < 0.7 * peaks["memory"]
+
+
+def forward(net, x):
+    functional.reset_net(net)
+    return net(x).square().mean()
+
+
+def test_only_what_is_large_beside_the_largest_is_cut(monkeypatch):
+    x = torch.rand(4, 5, 2, 16, 16)
+    cuts = []
+    unpack = stand_in._is_taken
+    monkeypatch.setattr(stand_in, "_is_taken", lambda one: cuts.append((one, unpack(one))) or cuts[-1][1])
+    train(srp.convert_to_reversible(network(), mode="minimal"), x)
+    largest = max(one.nbytes for one, _ in cuts)
+    assert {taken for one, taken in cuts if cut.SMALL * one.nbytes <= largest} <= {False}
+    assert any(taken for _, taken in cuts)
+
+
+def test_verify_names_it_and_finds_a_slice_that_is_wrong(monkeypatch):
+    net, x = srp.convert_to_reversible(network(), mode="minimal"), torch.rand(4, 5, 2, 16, 16)
+    found = srp.verify(net, x, repeats=1)
+    assert found.ok and found.sliced and found.outputs_equal and not found.flipped_spikes
+    assert srp.verify(srp.convert_to_reversible(net, mode="memory"), x, repeats=1).sliced is None
+    func = torch.ops.aten.convolution_backward.default
+    right = gradients.BY_SLICES[func]
+
+    def wrong(*args):
+        g_x, g_weight, g_bias = right(*args)
+        return g_x, g_weight * 1.01, g_bias
+
+    monkeypatch.setitem(gradients.BY_SLICES, func, wrong)
+    found = srp.verify(srp.convert_to_reversible(net, mode="minimal"), x, repeats=1)
+    assert not found.ok and not found.sliced
+
+
+def test_a_report_says_what_goes_by_slices():
+    net = srp.convert_to_reversible(network(), mode="minimal")
+    rows = {row.name: row for row in srp.memory_report(net, torch.rand(4, 5, 2, 16, 16)).modules}
+    assert rows["1"].treatment["replayed in slices"] == 1
+    assert "sliced" in rows["2"].neuron
+
+
+@pytest.mark.parametrize("stepping", [False, True])
+def test_a_membrane_can_be_read_after_the_backward(stepping):
+    x, found = torch.rand(4, 5, 2, 16, 16), []
+    for mode in (None, "minimal"):
+        net = network(bias=False)
+        if mode:
+            srp.convert_to_reversible(net, mode=mode)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        handle = srp.step_in_backward(optimizer) if mode and stepping else None
+        forward(net, x).backward()
+        found.append([net[2].v, net[6].v])
+        if handle is not None:
+            handle.remove()
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_compiled_network_has_no_such_mode():
+    with pytest.raises(ValueError, match="mode must be one of"):
+        srp.compile(network(), mode="minimal")
