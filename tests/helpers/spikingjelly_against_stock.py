@@ -208,6 +208,8 @@ LOSSES = {
 
 
 def packs(spikes):
-    """Whether the tape stores a tensor as bits."""
+    """Whether the tape stores a tensor as bits, or as a view or cast of such."""
     handle = tape.current().pack(spikes)
+    while type(handle).__name__ == "Replayed" and handle.cheap:
+        (handle,) = handle.operands()
     return type(handle).__name__ == "Packed"

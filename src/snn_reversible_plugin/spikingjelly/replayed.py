@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from snn_reversible_plugin import tape
+from snn_reversible_plugin.modules.kinds import is_multi_step
 from snn_reversible_plugin.modules.swap import SwappedClass
 from snn_reversible_plugin.neurons.rerun import (
     Rerun,
@@ -29,7 +30,7 @@ from snn_reversible_plugin.ops.autocast import Autocast
 from snn_reversible_plugin.ops.chunks import cuts
 from snn_reversible_plugin.ops.layouts import is_contiguous_in
 from snn_reversible_plugin.ops.outputs import on_its_own
-from snn_reversible_plugin.spikingjelly.copies import InTorch, copy_of
+from snn_reversible_plugin.spikingjelly.copies import Copy, InTorch, copy_of
 from snn_reversible_plugin.spikingjelly.scripted import same_graph
 from snn_reversible_plugin.spikingjelly.surrogates import is_heaviside, is_known, is_uniform
 from snn_reversible_plugin.spikingjelly.types import row_of
@@ -65,15 +66,17 @@ def replayed(module: nn.Module, mixin: Any, args: tuple[Any, ...], kwargs: dict[
         with InTorch(module):
             return super(mixin, module).forward(*args, **kwargs)
 
-    row = row_of(module)
+    row, copy = row_of(module), copy_of(type(module))
+    if not row.name and not is_multi_step(module) and tape.is_recording() and not _is_scripted(copy):
+        # A step of a user's own is a few operations: on the tape each is rebuilt when it is asked for.
+        return call(module, *args, **kwargs)
     known = (row.fires or row.graded) and is_known(_surrogate(module))
     if known and not kwargs and len(args) == 1:
         out = _in_chunks(module, args[0])
         if out is not NotImplemented:
             _mark(module, out, _fires(module))
             return out
-    copy = copy_of(type(module))
-    again = same_graph(module, call, args) if copy is not None and copy.is_scripted else call
+    again = same_graph(module, call, args) if _is_scripted(copy) else call
     rerun = Rerun(module, again, args, kwargs, careful=not known)
     if known or tape.current() is None:
         out = rerun.run(module, args, kwargs)
@@ -84,6 +87,10 @@ def replayed(module: nn.Module, mixin: Any, args: tuple[Any, ...], kwargs: dict[
     first = out[0] if isinstance(out, (tuple, list)) else out
     _mark(module, out, witness.is_binary(first))
     return out
+
+
+def _is_scripted(copy: Copy | None) -> bool:
+    return copy is not None and copy.is_scripted
 
 
 def _surrogate(module: nn.Module) -> Any:

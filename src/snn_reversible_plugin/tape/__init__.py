@@ -289,7 +289,7 @@ def _let_go(tape: Tape) -> set[int]:
         state = ref()
         if state is not None and not held:
             sum_later(state)
-        elif state is not None and steps == 1:
+        elif state is not None and steps <= 1:
             storage = storage_key(state)
             followed = followed_among(tape.kept_by_storage, storage)
             kept = tape.kept_by_storage.get(storage, [])

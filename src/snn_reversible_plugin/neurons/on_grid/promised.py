@@ -53,4 +53,4 @@ class Left:
             return
         timeline.hold(tape.keep(state))
         enter(state, NewState(timeline, self._t))
-        tape.returns(timeline, state)
+        tape.returns(timeline, state, taken=0)  # the step that reads it counts itself
