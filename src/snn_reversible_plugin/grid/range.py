@@ -152,7 +152,15 @@ def watch(name: str, reach: Tensor, bits: int, remedy: str = REMEDY, lost: str =
 
 
 def when_over(callback: Callable[[], None]) -> None:
-    """Call back when the backward that runs here has ended, where waiting for a device costs least."""
+    """Call back when the backward that runs here has ended, where waiting for a device costs least.
+
+    Example:
+        >>> import torch
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> _ = x.register_hook(lambda _: when_over(lambda: print("over")))
+        >>> x.sum().backward()
+        over
+    """
     torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
 
 
