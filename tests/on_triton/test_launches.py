@@ -33,7 +33,7 @@ from snn_reversible_plugin.ops import devices
 VIEWS = {
     "_reshape_alias", "_unsafe_view", "alias", "as_strided", "chunk", "detach", "empty", "empty_like",
     "empty_strided", "expand", "new_empty", "new_empty_strided", "permute", "select", "slice", "split",
-    "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
+    "split_with_sizes", "squeeze", "t", "transpose", "transpose_", "unbind", "unsqueeze", "view",
 }  # fmt: skip
 LOOKS = {"_local_scalar_dense", "equal", "is_nonzero", "masked_select", "nonzero", "unique", "_unique2"}
 # Operators of stock's that launch more than a kernel: sigmoid(w), and w's gradient.

@@ -156,7 +156,7 @@ class MultiStep(torch.autograd.Function):
             if stored is not None:
                 v_seq = stored.placeholder(spikes)
             if final is not None:
-                v = final.placeholder(v, x_seq.new_zeros(()))
+                v = final.placeholder(v, x_seq.new_zeros((), dtype=v.dtype))
         if v_seq is None:
             return spikes, v
         return (spikes, v_seq) if call.fused else (spikes, v, v_seq)
