@@ -20,9 +20,10 @@ class Tracker(Protocol):
 def tracked(model: nn.Module, tracker: Tracker) -> Iterator[None]:
     """Keep ``tracker.where`` at the name of the module whose forward runs.
 
-    A tracker with a method ``left`` is also given the name and output of each module.
+    A tracker with a method ``entered`` is also given the name of each module, one with ``left`` its name
+    and output. What others hang on a surrogate function makes it one that nobody knows; these hooks don't.
     """
-    left = getattr(tracker, "left", None)
+    entered, left = getattr(tracker, "entered", None), getattr(tracker, "left", None)
     outer: list[str | None] = []
     hooks = []
 
@@ -30,6 +31,8 @@ def tracked(model: nn.Module, tracker: Tracker) -> Iterator[None]:
         def hook(_module: nn.Module, _inputs: Any) -> None:
             outer.append(tracker.where)
             tracker.where = name
+            if entered is not None:
+                entered(name)
 
         return hook
 

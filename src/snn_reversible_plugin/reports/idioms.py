@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
 
 from snn_reversible_plugin.modules.states import OF_TORCH, holds_states
+from snn_reversible_plugin.modules.tracking import tracked
 from snn_reversible_plugin.ops.layouts import is_plain, storage_key
 from snn_reversible_plugin.reports.saved import SavedByTape
 from snn_reversible_plugin.reports.trial import Step, tensors_in
@@ -78,42 +79,36 @@ class Idioms(SavedByTape):
         if storage_key(tensor) not in self._own:
             self.unseen(Unseen(where or "model", f"{of_value(tensor)} lies in {ELSEWHERE}", FROM_OUTSIDE))
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self) -> AbstractContextManager[None]:
         """Context manager: compare what Python holds before and after each module's forward."""
-        stack: list[tuple[Any, dict[str, Any]]] = []
-        by_children: list[set[str]] = [set()]
-        hooks = []
+        return tracked(self._model, _Comparing(self._model, self.unseen))
 
-        def entering(module: nn.Module, _inputs: Any) -> None:
-            stack.append((_generators(), _attributes(module)))
-            by_children.append(set())
 
-        def leaving(name: str) -> Any:
-            def hook(module: nn.Module, _inputs: Any, _output: Any) -> None:
-                generators, attributes = stack.pop()
-                told = by_children.pop()
-                moved = {one for one, state in _generators().items() if state != generators.get(one, state)}
-                for one in moved - told:
-                    self.unseen(Unseen(name, f"draws random numbers by {one}", RANDOM))
-                by_children[-1] |= moved | told
-                now = _attributes(module)
-                for key in sorted(now.keys() | attributes.keys()):
-                    if now.get(key) != attributes.get(key):
-                        self.unseen(Unseen(name, f"its forward changes the attribute {key!r}", ATTRIBUTE))
+class _Comparing:
+    """Is told of each module that begins and ends, and compares."""
 
-            return hook
+    def __init__(self, model: nn.Module, unseen: Callable[[Unseen], None]) -> None:
+        self.where: str | None = None
+        self._modules = {name or "model": module for name, module in model.named_modules()}
+        self._unseen = unseen
+        self._before: list[tuple[Any, dict[str, Any]]] = []
+        self._by_children: list[set[str]] = [set()]
 
-        for name, module in self._model.named_modules():
-            if isinstance(module, torch.jit.ScriptModule):
-                continue  # takes no hooks
-            hooks.append(module.register_forward_pre_hook(entering, prepend=True))
-            hooks.append(module.register_forward_hook(leaving(name or "model"), always_call=True))
-        try:
-            yield
-        finally:
-            for one in hooks:
-                one.remove()
+    def entered(self, name: str) -> None:
+        self._before.append((_generators(), _attributes(self._modules[name])))
+        self._by_children.append(set())
+
+    def left(self, name: str, _output: Any) -> None:
+        generators, attributes = self._before.pop()
+        told = self._by_children.pop()
+        moved = {one for one, state in _generators().items() if state != generators.get(one, state)}
+        for one in moved - told:
+            self._unseen(Unseen(name, f"draws random numbers by {one}", RANDOM))
+        self._by_children[-1] |= moved | told
+        now = _attributes(self._modules[name])
+        for key in sorted(now.keys() | attributes.keys()):
+            if now.get(key) != attributes.get(key):
+                self._unseen(Unseen(name, f"its forward changes the attribute {key!r}", ATTRIBUTE))
 
 
 def _generators() -> dict[str, Any]:
