@@ -213,7 +213,7 @@ def test_a_file_is_a_module_too_and_its_neighbours_are_found(models):
 
 
 def test_a_fit_is_a_table_and_a_picture(models):
-    arguments = ["--shape", "T,N,2,8,8", "--steps", "2", "--steps", "4", "--budget", "300KiB"]
+    arguments = ["--shape", "T,N,2,8,8", "--steps", "2", "--budget", "300KiB"]
     result = run("fit", "own_models:build", *arguments, "--plot", models / "fit.png")
     assert result.exit_code == 0, result.output
     assert all(mode in result.output for mode in ("stock", "memory", "speed", "auto"))

@@ -341,6 +341,7 @@ def test_compiling_after_the_conversion(x, how):
 @pytest.mark.parametrize("how", ["in place", "torch.compile"])
 def test_compiling_a_neuron_after_the_conversion(arithmetic, how):
     """Under a tape it runs as it is written, and nothing of the package's own is compiled."""
+    torch._dynamo.reset()  # what it gave up on in another test, it would not try here
     graphs = []
 
     def backend(graph, _inputs):
