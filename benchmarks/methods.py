@@ -275,7 +275,9 @@ _PEERS = (
 )  # fmt: skip
 _OURS = (
     ("speed", _tape("speed"), _TAPE.format("speed"), "tab:green", "^"),
+    ("auto", _tape("auto"), _TAPE.format("auto"), "teal", "^"),
     ("memory", _tape("memory"), _TAPE.format("memory"), "tab:blue", "D"),
+    ("minimal", _tape("minimal"), _TAPE.format("minimal"), "navy", "D"),
     (
         "grid", _grid, 'this package, `arithmetic="grid"`, which is the default for neurons stepped in a '
         "loop", "tab:cyan", "d",

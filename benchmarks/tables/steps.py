@@ -9,7 +9,7 @@ from ..methods import METHODS
 from ..workloads import WORKLOADS
 from . import Table, mib, note, times
 
-MAIN_METHODS = ("stock", "checkpoint", "memopt 1", "speed", "memory", "grid")
+MAIN_METHODS = ("stock", "checkpoint", "memopt 1", "speed", "auto", "memory", "minimal", "grid")
 MAIN_WORKLOADS = (
     "vgg", "vgg-t32", "sew-resnet18", "spiking-resnet34", "spikformer", "leaky-loop", "tutorial-6",
 )  # fmt: skip
