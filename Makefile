@@ -17,7 +17,7 @@ FUZZ_SECONDS ?= 3600
 export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 1099511627776
 
-.PHONY: help venv demo test full wheel notebooks browser matrix lint format types docs unit fuzz bench quick clean
+.PHONY: help venv demo test full wheel notebooks browser matrix lint format types docs unit slow fuzz bench quick clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -38,7 +38,7 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)  ## train one network twice, stock and converted, and compare (under three minutes)
 	$(PY) -m snn_reversible_plugin demo $(DEMO_ARGS)
 
-test: lint types docs unit  ## lint, types, docs and all tests
+test: lint types docs unit  ## lint, types, docs and all tests but the slow ones
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(PY) -m ruff check .
@@ -52,12 +52,15 @@ types: $(STAMP)  ## mypy
 	$(PY) -m mypy
 
 unit: $(STAMP)  ## pytest alone; choose with PYTEST_ARGS="-k data"
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
+
+slow: $(STAMP)  ## what takes long, and is a part of `make full`
+	$(PY) -m pytest -m slow $(PYTEST_ARGS)
 
 fuzz: $(STAMP)  ## random programs, stock and converted, for FUZZ_SECONDS=3600; prints those that differ, and what it covered
 	PYTHONPATH=tests/helpers $(PY) -m fuzz --seconds $(FUZZ_SECONDS)
 
-full: test wheel notebooks browser matrix  ## all that and what is heavy: the wheel, notebooks, the site, every supported version
+full: test slow wheel notebooks browser matrix  ## all that and what is heavy: the wheel, notebooks, the site, every supported version
 
 wheel: $(STAMP)  ## sdist and wheel, installed with each extra in environments of their own, in two Pythons
 	$(PY) tools/wheel.py

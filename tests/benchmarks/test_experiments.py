@@ -38,6 +38,7 @@ SMALL = {
     "compiled-accuracy": ["--method", "stock"],
     "block-accuracy": [argument for arm in ARMS for argument in ("--method", arm)],
 }
+SLOW = ("reversal-bytes", "long-sequences")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,10 @@ def test_every_experiment_is_tested():
     assert EXPERIMENTS.keys() == SMALL.keys()
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in SMALL],
+)
 def test_an_experiment_measures_stores_and_is_shown(name, invoke):
     found = invoke(name)
     assert found

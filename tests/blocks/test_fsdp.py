@@ -92,7 +92,6 @@ def shards_on_the_cpu():
     return hasattr(torch.cpu.Stream, "record_event")
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not shards_on_the_cpu(), reason="this torch has no FSDP2 for the CPU")
 @pytest.mark.parametrize(("name", "ways"), [("small", WAYS), ("resnet24", ["branches"])])
 def test_two_processes_train_as_the_plain_blocks_do(tmp_path, name, ways):
@@ -147,7 +146,6 @@ def train_wrapped(rank):
     return results
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not shards_on_the_cpu(), reason="this torch has no FSDP2 for the CPU")
 def test_wrapped_blocks_train_as_their_plain_run(tmp_path):
     assert together(tmp_path, train_wrapped) == 2 * [dict.fromkeys(WRAPPED_WAYS, (True, True, 0))]
@@ -193,7 +191,6 @@ def train_columns(rank):
     return results
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not shards_on_the_cpu(), reason="this torch has no FSDP2 for the CPU")
 def test_columns_train_as_their_plain_run(tmp_path):
     assert together(tmp_path, train_columns) == 2 * [dict.fromkeys(COLUMNS_WAYS, (True, True, 0))]

@@ -27,7 +27,6 @@ class Scaled(nn.Module):
         return nn.functional.dropout(self.net(x_seq) * self.scale, 0.5)
 
 
-@pytest.mark.slow
 def test_compiled_by_inductor():
     """Two compilations, ours and stock's: outputs and gradients, random numbers, states, what is stored."""
     net = Scaled()
