@@ -36,6 +36,8 @@ class PublishedColumns(nn.Module):
         states: tuple[Any, ...] = (None,) * len(self.subnets[0])
         tops = []
         for step, x_now in enumerate(xs):
+            # Parameters are no inputs of the function: of events alone, autograd would call no backward.
+            x_now = x_now if x_now.requires_grad else x_now.detach().requires_grad_()
             states = _SubNetwork.apply(self, step, x_now, *states)
             if self.check and not step:
                 self.first = [state.detach().clone() for state in states]

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from snn_reversible_plugin import tape
 from snn_reversible_plugin.tape import recording
 from snn_reversible_plugin.tape.findings import Observer
 from snn_reversible_plugin.tape.plans import Plans
 
-MODES = ("memory", "speed", "auto", "minimal")
+MODES = (*tape.MODES, "auto")  # which products are kept is then a plan's, and the tape runs as "memory"
 
 
 @dataclass
