@@ -22,6 +22,7 @@ from snn_reversible_plugin.blocks.streams_on_grid import OnGrid, carries_a_membr
 from snn_reversible_plugin.blocks.surgery import wrap_by_conversion
 from snn_reversible_plugin.blocks.wrapped import run_plainly, wrapped_chains
 from snn_reversible_plugin.modules.checks import bytes_of, check_model, skipped_modules
+from snn_reversible_plugin.modules.flat import make_flat
 from snn_reversible_plugin.modules.kinds import is_spiking, load_adapters
 from snn_reversible_plugin.modules.registry import StaysStock, reversible_type, type_on_grid
 from snn_reversible_plugin.modules.swap import (
@@ -145,9 +146,8 @@ def convert_to_reversible(
     Raises:
         TypeError: ``model`` is no ``nn.Module``, or is compiled or scripted.
         ValueError: an unknown ``mode`` or ``arithmetic``, a ``skip`` name that is not in the model,
-            ``"grid"`` where nothing can run on the grid, ``"fused"`` where nothing is fused, ``blocks``
-            without residual blocks, a budget that is no number of bytes, or one together with ``"speed"``
-            or ``"minimal"``.
+            ``"grid"`` where nothing can run on the grid, ``"fused"`` where nothing is fused, a budget that
+            is no number of bytes, or one together with ``"speed"`` or ``"minimal"``.
         RuntimeError: from the first forward of a shape that the budget can't take.
 
     Example:
@@ -172,9 +172,9 @@ def convert_to_reversible(
         if id(module) in within_skipped:
             reason = "named in skip"
         else:
+            reason = f"the converter does not know {type(module).__name__}"
             try:
                 target = reversible_type(module)
-                reason = f"the converter does not know {type(module).__name__}"
             except StaysStock as refusal:
                 reason, spiking = str(refusal), True
         if target is not None:
@@ -213,6 +213,8 @@ def convert_to_reversible(
             'arithmetic="fused": no neuron of the model is fused; IFNode, LIFNode and ParametricLIFNode of '
             'SpikingJelly 2.0 are. Use arithmetic="auto".'
         )
+    if mode == "minimal":
+        make_flat(module for module in model.modules() if id(module) not in within_skipped)
     for module in skipped:
         swap(module, swapped_class(Skipped, type(module)))
     swap(model, swapped_class(Recorded, type(model)))

@@ -55,6 +55,7 @@ from snn_reversible_plugin.tape.on_stack import OnThread
 from snn_reversible_plugin.tape.origins import OUTSIDE, enter, look_up
 from snn_reversible_plugin.tape.plans import Plans
 from snn_reversible_plugin.tape.recipes import WORK_LIMIT
+from snn_reversible_plugin.tape.sliced.alone import is_alone, references, try_out
 from snn_reversible_plugin.tape.sliced.cut import Cut
 from snn_reversible_plugin.tape.sliced.stand_in import cut_of
 from snn_reversible_plugin.tape.sliced.stand_in import unpack as unpack_in_slices
@@ -69,6 +70,7 @@ __all__ = [
     "cut_of",
     "hand_over",
     "handle_of",
+    "is_alone",
     "is_recording",
     "keep",
     "mark_levels",
@@ -83,12 +85,14 @@ __all__ = [
     "paused",
     "peek",
     "recording",
+    "references",
     "returns",
     "runs_eagerly",
     "set_compiler",
     "suspended",
     "takes",
     "to_be_repeated",
+    "try_out",
 ]
 
 MODES = tuple(WORK_LIMIT)

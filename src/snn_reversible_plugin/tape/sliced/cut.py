@@ -21,6 +21,7 @@ from snn_reversible_plugin.tape.handles import Handle, Kept, Packed
 from snn_reversible_plugin.tape.off_stack import OffStack
 from snn_reversible_plugin.tape.outsiders import alias
 from snn_reversible_plugin.tape.replayed import PLAIN, Replayed
+from snn_reversible_plugin.tape.sliced.alone import try_out_operators
 from snn_reversible_plugin.tape.sliced.rows import Noted, Part, Whole, last_product, note, rows_of, size_of
 
 # NOTE [What is cut]
@@ -104,6 +105,11 @@ class Cut(Handle):
         """A part's rows."""
         return rows_of(self.handle, part, {} if found is None else found)
 
+    def is_like(self, tensor: Tensor) -> bool:
+        """Whether a tensor is as large as it, and laid out as it is."""
+        kind = tensor.dtype, tensor.shape, tensor.stride()
+        return kind == (self.dtype, self.size, self.stride)
+
     def empty(self, stride: tuple[int, ...] | None = None) -> Tensor:
         """A tensor of its size, to be filled; laid out as it is by default."""
         stride = self.stride if stride is None else stride
@@ -182,6 +188,7 @@ class Slices:
     def __init__(self, tape: Any) -> None:
         self._tape = weakref.ref(tape)  # autograd keeps what is cut, and must not keep the tape
         self.largest = 0
+        try_out_operators()
 
     def computed(self, recipe: Handle | None, out: Tensor) -> None:
         """A tensor has a recipe."""
