@@ -142,4 +142,6 @@ def test_one_that_nobody_holds_is_overwritten(overwritten):
     net(torch.rand(X).requires_grad_()).square().mean().backward()
     ways = {getattr(way, "__name__", str(way)) for way, spare in overwritten if spare}
     assert len(ways) == 3, overwritten
-    assert sum(spare for _, spare in overwritten) == 5  # the first convolution's input stands, and is no cut
+    assert (
+        sum(spare for _, spare in overwritten) == 5
+    )  # the first convolution's input stands, and is no cut

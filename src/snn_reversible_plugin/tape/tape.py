@@ -55,7 +55,7 @@ class Tape(OwnMode, TorchDispatchMode):
 
     Attributes:
         where: the name of the module that runs. Whoever wants names in errors and reports sets it.
-        replays_products: whether outputs of convolutions and matrix products are replayed.
+        work_limit: how many convolutions and matrix products a rebuild may run; 0: they are kept.
         sizes: takes note of the sizes of what runs, where that is wanted.
         observer: is told of what runs and is saved, where a report wants that.
     """
@@ -65,7 +65,6 @@ class Tape(OwnMode, TorchDispatchMode):
     ) -> None:
         super().__init__()
         self.where: str | None = None
-        self.replays_products = WORK_LIMIT[mode] > 0
         self.work_limit = WORK_LIMIT[mode]
         self._check = check
         self.observer = observer
@@ -260,7 +259,8 @@ class Tape(OwnMode, TorchDispatchMode):
             # for the value that it will have.
             spared = () if operator.inplace else just_kept
             return self._run_mutating(func, operator, types, args, kwargs, spared)
-        out = func(*args, **kwargs)
+        run = func if self.slices is None or types else self.slices.running(func)
+        out = run(*args, **kwargs)
         if operator.kind is Kind.NORM and args[5]:
             leave_alone(just_kept, args[3:5])
         if operator.work and not torch.is_grad_enabled():

@@ -19,8 +19,10 @@ from torch import Tensor
 from snn_reversible_plugin.ops.layouts import is_dense, is_plain
 from snn_reversible_plugin.tape.handles import Handle, Kept, Packed
 from snn_reversible_plugin.tape.off_stack import OffStack
+from snn_reversible_plugin.tape.operators import aten
 from snn_reversible_plugin.tape.outsiders import alias
 from snn_reversible_plugin.tape.replayed import PLAIN, Replayed
+from snn_reversible_plugin.tape.sliced import forward
 from snn_reversible_plugin.tape.sliced.alone import try_out_operators
 from snn_reversible_plugin.tape.sliced.rows import Noted, Part, Whole, last_product, note, rows_of, size_of
 
@@ -190,6 +192,10 @@ class Slices:
         self.largest = 0
         try_out_operators()
 
+    def running(self, func: Any) -> Any:
+        """What runs an operator."""
+        return _convolution if func is aten.convolution.default else func
+
     def computed(self, recipe: Handle | None, out: Tensor) -> None:
         """A tensor has a recipe."""
         if isinstance(recipe, Replayed) and out.nbytes >= STEP.get(out.device.type, LARGE_STEP):
@@ -257,6 +263,10 @@ class Slices:
                 _proved.clear()
             _proved[key] = _compared(cut, tensor, {parts[0], parts[-1]})
         return _proved[key]
+
+
+def _convolution(*args: Any) -> Tensor:
+    return forward.convolution(args, STEP.get(args[0].device.type, LARGE_STEP))
 
 
 def _compared(cut: Cut, tensor: Tensor, parts: Iterable[Part]) -> bool | None:
