@@ -11,6 +11,7 @@ from pathlib import Path
 from .. import pictures, recordings
 from ..experiment import Entries, Experiment
 from ..tables import families, learning, time
+from ..tables import peaks as of_peaks
 from ..tables import steps as of_steps
 from . import (
     block_accuracy,
@@ -21,9 +22,11 @@ from . import (
     coupled,
     drift,
     fits,
+    freed_memory,
     long_sequences,
     over_step,
     parallel,
+    peaks,
     published,
     reversal,
     sltt,
@@ -78,6 +81,10 @@ EXPERIMENTS = {
             "over-step", over_step.works, of_steps.over_step, over_step.measure, draw=draw_over_steps,
         ),
         Experiment("fits", fits.works, of_steps.fits, fits.measure),
+        Experiment("peaks", peaks.works, of_peaks.peaks, peaks.measure, threads=1),
+        Experiment(
+            "freed-memory", freed_memory.works, of_peaks.freed_memory, together=freed_memory.together
+        ),
         Experiment("drift", drift.works, time.drift, drift.measure),
         Experiment("compiled", compiled.works, time.compiled, compiled.measure, threads=1),
         Experiment("columns", columns.works, time.columns, together=columns.together),

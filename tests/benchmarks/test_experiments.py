@@ -24,6 +24,8 @@ SMALL = {
     "columns": ["--method", "published", "--method", "grid"],
     "parallel": [],
     "published": ["--only", "TET"],
+    "peaks": ["--only", "vgg", "--only", "TET"],
+    "freed-memory": ["--only", "spikformer"],
     "surgery": ["--only", "SEW*", "--method", "wrapped, converted"],
     "reversal-rebuilt": ["--only", "*beta 0.9,*"],
     "reversal-bytes": ["--only", "snnTorch, hard reset, beta 0.9"],
@@ -38,7 +40,7 @@ SMALL = {
     "compiled-accuracy": ["--method", "stock"],
     "block-accuracy": [argument for arm in ARMS for argument in ("--method", arm)],
 }
-SLOW = ("reversal-bytes", "long-sequences")
+SLOW = ("reversal-bytes", "long-sequences", "freed-memory")
 
 
 @pytest.fixture(scope="module")
@@ -217,3 +219,12 @@ def test_results_are_json_a_line_an_entry():
         entries = json.loads(path.read_text())["results"]
         contexts = json.loads(path.read_text())["contexts"]
         assert path.read_text().count("\n") == len(entries) + max(len(contexts), 1) + 3
+
+
+def test_peaks_are_of_every_mode_and_say_how_far_a_budget_was_off(invoke):
+    found = invoke("peaks")
+    for name in ("vgg", "TET"):
+        peaks = {mode: found[f"{name} | {mode}"]["peak"] for mode in ("stock", "memory", "auto")}
+        assert peaks["auto"] <= peaks["memory"] < peaks["stock"]
+    memory = found["vgg | memory"]
+    assert 0 < memory["foreseen"] <= memory["whole"]

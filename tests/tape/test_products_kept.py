@@ -19,6 +19,7 @@ import snn_reversible_plugin as srp
 from snn_reversible_plugin.convert import settings_of
 from snn_reversible_plugin.reports.measure import AllocationCounter
 from snn_reversible_plugin.tape.choice import choose
+from snn_reversible_plugin.tape.plans import Following
 from snn_reversible_plugin.tape.sizes import Layer
 
 LIF = {"surrogate_function": surrogate.ATan(), "detach_reset": True}
@@ -334,3 +335,27 @@ def test_the_example_of_the_choice():
     assert choose(layers, 1000) == [True] * 4
     layers[2].unknown = True
     assert choose(layers) == [False, False, False, True]
+
+
+def test_a_forward_that_keeps_nothing_is_not_followed(monkeypatch):
+    followed = []
+    computed = Following.computed
+    monkeypatch.setattr(Following, "computed", lambda *a: followed.append(1) or computed(*a))
+    cell = nn.Linear(8, 8, bias=False)  # used in every step, so that its products are not kept
+    net = srp.convert_to_reversible(Loop(cell), mode="auto")
+    counts = []
+    for _ in range(3):
+        followed.clear()
+        net(torch.rand(6, 4, 8)).sum().backward()
+        counts.append(len(followed))
+    assert counts[0] > 6 and counts[1] == counts[2] == 1, counts  # up to the first product
+
+
+class Loop(nn.Module):
+    def __init__(self, cell):
+        super().__init__()
+        self.cell, self.fire = cell, neuron.LIFNode()
+
+    def forward(self, x_seq):
+        self.fire.reset()
+        return torch.stack([self.fire(self.cell(x)) for x in x_seq])

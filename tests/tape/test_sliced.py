@@ -271,6 +271,33 @@ def test_a_membrane_can_be_read_after_the_backward(stepping):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("stepping", [False, True])
+def test_a_membrane_that_went_unread_is_kept_for_nobody_where_weights_change(stepping):
+    """Its reading raises after a backward that steps; it is stock's before, and where no weight moves."""
+    x = torch.rand(4, 5, 2, 16, 16)
+    stock, net = network(bias=False), srp.convert_to_reversible(network(bias=False), mode="minimal")
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    if stepping:
+        srp.step_in_backward(optimizer)
+    for one in (stock, net):
+        forward(one, x).backward()  # nobody reads what this one leaves
+    optimizer.step()
+    for one in (stock, net):
+        forward(one, x).backward()
+    for at in (2, 6):
+        if stepping:
+            with pytest.raises(RuntimeError, match="was not kept: the one before was reset unread"):
+                _ = net[at].v
+        else:
+            assert torch.equal(stock[at].v, net[at].v)
+    optimizer.step()
+    losses = [forward(one, x) for one in (stock, net)]
+    assert torch.equal(stock[2].v, net[2].v)  # before the backward
+    for loss in losses:
+        loss.backward()
+    assert torch.equal(stock[2].v, net[2].v)  # which was asked for, and is kept from here on
+
+
 def test_a_compiled_network_has_no_such_mode():
     with pytest.raises(ValueError, match="mode must be one of"):
         srp.compile(network(), mode="minimal")

@@ -150,6 +150,7 @@ class MultiStep(torch.autograd.Function):
         final, stored = promised
         ctx.promised = [None if one is None else weakref.ref(one) for one in promised]
         ctx.call, ctx.start = call, None if isinstance(v, Tensor) else v
+        ctx.in_slices = tape.mode_inside("") == "minimal"
         ctx.save_for_backward(x_seq, v if ctx.start is None else None, ws[0] if ws else None)
         with tape.paused():
             builds_v_seq = call.store_v_seq and stored is None
@@ -191,7 +192,8 @@ class MultiStep(torch.autograd.Function):
         final, stored = (None if one is None else one() for one in ctx.promised)
         if stored is not None and not stored.settle(cut is not None):
             stored.compute()
-        v_last = None if final is None or final.settle(cut is not None) else final.empty()
+        lean = cut is not None or (ctx.in_slices and final is not None and final.is_of_other_weights())
+        v_last = None if final is None or final.settle(lean) else final.empty()
         start, grads = ctx.start if v is None else v, OutputGradients(g_s, g_v, g_v_seq)
         if cut is not None:
             found = sequence_vjp_in_slices(cut, start, grads, neuron, wanted, v_last, overwrites=overwrites)

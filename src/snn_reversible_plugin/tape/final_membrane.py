@@ -107,27 +107,22 @@ class FinalMembrane:
         """Hold on, beyond the backward, to what it is computed from, if that is smaller; whether it is.
 
         ``lean``: if copies of parameters are smaller; for a backward that has no room for the membrane. Of
-        a neuron whose last one was reset unread nothing is copied before an optimizer's step.
+        a neuron whose last one was reset unread nothing is copied before an optimizer's step, nor is it
+        computed where an optimizer steps in the backward.
         """
         if self._run is None or not self._held:
             return False
         if lean and self.goes_unread:
             return True
-        waiting, met = list(self._held), set(self._held)
         kept: list[Kept] = []
         size, seen, place = 0, set[int](), self._place
-        while waiting:
-            handle = waiting.pop()
+        for handle in _behind(self._held):
             if not isinstance(handle, (Kept, Packed, Replayed)) or handle.treatment == "reversed":
                 return False  # what a stream is undone from goes with the backward
             if isinstance(handle, Kept) and (handle.parameter or not lean):
                 kept.append(handle)
             if not lean or handle in kept:
                 size += handle.stored(seen)
-            for other in handle.relies_on():
-                if other not in met:
-                    met.add(other)
-                    waiting.append(other)
         if size >= place.numel() * place.element_size():
             return False
         for handle in kept:
@@ -135,12 +130,29 @@ class FinalMembrane:
         _promises().discard(self)
         return True
 
+    def is_of_other_weights(self) -> bool:
+        """Whether a parameter that it comes from was stepped since: computed now, it would be another."""
+        return any(
+            isinstance(handle, Kept) and handle.parameter and handle.tensor._version != handle.version
+            for handle in _behind(self._held)
+        )
+
     def compute(self) -> None:
         """Make the membrane known, if it is not."""
         run = self._run
-        if run is not None:
+        if run is None:
+            return
+        try:
             with tape.paused(), torch.inference_mode(False), torch.no_grad():
                 self.keep(run(*map(peek, self._held)))
+        except RuntimeError as error:
+            if not self.goes_unread:
+                raise
+            raise RuntimeError(
+                "the membrane of a neuron's last call was not kept: the one before was reset unread, "
+                "and the weights are others by now. Read it before the backward, or use another mode than "
+                '"minimal" together with step_in_backward.'
+            ) from error
 
     def read(self) -> Tensor:
         """The membrane as stock would have left it."""
@@ -149,6 +161,17 @@ class FinalMembrane:
             v: Tensor = _Read.apply(self._place, [self._v])
         tape.mark_opaque(v)
         return v
+
+
+def _behind(handles: tuple[Handle, ...]) -> Iterator[Handle]:
+    """These, and what they are rebuilt from."""
+    waiting, met = list(handles), set(handles)
+    while waiting:
+        handle = waiting.pop()
+        yield handle
+        more = [other for other in handle.relies_on() if other not in met]
+        met.update(more)
+        waiting += more
 
 
 class OfFirstStep(FinalMembrane):

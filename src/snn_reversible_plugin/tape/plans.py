@@ -35,7 +35,8 @@ from snn_reversible_plugin.tape.sizes import Sizes
 #    first forward keeps nothing, so the first training step says it before anything is kept.
 # 5. What is in somebody's hand when the forward is over, an output above all, may be written to past the
 #    version counter. It is not kept: the backward computes it again.
-# 6. Plans are of a place and a process: copies and pickles of a model start without.
+# 6. Where no plan of the model keeps anything, nobody looks at the operations of a forward that has one.
+# 7. Plans are of a place and a process: copies and pickles of a model start without.
 
 Product = tuple[Any, ...]
 MANY = 64  # products whose backward says that all is over: the first ones come last
@@ -95,12 +96,13 @@ class Following:
         self._awaited: list[weakref.ref[Replayed]] = []
         self._standing: list[tuple[weakref.ref[Replayed], weakref.ref[torch.Tensor]]] = []
         self._strayed = False
+        self._idle = plans.overlapping  # it keeps nothing, and has nothing to note
         # A GPU's allocator knows at once, and of what no forward meets, an optimizer's state above all.
         self._before = torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0
         self.sizes: Sizes | None = None if plans.overlapping else Sizes()
 
-    def computed(self, operator: Operator, args: tuple[Any, ...], out: Any) -> None:
-        """An operation ran, and is written down."""
+    def computed(self, operator: Operator, args: tuple[Any, ...], out: Any) -> Following | None:
+        """An operation ran, and is written down; None: of no other one it has to know."""
         if operator.work:
             handle = look_up(out) if isinstance(out, torch.Tensor) else None
             recipe = handle if isinstance(handle, Replayed) else None
@@ -111,6 +113,7 @@ class Following:
                 self._awaited.append(weakref.ref(recipe))
         if self.sizes is not None:
             self.sizes.computed(operator, args, out)
+        return None if self._idle else self
 
     def _keeps(self, product: Product) -> bool:
         if self._plans.overlapping or self._strayed:
@@ -131,6 +134,7 @@ class Following:
         self._plan, self._strayed = plans.get(first), plans.get(first, self) is None
         if first in plans:
             self.sizes = None
+            self._idle = not any(plan and any(plan.kept) for plan in plans.values())
 
     def _lives(self) -> int:
         """Bytes that live beside what the step takes; gradients that stand already are the step's."""
@@ -147,6 +151,8 @@ class Following:
             # Somebody has it in hand, and may write to it; or no backward will ask for it.
             if handle is not None and (out() is not None or not handle.uses):
                 handle.standing = None
+        if self._idle:
+            return
         self._plans.over(self._awaited)
         if failed or self._plans.overlapping or self._strayed or not self._products:
             return

@@ -281,7 +281,7 @@ class Tape(OwnMode, TorchDispatchMode):
         else:
             self.record(func, operator, args, kwargs, out)
         if self._following is not None:
-            self._following.computed(operator, args, out)
+            self._following = self._following.computed(operator, args, out)
         if self.observer is not None:
             self.observer.computed(self.where, operator, out, self._refused)
         return out
@@ -325,7 +325,7 @@ class Tape(OwnMode, TorchDispatchMode):
                 enter(tensor, None)
             written(tensor, root if after is not None else None)
         if self._following is not None:
-            self._following.computed(operator, args, out)
+            self._following = self._following.computed(operator, args, out)
         return out
 
     def _enter_unknown(self, operator: Operator, out: Any) -> None:
