@@ -138,6 +138,25 @@ def test_options(kind: str) -> None:
     assert tried >= 10
 
 
+@pytest.mark.filterwarnings("ignore:.*it goes on in stock's arithmetic")
+@pytest.mark.parametrize("kind", ["Leaky", "Synaptic"])
+@pytest.mark.parametrize("reset", RESETS)
+@pytest.mark.parametrize("delayed", [True, False])
+def test_leaving_the_range_at_the_step_that_autograd_leaves_it(kind: str, reset: str, delayed: bool) -> None:
+    """A charge out of range counts, though the reset at once brings the state back."""
+    net = Loop(lambda: make(kind, reset_mechanism=reset, reset_delay=delayed))
+    with torch.no_grad():
+        net.fc1.weight.abs_().mul_(300)
+    x_seq = torch.rand(6, 3, 5) * 2
+    srp.convert_to_reversible(net)
+    twin = copy.deepcopy(net)
+    with convert.differentiated(twin):
+        expected = train(twin, x_seq)
+    actual = train(net, x_seq)
+    assert net.lif1.off_grid_reason
+    assert equal(actual, expected)
+
+
 @pytest.mark.filterwarnings("ignore:Inhibition is an unstable feature")
 @pytest.mark.parametrize(
     ("kind", "settings", "most"),
