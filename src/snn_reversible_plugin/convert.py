@@ -45,7 +45,6 @@ from snn_reversible_plugin.tape.settings import Settings, settings_for
 
 M = TypeVar("M", bound=nn.Module)
 _used: weakref.WeakKeyDictionary[nn.Module, dict[Any, Settings]] = weakref.WeakKeyDictionary()
-
 ARITHMETICS = ("auto", "fused", "grid", "stock")
 
 
