@@ -63,6 +63,14 @@ def test_whoever_hooks_into_a_sequential_sees_its_call():
     assert seen == [(3, 5)]
 
 
+def test_a_forward_that_was_put_on_one_runs():
+    net = nested()
+    make_flat([*net.modules()])
+    inner = net[1].forward
+    net[1].forward = lambda x: inner(x) * 2
+    assert float(net(torch.zeros(()))) == 9
+
+
 class Odd(nn.Sequential):
     def forward(self, x):
         return super().forward(x) * 2

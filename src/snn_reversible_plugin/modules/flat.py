@@ -74,7 +74,7 @@ def _layers(sequential: nn.Sequential, entered: list[nn.Sequential]) -> Iterator
 
 def _is_transparent(module: nn.Module) -> bool:
     """Whether nobody would see that a Sequential is not called."""
-    if not _is_plain(module):
+    if not _is_plain(module) or "forward" in module.__dict__:
         return False
     if module._compiled_call_impl is not None or of_modules._has_any_global_hook():
         return False
