@@ -137,6 +137,33 @@ def test_a_gradient_that_was_handed_in_is_left_alone():
     assert torch.equal(before, grad)
 
 
+class Constant(torch.autograd.Function):
+    """Gives one and the same tensor as its gradient, or a view of it."""
+
+    kept = torch.rand(X)
+    reshapes = False
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.flatten(0, 1) if Constant.reshapes else x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return Constant.kept.view_as(Constant.kept) if Constant.reshapes else Constant.kept
+
+
+@pytest.mark.parametrize("reshapes", [False, True])
+@pytest.mark.parametrize("behind", ["neuron", "norm"])
+def test_a_gradient_that_a_function_keeps_for_itself_is_left_alone(monkeypatch, reshapes, behind):
+    net, before = Net(), Constant.kept.clone()
+    monkeypatch.setattr(Constant, "reshapes", reshapes)
+    if behind == "norm":
+        del net.parts[5]
+    srp.convert_to_reversible(net, mode="minimal")
+    Constant.apply(net(torch.rand(X))).sum().backward()
+    assert torch.equal(before, Constant.kept)
+
+
 def test_one_that_nobody_holds_is_overwritten(overwritten):
     net = srp.convert_to_reversible(Net(), mode="minimal")
     net(torch.rand(X).requires_grad_()).square().mean().backward()

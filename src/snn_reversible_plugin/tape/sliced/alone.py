@@ -30,7 +30,8 @@ from snn_reversible_plugin.tape.operators import aten
 # 2. The counts are compared for equality. More is somebody else; less is a way that was not tried.
 # 3. Counts are of the place where they are read: of an operator's arguments in one dispatch, of a variable
 #    in one backward. Trials and what they are for read them there, by the same lines.
-# 4. A gradient that is a part of its storage, or overlaps itself, is never overwritten.
+# 4. A debugger that looks at variables holds them, so that nothing counts while one traces.
+# 5. A gradient that is a part of its storage, or overlaps itself, is never overwritten.
 
 
 class References(NamedTuple):
@@ -44,7 +45,9 @@ class References(NamedTuple):
 
 def references(tensor: Tensor | None) -> References | None:
     """Who holds a tensor; None for one that may not be overwritten as a whole, or where nobody counts."""
-    if tensor is None or not _COUNTS or type(tensor) is not Tensor or not is_dense(tensor):
+    if tensor is None or not _COUNTS or sys.gettrace() is not None:
+        return None
+    if type(tensor) is not Tensor or not is_dense(tensor):
         return None
     storage = tensor.untyped_storage()
     if storage.nbytes() != tensor.nbytes:
