@@ -185,6 +185,33 @@ def test_a_product_with_other_bits_in_slices_runs_as_a_whole(monkeypatch, sliced
     assert_close(expected[1], actual[1])
 
 
+class WritesParts(nn.Module):
+    """Fills a tensor step by step, and multiplies with a number that it learns."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x_seq):
+        out = torch.zeros_like(x_seq)
+        for t, x in enumerate(x_seq):
+            out[t] = x * 2
+        return (out * self.gain.exp()).square()
+
+
+def test_what_is_no_operator_or_a_single_number_is_rebuilt_whole():
+    x = torch.rand(4, 5, 2, 16, 16)
+    found = []
+    for mode in (None, "minimal"):
+        net = network(bias=False)
+        net.insert(3, WritesParts())
+        if mode:
+            srp.convert_to_reversible(net, mode=mode)
+        found.append(train(net, x))
+    assert torch.equal(found[0][0], found[1][0])
+    assert_close(found[0][1], found[1][1])
+
+
 def test_hooks_see_whole_gradients():
     x, found = torch.rand(4, 5, 2, 16, 16), []
     for net in (network(), srp.convert_to_reversible(network(), mode="minimal")):

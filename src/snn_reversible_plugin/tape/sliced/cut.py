@@ -298,7 +298,7 @@ def _groups(size: torch.Size, handle: Handle) -> Iterator[tuple[int, int]]:
     while one.__class__ in PLAIN and one.args:
         one = one.args[0]
         before = size_of(one)
-        if before is None:
+        if not before:  # small, or one number
             continue
         if len(size) > 2 and before[0] == size[0] * size[1]:
             yield size[0], size[1]

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from snn_reversible_plugin.tape.handles import Handle, Kept, Packed
 from snn_reversible_plugin.tape.operators import aten, operator_of
@@ -110,9 +111,11 @@ def last_product(handle: Handle) -> Replayed | None:
     """The convolution or matrix product that a value comes from by operations that are exact in slices."""
     while handle.__class__ in PLAIN:
         assert isinstance(handle, Replayed)
-        operator = None if handle.func in _functions else operator_of(handle.func)
-        if operator is not None and operator.work:
-            return handle
+        if isinstance(handle.func, OpOverload):
+            if operator_of(handle.func).work:
+                return handle
+        elif handle.func not in _functions:
+            return None
         noted = _noted.get(handle)
         if noted is None or not noted.exact or not handle.args or not isinstance(handle.args[0], Handle):
             return None
@@ -236,8 +239,9 @@ class _Run(NamedTuple):
 
 
 def _run(handle: Replayed, part: Part, found: dict[Handle, Tensor]) -> Tensor:
-    name = "" if handle.func in _functions else operator_of(handle.func).name
-    rule = _RULES.get(name) if name else _by_element
+    is_function = handle.func in _functions
+    name = operator_of(handle.func).name if isinstance(handle.func, OpOverload) else ""
+    rule = _by_element if is_function else _RULES.get(name)
     if rule is None:
         raise Whole
     return rule(_Run(handle, name, part, found))
