@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snn_reversible_plugin.ops import levels
+from snn_reversible_plugin.ops import levels, planes
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 SPANS = [(0, 1), (0, 2), (0, 4), (0, 8), (0, 12), (-1, 1), (-3, 4)]
@@ -49,3 +49,42 @@ def test_more_than_a_chunk(monkeypatch):
 )
 def test_bits_for(span, bits):
     assert levels.bits_for(*span) == bits
+
+
+@given(
+    span=st.sampled_from(SPANS),
+    dtype=st.sampled_from(DTYPES),
+    codes=st.lists(st.integers(0, 15), max_size=60),
+    zeros=st.integers(0, 200),
+    cut=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+)
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+def test_planes_come_back_in_any_range(span, dtype, codes, zeros, cut):
+    low, high = span
+    values = levels.values_of(low, high, dtype, torch.device("cpu"))
+    codes = (codes + [0] * zeros)[:: -1 if zeros % 2 else 1]
+    flat = values[torch.tensor(codes, dtype=torch.int64) % len(values)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planes, "CHUNK", 32)
+        packed = planes.pack_planes(flat, low, high)
+        each = (torch.tensor(codes, dtype=torch.int64) % len(values)).split(32)
+        size = sum((int((part >= k).sum()) + 7) // 8 for part in each for k in range(len(values)))
+        assert (packed is None) == (size >= levels.pack_levels(flat, low, high).nbytes)
+        if packed is None:
+            return
+        assert packed.bits.nbytes == size
+        begin, end = sorted(round(part * flat.numel()) for part in cut)
+        for first, last in ((0, flat.numel()), (begin, end)):
+            out = flat.new_full((last - first,), 7)
+            planes.unpack_planes(packed, out, first, low, high)
+            assert torch.equal(as_integers(out), as_integers(flat[first:last]))
+
+
+def test_planes_take_as_many_bits_as_levels_count():
+    flat = torch.zeros(8000)
+    flat[::4], flat[::8], flat[5] = 1, 2, -0.0
+    packed = planes.pack_planes(flat, 0, 4)
+    # A bit for all, for the 2001 above the first level, the 1001 above the second, and for the zero with a
+    # sign, which comes after 4, three times more.
+    assert packed.bits.nbytes == 1000 + 251 + 126 + 3
+    assert planes.pack_planes(torch.full((8000,), 4.0), 0, 4) is None, "three bits each are less"
