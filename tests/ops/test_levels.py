@@ -68,7 +68,7 @@ def test_planes_come_back_in_any_range(span, dtype, codes, zeros, cut):
         patch.setattr(planes, "CHUNK", 32)
         packed = planes.pack_planes(flat, low, high)
         each = (torch.tensor(codes, dtype=torch.int64) % len(values)).split(32)
-        size = sum((int((part >= k).sum()) + 7) // 8 for part in each for k in range(len(values)))
+        size = sum(bytes_of(part, len(values)) for part in each if len(part))
         assert (packed is None) == (size >= levels.pack_levels(flat, low, high).nbytes)
         if packed is None:
             return
@@ -80,11 +80,17 @@ def test_planes_come_back_in_any_range(span, dtype, codes, zeros, cut):
             assert torch.equal(as_integers(out), as_integers(flat[first:last]))
 
 
-def test_planes_take_as_many_bits_as_levels_count():
-    flat = torch.zeros(8000)
-    flat[::4], flat[::8], flat[5] = 1, 2, -0.0
+def bytes_of(codes, values):
+    """A byte a value for their order, and a bit for each element that is none of the more frequent ones."""
+    counts = sorted(torch.bincount(codes, minlength=values).tolist(), reverse=True)
+    return values + sum((sum(counts[k:]) + 7) // 8 for k in range(values))
+
+
+def test_planes_take_as_many_bits_as_values_are_more_frequent():
+    flat = torch.full((8000,), 4.0)
+    flat[::4], flat[::8], flat[5] = 0, 2, -0.0
     packed = planes.pack_planes(flat, 0, 4)
-    # A bit for all, for the 2001 above the first level, the 1001 above the second, and for the zero with a
-    # sign, which comes after 4, three times more.
-    assert packed.bits.nbytes == 1000 + 251 + 126 + 3
-    assert planes.pack_planes(torch.full((8000,), 4.0), 0, 4) is None, "three bits each are less"
+    # The order of eight values; a bit for all, for the 2001 that are not 4, for the 1001 that are none of
+    # the two most frequent, and for the zero with a sign, which comes last.
+    assert packed.bits.nbytes == 8 + 1000 + 251 + 126 + 1
+    assert planes.pack_planes(torch.arange(8000) % 7.0, 0, 6) is None, "four bits each are no more"
