@@ -63,7 +63,7 @@ class FoundBits:
 
     def __str__(self) -> str:
         each = 8 * self.bytes / max(self.elements, 1)
-        return f"the output of {self.operation}, {self.tensors} times: {each:.0f} bits an element"
+        return f"the output of {self.operation}, {self.tensors} times: {each:.2g} bits an element"
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from snn_reversible_plugin import ops
 from snn_reversible_plugin.ops.autocast import without_autocast
 from snn_reversible_plugin.ops.layouts import is_dense, storage_key
 from snn_reversible_plugin.ops.levels import bits_for
+from snn_reversible_plugin.ops.planes import Planes
 from snn_reversible_plugin.tape.unseen import Unseen, WrittenUnseen, checksum, of_value
 
 
@@ -302,24 +303,41 @@ class Packed(Handle):
 
 
 class PackedLevels(Packed):
-    """Integers from ``low`` to ``high`` in floating point, or NaN: two to four bits an element."""
+    """Integers from ``low`` to ``high`` in floating point, or NaN: two to four bits an element.
 
-    __slots__ = ("high", "low")
+    On a CPU less, where few are large: see :mod:`.ops.planes`.
+    """
+
+    __slots__ = ("high", "low", "planes")
 
     def __init__(self, low: int, high: int) -> None:
         super().__init__()
         self.low, self.high = low, high
+        self.planes: Planes | None = None
 
     @property
     def bits_each(self) -> int:
-        """Bits that an element takes."""
+        """Bits that an element takes where each takes as many."""
         return bits_for(self.low, self.high)
 
+    def unpack_range(self, begin: int, flat: torch.Tensor) -> None:
+        if self.planes is None:
+            super().unpack_range(begin, flat)
+        else:
+            ops.unpack_planes(self.planes, flat, begin, self.low, self.high)
+
     def _pack(self, flat: torch.Tensor) -> torch.Tensor:
+        if flat.device.type == "cpu":
+            self.planes = ops.pack_planes(flat, self.low, self.high)
+        if self.planes is not None:
+            return self.planes.bits
         return ops.pack_levels(flat, self.low, self.high)
 
     def _unpack(self, bits: torch.Tensor, flat: torch.Tensor) -> None:
-        ops.unpack_levels(bits, flat, self.low, self.high)
+        if self.planes is None:
+            ops.unpack_levels(bits, flat, self.low, self.high)
+        else:
+            ops.unpack_planes(self.planes, flat, 0, self.low, self.high)
 
 
 class PackedTwo(Packed):
