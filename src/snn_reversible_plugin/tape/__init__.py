@@ -174,10 +174,15 @@ def may_record() -> bool:
     return torch.is_grad_enabled() and runs_eagerly()
 
 
-def is_recording() -> bool:
-    """Whether a tape records what is computed here, and a graph is being built that will want it."""
+def is_recording(eagerly: bool = False) -> bool:
+    """Whether a tape records what is computed here, and a graph is being built that will want it.
+
+    ``eagerly``: the caller has found that it :func:`runs_eagerly`.
+    """
     tape = current()
-    return tape is not None and not tape.keeps_everything and may_record()
+    if tape is None or tape.keeps_everything or not torch.is_grad_enabled():
+        return False
+    return eagerly or runs_eagerly()
 
 
 def may_promise() -> bool:

@@ -15,10 +15,10 @@ import torch
 
 from snn_reversible_plugin.ops.layouts import is_plain
 from snn_reversible_plugin.tape.by_values import packed_by_values
-from snn_reversible_plugin.tape.handles import Handle, Kept
+from snn_reversible_plugin.tape.handles import Handle, Kept, Packed
 from snn_reversible_plugin.tape.operators import Kind, Operator
 from snn_reversible_plugin.tape.origins import OUTSIDE, is_ended, look_up
-from snn_reversible_plugin.tape.replayed import NO_PRODUCTS, Products, Replayed
+from snn_reversible_plugin.tape.replayed import NO_PRODUCTS, PLAIN, Products, Replayed
 
 # NOTE [What gets a recipe]
 #
@@ -57,7 +57,7 @@ SMALL_OUTPUT = 16  # an output this many times smaller than the largest activati
 MANY_PRODUCTS = 16  # parts of products are not told apart beyond
 
 NO_NAMES: dict[str, Any] = {}
-_Tensor, _STRIDED = torch.Tensor, torch.strided
+_Tensor, _STRIDED, _LISTS = torch.Tensor, torch.strided, frozenset((list, tuple))
 _serial = itertools.count()
 
 
@@ -137,6 +137,32 @@ def price(
     return Price(products, depth + 1, cheap, known, 0, series)
 
 
+def view_of(
+    func: Any, args: tuple[Any, ...], out: torch.Tensor, handle: Any, work_limit: float
+) -> Replayed | None:
+    """The recipe of a view of bits, or of something replayed; None where :func:`price` has more to ask.
+
+    ``args``: of which the first alone is a tensor, and has this handle.
+    """
+    x = args[0]
+    if out.layout is not _STRIDED or x.layout is not _STRIDED:
+        return None
+    depth, cheap, products, series = 0.0, True, NO_PRODUCTS, 0
+    if handle.__class__ in PLAIN:
+        cheap, products, series = handle.cheap, handle.products, handle.series
+        size, of_x = out.numel() * out.element_size(), x.numel() * x.element_size()
+        if products and (of_x < size or series > MAX_SERIES or sum(products.values()) > work_limit):
+            return None
+        depth = handle.depth * (of_x / size) if of_x < size else handle.depth
+        if depth >= MAX_DEPTH:
+            return None
+    elif isinstance(handle, Packed):
+        handle.materialize(x)
+    else:
+        return None
+    return Replayed(func, (handle, *args[1:]), NO_NAMES, products, depth + 1, False, cheap, series)
+
+
 def price_of_part(
     operator: Operator,
     root: torch.Tensor,
@@ -208,7 +234,7 @@ def tensors_among(args: Iterable[Any], named: dict[str, Any] = NO_NAMES) -> list
     for arg in (*args, *named.values()) if named else args:
         if isinstance(arg, _Tensor):
             found.append(arg)
-        elif isinstance(arg, (list, tuple)):
+        elif arg.__class__ in _LISTS and arg and not isinstance(arg[0], int):  # a list has one type
             found += tensors_among(arg)
     return found
 
@@ -219,7 +245,7 @@ def handles_for(args: Iterable[Any], known: dict[int, Any]) -> tuple[Any, ...]:
     for arg in args:
         if isinstance(arg, _Tensor):
             found.append(known[id(arg)])
-        elif isinstance(arg, (list, tuple)) and tensors_among(arg):
+        elif arg.__class__ in _LISTS and tensors_among(arg):
             found.append(list(handles_for(arg, known)))
         else:
             found.append(arg)

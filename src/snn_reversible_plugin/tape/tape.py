@@ -35,7 +35,7 @@ from snn_reversible_plugin.tape.outlived import end_histories, outlive, outlived
 from snn_reversible_plugin.tape.outsiders import Outsiders, alias
 from snn_reversible_plugin.tape.own_functions import OwnFunctions
 from snn_reversible_plugin.tape.plans import Following
-from snn_reversible_plugin.tape.recipes import WORK_LIMIT, handles_for, price, tensors_among
+from snn_reversible_plugin.tape.recipes import WORK_LIMIT, handles_for, price, tensors_among, view_of
 from snn_reversible_plugin.tape.replayed import Replayed, constant
 from snn_reversible_plugin.tape.sliced.cut import Slices
 from snn_reversible_plugin.tape.spans import Span
@@ -146,9 +146,20 @@ class Tape(Recording):
                 recipe.cache = value
 
     def record(
-        self, func: Any, operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+        self,
+        func: Any,
+        operator: Operator,
+        args: Args,
+        kwargs: dict[str, Any],
+        out: Any,
+        operands: list[torch.Tensor] | None = None,
     ) -> None:
-        """Write down that ``out`` is ``func(*args, **kwargs)``, and how ``func`` is to be treated."""
+        """Write down that ``out`` is ``func(*args, **kwargs)``, and how ``func`` is to be treated.
+
+        ``operands``: the tensors among the arguments, if they are at hand.
+        """
+        if operands is None:
+            operands = tensors_among(args, kwargs)
         base = args[0] if operator.kind is Kind.VIEW else None
         if isinstance(out, torch.Tensor):
             if out.dtype is torch.bool and base is None:
@@ -158,20 +169,22 @@ class Tape(Recording):
                 span, recipe = few_bits(operator, args, kwargs)
             if recipe is None and base is not None:
                 recipe = self._parts.read(func, args, kwargs, out)
+                if recipe is None and len(operands) == 1 and not kwargs:
+                    recipe = view_of(func, args, out, look_up(base), self.work_limit)
             if recipe is None:
-                recipe = self._recipe(func, operator, args, kwargs, [out])
+                recipe = self._recipe(func, operator, args, kwargs, operands, [out])
                 if func is aten.cat.default and recipe is not None:
                     self._parts.put_together(args, recipe)
             self._enter(out, recipe, base, span)
             if recipe is None:
-                pass_on_the_end(tensors_among(args), out, base)
+                pass_on_the_end(operands, out, base)
             if operator.work and isinstance(recipe, Replayed) and self.in_backward:
                 self._last_product = recipe, alias(out), out._version
             return
         if not isinstance(out, (tuple, list)):
             return  # a number that the user reads off
         outputs = [tensor for tensor in out if isinstance(tensor, torch.Tensor)]
-        recipe = self._recipe(func, operator, args, kwargs, outputs) if outputs else None
+        recipe = self._recipe(func, operator, args, kwargs, operands, outputs) if outputs else None
         siblings: list[weakref.ref[Replayed]] = []
         for index, tensor in enumerate(out):
             if not isinstance(tensor, torch.Tensor):
@@ -225,7 +238,8 @@ class Tape(Recording):
             self._own_functions.over()
         if kind is Kind.VIEW and look_up(args[0]) is OUTSIDE:
             return out
-        end_histories(func, tensors_among(args), self._began)
+        operands = tensors_among(args, kwargs)
+        end_histories(func, operands, self._began)
         # Without grad mode, a user's autograd function runs: what it allocates, a kernel may fill unseen.
         unseen = operator.allocates and not torch.is_grad_enabled()
         if types or self._suspended or unseen or kind is Kind.OPAQUE:
@@ -235,7 +249,7 @@ class Tape(Recording):
         elif counts:
             self.record(func, operator, (*args[:3], None, None, *args[5:]), kwargs, out)
         else:
-            self.record(func, operator, args, kwargs, out)
+            self.record(func, operator, args, kwargs, out, operands)
         if self._following is not None:
             self._following.computed(operator, args, out)
         if self.observer is not None:
@@ -261,7 +275,8 @@ class Tape(Recording):
                 recipe, after, parts = self._parts.write(root, func, operator, args, kwargs)
             before = look_up(args[0]) if recipe is None else None
             if isinstance(before, Handle) and not (isinstance(before, Kept) and not before.anchored):
-                recipe = self._recipe(func, operator, args, kwargs, [args[0]])
+                operands = tensors_among(args, kwargs)
+                recipe = self._recipe(func, operator, args, kwargs, operands, [args[0]])
             if root is not None and parts is not None:
                 parts.wrote(args[0], root, recipe)
         if self._check:
@@ -290,10 +305,15 @@ class Tape(Recording):
             enter(tensor, Packed() if bit and operator.kind is not Kind.VIEW else None)
 
     def _recipe(
-        self, func: Any, operator: Operator, args: Sequence[Any], kwargs: dict[str, Any], outputs: list[Any]
+        self,
+        func: Any,
+        operator: Operator,
+        args: Args,
+        kwargs: dict[str, Any],
+        operands: list[torch.Tensor],
+        outputs: list[torch.Tensor],
     ) -> Replayed | None:
         """The recipe of an operation, or None where keeping its output is cheaper."""
-        operands = tensors_among(args, kwargs)
         cost = price(operator, operands, outputs, self.work_limit)
         if isinstance(cost, str):
             self._refused = cost
@@ -337,7 +357,8 @@ class Tape(Recording):
         return handle  # type: ignore[no-any-return]
 
     def _remember(self, kept: Kept) -> None:
-        kept.where = self.where
+        if self.where is not None:
+            kept.where = self.where
         if is_plain(kept.tensor):
             self.kept_by_storage.setdefault(storage_key(kept.tensor), []).append(weakref.ref(kept))
 
