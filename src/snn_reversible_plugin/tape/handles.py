@@ -36,16 +36,25 @@ _labels: weakref.WeakKeyDictionary[Handle, Label] = weakref.WeakKeyDictionary()
 _UNLABELLED = Label()
 
 
+def are_labelled() -> bool:
+    """Whether any handle is."""
+    return bool(_labels.data)  # type: ignore[attr-defined]
+
+
 def _label_of(handle: Handle) -> Label:
-    return _labels.get(handle, _UNLABELLED) if _labels else _UNLABELLED
+    return _labels.get(handle, _UNLABELLED) if are_labelled() else _UNLABELLED
 
 
 class Handle:
-    """Stands for one tensor. ``get`` returns the tensor, and whether the caller owns its storage."""
+    """Stands for one tensor. ``get`` returns the tensor, and whether the caller owns its storage.
+
+    ``counts``: whether :meth:`need` and :meth:`release` do anything.
+    """
 
     __slots__ = ("__weakref__",)
 
     treatment: str
+    counts = False
 
     @property
     def where(self) -> str | None:
@@ -95,7 +104,7 @@ class Handle:
 
     def verified(self, value: torch.Tensor, how: str) -> torch.Tensor:
         """In check mode, compare with the checksum that the forward left."""
-        if self.checksum is not None and not torch.equal(checksum(value), self.checksum):
+        if are_labelled() and self.checksum is not None and not torch.equal(checksum(value), self.checksum):
             raise WrittenUnseen(
                 Unseen(
                     self.where or "the model",
@@ -177,14 +186,16 @@ class Kept(Handle):
     def get(self, last: bool) -> tuple[torch.Tensor, bool]:
         if self.exposure is not None:
             return self.exposure.value(self), False
-        self.check_version()
+        if self.version >= 0 and self.tensor._version != self.version:
+            self.check_version()
         if self.parameter and self.tensor.numel() and not self.tensor.untyped_storage().nbytes():
             raise RuntimeError(
                 f"{self.where or 'the model'}: a parameter of shape {tuple(self.tensor.shape)} was let go "
                 "of when its layer had run, and a neuron's backward computes that layer again. Shard "
                 "with fully_shard(layer, reshard_after_forward=False), or the converted model as a whole."
             )
-        if self.checksum is not None and not torch.equal(checksum(self.tensor), self.checksum):
+        then = self.checksum if are_labelled() else None
+        if then is not None and not torch.equal(checksum(self.tensor), then):
             raise self.was_written()
         return self.tensor, False
 
@@ -364,6 +375,8 @@ def unpack(handle: Handle) -> torch.Tensor:
             "double backward (create_graph=True) through a reversible model is not supported: the tape "
             "rebuilds values, not their graph. Run that part under snn_reversible_plugin.stock(model)."
         )
+    if not torch._C._is_any_autocast_enabled():
+        return handle.unpack()
     with without_autocast():  # what autocast cast in the forward was recorded as operations of its own
         return handle.unpack()
 

@@ -163,6 +163,8 @@ class Cut(Handle):
     def get(self, last: bool) -> tuple[Tensor, bool]:
         return self.handle.get(last)
 
+    counts = True
+
     def need(self) -> None:
         self.handle.need()
 
