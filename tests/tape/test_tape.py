@@ -15,7 +15,8 @@ from snn_reversible_plugin import tape
 from snn_reversible_plugin.reports.measure import AllocationCounter
 from snn_reversible_plugin.tape import handles
 from snn_reversible_plugin.tape import origins as entries
-from snn_reversible_plugin.tape.handles import Kept, Packed
+from snn_reversible_plugin.tape.handles import Kept
+from snn_reversible_plugin.tape.packed import Packed
 from snn_reversible_plugin.tape.replayed import Replayed
 
 
