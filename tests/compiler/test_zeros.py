@@ -24,7 +24,7 @@ class Three(torch.autograd.Function):
 
 
 def given(read):
-    """What the backward was given where the results ``read`` were summed up, with stock and with one memory."""
+    """Where the backward's gradients lie if the results ``read`` are summed up, stock's and ours."""
     found = []
     for around in (lambda outputs: None, share_zeros):
         outputs = Three.apply(torch.ones(3, 4, requires_grad=True))

@@ -58,7 +58,8 @@ class Region:
         self._calls = calls
         self._changes: list[int] | None = None  # which inputs it changes; unknown before the first call
         self._is_random = False
-        functools.update_wrapper(self, run)
+        # Not functools.update_wrapper: torch 2.9 calls what a wrapper was made of, by an attribute of that.
+        self.__name__ = getattr(run, "__name__", "region")
 
     def __call__(self, *inputs: Any) -> Any:
         outputs = self._run(inputs)

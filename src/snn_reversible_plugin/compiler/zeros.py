@@ -1,8 +1,9 @@
 """The gradients of membranes that no loss reads: one tensor of zeros for all of them.
 
-The one idea: a region's backward is handed a gradient for each of its outputs, and autograd makes zeros where
-nobody has one: as much as all the membranes, at the beginning of the backward, where its peak may be. It only
-reads them, so they may all lie in the same memory, which an identity behind the region hands it. Source:
+The one idea: a region's backward is handed a gradient for each of its outputs, and autograd makes zeros
+where nobody has one: as much as all the membranes, at the beginning of the backward, where its peak may be.
+It only reads them, so they may all lie in the same memory, which an identity behind the region hands it.
+Source:
 ``set_materialize_grads`` of ``torch.autograd.Function``.
 """
 
@@ -28,7 +29,7 @@ class _Form(NamedTuple):
 
 
 def share_zeros(outputs: Any) -> None:
-    """See to it that the gradients which are zeros, of a region whose outputs these are, share their memory.
+    """See to it that gradients that are zeros, of a region whose outputs these are, share their memory.
 
     The tensors stay the same objects with the same values and versions; only the graph behind them grows by
     an identity.
