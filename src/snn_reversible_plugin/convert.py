@@ -145,8 +145,9 @@ def convert_to_reversible(
     Raises:
         TypeError: ``model`` is no ``nn.Module``, or is compiled or scripted.
         ValueError: an unknown ``mode`` or ``arithmetic``, a ``skip`` name that is not in the model,
-            ``"grid"`` where nothing can run on the grid, ``"fused"`` where nothing is fused, a budget that
-            is no number of bytes, or one together with ``"speed"`` or ``"minimal"``.
+            ``"grid"`` where nothing can run on the grid, ``"fused"`` where nothing is fused, ``blocks``
+            without residual blocks, a budget that is no number of bytes, or one together with ``"speed"``
+            or ``"minimal"``.
         RuntimeError: from the first forward of a shape that the budget can't take.
 
     Example:
@@ -281,11 +282,8 @@ def restore(model: M) -> M:
     """
     for module in model.modules():
         unswap(module)
-        SETTINGS.clear(module)
-        NAME.clear(module)
-        ON_GRID.clear(module)
-        STRICT.clear(module)
-        FUSED.clear(module)
+        for attribute in (SETTINGS, NAME, ON_GRID, STRICT, FUSED):
+            attribute.clear(module)
     for chain in wrapped_chains(model):
         if chain.by_conversion:
             chain.remove()

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from snn_reversible_plugin.ops.layouts import is_dense, is_plain
-from snn_reversible_plugin.tape.handles import Handle, Kept, Packed
+from snn_reversible_plugin.tape.handles import Handle, Kept
 from snn_reversible_plugin.tape.off_stack import OffStack
 from snn_reversible_plugin.tape.operators import aten
 from snn_reversible_plugin.tape.outsiders import alias
+from snn_reversible_plugin.tape.packed import Packed
 from snn_reversible_plugin.tape.replayed import PLAIN, Replayed
 from snn_reversible_plugin.tape.sliced import forward
 from snn_reversible_plugin.tape.sliced.alone import try_out_operators
@@ -170,6 +171,8 @@ class Cut(Handle):
 
     def get(self, last: bool) -> tuple[Tensor, bool]:
         return self.handle.get(last)
+
+    counts = True
 
     def need(self) -> None:
         self.handle.need()
