@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import math
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -22,15 +23,17 @@ from snn_reversible_plugin import tape
 from snn_reversible_plugin.modules.kinds import framework_of
 from snn_reversible_plugin.modules.registry import StaysStock, reversible_type
 from snn_reversible_plugin.modules.swap import SwappedClass, swapped_class
+from snn_reversible_plugin.neurons.own.code import Unprovable
 from snn_reversible_plugin.neurons.own.graph import Function, Kind, Programs, Recording, name_of
-from snn_reversible_plugin.neurons.own.reads import Reads, Unprovable
+from snn_reversible_plugin.neurons.own.reads import Reads
 from snn_reversible_plugin.neurons.own.rows import Rows, along
 from snn_reversible_plugin.neurons.rerun import differentiable_once, shadow
 from snn_reversible_plugin.ops.autocast import Autocast
 from snn_reversible_plugin.ops.chunks import chunk_size
 
 AT_ONCE = 32_768  # neurons on a CPU: with all that a step's backward needs, what its caches hold
-MOST_WHOLE = 65_536  # neurons that are not cut: beyond, the tape needs less at a time
+MOST_WHOLE = 8192  # neurons that are not cut: beyond, the tape needs less at a time
+MOST_SHARED = 64  # proofs
 MOST_KINDS = 16  # of inputs that a neuron gets: beyond, they are all different
 
 
@@ -50,7 +53,7 @@ class Proof:
         self._rows: Rows | None = None
         neurons = math.prod(kind.shape) // max(_steps(kind, whole), 1)
         at_once = AT_ONCE if kind.device.type == "cpu" else chunk_size(kind.device)
-        pieces = max(-(-neurons // at_once), min(4, neurons // 8192))
+        pieces = max(-(-neurons // at_once), min(4, neurons // 2048))
         if pieces > 1 and whole.uniform:
             self._rows = Rows(function, whole, autocast)
             self.dim, self.out_dim = self._rows.dim, self._rows.out_dim
@@ -163,6 +166,8 @@ class Proved(SwappedClass):
         (x,) = args
         if not x.requires_grad or x.layout is not torch.strided or x.numel() == 0:
             return stock(x)
+        if torch._C._len_torch_function_stack():  # a mode of somebody's changes what runs
+            return stock(x)
         found = _proof(self, x)  # type: ignore[arg-type]
         _last[self] = str(found) if isinstance(found, Unprovable) else ""  # type: ignore[index]
         if isinstance(found, Unprovable):
@@ -186,15 +191,24 @@ def _proof(module: nn.Module, x: Tensor) -> Proof | Unprovable:
     if key not in proofs.of:
         if len(proofs.of) >= MOST_KINDS:
             return Unprovable("its input is of another shape in every call")
-        proofs.of[key] = _proved(partial(_stock_forward, proofs.twin), kind)
+        proofs.of[key] = _proved(proofs, (_stock_class(module), proofs.reads.key, *key), kind)
     return proofs.of[key]
 
 
-def _proved(function: Function, kind: Kind) -> Proof | Unprovable:
-    try:
-        return Proof(function, kind)
-    except Unprovable as why:
-        return why
+# By all that a proof rests on, for layers that are alike. What is looked at is held, so no id is reused.
+_shared: OrderedDict[Any, tuple[_Proofs, Proof | Unprovable]] = OrderedDict()
+
+
+def _proved(proofs: _Proofs, key: Any, kind: Kind) -> Proof | Unprovable:
+    if key not in _shared:
+        try:
+            found: Proof | Unprovable = Proof(partial(_stock_forward, proofs.twin), kind)
+        except Unprovable as why:
+            found = why
+        _shared[key] = proofs, found
+        while len(_shared) > MOST_SHARED:
+            _shared.popitem(last=False)
+    return _shared[key][1]
 
 
 def _stock_class(module: nn.Module) -> type[nn.Module]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from snn_reversible_plugin.neurons.own.reads import Unprovable
+from snn_reversible_plugin.neurons.own.code import Unprovable
 from snn_reversible_plugin.neurons.witness import MOVING, alone, element_wise, is_uniform
 from snn_reversible_plugin.ops.autocast import Autocast
 
@@ -30,8 +30,8 @@ _aten = torch.ops.aten
 # 3. Nothing that is drawn, and nothing that writes to a tensor it was given or made.
 # 4. The output has to be zeros and ones by construction: other values would be held in full, where the tape
 #    computes them again.
-# 5. `x[t]` leaves T gradients, zeros but for one step, to be added up. In each element that is one value and
-#    zeros, and a sum of two terms is never -0: so the steps are stacked, and 0 is added.
+# 5. `x[t]` leaves T gradients, zeros but for one step, to be added up. In each element that is one value
+#    and zeros, and a sum of two terms is never -0: so the steps are stacked, and 0 is added.
 MOST_NODES = 6000  # of a recording: about 400 time steps
 
 
@@ -150,6 +150,7 @@ def _recorded(function: Function, kind: Kind, autocast: Autocast) -> fx.GraphMod
 
 
 def name_of(node: fx.Node) -> str:
+    """Of a node's operator; empty for what is none."""
     return node.target._schema.name.partition("::")[2] if hasattr(node.target, "_schema") else ""
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from snn_reversible_plugin.neurons.own.code import Unprovable
 from snn_reversible_plugin.neurons.own.graph import Function, Programs, Recording, name_of
-from snn_reversible_plugin.neurons.own.reads import Unprovable
 from snn_reversible_plugin.neurons.witness import element_wise, same_bits
 from snn_reversible_plugin.ops.autocast import Autocast
 
@@ -26,8 +26,8 @@ from snn_reversible_plugin.ops.autocast import Autocast
 # 2. Element-wise operators: every operand has its batch at the same place from the right, or is one number
 #    for all rows. Operators that move along a dimension: along another. Those that create: one number, in
 #    every size. Any other operator: no proof.
-_CREATING = {"zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "scalar_tensor", "lift_fresh_copy",
-             "zeros_like", "ones_like", "full_like"}  # fmt: skip
+_CREATING = {"zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "scalar_tensor",
+             "lift_fresh_copy", "zeros_like", "ones_like", "full_like"}  # fmt: skip
 _INSERTING = {"stack", "select_backward", "unsqueeze"}
 _ALONG = {"select", "unbind", "cat"} | _INSERTING
 
