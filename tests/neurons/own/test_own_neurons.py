@@ -209,6 +209,45 @@ def test_gradients_that_are_laid_out_otherwise():
         torch.autograd.grad(converted(x).sum(), converted[2].weight, create_graph=True)
 
 
+class WritesBehind(nn.Module):
+    """Currents and spikes that somebody writes to after the neuron has read them."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.neuron, self.last = nn.Linear(16, WIDE), Base(), nn.Linear(WIDE, 5)
+
+    def forward(self, x):
+        current = self.layer(x)
+        spikes = self.neuron(current)
+        current += 1
+        spikes *= current
+        return self.last(spikes)
+
+
+def test_writes_to_what_it_took_and_gave():
+    torch.manual_seed(0)
+    stock = WritesBehind()
+    converted = srp.convert_to_reversible(copy.deepcopy(stock))
+    x = inputs(False)
+    for a, b in zip(step(stock, x), step(converted, x), strict=True):
+        assert torch.equal(a, b)
+    assert converted.neuron.treatment == PROVED
+
+
+def test_two_backwards_and_copies():
+    stock = network(Base())
+    converted = copy.deepcopy(srp.convert_to_reversible(copy.deepcopy(stock)))
+    x, grads = inputs(False), []
+    for net in (stock, converted):
+        loss = net(x).sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+        grads.append(gradients(net))
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+    assert converted[3].treatment == PROVED
+
+
 def test_zeros_keep_their_sign():
     """A gradient of -0 becomes +0 where several steps are added up, and stays where there is one."""
     for steps in (1, 3):
@@ -383,6 +422,21 @@ class InAClosure(Base):
         return v * (1 - s), s
 
 
+class ReadsTheGraph(Base):
+    """Of what autograd has, and not the code."""
+
+    class Asks(Fire):
+        @staticmethod
+        def backward(ctx, grad):
+            (v,) = ctx.saved_tensors
+            return grad * (v.abs() < len(ctx.next_functions))
+
+    def step(self, v, x):
+        v = v * self.tau + x
+        s = ReadsTheGraph.Asks.apply(v - 1.0)
+        return v * (1 - s), s
+
+
 class NotBits(Base):
     def step(self, v, x):
         v = v * self.tau + x
@@ -392,7 +446,7 @@ class NotBits(Base):
 
 UNCUT = [Normalizes, ByTheBatch, ByTheRow]  # but the same operations, if all rows are taken at a time
 NEVER = [StoresSpikes, Counts, Appends, AppendsToAGlobal, OnlyOnTheSample, LooksAtItsInput, Catches, Draws,
-         Learns, HandsItselfOn, InAClosure, NotBits]  # fmt: skip
+         Learns, HandsItselfOn, InAClosure, ReadsTheGraph, NotBits]  # fmt: skip
 
 
 @pytest.mark.parametrize("cls", NEVER + UNCUT)
@@ -422,6 +476,47 @@ class OtherInEvaluation(Base):
     def step(self, v, x):
         v = v * self.tau + x
         s = Fire.apply(v - (1.0 if self.training else 0.5))
+        return v * (1 - s), s
+
+
+class OtherSurrogate(Base):
+    def __init__(self):
+        super().__init__()
+        self.act = Fire.apply
+
+    def step(self, v, x):
+        v = v * self.tau + x
+        s = self.act(v - 1.0)
+        return v * (1 - s), s
+
+
+class Rectangle(nn.Module):
+    width = 1.0
+
+    def forward(self, v):
+        return Wide.apply(v, self.width)
+
+
+class Wide(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, v, width):
+        ctx.width = width
+        ctx.save_for_backward(v)
+        return (v > 0).float()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * (ctx.saved_tensors[0].abs() < ctx.width), None
+
+
+class WithASurrogate(Base):
+    def __init__(self):
+        super().__init__()
+        self.act, self.squash = Rectangle(), nn.Hardtanh(-4.0, 4.0)
+
+    def step(self, v, x):
+        v = self.squash(v * self.tau + x)
+        s = self.act(v - 1.0)
         return v * (1 - s), s
 
 
@@ -455,18 +550,39 @@ def _a_step_of_its_own(neuron):
     neuron.step = lambda v, x: (0.25 * v + x, Fire.apply(v * 0.25 + x - 1.0))
 
 
+def _another(neuron):
+    neuron.act = Arctan.apply
+
+
+def _no_function(neuron):
+    neuron.act = lambda v: 2 * Fire.apply(v)
+
+
+def _a_hook(neuron):
+    neuron.act.register_forward_hook(lambda _module, _inputs, out: out * 1.5)
+
+
+def _a_width(neuron):
+    neuron.act.width, neuron.squash.max_val = 0.5, 2.0
+
+
 def _factor(_neuron):
     globals()["FACTOR"] = 0.9
 
 
 CHANGES = [(OtherInEvaluation, _eval), (Threshold, _threshold), (Threshold, _a_step_of_its_own),
-           (ReadsAGlobal, _factor)]  # fmt: skip
+           (ReadsAGlobal, _factor), (OtherSurrogate, _another), (OtherSurrogate, _no_function),
+           (WithASurrogate, _a_hook), (WithASurrogate, _a_width)]  # fmt: skip
 
 
 @pytest.mark.parametrize(("cls", "change"), CHANGES)
 def test_what_it_reads_is_looked_at_again(cls, change, monkeypatch):
     monkeypatch.setitem(globals(), "FACTOR", 0.5)
-    assert_like_stock(cls(), change=change)
+    neuron = cls()
+    converted = srp.convert_to_reversible(copy.deepcopy(neuron))
+    converted(torch.rand(STEPS, BATCH, 3, requires_grad=True))
+    assert converted.treatment == PROVED
+    assert_like_stock(neuron, change=change)
 
 
 def test_code_that_is_exchanged_is_seen(monkeypatch):

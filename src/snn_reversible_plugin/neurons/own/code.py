@@ -39,6 +39,7 @@ _METHODS = {
     "type_as", "view", "view_as", "reshape", "flatten", "contiguous", "unbind", "select", "squeeze",
     "unsqueeze", "transpose", "permute", "expand", "expand_as", "chunk", "split", "new_zeros", "new_ones",
     "new_full", "item", "append", "save_for_backward", "saved_tensors", "needs_input_grad", "sum", "mean",
+    "set_materialize_grads", "mark_non_differentiable",
 }  # fmt: skip
 _MODULES = (torch, torch.nn, torch.nn.functional, torch.autograd, math)
 MISSING = object()
@@ -86,15 +87,16 @@ class Code:
                 self._closure(one.argval, later)
             elif self._is_self(one):
                 self._self(one, later)
-            elif one.opname in _DOTS and not self._is_known(steps[:at]):
-                if not _is_method(one.argval):
+            elif one.opname in _DOTS and not _is_method(one.argval):
+                # What comes from two sides was not looked at on both.
+                if one.is_jump_target or not self._is_known(one.argval, steps[:at]):
                     raise Unprovable(f"{self.where} reads .{one.argval} of something")
             elif one.opname == "LOAD_SUPER_ATTR":
                 raise Unprovable(f"{self.where} calls what it derives from")
 
     def _set(self, one: dis.Instruction, before: dis.Instruction | None) -> None:
         on_context = self.context and before is not None and _last_local(before) == self.first
-        if not on_context:
+        if not on_context or one.is_jump_target:
             raise Unprovable(f"{self.where} sets an attribute, {one.argval}")
 
     def _is_self(self, one: dis.Instruction) -> bool:
@@ -110,8 +112,8 @@ class Code:
         if isinstance(value, (nn.Module, types.FunctionType)) and not _calls(later[0]):
             raise Unprovable(f"{self.where} hands self.{name} on")
 
-    def _is_known(self, before: list[dis.Instruction]) -> bool:
-        """Whether what a name is read of was looked at: self, a module, an autograd function, a context."""
+    def _is_known(self, name: str, before: list[dis.Instruction]) -> bool:
+        """Whether what it is read of was looked at: self, a module, an autograd function, a context."""
         names: list[str] = []
         for one in reversed(before):
             if one.opname in _DOTS:
@@ -120,7 +122,8 @@ class Code:
             if self._is_self(one):
                 return not names
             if self.context and _last_local(one) == self.first:
-                return not names
+                # What the code has left there, not what autograd has.
+                return not names and not hasattr(torch._C._FunctionBase, name)
             if one.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF"):
                 value = self._value(one)
                 if isinstance(value, type):
@@ -134,10 +137,13 @@ class Code:
             value = getattr(value, name, None)
         return isinstance(value, types.ModuleType)
 
+    def _cells(self) -> dict[str, types.CellType]:
+        return dict(zip(self.function.__code__.co_freevars, self.function.__closure__ or (), strict=True))
+
     def _value(self, one: dis.Instruction) -> Any:
         if one.opname == "LOAD_DEREF":
-            cells = dict(zip(self.code.co_freevars, self.function.__closure__ or (), strict=False))
-            return cells[one.argval].cell_contents if one.argval in cells else None
+            cell = self._cells().get(one.argval)
+            return None if cell is None else cell.cell_contents
         return self.function.__globals__.get(one.argval)
 
     def _global(self, one: dis.Instruction, later: list[dis.Instruction]) -> None:
@@ -155,10 +161,9 @@ class Code:
             raise Unprovable(f"{self.where} hands {name} on")
 
     def _closure(self, name: str, later: list[dis.Instruction]) -> None:
-        cells = dict(zip(self.function.__code__.co_freevars, self.function.__closure__ or (), strict=True))
-        if name not in cells:
+        cell = self._cells().get(name)
+        if cell is None:
             return  # a local of its own, shared with a function inside
-        cell = cells[name]
         value = self._outside(lambda: cell.cell_contents, name, later)
         if isinstance(value, (nn.Module, types.FunctionType)):
             raise Unprovable(f"{self.where} has {name} from a function around it")
@@ -206,6 +211,8 @@ def _locals(one: dis.Instruction) -> tuple[str, ...]:
 
 
 def _stored(one: dis.Instruction) -> tuple[str, ...]:
+    if one.opname == "STORE_FAST_LOAD_FAST":
+        return (one.argval[0],)
     return one.argval if isinstance(one.argval, tuple) else (one.argval,)
 
 
@@ -236,7 +243,7 @@ def is_torchs(value: Any) -> bool:
     name = getattr(value, "__name__", "")
     if isinstance(value, types.BuiltinFunctionType):
         known = getattr(torch, name, None) is value and hasattr(torch._C._VariableFunctions, name)
-        known = known and not name.startswith(("from", "is_", "get_"))
+        known = known and not name.startswith(("from", "is_", "get_", "_"))
         return known or getattr(torch._C._nn, name, None) is value or getattr(math, name, None) is value
     plain = isinstance(value, types.FunctionType) and value.__module__ == "torch.nn.functional"
     return plain and element_wise(name)

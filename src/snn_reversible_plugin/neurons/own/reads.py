@@ -53,7 +53,10 @@ class Reads:
 
     def hold(self) -> bool:
         """Whether everything is as it was read."""
-        return all(_same(look(), value) for look, value in self._looks)
+        try:
+            return all(_same(look(), value) for look, value in self._looks)
+        except (AttributeError, IndexError, TypeError, ValueError):  # it isn't there any more
+            return False
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -76,7 +79,10 @@ class Reads:
         elif isinstance(value, types.FunctionType):
             self._function(value, None, where)
         elif isinstance(function, type) and issubclass(function, torch.autograd.Function):
-            self._looks[-1] = (lambda: look().__self__, function)  # a bound `apply` is made anew each time
+            self._looks[-1] = (
+                lambda: look().__self__ if look().__name__ == "apply" else None,
+                function,
+            )  # a bound `apply` is made anew each time
             self._autograd_function(function)
         elif isinstance(value, type) and issubclass(value, torch.autograd.Function):
             self._autograd_function(value)
@@ -169,6 +175,7 @@ class Reads:
             self._looks.append((lambda at=at: (function.__defaults__ or ())[at], value))  # type: ignore[misc]
         if function.__kwdefaults__:
             raise Unprovable(f"{where} has keyword-only defaults")
+        self.look(lambda: function.__kwdefaults__, None)
         for part in _codes(code):
             Code(
                 self, function, part, owner if part is code else None, where, context and part is code
