@@ -156,8 +156,7 @@ class Proved(SwappedClass):
     @property
     def treatment(self) -> str:
         """What the backward of the last call does, for reports."""
-        why = _last.get(self, "it was not called with a gradient")  # type: ignore[call-overload]
-        return f"the tape, for {why}" if why else "proved: its recorded operations, a few rows at a time"
+        return why_taped(self) or "proved: its recorded operations, a few rows at a time"  # type: ignore[arg-type]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         stock = super().forward  # type: ignore[misc]
@@ -175,6 +174,13 @@ class Proved(SwappedClass):
         out: Tensor = _Sequence.apply(x, found)
         tape.mark_spikes(out)
         return out
+
+
+def why_taped(module: nn.Module) -> str:
+    """Of a module that a user wrote, why the tape records it; empty where it was proved, and of others."""
+    unasked = "it was not called with a gradient" if isinstance(module, Proved) else ""
+    why = _last.get(module, unasked)
+    return f"the tape, for {why}" if why else ""
 
 
 def _proof(module: nn.Module, x: Tensor) -> Proof | Unprovable:

@@ -105,6 +105,9 @@ class Code:
     def _self(self, one: dis.Instruction, later: list[dis.Instruction]) -> None:
         if _last_local(one) != self.first or len(_locals(one)) != len({*_locals(one)}):
             raise Unprovable(f"{self.where} hands itself on")
+        if later and later[0].opname in ("STORE_ATTR", "COPY"):  # the latter of `self.x += 1`
+            name = next((one.argval for one in later if one.opname == "STORE_ATTR"), "")
+            raise Unprovable(f"{self.where} sets an attribute, {name}")
         if not later or later[0].opname not in _DOTS:
             raise Unprovable(f"{self.where} hands itself on")
         name = later[0].argval
