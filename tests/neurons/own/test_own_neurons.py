@@ -649,3 +649,23 @@ def test_reports_say_what_is_proved_and_what_stands_in_the_way():
     assert rows["1"] == f"{PROVED}, stock arithmetic"
     assert rows["3"] == "the tape, for its step sets an attribute, last"
     assert srp.verify(net, inputs(False)).ok
+
+
+class Crosses(Base):
+    """Each row is added to both: a dimension of two that is no batch."""
+
+    def step(self, v, x):
+        v = v * self.tau + x
+        v = (v.unsqueeze(1) + torch.stack([v, 2 * v])).select(0, 1)
+        s = Fire.apply(v - 1.0)
+        return v * (1 - s), s
+
+
+def test_two_rows_that_see_each_other():
+    neuron = Crosses()
+    converted = srp.convert_to_reversible(copy.deepcopy(neuron))
+    x = torch.rand(STEPS, 2, 4096, requires_grad=True)
+    grads = [torch.autograd.grad(one(x).sum(), x)[0] for one in (neuron, converted)]
+    assert torch.equal(*grads)
+    assert grads[0].any()
+    assert call.why_taped(converted) == "the tape, for it turns its batch to another dimension"
