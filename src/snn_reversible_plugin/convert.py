@@ -39,6 +39,7 @@ from snn_reversible_plugin.modules.swap import (
 )
 from snn_reversible_plugin.modules.tracking import tracked
 from snn_reversible_plugin.neurons.on_grid import switches
+from snn_reversible_plugin.neurons.own.call import own_neurons
 from snn_reversible_plugin.tape import hand_over, suspended
 from snn_reversible_plugin.tape.final_membrane import compute_all
 from snn_reversible_plugin.tape.settings import Settings, settings_for
@@ -191,7 +192,7 @@ def convert_to_reversible(
     if blocks and not (surgery := wrap_by_conversion(model, skip)).chains:
         reasons = ", ".join(f"{block.name}: {block.why}" for block in surgery.blocks)
         warnings.warn(f"blocks=True, and no block can be wrapped ({reasons})", stacklevel=2)
-    for module, target in swaps:
+    for module, target in swaps + own_neurons(model, within_skipped):
         if target is not type(module):
             swap(module, target)
     if arithmetic != "stock":

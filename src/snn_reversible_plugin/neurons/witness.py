@@ -132,7 +132,7 @@ _OTHER_POINTWISE = {
 }  # fmt: skip
 _POINTWISE = _ROUNDED | _COPYING | _OTHER_POINTWISE
 # What these make of zeros and ones is zeros and ones.
-_MOVING = {
+MOVING = {
     "detach", "alias", "_to_copy", "clone", "view", "_unsafe_view", "stack", "cat", "select", "slice",
     "unbind", "unsqueeze", "squeeze", "permute", "transpose", "t", "expand",
 }  # fmt: skip
@@ -166,7 +166,7 @@ class Witness(OwnMode, TorchDispatchMode):
         kwargs = kwargs or {}
         name = func._schema.name.partition("::")[2].rstrip("_")
         tensors = list(_tensors((*args, *kwargs.values())))
-        binary = name in _MOVING and bool(tensors) and all(map(self._zero_or_one, tensors))
+        binary = name in MOVING and bool(tensors) and all(map(self._zero_or_one, tensors))
         out = func(*args, **kwargs)
         outputs = list(_tensors((out,)))
         if self.shape is not None and self.pointwise:
@@ -177,7 +177,7 @@ class Witness(OwnMode, TorchDispatchMode):
                 and all(tensor.shape in (self.shape, ()) for tensor in (*tensors, *outputs))
                 and (name in _POINTWISE or self._masks(name, args))
             )
-            self.uniform = self.uniform and _is_uniform(name, args, kwargs)
+            self.uniform = self.uniform and is_uniform(name, args, kwargs)
             self._made.update((_storage(tensor), tensor) for tensor in outputs)
             number = [tensor.item() for tensor in tensors if _is_number(name, tensor)]
             self.trace.append((func, *number, *(_constant(arg) for arg in (*args, *kwargs.items()))))
@@ -197,7 +197,13 @@ class Witness(OwnMode, TorchDispatchMode):
         return isinstance(mask, Tensor) and mask.dtype is torch.bool and mask.shape == self.shape
 
 
-def _is_uniform(name: str, args: Any, kwargs: dict[str, Any]) -> bool:
+def element_wise(name: str) -> bool:
+    """Whether the operator of this name, without a trailing underscore, works element by element."""
+    return name in _POINTWISE
+
+
+def is_uniform(name: str, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether the bits of its elements don't depend on where they lie."""
     if name in _ROUNDED:
         return kwargs.get("alpha", 1) == 1
     return name in _COPYING or name == "index_put" or (name == "pow" and args[1] == 2)

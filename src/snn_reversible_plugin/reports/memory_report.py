@@ -21,6 +21,7 @@ from snn_reversible_plugin.compiler.entry import look_of
 from snn_reversible_plugin.modules.checks import is_compiled
 from snn_reversible_plugin.modules.swap import stock_type
 from snn_reversible_plugin.modules.tracking import tracked
+from snn_reversible_plugin.neurons.own.call import why_taped
 from snn_reversible_plugin.reports.compiled import verify_compiled
 from snn_reversible_plugin.reports.measure import StepCost
 from snn_reversible_plugin.reports.over_step import OverStep, over_step
@@ -241,7 +242,7 @@ def _about_neuron(name: str, module: nn.Module, settings: convert.Settings) -> s
     if is_compiled(module):
         return "compiled: runs as it is written under a tape, and compiled elsewhere"
     if treatment is None:
-        return ""
+        return "" if module._modules else why_taped(module)
     sliced = ", sliced" if settings.mode == "minimal" else ""
     about = f"{treatment}, {getattr(module, 'arithmetic', 'stock')} arithmetic{sliced}"
     reason = convert.off_grid_reason(name, module, settings)
