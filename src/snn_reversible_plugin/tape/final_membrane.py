@@ -115,23 +115,27 @@ class FinalMembrane:
             return True
         waiting, met = list(self._held), set(self._held)
         kept: list[Kept] = []
-        size, seen, place = 0, set[int](), self._place
+        seen, place = set[int](), self._place
+        size, room = 0, place.numel() * place.element_size()
         while waiting:
             handle = waiting.pop()
             if not isinstance(handle, (Kept, Packed, Replayed)) or handle.treatment == "reversed":
                 return False  # what a stream is undone from goes with the backward
-            if isinstance(handle, Kept) and (handle.parameter or not lean):
-                kept.append(handle)
-            if not lean or handle in kept:
+            is_kept = isinstance(handle, Kept) and (handle.parameter or not lean)
+            if is_kept:
+                kept.append(handle)  # type: ignore[arg-type]
+            if is_kept or not lean:
                 size += handle.stored(seen)
+                if size >= room:
+                    return False
             for other in handle.relies_on():
                 if other not in met:
                     met.add(other)
                     waiting.append(other)
-        if size >= place.numel() * place.element_size():
+        if size >= room:
             return False
-        for handle in kept:
-            handle.spill()
+        for one in kept:
+            one.spill()
         _promises().discard(self)
         return True
 
