@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from snn_reversible_plugin.tape.handles import Handle, are_labelled, note_ownership, storage_once
+from snn_reversible_plugin.tape.handles import Handle, labelled, note_ownership, storage_once
 from snn_reversible_plugin.tape.operators import aten
 
 # NOTE [When a rebuilt value is let go]
@@ -308,7 +308,7 @@ class _Rebuild:
                     if sibling.needs:
                         sibling.hold(outputs[sibling.index], self._walk)
                         sibling.drop_claims()
-        if are_labelled():
+        if labelled:
             handle.verified(value, f"replaying {handle.func}")
         if borrowed:
             memory = value.untyped_storage().data_ptr()

@@ -33,7 +33,7 @@ from snn_reversible_plugin.tape.operators import Kind, Operator, aten, operator_
 from snn_reversible_plugin.tape.origins import OUTSIDE, enter, look_up, now, tidy, written, written_unseen
 from snn_reversible_plugin.tape.outlived import end_histories, outlive, outlived, pass_on_the_end
 from snn_reversible_plugin.tape.outsiders import Outsiders, alias
-from snn_reversible_plugin.tape.own_functions import OwnFunctions
+from snn_reversible_plugin.tape.own_functions import OwnFunctions, may_be_filled
 from snn_reversible_plugin.tape.plans import Following
 from snn_reversible_plugin.tape.recipes import WORK_LIMIT, handles_for, price, tensors_among, view_of
 from snn_reversible_plugin.tape.replayed import Replayed, constant
@@ -240,9 +240,8 @@ class Tape(Recording):
             return out
         operands = tensors_among(args, kwargs)
         end_histories(func, operands, self._began)
-        # Without grad mode, a user's autograd function runs: what it allocates, a kernel may fill unseen.
-        unseen = operator.allocates and not torch.is_grad_enabled()
-        if types or self._suspended or unseen or kind is Kind.OPAQUE:
+        unknown = kind is Kind.OPAQUE or may_be_filled(operator, operands)
+        if types or self._suspended or unknown:
             self._enter_unknown(operator, out)
         elif operator.constant:
             self._enter(out, constant(func, args, out))
@@ -252,6 +251,7 @@ class Tape(Recording):
             self.record(func, operator, args, kwargs, out, operands)
         if self._following is not None:
             self._following.computed(operator, args, out)
+            self.sizes = self._following.sizes  # none, where it has found a plan to follow
         if self.observer is not None:
             self.observer.computed(self.where, operator, out, self._refused)
         return out
@@ -297,6 +297,7 @@ class Tape(Recording):
             written(tensor, root if after is not None else None)
         if self._following is not None:
             self._following.computed(operator, args, out)
+            self.sizes = self._following.sizes  # none, where it has found a plan to follow
         return out
 
     def _enter_unknown(self, operator: Operator, out: Any) -> None:
@@ -359,7 +360,7 @@ class Tape(Recording):
     def _remember(self, kept: Kept) -> None:
         if self.where is not None:
             kept.where = self.where
-        if is_plain(kept.tensor):
+        if kept.tensor.layout is torch.strided:
             self.kept_by_storage.setdefault(storage_key(kept.tensor), []).append(weakref.ref(kept))
 
     def _enter(
