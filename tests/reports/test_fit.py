@@ -58,6 +58,20 @@ def test_it_fits_and_hardly_more_would(mode):
     assert total(model, found.batch + 2) > budget
 
 
+def test_layers_that_are_sliced_only_in_large_batches():
+    """Two small batches say that half as much fits."""
+    model = nn.Sequential(
+        layer.Conv2d(3, 8, 3, padding=1, step_mode="m"), neuron.LIFNode(step_mode="m"),
+        layer.Conv2d(8, 8, 3, padding=1, step_mode="m"), neuron.LIFNode(step_mode="m"),
+    )  # fmt: skip
+    found = fit(
+        srp.convert_to_reversible(model, mode="minimal"),
+        lambda batch: torch.rand(4, batch, 3, 8, 8),
+        "4MiB",
+    )
+    assert 0.85 * found.budget < found.peak <= found.budget < 0.85 * found.predicted
+
+
 def test_the_model_is_left_as_it_was():
     model = srp.convert_to_reversible(build())
     x = batch_of(2)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snn_reversible_plugin.modules import tracking
+from snn_reversible_plugin.modules.tracking import is_tracking
 from snn_reversible_plugin.neurons.surrogates import Surrogate, Vjp, by_autograd, describes
 from snn_reversible_plugin.neurons.witness import Watched, watched
 from snn_reversible_plugin.ops.autocast import Autocast
@@ -225,7 +225,7 @@ def hooks_of(module: torch.nn.Module) -> list[dict[Any, Any]]:
 def _is_hooked(module: torch.nn.Module) -> bool:
     for hung in hooks_of(module):
         # What a report or check mode hangs on every module changes nothing.
-        if hung and any(getattr(value, "__module__", "") != tracking.__name__ for value in hung.values()):
+        if hung and not all(map(is_tracking, hung.values())):
             return True
     return "forward" in module.__dict__
 

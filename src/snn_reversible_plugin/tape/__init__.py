@@ -49,23 +49,16 @@ from snn_reversible_plugin.ops.layouts import storage_key
 from snn_reversible_plugin.tape.as_stock import followed_among
 from snn_reversible_plugin.tape.exposed import compare_later, look_again, sum_later
 from snn_reversible_plugin.tape.findings import Observer
-from snn_reversible_plugin.tape.handles import (
-    ComputedState,
-    Handle,
-    Kept,
-    Packed,
-    PackedLevels,
-    owns,
-    peek,
-    unpack,
-)
+from snn_reversible_plugin.tape.handles import ComputedState, Handle, Kept, owns, peek, unpack
 from snn_reversible_plugin.tape.mode import Rule
 from snn_reversible_plugin.tape.off_stack import OffStack, set_compiler
 from snn_reversible_plugin.tape.on_stack import OnThread
 from snn_reversible_plugin.tape.origins import OUTSIDE, enter, look_up
+from snn_reversible_plugin.tape.packed import Packed, PackedLevels
 from snn_reversible_plugin.tape.plans import Plans
 from snn_reversible_plugin.tape.recipes import WORK_LIMIT
 from snn_reversible_plugin.tape.replayed import Replayed
+from snn_reversible_plugin.tape.sliced.alone import is_alone, references, try_out
 from snn_reversible_plugin.tape.sliced.cut import Cut
 from snn_reversible_plugin.tape.sliced.stand_in import cut_of
 from snn_reversible_plugin.tape.sliced.stand_in import unpack as unpack_in_slices
@@ -80,6 +73,7 @@ __all__ = [
     "cut_of",
     "hand_over",
     "handle_of",
+    "is_alone",
     "is_recording",
     "keep",
     "mark_levels",
@@ -95,12 +89,14 @@ __all__ = [
     "paused",
     "peek",
     "recording",
+    "references",
     "returns",
     "runs_eagerly",
     "set_compiler",
     "suspended",
     "takes",
     "to_be_repeated",
+    "try_out",
 ]
 
 MODES = tuple(WORK_LIMIT)

@@ -22,7 +22,8 @@ from snn_reversible_plugin.tape.replayed import Replayed
 #
 # Inside a function (there is no grad mode) what an operation makes may be room for a kernel that torch
 # doesn't see, which fills it. That is what allocates, and all that is made of nothing that is known:
-# `torch.arange(n)`, `torch.tensor(numbers)`, `torch.cat([zeros, zeros])`. It is nobody's recipe.
+# `torch.arange(n)`, `torch.tensor(numbers)`, `torch.cat([zeros, zeros])`. It is nobody's recipe. What has a
+# gradient was handed in: operations outside computed it, and it has no recipe because it is an anchor.
 
 # NOTE [Who saves]
 #
@@ -33,10 +34,12 @@ from snn_reversible_plugin.tape.replayed import Replayed
 
 
 def may_be_filled(operator: Operator, operands: Iterable[torch.Tensor]) -> bool:
-    """Whether what an operation makes may be filled by what torch doesn't see."""
+    """Whether what an operation makes of these may be filled by what torch doesn't see."""
     if torch.is_grad_enabled() or operator.kind is Kind.VIEW:
         return False
-    return operator.allocates or all(look_up(tensor) is None for tensor in operands)
+    return operator.allocates or all(
+        look_up(tensor) is None and not tensor.requires_grad for tensor in operands
+    )
 
 
 class OwnFunctions:

@@ -15,9 +15,10 @@ import torch
 
 from snn_reversible_plugin.ops.layouts import is_plain
 from snn_reversible_plugin.tape.by_values import packed_by_values
-from snn_reversible_plugin.tape.handles import Handle, Kept, Packed
+from snn_reversible_plugin.tape.handles import Handle, Kept
 from snn_reversible_plugin.tape.operators import Kind, Operator
 from snn_reversible_plugin.tape.origins import OUTSIDE, is_ended, look_up
+from snn_reversible_plugin.tape.packed import Packed
 from snn_reversible_plugin.tape.replayed import NO_PRODUCTS, PLAIN, Products, Replayed
 
 # NOTE [What gets a recipe]

@@ -26,7 +26,7 @@ from snn_reversible_plugin.tape.checked import about_to_write, compared
 from snn_reversible_plugin.tape.exposed import leave_alone, look_after
 from snn_reversible_plugin.tape.few_bits import few_bits
 from snn_reversible_plugin.tape.findings import Observer
-from snn_reversible_plugin.tape.handles import Handle, Kept, Packed, Passing
+from snn_reversible_plugin.tape.handles import Handle, Kept, Passing
 from snn_reversible_plugin.tape.mode import Args, Recording
 from snn_reversible_plugin.tape.off_stack import OffStack
 from snn_reversible_plugin.tape.operators import Kind, Operator, aten, operator_of
@@ -34,6 +34,7 @@ from snn_reversible_plugin.tape.origins import OUTSIDE, enter, look_up, now, tid
 from snn_reversible_plugin.tape.outlived import end_histories, outlive, outlived, pass_on_the_end
 from snn_reversible_plugin.tape.outsiders import Outsiders, alias
 from snn_reversible_plugin.tape.own_functions import OwnFunctions, may_be_filled
+from snn_reversible_plugin.tape.packed import Packed
 from snn_reversible_plugin.tape.plans import Following
 from snn_reversible_plugin.tape.recipes import WORK_LIMIT, handles_for, price, tensors_among, view_of
 from snn_reversible_plugin.tape.replayed import Replayed, constant
@@ -48,7 +49,7 @@ class Tape(Recording):
 
     Attributes:
         where: the name of the module that runs. Whoever wants names in errors and reports sets it.
-        replays_products: whether outputs of convolutions and matrix products are replayed.
+        work_limit: how many convolutions and matrix products a rebuild may run; 0: they are kept.
         sizes: takes note of the sizes of what runs, where that is wanted.
         observer: is told of what runs and is saved, where a report wants that.
     """
@@ -58,7 +59,6 @@ class Tape(Recording):
     ) -> None:
         super().__init__()
         self.where: str | None = None
-        self.replays_products = WORK_LIMIT[mode] > 0
         self.work_limit = WORK_LIMIT[mode]
         self._check = check
         self.observer = observer
@@ -228,7 +228,8 @@ class Tape(Recording):
             # for the value that it will have.
             spared = () if operator.inplace else just_kept
             return self._run_mutating(func, operator, types, args, kwargs, spared)
-        out = func(*args, **kwargs)
+        run = func if self.slices is None or types else self.slices.running(func)
+        out = run(*args, **kwargs)
         counts = kind is Kind.NORM and args[5]  # its running statistics
         if counts:
             leave_alone(just_kept, args[3:5])

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from snn_reversible_plugin.tape.handles import Handle, Packed
+from snn_reversible_plugin.tape.handles import Handle
 from snn_reversible_plugin.tape.operators import Operator, aten
 from snn_reversible_plugin.tape.origins import look_up
+from snn_reversible_plugin.tape.packed import Packed
 from snn_reversible_plugin.tape.parts import (
     Parts,
     can_be_in_parts,

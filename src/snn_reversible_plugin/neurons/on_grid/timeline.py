@@ -24,8 +24,9 @@ from snn_reversible_plugin.neurons.on_grid.dynamics import Dynamics
 from snn_reversible_plugin.neurons.on_grid.remainders import Remainders
 from snn_reversible_plugin.ops.devices import may_look
 from snn_reversible_plugin.ops.layouts import flat
-from snn_reversible_plugin.tape.handles import Handle, Packed, Passing
+from snn_reversible_plugin.tape.handles import Handle, Passing
 from snn_reversible_plugin.tape.origins import look_up
+from snn_reversible_plugin.tape.packed import Packed
 from snn_reversible_plugin.tape.replayed import PLAIN, Replayed
 
 # NOTE [Who keeps a timeline alive]
