@@ -316,6 +316,7 @@ FIRST = ("stock", "memory", "speed")
 # What searches or compiles takes long, and comes with the time that is left.
 LATER = ("memopt 1", "memopt 2", "compiled", "memopt 3", "memopt 4")
 LOOPS = ("leaky-loop", "lif-loop")
+CONVERTED: dict[str, dict[str, Any]] = {"default": {}, "fused": {"arithmetic": "fused"}}
 
 
 def train(run: Run) -> None:
@@ -331,8 +332,8 @@ def train(run: Run) -> None:
         if method == "compiled":
             compiled = torch.compile(model)
             training = Training(model, lambda x: workload.loss_of(compiled, x))
-        elif method == "default":
-            srp.convert_to_reversible(model)
+        elif method in CONVERTED:
+            srp.convert_to_reversible(model, **CONVERTED[method])
             training = Training(model, lambda x: workload.loss_of(model, x))
         else:
             training = prepare(method, workload, model, x)
@@ -356,6 +357,8 @@ def train(run: Run) -> None:
             of_work = methods
             if name in LOOPS:  # on the grid is the default there; memopt wants multi-step modules
                 of_work = (*FIRST, "default") if methods is FIRST else ("compiled",)
+            elif dtype is not None and methods is FIRST:  # membranes in float32, as stock's have no kernel
+                of_work = (*FIRST, "fused")
             for method in of_work:
                 run.row(work, method, seconds, partial(measure, work, workload, method, x))
         if methods is FIRST:

@@ -9,7 +9,6 @@ import triton
 
 from snn_reversible_plugin.neurons.integrate_fire import on_triton
 from snn_reversible_plugin.neurons.integrate_fire.reference import Rule
-from snn_reversible_plugin.ops.bits import reference as bits_form
 
 try:
     from spikingjelly._ops.if_ import triton as stock_if
@@ -125,9 +124,8 @@ def test_there_and_back_as_stock(kind, reset):
         made = on_triton.Made(
             torch.empty_like(x), torch.empty(n), torch.empty(steps, n) if membranes == "v_seq" else None
         )
-        bits = on_triton.forward(strided(x) if number % 2 else x, v, case.rule, case.q, made, bits=True)
+        on_triton.forward(strided(x) if number % 2 else x, v, case.rule, case.q, made)
         assert same_bits(made.spikes, expected.spikes), case
-        assert torch.equal(bits, bits_form.pack_bits(made.spikes.view(-1))), case
         assert same_bits(getattr(made, membranes), expected.membranes), case
 
         given = on_triton.Given(strided(g_s) if number % 2 else g_s, **{membranes: g_v})
@@ -188,7 +186,7 @@ def test_a_place_for_membranes_serves_many_blocks(monkeypatch):
 def test_no_neurons():
     rule, x = Case("lif", True, 0.0, True, "ATan").rule, torch.empty(3, 0)
     made = on_triton.Made(torch.empty(3, 0), torch.empty(0))
-    assert on_triton.forward(x, 0.0, rule, None, made, bits=True).numel() == 0
+    on_triton.forward(x, 0.0, rule, None, made)
     on_triton.backward(x, 0.0, rule, None, ("ATan", 2.0), on_triton.Given(x), on_triton.Wanted(x))
 
 

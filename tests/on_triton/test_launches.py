@@ -238,3 +238,67 @@ def test_constants_of_a_graph_are_computed_in_it(looks: list[int], monkeypatch: 
     # Once a forward and layer, and not once a step.
     assert captured["clamp"] - known["clamp"] == again["clamp"] - known["clamp"] == 2
     reaches._captured.clear()
+
+
+def branch(mode: str) -> nn.Module:
+    net = nn.Sequential(
+        neuron.LIFNode(surrogate_function=surrogate.ATan(), detach_reset=True),
+        layer.Conv2d(4, 4, 3, padding=1, bias=False), layer.BatchNorm2d(4),
+    )  # fmt: skip
+    functional.set_step_mode(net, mode)
+    return net
+
+
+class Level(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = branch("s")
+
+    def forward(self, below: Tensor, above: Tensor | None = None) -> Tensor:
+        return self.branch(below if above is None else below + above)
+
+
+class Columns(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        subnets = [nn.ModuleList([Level() for _ in range(2)]) for _ in range(3)]
+        self.columns = srp.RevSColumns(subnets, [[0.7, 0.6]] * 3)
+
+    def forward(self, x_seq: Tensor) -> list[Tensor]:
+        functional.reset_net(self)
+        return list(self.columns(x_seq.unbind()).states)
+
+
+def reversible() -> Iterator[tuple[nn.Module, Tensor]]:
+    blocks = [srp.RevSBlock(branch("m"), branch("m")) for _ in range(3)]
+    yield Resetting(srp.RevSSequence(blocks)), torch.empty(3, 2, 8, 4, 4)
+    yield Columns(), torch.empty(3, 2, 4, 4, 4)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_what_is_undone_waits_for_one_look(
+    captured: bool, looks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chains of reversible blocks and columns: a step, in a CUDA graph too."""
+    read: list[int] = []  # what columns read of their alphas, when a backward is over
+
+    def tolist(tensor: Tensor) -> list[list[float]]:
+        read.append(len(tensor))
+        return [[0.5, 1.0]] * len(tensor)
+
+    monkeypatch.setattr(Tensor, "tolist", tolist)
+    for net, x in reversible():
+        net.to("meta")
+        optimizer, x = torch.optim.SGD(net.parameters(), 0.1), x.to("meta")
+        step(net, x)
+        looks.clear()
+        read.clear()
+        monkeypatch.setattr(devices, "is_capturing", lambda: captured)
+        for _ in range(2):
+            launches(lambda net=net, x=x, optimizer=optimizer: (step(net, x), optimizer.step()))
+        assert len(looks) == (0 if captured else 2), looks
+        assert len(read) == (2 if isinstance(net, Columns) and not captured else 0), read
+        monkeypatch.setattr(devices, "is_capturing", lambda: False)
+        srp.look_at_graphs()
+        assert not captured or looks, looks
+        reaches._captured.clear()

@@ -19,7 +19,8 @@ from torch import Tensor
 from snn_reversible_plugin.grid.decays import MARGIN
 from snn_reversible_plugin.grid.digits import pack_digits, unpack_digits
 from snn_reversible_plugin.grid.range import LOST
-from snn_reversible_plugin.ops.devices import is_capturing, may_look
+from snn_reversible_plugin.ops import devices
+from snn_reversible_plugin.ops.devices import may_look
 
 # NOTE [What is stored of a product]
 #
@@ -69,7 +70,7 @@ class Room:
 
     def look(self, seen: Tensor) -> None:
         """See what :func:`_seen` saw. Waits for the device, so not in a captured graph."""
-        if not is_capturing():
+        if not devices.is_capturing():
             self.told = seen.tolist()
 
 

@@ -31,7 +31,8 @@ class Autocast:
     __slots__ = ("_cache", "_devices", "_dtypes")
 
     def __init__(self, device: str = "cpu") -> None:
-        self._devices = _DEVICES if device in _DEVICES else (*_DEVICES, device)
+        more = device not in _DEVICES and torch.amp.is_autocast_available(device)
+        self._devices = (*_DEVICES, device) if more else _DEVICES
         self._dtypes = {
             kind: torch.get_autocast_dtype(kind)
             for kind in self._devices

@@ -55,7 +55,10 @@ def one_by_one(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def each(ctx: Any, *grads: Tensor | None) -> Any:
-        if not any(grad is not None and is_batched(grad) for grad in grads):
+        for grad in grads:
+            if grad is not None and is_batched(grad):
+                break
+        else:
             return backward(ctx, *grads)
         torch._C._vmapmode_increment_nesting()
         level = torch._C._vmapmode_decrement_nesting()

@@ -116,18 +116,22 @@ class FinalMembrane:
         if lean and self.goes_unread:
             return True
         kept: list[Kept] = []
-        size, seen, place = 0, set[int](), self._place
+        seen, place = set[int](), self._place
+        size, room = 0, place.numel() * place.element_size()
         for handle in _behind(self._held):
             if not isinstance(handle, (Kept, Packed, Replayed)) or handle.treatment == "reversed":
                 return False  # what a stream is undone from goes with the backward
-            if isinstance(handle, Kept) and (handle.parameter or not lean):
-                kept.append(handle)
-            if not lean or handle in kept:
+            is_kept = isinstance(handle, Kept) and (handle.parameter or not lean)
+            if is_kept:
+                kept.append(handle)  # type: ignore[arg-type]
+            if is_kept or not lean:
                 size += handle.stored(seen)
-        if size >= place.numel() * place.element_size():
+                if size >= room:
+                    return False
+        if size >= room:
             return False
-        for handle in kept:
-            handle.spill()
+        for one in kept:
+            one.spill()
         _promises().discard(self)
         return True
 

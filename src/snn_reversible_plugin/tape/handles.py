@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
@@ -33,13 +34,12 @@ _labels: weakref.WeakKeyDictionary[Handle, Label] = weakref.WeakKeyDictionary()
 _UNLABELLED = Label()
 
 
-def are_labelled() -> bool:
-    """Whether any handle is."""
-    return bool(_labels.data)  # type: ignore[attr-defined]
+labelled: dict[Any, Label] = _labels.data  # type: ignore[attr-defined]
+"""What has a label: asked for each value that is rebuilt, whether there is any."""
 
 
 def _label_of(handle: Handle) -> Label:
-    return _labels.get(handle, _UNLABELLED) if are_labelled() else _UNLABELLED
+    return _labels.get(handle, _UNLABELLED) if labelled else _UNLABELLED
 
 
 class Handle:
@@ -101,7 +101,7 @@ class Handle:
 
     def verified(self, value: torch.Tensor, how: str) -> torch.Tensor:
         """In check mode, compare with the checksum that the forward left."""
-        if are_labelled() and self.checksum is not None and not torch.equal(checksum(value), self.checksum):
+        if labelled and self.checksum is not None and not torch.equal(checksum(value), self.checksum):
             raise WrittenUnseen(
                 Unseen(
                     self.where or "the model",
@@ -191,7 +191,7 @@ class Kept(Handle):
                 "of when its layer had run, and a neuron's backward computes that layer again. Shard "
                 "with fully_shard(layer, reshard_after_forward=False), or the converted model as a whole."
             )
-        then = self.checksum if are_labelled() else None
+        then = self.checksum if labelled else None
         if then is not None and not torch.equal(checksum(self.tensor), then):
             raise self.was_written()
         return self.tensor, False

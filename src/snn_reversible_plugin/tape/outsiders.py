@@ -27,12 +27,16 @@ class Outsiders:
 
     def known(self, tensor: torch.Tensor) -> Kept | None:
         """The handle that a tensor, or an equal view, has."""
+        if tensor.is_leaf:
+            earlier = self._kept.get(id(tensor))
+            leaf = None if earlier is None else earlier()
+            same = leaf is not None and leaf.tensor is tensor and leaf.version == tensor._version
+            return leaf if same else None
         view, kept = self._latest_view
         if view is not tensor:
             earlier = self._kept.get(_key(tensor))
             kept = earlier() if earlier is not None else None
-            if not tensor.is_leaf:
-                self._latest_view = tensor, kept
+            self._latest_view = tensor, kept
         if kept is not None and kept.version == tensor._version and _same(kept.tensor, tensor):
             return kept
         self._latest_view = None, None
@@ -61,8 +65,8 @@ def _key(tensor: torch.Tensor) -> Any:
 
 
 def _same(kept: torch.Tensor, tensor: torch.Tensor) -> bool:
-    """Whether what is kept is this leaf, or a view of it that was not copied away since."""
-    if tensor.is_leaf or not is_plain(tensor):
+    """Whether what is kept is this view, and was not copied away since."""
+    if not is_plain(tensor):
         return kept is tensor
     return kept.data_ptr() == tensor.data_ptr()
 

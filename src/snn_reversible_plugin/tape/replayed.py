@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from snn_reversible_plugin.tape.handles import Handle, are_labelled, note_ownership, storage_once
+from snn_reversible_plugin.tape.handles import Handle, labelled, note_ownership, storage_once
 from snn_reversible_plugin.tape.operators import aten
 
 # NOTE [When a rebuilt value is let go]
@@ -109,7 +109,7 @@ class Replayed(Handle):
         for arg in (*self.args, *self.kwargs.values()) if self.kwargs else self.args:
             if isinstance(arg, Handle):
                 found.append(arg)
-            elif arg.__class__ is list:
+            elif arg.__class__ is list and arg and not isinstance(arg[0], int):  # a list has one type
                 for item in arg:
                     if isinstance(item, Handle):
                         found.append(item)
@@ -289,7 +289,9 @@ class _Rebuild:
 
     def _run(self, handle: Replayed) -> tuple[torch.Tensor, bool]:
         borrowed: list[torch.Tensor] = []
-        args = [self._value_of(arg, borrowed) for arg in handle.args]
+        args = [
+            self._value_of(arg, borrowed) if isinstance(arg, (Handle, list)) else arg for arg in handle.args
+        ]
         kwargs = handle.kwargs
         if kwargs:
             kwargs = {name: self._value_of(arg, borrowed) for name, arg in kwargs.items()}
@@ -306,7 +308,7 @@ class _Rebuild:
                     if sibling.needs:
                         sibling.hold(outputs[sibling.index], self._walk)
                         sibling.drop_claims()
-        if are_labelled():
+        if labelled:
             handle.verified(value, f"replaying {handle.func}")
         if borrowed:
             memory = value.untyped_storage().data_ptr()
@@ -317,7 +319,7 @@ class _Rebuild:
 
     def _value_of(self, arg: Any, borrowed: list[torch.Tensor]) -> Any:
         if not isinstance(arg, Handle):
-            if arg.__class__ is list:
+            if arg.__class__ is list and arg and not isinstance(arg[0], int):
                 return [self._value_of(item, borrowed) for item in arg]
             return arg
         if self._values and arg in self._values:

@@ -250,8 +250,8 @@ class Tape(Recording):
             self.record(func, operator, (*args[:3], None, None, *args[5:]), kwargs, out)
         else:
             self.record(func, operator, args, kwargs, out, operands)
-        if self._following is not None:
-            self._following = self._following.computed(operator, args, out)
+        if (following := self._following) is not None:  # with no sizes, where it has found a plan to follow
+            self._following, self.sizes = following.computed(operator, args, out), following.sizes
         if self.observer is not None:
             self.observer.computed(self.where, operator, out, self._refused)
         return out
@@ -295,8 +295,8 @@ class Tape(Recording):
             elif look_up(tensor) is not OUTSIDE:
                 enter(tensor, None)
             written(tensor, root if after is not None else None)
-        if self._following is not None:
-            self._following = self._following.computed(operator, args, out)
+        if (following := self._following) is not None:  # with no sizes, where it has found a plan to follow
+            self._following, self.sizes = following.computed(operator, args, out), following.sizes
         return out
 
     def _enter_unknown(self, operator: Operator, out: Any) -> None:
@@ -359,7 +359,7 @@ class Tape(Recording):
     def _remember(self, kept: Kept) -> None:
         if self.where is not None:
             kept.where = self.where
-        if is_plain(kept.tensor):
+        if kept.tensor.layout is torch.strided:
             self.kept_by_storage.setdefault(storage_key(kept.tensor), []).append(weakref.ref(kept))
 
     def _enter(

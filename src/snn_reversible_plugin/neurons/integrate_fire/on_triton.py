@@ -15,7 +15,6 @@ from torch import Tensor
 
 from snn_reversible_plugin.neurons.integrate_fire import triton_kernels as kernels
 from snn_reversible_plugin.neurons.integrate_fire.reference import Rule
-from snn_reversible_plugin.ops.bits.on_triton import pack_bits
 
 ROWS = 64  # groups of eight neurons a program of the forward
 SIZE = 256  # neurons a program of the backward
@@ -69,12 +68,8 @@ class Wanted(NamedTuple):
     v_last: Tensor | None = None
 
 
-def forward(
-    x: Tensor, v: Tensor | float, rule: Rule, q: Tensor | None, made: Made, bits: bool = False
-) -> Tensor | None:
-    """Spikes and membranes of currents x [T, n] from the membrane v.
-
-    One launch; where bits are wanted and n is not a multiple of eight, one more.
+def forward(x: Tensor, v: Tensor | float, rule: Rule, q: Tensor | None, made: Made) -> None:
+    """Spikes and membranes of currents x [T, n] from the membrane v. One launch.
 
     Args:
         x: float32, float16 or bfloat16, of any strides.
@@ -82,21 +77,17 @@ def forward(
         rule: the neuron's settings.
         q: 1 / tau as a float32 scalar, of a neuron that learns it; else None.
         made: what to write.
-        bits: whether to return the spikes as :func:`.ops.bits.pack_bits` does, too.
     """
     steps, n = x.shape
     each = isinstance(v, Tensor)
-    whole = bits and n % 8 == 0
-    packed = torch.empty(steps * n // 8, dtype=torch.uint8, device=x.device) if whole else None
     if n:
         with torch.cuda.device_of(x):
             kernels.forward[(triton.cdiv(n, 8 * ROWS),)](
-                x, v, _leak(rule, q), made.spikes, packed, made.v_seq, made.v_last, steps, n, *x.stride(),
+                x, v, _leak(rule, q), made.spikes, made.v_seq, made.v_last, steps, n, *x.stride(),
                 made.spikes.stride(0), 0 if made.v_seq is None else made.v_seq.stride(0), *_fires(rule),
-                _leaks(rule, q), q is not None, rule.v_reset is None, each, whole, made.v_seq is not None,
+                _leaks(rule, q), q is not None, rule.v_reset is None, each, made.v_seq is not None,
                 ROWS, enable_fp_fusion=False,
             )  # fmt: skip
-    return pack_bits(made.spikes.reshape(-1)) if bits and not whole else packed
 
 
 def backward(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from snn_reversible_plugin.ops.bits.triton_kernels import store_bits, tile
+from snn_reversible_plugin.ops.bits.triton_kernels import tile
 
 # NOTE [The same bits as stock's kernels]
 #
@@ -104,12 +104,12 @@ def _time_constant(tau, LEARNS: tl.constexpr):
 
 @triton.jit
 def forward(
-    x, v, tau, spikes, bits, v_seq, v_last, T, n, x_step, x_next, s_step, v_step, threshold, to,
-    LEAKS: tl.constexpr, LEARNS: tl.constexpr, SOFT: tl.constexpr, EACH: tl.constexpr, BITS: tl.constexpr,
-    V_SEQ: tl.constexpr, ROWS: tl.constexpr,
+    x, v, tau, spikes, v_seq, v_last, T, n, x_step, x_next, s_step, v_step, threshold, to,
+    LEAKS: tl.constexpr, LEARNS: tl.constexpr, SOFT: tl.constexpr, EACH: tl.constexpr, V_SEQ: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Spikes [T, n], their bits for n of whole bytes, and membranes after each step, if they are wanted."""
-    groups, index = tile(ROWS)
+    """Spikes [T, n], and membranes after each step, if they are wanted."""
+    _groups, index = tile(ROWS)
     mask = index < n
     tau = _time_constant(tau, LEARNS)
     threshold = tl.cast(threshold, tl.float32)
@@ -119,13 +119,9 @@ def forward(
     for _ in range(T):
         current = tl.load(x + of_x, mask=mask, other=0.0).to(tl.float32)
         h = _charge(current, state, tau, to, LEAKS, LEARNS)
-        fired = h >= threshold
-        s = fired.to(tl.float32)
+        s = (h >= threshold).to(tl.float32)
         state = _reset(h, s, threshold, to, SOFT)
         tl.store(spikes + index, s.to(spikes.dtype.element_ty), mask=mask)
-        if BITS:
-            store_bits(bits, (fired & mask).to(tl.int32), groups, n, 1)
-            bits += n // 8
         if V_SEQ:
             tl.store(v_seq + index, state, mask=mask)
             v_seq += v_step

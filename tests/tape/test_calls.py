@@ -1,0 +1,108 @@
+"""What a training step takes of Python: calls of the package's own functions, whatever a machine's load.
+
+At tiny shapes these are most of the time that a converted network takes beyond stock's.
+"""
+
+import os
+import sys
+
+import pytest
+import snntorch
+import torch
+from spikingjelly.activation_based import functional, layer, neuron, surrogate
+from torch import nn
+
+import snn_reversible_plugin as srp
+
+STEPS, LAYERS = 20, 2
+HOME = os.path.dirname(srp.__file__)
+
+
+class Loop(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.ModuleList([nn.Linear(8, 8) for _ in range(LAYERS)])
+        self.lif = nn.ModuleList([self.make() for _ in range(LAYERS)])
+
+
+class OfSpikingJelly(Loop):
+    def make(self):
+        return neuron.LIFNode(surrogate_function=surrogate.ATan())
+
+    def forward(self, x_seq):
+        functional.reset_net(self)
+        seen = []
+        for x in x_seq:
+            for fc, lif in zip(self.fc, self.lif, strict=True):
+                x = lif(fc(x))
+            seen.append(x)
+        return torch.stack(seen)
+
+
+class OfSnnTorch(Loop):
+    def make(self):
+        return snntorch.Leaky(0.9)
+
+    def forward(self, x_seq):
+        states, seen = [lif.reset_mem() for lif in self.lif], []
+        for x in x_seq:
+            for at, (fc, lif) in enumerate(zip(self.fc, self.lif, strict=True)):
+                x, states[at] = lif(fc(x), states[at])
+            seen.append(x)
+        return torch.stack(seen)
+
+
+class Sequence(nn.Sequential):
+    def __init__(self):
+        layers = [
+            (layer.Conv2d(4, 4, 3, padding=1, bias=False), layer.BatchNorm2d(4),
+             neuron.LIFNode(surrogate_function=surrogate.ATan(), detach_reset=True))
+            for _ in range(LAYERS)
+        ]  # fmt: skip
+        super().__init__(*[module for one in layers for module in one])
+        functional.set_step_mode(self, "m")
+
+    def forward(self, x_seq):
+        functional.reset_net(self)
+        return super().forward(x_seq)
+
+
+def calls(net, x):
+    """Of functions of the package, in the second of two equal training steps."""
+    found = []
+
+    def count(frame, event, _):
+        if event == "call" and frame.f_code.co_filename.startswith(HOME):
+            found.append(frame.f_code)
+
+    for _ in range(2):
+        found.clear()
+        sys.setprofile(count)
+        try:
+            net(x).square().sum().backward()
+        finally:
+            sys.setprofile(None)
+    return len(found)
+
+
+@pytest.mark.parametrize(
+    ("make", "mode", "most"),
+    [
+        (OfSpikingJelly, "memory", 280),
+        (OfSpikingJelly, "speed", 252),
+        (OfSpikingJelly, "auto", 290),
+        (OfSnnTorch, "memory", 272),
+        (OfSnnTorch, "speed", 243),
+    ],
+)
+def test_of_a_loop(make, mode, most):
+    """For each neuron and step, its layer included."""
+    net = srp.convert_to_reversible(make(), mode=mode)
+    assert calls(net, torch.rand(STEPS, 2, 8)) / (STEPS * LAYERS) <= most
+
+
+@pytest.mark.parametrize(("mode", "most"), [("memory", 725), ("speed", 710), ("auto", 748)])
+def test_of_a_sequence(mode, most):
+    """For each convolution, batch norm and neuron."""
+    net = srp.convert_to_reversible(Sequence(), mode=mode)
+    assert calls(net, torch.rand(4, 2, 4, 4, 4)) / LAYERS <= most
