@@ -16,7 +16,7 @@ import torch
 
 from snn_reversible_plugin.tape.handles import Handle, Kept
 from snn_reversible_plugin.tape.operators import Kind, Operator
-from snn_reversible_plugin.tape.origins import look_up
+from snn_reversible_plugin.tape.origins import is_ended, is_older, look_up
 from snn_reversible_plugin.tape.recipes import tensors_among
 from snn_reversible_plugin.tape.replayed import Replayed
 
@@ -25,7 +25,8 @@ from snn_reversible_plugin.tape.replayed import Replayed
 # Inside a function (there is no grad mode) what an operation makes may be room for a kernel that torch
 # doesn't see, which fills it. That is what allocates, and all that is made of nothing that is known:
 # `torch.arange(n)`, `torch.tensor(numbers)`, `torch.cat([zeros, zeros])`. It is nobody's recipe. What has a
-# gradient was handed in: operations outside computed it, and it has no recipe because it is an anchor.
+# gradient was handed in: operations outside computed it, and it has no recipe because it is an anchor. A
+# state of an earlier call has been filled by now.
 
 # NOTE [Who saves]
 #
@@ -35,13 +36,20 @@ from snn_reversible_plugin.tape.replayed import Replayed
 # 2. Bits are less than what stock holds, so what is rebuilt from bits alone, without a product, is.
 
 
-def may_be_filled(operator: Operator, args: Iterable[Any]) -> bool:
-    """Whether what an operation makes may be filled by what torch doesn't see."""
+def may_be_filled(operator: Operator, args: Iterable[Any], began: int) -> bool:
+    """Whether what an operation makes may be filled by what torch doesn't see.
+
+    ``began``: when this recording began.
+    """
     if torch.is_grad_enabled() or operator.kind is Kind.VIEW:
         return False
-    return operator.allocates or all(
-        look_up(tensor) is None and not tensor.requires_grad for tensor in tensors_among(args)
-    )
+    return operator.allocates or all(_may_be_room(tensor, began) for tensor in tensors_among(args))
+
+
+def _may_be_room(tensor: torch.Tensor, began: int) -> bool:
+    if look_up(tensor) is not None or tensor.requires_grad:
+        return False
+    return not (is_older(tensor, began) or is_ended(tensor))
 
 
 class OwnFunctions:

@@ -7,6 +7,7 @@ it would, its output is kept. Both are counted when the operation runs, from wha
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,13 +49,18 @@ from snn_reversible_plugin.tape.replayed import NO_PRODUCTS, Products, Replayed
 # 10. A state that an earlier recording left and that is detached here ends its history: the steps before
 #    have had their backward, or get none through it. Its recipe would lead through all of them. And what is
 #    made of it without a gradient (a trace of spikes) is the user's next state, which lives anyway.
+# 11. In a loop over time each step adds products, so that the limit alone would keep one step in two or
+#    three. They follow no other, and each runs once, as all that is between two anchors waits for its own
+#    step. So their number grows with the products behind the anchors that are kept already, as their root:
+#    what stands at once grows as what is held does, and neither with T. For example, with two products a
+#    step and T = 100, steps 3, 7, 12, 17, 23, ... are kept, 14 of them.
 
 MAX_DEPTH = 256
 SHORT = 2  # operations, that a state which ends its history may be away from what is stored
 MAX_SERIES = 3
 WORK_LIMIT = {"memory": 5, "speed": 0, "minimal": 5}
 SMALL_OUTPUT = 16  # an output this many times smaller than the largest activation it is made of is kept
-MANY_PRODUCTS = 16  # parts of products are not told apart beyond
+MANY_PRODUCTS = 48  # parts of products are not told apart beyond
 
 _serial = itertools.count()
 
@@ -83,7 +89,11 @@ class Price:
 
 
 def price(
-    operator: Operator, operands: Iterable[Any], outputs: list[torch.Tensor], work_limit: float
+    operator: Operator,
+    operands: Iterable[Any],
+    outputs: list[torch.Tensor],
+    work_limit: float,
+    most_series: int = MAX_SERIES,
 ) -> Price | str:
     """The price of a recipe, or why keeping the output is cheaper: one of :class:`Refused`."""
     size = 0
@@ -120,7 +130,7 @@ def price(
                 newly_kept += 1
     if operator.work:
         products, series = {**products, next(_serial): 1.0}, series + 1
-    if products and (series > MAX_SERIES or sum(products.values()) > work_limit + 1e-3):
+    if products and (series > most_series or sum(products.values()) > work_limit + 1e-3):
         return Refused.WORK
     if depth >= MAX_DEPTH:
         return Refused.DEPTH
@@ -129,6 +139,34 @@ def price(
     if operator.kind is not Kind.VIEW and size * SMALL_OUTPUT <= largest:
         return Refused.SMALL
     return Price(products, depth + 1, cheap, known, series=series)
+
+
+class Prices:
+    """What operations cost under one tape: limits that grow in a loop over time; see recipes, note 11.
+
+    Loops are told apart by the module that runs, and the shape of what would be kept.
+    """
+
+    __slots__ = ("_limit", "_passed")
+
+    def __init__(self, work_limit: float) -> None:
+        self._limit = work_limit
+        self._passed: dict[tuple[str | None, torch.Size], float] = {}
+
+    def of(
+        self, operator: Operator, operands: Sequence[Any], outputs: list[torch.Tensor], where: str | None
+    ) -> Price | str:
+        """See :func:`price`; ``where``: the module that runs."""
+        cost = price(operator, operands, outputs, self._limit)
+        if cost is not Refused.WORK or not self._limit:
+            return cost
+        loop = where, outputs[0].shape
+        passed = self._passed.get(loop, 0.0)
+        limit = self._limit + math.isqrt(int(passed))
+        cost = price(operator, operands, outputs, limit, most_series=1)
+        if cost is Refused.WORK:
+            self._passed[loop] = passed + limit
+        return cost
 
 
 def price_of_part(

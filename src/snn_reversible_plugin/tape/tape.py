@@ -36,7 +36,7 @@ from snn_reversible_plugin.tape.outlived import end_histories, outlive, outlived
 from snn_reversible_plugin.tape.outsiders import Outsiders, alias
 from snn_reversible_plugin.tape.own_functions import OwnFunctions, may_be_filled
 from snn_reversible_plugin.tape.plans import Following
-from snn_reversible_plugin.tape.recipes import WORK_LIMIT, price, tensors_among
+from snn_reversible_plugin.tape.recipes import WORK_LIMIT, Prices, tensors_among
 from snn_reversible_plugin.tape.replayed import Replayed, constant
 from snn_reversible_plugin.tape.sliced.cut import Slices
 from snn_reversible_plugin.tape.spans import Span
@@ -79,6 +79,7 @@ class Tape(OwnMode, TorchDispatchMode):
         self._rules: dict[Any, Rule] = {}  # of operators that somebody else runs for the time being
         self.latest_writes: list[Any] = []  # in check mode
         self._suspended = 0
+        self._prices = Prices(self.work_limit)
         self.pauses = 0
         self._outsiders = Outsiders()
         self.kept_by_storage: ByStorage = {}
@@ -270,7 +271,7 @@ class Tape(OwnMode, TorchDispatchMode):
         if operator.kind is Kind.VIEW and look_up(args[0]) is OUTSIDE:
             return out
         end_histories(func, args, self._began)
-        unknown = operator.kind is Kind.OPAQUE or may_be_filled(operator, args)
+        unknown = operator.kind is Kind.OPAQUE or may_be_filled(operator, args, self._began)
         if types or self._suspended or unknown:
             self._enter_unknown(operator, out)
         elif operator.constant:
@@ -337,7 +338,7 @@ class Tape(OwnMode, TorchDispatchMode):
     ) -> Replayed | None:
         """The recipe of an operation, or None where keeping its output is cheaper."""
         operands = (*args, *kwargs.values()) if kwargs else args
-        cost = price(operator, operands, outputs, self.work_limit)
+        cost = self._prices.of(operator, operands, outputs, self.where)
         if isinstance(cost, str):
             self._refused = cost
             return None
