@@ -8,15 +8,16 @@ would be run twice, and both would be alive at the peak.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import FrameType
 from typing import Any
 
 import torch
 
-from snn_reversible_plugin.tape.handles import Handle, Kept
+from snn_reversible_plugin.tape.copies import copy_of
+from snn_reversible_plugin.tape.handles import Handle, Kept, Packed
 from snn_reversible_plugin.tape.operators import Kind, Operator
-from snn_reversible_plugin.tape.origins import is_ended, is_older, look_up
+from snn_reversible_plugin.tape.origins import enter, is_ended, is_older, look_up
 from snn_reversible_plugin.tape.recipes import tensors_among
 from snn_reversible_plugin.tape.replayed import Replayed
 
@@ -44,6 +45,16 @@ def may_be_filled(operator: Operator, args: Iterable[Any], began: int) -> bool:
     if torch.is_grad_enabled() or operator.kind is Kind.VIEW:
         return False
     return operator.allocates or all(_may_be_room(tensor, began) for tensor in tensors_among(args))
+
+
+def enter_unknown(operator: Operator, args: Sequence[Any], out: Any) -> None:
+    """Write down what an operation made that may be filled."""
+    copy = copy_of(args[0], out) if operator.name == "clone" else None
+    if copy is not None:
+        return enter(out, copy)
+    for tensor in tensors_among((out,)):
+        bit = operator.binary or tensor.dtype is torch.bool
+        enter(tensor, Packed() if bit and operator.kind is not Kind.VIEW else None)
 
 
 def _may_be_room(tensor: torch.Tensor, began: int) -> bool:

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from snn_reversible_plugin.ops.layouts import is_plain
-from snn_reversible_plugin.tape.by_values import packed_by_values
+from snn_reversible_plugin.tape.copies import known_of
 from snn_reversible_plugin.tape.handles import Handle, Kept
 from snn_reversible_plugin.tape.operators import Kind, Operator
-from snn_reversible_plugin.tape.origins import OUTSIDE, is_ended, look_up
+from snn_reversible_plugin.tape.origins import OUTSIDE, is_ended
 from snn_reversible_plugin.tape.replayed import NO_PRODUCTS, Products, Replayed
 
 # NOTE [What gets a recipe]
@@ -105,10 +105,7 @@ def price(
     newly_kept = largest = series = 0
     known: dict[int, Any] = {}
     for tensor in tensors_among(operands):
-        handle = look_up(tensor)
-        if handle is None:
-            handle = packed_by_values(tensor)
-        known[id(tensor)] = handle
+        handle = known[id(tensor)] = known_of(tensor)
         if not is_plain(tensor):
             return Refused.LAYOUT
         if operator.atomic and tensor.is_cuda:
@@ -198,10 +195,7 @@ def price_of_part(
     of_operands, newly_kept, series = 0.0, 0, getattr(before, "series", 0)
     known: dict[int, Any] = {}
     for tensor in tensors_among((*operands, *named.values())):
-        handle = look_up(tensor)
-        if handle is None:
-            handle = packed_by_values(tensor)
-        known[id(tensor)] = handle
+        handle = known[id(tensor)] = known_of(tensor)
         if not is_plain(tensor):
             return None
         if isinstance(handle, Replayed):

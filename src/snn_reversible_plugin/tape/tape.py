@@ -34,7 +34,7 @@ from snn_reversible_plugin.tape.operators import Kind, Operator, operator_of
 from snn_reversible_plugin.tape.origins import OUTSIDE, enter, look_up, now, tidy, written, written_unseen
 from snn_reversible_plugin.tape.outlived import end_histories, outlive, outlived, pass_on_the_end
 from snn_reversible_plugin.tape.outsiders import Outsiders, alias
-from snn_reversible_plugin.tape.own_functions import OwnFunctions, may_be_filled
+from snn_reversible_plugin.tape.own_functions import OwnFunctions, enter_unknown, may_be_filled
 from snn_reversible_plugin.tape.plans import Following
 from snn_reversible_plugin.tape.recipes import WORK_LIMIT, Prices, tensors_among
 from snn_reversible_plugin.tape.replayed import Replayed, constant
@@ -273,7 +273,7 @@ class Tape(OwnMode, TorchDispatchMode):
         end_histories(func, args, self._began)
         unknown = operator.kind is Kind.OPAQUE or may_be_filled(operator, args, self._began)
         if types or self._suspended or unknown:
-            self._enter_unknown(operator, out)
+            enter_unknown(operator, args, out)
         elif operator.constant:
             self._enter(out, constant(func, args, out))
         elif operator.kind is Kind.NORM and args[5]:
@@ -327,11 +327,6 @@ class Tape(OwnMode, TorchDispatchMode):
         if self._following is not None:
             self._following.computed(operator, args, out)
         return out
-
-    def _enter_unknown(self, operator: Operator, out: Any) -> None:
-        for tensor in tensors_among((out,)):
-            bit = operator.binary or tensor.dtype is torch.bool
-            enter(tensor, Packed() if bit and operator.kind is not Kind.VIEW else None)
 
     def _recipe(
         self, func: Any, operator: Operator, args: Sequence[Any], kwargs: dict[str, Any], outputs: list[Any]
