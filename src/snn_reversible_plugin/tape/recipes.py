@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from snn_reversible_plugin.ops.layouts import is_plain
+from snn_reversible_plugin.ops.layouts import is_plain, storage_key
 from snn_reversible_plugin.tape.copies import known_of
 from snn_reversible_plugin.tape.handles import Handle, Kept
 from snn_reversible_plugin.tape.operators import Kind, Operator
-from snn_reversible_plugin.tape.origins import OUTSIDE, is_ended
+from snn_reversible_plugin.tape.origins import OUTSIDE, is_ended, look_up
 from snn_reversible_plugin.tape.replayed import NO_PRODUCTS, Products, Replayed
 
 # NOTE [What gets a recipe]
@@ -52,8 +52,9 @@ from snn_reversible_plugin.tape.replayed import NO_PRODUCTS, Products, Replayed
 # 11. In a loop over time each step adds products, so that the limit alone would keep one step in two or
 #    three. They follow no other, and each runs once, as all that is between two anchors waits for its own
 #    step. So their number grows with the products behind the anchors that are kept already, as their root:
-#    what stands at once grows as what is held does, and neither with T. For example, with two products a
-#    step and T = 100, steps 3, 7, 12, 17, 23, ... are kept, 14 of them.
+#    what stands at once grows as what is held does, and both as the root of T. For example, with two
+#    products a step and T = 100, steps 3, 7, 12, 17, 23, ... are kept, 14 of them. A loop is known by its
+#    weights: the last product read those of an earlier one. Shapes tell loops apart.
 
 MAX_DEPTH = 256
 SHORT = 2  # operations, that a state which ends its history may be away from what is stored
@@ -139,30 +140,33 @@ def price(
 
 
 class Prices:
-    """What operations cost under one tape: limits that grow in a loop over time; see recipes, note 11.
+    """What operations cost under one tape: limits that grow in a loop over time; see recipes, note 11."""
 
-    Loops are told apart by the module that runs, and the shape of what would be kept.
-    """
-
-    __slots__ = ("_limit", "_passed")
+    __slots__ = ("_again", "_limit", "_passed", "_seen")
 
     def __init__(self, work_limit: float) -> None:
         self._limit = work_limit
-        self._passed: dict[tuple[str | None, torch.Size], float] = {}
+        self._seen: set[int] = set()  # storages that products have read: weights, inputs
+        self._again = False  # whether the last product read what an earlier one had
+        self._passed: dict[torch.Size, float] = {}
 
-    def of(
-        self, operator: Operator, operands: Sequence[Any], outputs: list[torch.Tensor], where: str | None
-    ) -> Price | str:
-        """See :func:`price`; ``where``: the module that runs."""
+    def of(self, operator: Operator, operands: Sequence[Any], outputs: list[torch.Tensor]) -> Price | str:
+        """See :func:`price`."""
         cost = price(operator, operands, outputs, self._limit)
-        if cost is not Refused.WORK or not self._limit:
+        if operator.work and self._limit:
+            read = {
+                storage_key(t) for t in tensors_among(operands) if is_plain(t) and look_up(t) is OUTSIDE
+            }
+            self._again = bool(read) and read <= self._seen
+            self._seen |= read
+        if cost is not Refused.WORK or not self._again:
             return cost
-        loop = where, outputs[0].shape
-        passed = self._passed.get(loop, 0.0)
+        shape = outputs[0].shape
+        passed = self._passed.get(shape, 0.0)
         limit = self._limit + math.isqrt(int(passed))
         cost = price(operator, operands, outputs, limit, most_series=1)
         if cost is Refused.WORK:
-            self._passed[loop] = passed + limit
+            self._passed[shape] = passed + limit
         return cost
 
 

@@ -333,7 +333,7 @@ class Tape(OwnMode, TorchDispatchMode):
     ) -> Replayed | None:
         """The recipe of an operation, or None where keeping its output is cheaper."""
         operands = (*args, *kwargs.values()) if kwargs else args
-        cost = self._prices.of(operator, operands, outputs, self.where)
+        cost = self._prices.of(operator, operands, outputs)
         if isinstance(cost, str):
             self._refused = cost
             return None
