@@ -12,8 +12,8 @@ import snn_reversible_plugin as srp
 from against_stock import assert_trains_like_stock
 from own_neurons import times_less
 from snn_reversible_plugin import tape
-from snn_reversible_plugin.tape.handles import PackedLevels
 from snn_reversible_plugin.tape.origins import look_up
+from snn_reversible_plugin.tape.packed import PackedLevels
 from snn_reversible_plugin.tape.spans import ANY, Span, span_after
 
 

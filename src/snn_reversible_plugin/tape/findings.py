@@ -13,9 +13,10 @@ from typing import Any, Protocol
 import torch
 
 from snn_reversible_plugin.ops.layouts import is_plain, storage_key
-from snn_reversible_plugin.tape.handles import Handle, Kept, Packed
+from snn_reversible_plugin.tape.handles import Handle, Kept
 from snn_reversible_plugin.tape.operators import Kind, Operator
 from snn_reversible_plugin.tape.origins import look_up
+from snn_reversible_plugin.tape.packed import Packed
 from snn_reversible_plugin.tape.recipes import Refused, tensors_among
 from snn_reversible_plugin.tape.unseen import Unseen
 

@@ -8,16 +8,17 @@ would be run twice, and both would be alive at the peak.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
 import torch
 
 from snn_reversible_plugin.tape.copies import copy_of
-from snn_reversible_plugin.tape.handles import Handle, Kept, Packed
+from snn_reversible_plugin.tape.handles import Handle, Kept
 from snn_reversible_plugin.tape.operators import Kind, Operator
-from snn_reversible_plugin.tape.origins import enter, is_ended, is_older, look_up
+from snn_reversible_plugin.tape.origins import enter, is_ended, look_up, older_among
+from snn_reversible_plugin.tape.packed import Packed
 from snn_reversible_plugin.tape.recipes import tensors_among
 from snn_reversible_plugin.tape.replayed import Replayed
 
@@ -37,14 +38,14 @@ from snn_reversible_plugin.tape.replayed import Replayed
 # 2. Bits are less than what stock holds, so what is rebuilt from bits alone, without a product, is.
 
 
-def may_be_filled(operator: Operator, args: Iterable[Any], began: int) -> bool:
-    """Whether what an operation makes may be filled by what torch doesn't see.
+def may_be_filled(operator: Operator, operands: list[torch.Tensor], began: int) -> bool:
+    """Whether what an operation makes of these may be filled by what torch doesn't see.
 
     ``began``: when this recording began.
     """
     if torch.is_grad_enabled() or operator.kind is Kind.VIEW:
         return False
-    return operator.allocates or all(_may_be_room(tensor, began) for tensor in tensors_among(args))
+    return operator.allocates or (all(map(_may_be_room, operands)) and not older_among(operands, began))
 
 
 def enter_unknown(operator: Operator, args: Sequence[Any], out: Any) -> None:
@@ -57,40 +58,38 @@ def enter_unknown(operator: Operator, args: Sequence[Any], out: Any) -> None:
         enter(tensor, Packed() if bit and operator.kind is not Kind.VIEW else None)
 
 
-def _may_be_room(tensor: torch.Tensor, began: int) -> bool:
-    if look_up(tensor) is not None or tensor.requires_grad:
-        return False
-    return not (is_older(tensor, began) or is_ended(tensor))
+def _may_be_room(tensor: torch.Tensor) -> bool:
+    return look_up(tensor) is None and not (tensor.requires_grad or is_ended(tensor))
 
 
 class OwnFunctions:
-    """Knows whether what is packed now is saved by a function that has just run a product itself."""
+    """Knows whether what is packed now is saved by a function that has just run a product itself.
 
-    __slots__ = ("_calls",)
+    ``calls``: the frames that ran the last one, and where they stood.
+    """
+
+    __slots__ = ("calls",)
 
     def __init__(self) -> None:
-        self._calls: set[tuple[int, int]] = set()
+        self.calls: set[tuple[int, int]] = set()
 
     def product(self) -> None:
         """A convolution or matrix product has run without grad mode."""
-        self._calls.clear()
-        frame: FrameType | None = sys._getframe(2)
+        self.calls.clear()
+        frame: FrameType | None = sys._getframe(3)  # what runs the mode that calls this
         while frame is not None:
-            self._calls.add((id(frame), frame.f_lasti))
+            self.calls.add((id(frame), frame.f_lasti))
             frame = frame.f_back
 
     def over(self) -> None:
         """An operation runs in grad mode."""
-        self._calls.clear()
+        self.calls.clear()
 
     def keeps(self, tensor: torch.Tensor, handle: object, caller: FrameType | None) -> bool:
         """Whether a tensor that has this handle, and is saved from this frame, is to be kept as it is."""
-        if not self._calls or caller is None or not isinstance(handle, Replayed):
+        if not self.calls or caller is None or not isinstance(handle, Replayed):
             return False
-        return (id(caller), caller.f_lasti) in self._calls and not _is_from_bits(handle, tensor.nbytes)
-
-    def __bool__(self) -> bool:
-        return bool(self._calls)
+        return (id(caller), caller.f_lasti) in self.calls and not _is_from_bits(handle, tensor.nbytes)
 
 
 def _is_from_bits(handle: Replayed, size: int) -> bool:
