@@ -45,11 +45,12 @@ def copy_of(source: torch.Tensor, out: torch.Tensor) -> Copy | None:
 
 
 def known_of(tensor: torch.Tensor) -> Any:
-    """What :func:`look_up` says of an operand, or else its values; it is entered."""
+    """What :func:`look_up` says of an operand, or else its values; it is entered.
+
+    A copy that is computed with is kept: it may be a state (a trace of spikes), which lives anyway.
+    """
     handle = look_up(tensor)
-    if isinstance(handle, Copy):
-        handle = handle.leads_to()
-    return packed_by_values(tensor) if handle is None else handle
+    return packed_by_values(tensor) if handle is None or isinstance(handle, Copy) else handle
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
