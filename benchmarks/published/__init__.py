@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import (
     dense,
     detection,
+    frameworks,
     metaformers,
     neurons_of_releases,
     own_neurons,
@@ -21,7 +22,7 @@ FAMILIES: dict[str, Family] = {
     family.name: family
     for room in (
         resnets, transformers, qkformer, metaformers, own_neurons, neurons_of_releases, dense, detection,
-        sequences, snntorch_loops, reversible,
+        sequences, snntorch_loops, reversible, frameworks,
     )
     for family in room.FAMILIES
 }  # fmt: skip

@@ -348,8 +348,16 @@ def attention_resnet(_sj, width):
         def forward(self, x):
             return self.attention(self.residual_function(x)) + x
 
+    class Readout(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(width, 10)
+
+        def forward(self, x):
+            return self.fc(x.mean((-1, -2))).mean(0)
+
     stem = nn.Sequential(Snn_Conv2d(2, width, 3, padding=1, bias=False), batch_norm_2d(width))
-    return nn.Sequential(*stem, Block(width), Block(width), mem_update())
+    return nn.Sequential(*stem, Block(width), Block(width), mem_update(), Readout())
 
 
 FAMILIES = (

@@ -11,8 +11,10 @@ from torch import nn
 
 import snn_reversible_plugin as srp
 from old_spikingjelly import HOMES, folder, make, release
+from snn_reversible_plugin.convert import settings_of
 from snn_reversible_plugin.modules.kinds import FRAMEWORKS, framework_of, is_multi_step, is_spiking
 from snn_reversible_plugin.reports.measure import count_step
+from snn_reversible_plugin.reports.memory_report import _about_neuron
 
 THREE = {"IFNode": {}, "LIFNode": {"tau": 1.7}, "ParametricLIFNode": {"init_tau": 1.7}}
 RESETS = (0.0, None, -0.2)
@@ -137,8 +139,10 @@ def test_what_is_set_to_cupy_computes_as_torch(old, kind, monkeypatch):
     outcome(node, x)
     assert all(map(same, outcome(node, x, calls=2), outcome(in_cupy, x, calls=2)))
     assert in_cupy.backend == "cupy"
-    if kind == "LIFNode":
-        assert in_cupy.treatment == "analytic" and "torch" in in_cupy.treatment_reason
+    assert (in_cupy.treatment == "analytic") == (kind == "LIFNode")
+    assert _about_neuron("", in_cupy, settings_of(in_cupy)).endswith(
+        '"cupy" is served by the equations of "torch"'
+    )
     with torch.no_grad():
         node.reset(), in_cupy.reset()
         assert torch.equal(node(x), in_cupy(x))

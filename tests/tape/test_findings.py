@@ -38,7 +38,8 @@ def test_bits_are_found_where_they_are_made(report):
     found = {(one.module, one.operation): one for one in report.bits}
     spikes, counts = found["1", "gt"], found["3", "round"]
     assert spikes.bytes == spikes.elements // 8 == 4 * 32 * 64 // 8
-    assert counts.bytes == 3 * counts.elements // 8
+    # The order of eight codes and a bit for each, and more for those that are not the most frequent.
+    assert 8 + counts.elements // 8 <= counts.bytes < 3 * counts.elements // 8
 
 
 def test_what_is_kept_in_full_says_why_and_what_to_change(report):

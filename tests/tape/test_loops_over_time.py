@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import snn_reversible_plugin as srp
 from own_neurons import Alternating, Fire, Scale, gradients, lif, scan, spikes, times_less
 from snn_reversible_plugin import tape
+from snn_reversible_plugin.tape.recipes import Refused
 
 
 class Operations(TorchDispatchMode):
@@ -164,6 +165,49 @@ def test_different_products_are_limited():
     for stock, ours in zip(expected, found, strict=True):
         assert torch.equal(stock, ours)
     assert operations.counts.get("addmm", 0) <= 5  # those between the last anchor and the end
+
+
+class Recurrent(nn.Module):
+    """Two products a step, and a leak that is learned."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.forth, self.back = nn.Linear(features, features), nn.Linear(features, features)
+        self.leak = nn.Parameter(torch.zeros(features))
+
+    def forward(self, x_seq):
+        v = s = torch.zeros_like(x_seq[0])
+        out = []
+        for x in x_seq:
+            v = v * torch.sigmoid(self.leak) * (1 - s) + self.forth(x) + self.back(s)
+            s = Fire.apply(v - 0.1)
+            out.append(s)
+        return torch.stack(out)
+
+
+@pytest.mark.parametrize(("steps", "anchors", "least"), [(25, 6, 16), (100, 15, 25)])
+def test_products_of_a_recurrent_loop_are_run_once_and_its_anchors_grow_as_their_root(
+    steps, anchors, least
+):
+    net, x = Recurrent(64), spikes(steps, 64, 32)
+    held, peak = times_less(net, x)
+    assert held > least and peak > 1.5
+    kept = []
+
+    class Observer:
+        def computed(self, where, operator, out, refused):
+            if refused == Refused.WORK:
+                kept.append(operator.name)
+
+        def packed(self, where, tensor, handle):
+            pass
+
+    with tape.recording(observer=Observer()):
+        loss = net(x).mean()
+    assert 2 < len(kept) <= anchors
+    with Operations() as operations:
+        loss.backward()
+    assert operations.counts["addmm"] <= 2 * steps
 
 
 def test_float_residual_sums_are_anchored_now_and_then():

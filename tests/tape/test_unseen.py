@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import snn_reversible_plugin as srp
+from own_neurons import Alternating, spikes, times_less
 
 
 def allocated(x, how):
@@ -75,6 +76,41 @@ def test_what_no_operation_wrote_is_kept(how, mode):
         gradients.append([p.grad for p in net.parameters()])
     for stock, ours in zip(*gradients, strict=True):
         assert torch.equal(stock, ours)
+
+
+class SavesACopy(torch.autograd.Function):
+    """As sinabs: what is given is saved as a copy; ``filled``: which numpy writes to."""
+
+    @staticmethod
+    def forward(ctx, v, filled):
+        copy = v.clone()
+        if filled:
+            np.maximum(copy.numpy(), -0.5, out=copy.numpy())
+        ctx.save_for_backward(copy)
+        return (v > 0).float()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (copy,) = ctx.saved_tensors
+        return grad * torch.exp(copy).clamp(max=3), None
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_a_copy_is_replayed_where_it_is_one(filled):
+    class Loop(nn.Module):
+        def forward(self, x_seq):
+            v, out = torch.zeros_like(x_seq[0]), []
+            for x in x_seq:
+                v = 0.9 * v + x
+                out.append(SavesACopy.apply(v - 1.0, filled))
+                v = v - out[-1].detach()
+            return torch.stack(out)
+
+    torch.manual_seed(0)
+    net = Alternating(Loop(), [nn.Linear(64, 64) for _ in range(3)])
+    held, peak = times_less(net, spikes(16, 64, 32))
+    assert held > 45 if not filled else held < 8
+    assert peak > 0.98
 
 
 @pytest.mark.parametrize("mode", ["memory", "speed"])

@@ -245,7 +245,8 @@ def _about_neuron(name: str, module: nn.Module, settings: convert.Settings) -> s
         return "" if module._modules else why_taped(module)
     sliced = ", sliced" if settings.mode == "minimal" else ""
     about = f"{treatment}, {getattr(module, 'arithmetic', 'stock')} arithmetic{sliced}"
-    reason = convert.off_grid_reason(name, module, settings)
+    reasons = convert.off_grid_reason(name, module, settings), getattr(module, "treatment_reason", "")
+    reason = "; ".join(filter(None, reasons))
     return f"{about}: {reason}" if reason else about
 
 

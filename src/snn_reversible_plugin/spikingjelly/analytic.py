@@ -36,7 +36,7 @@ from snn_reversible_plugin.spikingjelly.calls import (
     promises_of,
     stepped_neurons,
 )
-from snn_reversible_plugin.spikingjelly.copies import Copy, InTorch, copy_of
+from snn_reversible_plugin.spikingjelly.copies import Copy, InTorch, copy_of, why_not_as_set
 from snn_reversible_plugin.spikingjelly.replayed import as_stock, is_learning, replayed
 from snn_reversible_plugin.spikingjelly.surrogates import (
     as_autograd,
@@ -105,9 +105,7 @@ class Analytic:
     def treatment_reason(self) -> str:
         """Why the last call's backward was not the written-out one, for reports."""
         instead = _instead.get(self)
-        if instead is not None:
-            return instead.reason
-        return 'it computes as with backend="torch"' if getattr(self, "backend", "") == "cupy" else ""
+        return why_not_as_set(self) if instead is None else instead.reason  # type: ignore[arg-type]
 
     @property
     def v_seq(self) -> Any:

@@ -151,6 +151,13 @@ class InTorch:
             self._table[self._key] = self._set_to
 
 
+def why_not_as_set(module: nn.Module) -> str:
+    """What :class:`InTorch` does to a neuron, for reports; empty for most."""
+    if getattr(module, "backend", "") != "cupy":
+        return ""
+    return 'its backend "cupy" is served by the equations of "torch"'
+
+
 @functools.cache
 def installed() -> Copy:
     """The copy that ``import spikingjelly`` gives, 2.0's or 0.0.0.0.14's neurons before older ones.

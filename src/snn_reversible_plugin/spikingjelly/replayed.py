@@ -30,7 +30,7 @@ from snn_reversible_plugin.ops.autocast import Autocast
 from snn_reversible_plugin.ops.chunks import cuts
 from snn_reversible_plugin.ops.layouts import is_contiguous_in
 from snn_reversible_plugin.ops.outputs import on_its_own
-from snn_reversible_plugin.spikingjelly.copies import Copy, InTorch, copy_of
+from snn_reversible_plugin.spikingjelly.copies import Copy, InTorch, copy_of, why_not_as_set
 from snn_reversible_plugin.spikingjelly.scripted import same_graph
 from snn_reversible_plugin.spikingjelly.surrogates import is_heaviside, is_known, is_uniform
 from snn_reversible_plugin.spikingjelly.types import row_of
@@ -41,6 +41,11 @@ class Replayed(SwappedClass):
 
     treatment = "generic replay"
     arithmetic = "stock"
+
+    @property
+    def treatment_reason(self) -> str:
+        """What is done otherwise than it is set, for reports."""
+        return why_not_as_set(self)  # type: ignore[arg-type]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not tape.may_record():

@@ -8,14 +8,18 @@ would be run twice, and both would be alive at the peak.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from types import FrameType
+from typing import Any
 
 import torch
 
+from snn_reversible_plugin.tape.copies import copy_of
 from snn_reversible_plugin.tape.handles import Handle, Kept
 from snn_reversible_plugin.tape.operators import Kind, Operator
-from snn_reversible_plugin.tape.origins import look_up
+from snn_reversible_plugin.tape.origins import enter, is_ended, look_up, older_among
+from snn_reversible_plugin.tape.packed import Packed
+from snn_reversible_plugin.tape.recipes import tensors_among
 from snn_reversible_plugin.tape.replayed import Replayed
 
 # NOTE [Room for a kernel]
@@ -23,7 +27,8 @@ from snn_reversible_plugin.tape.replayed import Replayed
 # Inside a function (there is no grad mode) what an operation makes may be room for a kernel that torch
 # doesn't see, which fills it. That is what allocates, and all that is made of nothing that is known:
 # `torch.arange(n)`, `torch.tensor(numbers)`, `torch.cat([zeros, zeros])`. It is nobody's recipe. What has a
-# gradient was handed in: operations outside computed it, and it has no recipe because it is an anchor.
+# gradient was handed in: operations outside computed it, and it has no recipe because it is an anchor. A
+# state of an earlier call has been filled by now.
 
 # NOTE [Who saves]
 #
@@ -33,13 +38,28 @@ from snn_reversible_plugin.tape.replayed import Replayed
 # 2. Bits are less than what stock holds, so what is rebuilt from bits alone, without a product, is.
 
 
-def may_be_filled(operator: Operator, operands: Iterable[torch.Tensor]) -> bool:
-    """Whether what an operation makes of these may be filled by what torch doesn't see."""
+def may_be_filled(operator: Operator, operands: list[torch.Tensor], began: int) -> bool:
+    """Whether what an operation makes of these may be filled by what torch doesn't see.
+
+    ``began``: when this recording began.
+    """
     if torch.is_grad_enabled() or operator.kind is Kind.VIEW:
         return False
-    return operator.allocates or all(
-        look_up(tensor) is None and not tensor.requires_grad for tensor in operands
-    )
+    return operator.allocates or (all(map(_may_be_room, operands)) and not older_among(operands, began))
+
+
+def enter_unknown(operator: Operator, args: Sequence[Any], out: Any) -> None:
+    """Write down what an operation made that may be filled."""
+    copy = copy_of(args[0], out) if operator.name == "clone" else None
+    if copy is not None:
+        return enter(out, copy)
+    for tensor in tensors_among((out,)):
+        bit = operator.binary or tensor.dtype is torch.bool
+        enter(tensor, Packed() if bit and operator.kind is not Kind.VIEW else None)
+
+
+def _may_be_room(tensor: torch.Tensor) -> bool:
+    return look_up(tensor) is None and not (tensor.requires_grad or is_ended(tensor))
 
 
 class OwnFunctions:

@@ -7,14 +7,15 @@ it would, its output is kept. Both are counted when the operation runs, from wha
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from snn_reversible_plugin.ops.layouts import is_plain
-from snn_reversible_plugin.tape.by_values import packed_by_values
+from snn_reversible_plugin.ops.layouts import is_plain, storage_key
+from snn_reversible_plugin.tape.copies import known_of
 from snn_reversible_plugin.tape.handles import Handle, Kept
 from snn_reversible_plugin.tape.operators import Kind, Operator
 from snn_reversible_plugin.tape.origins import OUTSIDE, is_ended, look_up
@@ -49,13 +50,19 @@ from snn_reversible_plugin.tape.replayed import NO_PRODUCTS, PLAIN, Products, Re
 # 10. A state that an earlier recording left and that is detached here ends its history: the steps before
 #    have had their backward, or get none through it. Its recipe would lead through all of them. And what is
 #    made of it without a gradient (a trace of spikes) is the user's next state, which lives anyway.
+# 11. In a loop over time each step adds products, so that the limit alone would keep one step in two or
+#    three. They follow no other, and each runs once, as all that is between two anchors waits for its own
+#    step. So their number grows with the products behind the anchors that are kept already, as their root:
+#    what stands at once grows as what is held does, and both as the root of T. For example, with two
+#    products a step and T = 100, steps 3, 7, 12, 17, 23, ... are kept, 14 of them. A loop is known by its
+#    weights: the last product read those of an earlier one. Shapes tell loops apart.
 
 MAX_DEPTH = 256
 SHORT = 2  # operations, that a state which ends its history may be away from what is stored
 MAX_SERIES = 3
 WORK_LIMIT = {"memory": 5, "speed": 0, "minimal": 5}
 SMALL_OUTPUT = 16  # an output this many times smaller than the largest activation it is made of is kept
-MANY_PRODUCTS = 16  # parts of products are not told apart beyond
+MANY_PRODUCTS = 48  # parts of products are not told apart beyond
 
 NO_NAMES: dict[str, Any] = {}
 _Tensor, _STRIDED, _LISTS = torch.Tensor, torch.strided, frozenset((list, tuple))
@@ -86,7 +93,11 @@ class Price:
 
 
 def price(
-    operator: Operator, operands: list[torch.Tensor], outputs: list[torch.Tensor], work_limit: float
+    operator: Operator,
+    operands: list[torch.Tensor],
+    outputs: list[torch.Tensor],
+    work_limit: float,
+    most_series: int = MAX_SERIES,
 ) -> Price | str:
     """The price of a recipe, or why keeping the output is cheaper: one of :class:`Refused`."""
     size = 0
@@ -99,10 +110,7 @@ def price(
     newly_kept = largest = series = 0
     known: dict[int, Any] = {}
     for tensor in operands:
-        handle = look_up(tensor)
-        if handle is None:
-            handle = packed_by_values(tensor)
-        known[id(tensor)] = handle
+        handle = known[id(tensor)] = known_of(tensor)
         if tensor.layout is not _STRIDED:
             return Refused.LAYOUT
         if operator.atomic and tensor.is_cuda:
@@ -127,7 +135,7 @@ def price(
                 newly_kept += 1
     if operator.work:
         products, series = {**products, next(_serial): 1.0}, series + 1
-    if products and (series > MAX_SERIES or sum(products.values()) > work_limit + 1e-3):
+    if products and (series > most_series or sum(products.values()) > work_limit + 1e-3):
         return Refused.WORK
     if depth >= MAX_DEPTH:
         return Refused.DEPTH
@@ -164,6 +172,37 @@ def view_of(
     return Replayed(func, (handle, *args[1:]), NO_NAMES, products, depth + 1, False, cheap, series)
 
 
+class Prices:
+    """What operations cost under one tape: limits that grow in a loop over time; see recipes, note 11."""
+
+    __slots__ = ("_again", "_limit", "_passed", "_seen")
+
+    def __init__(self, work_limit: float) -> None:
+        self._limit = work_limit
+        self._seen: set[int] = set()  # storages that products have read: weights, inputs
+        self._again = False  # whether the last product read what an earlier one had
+        self._passed: dict[torch.Size, float] = {}
+
+    def of(
+        self, operator: Operator, operands: list[torch.Tensor], outputs: list[torch.Tensor]
+    ) -> Price | str:
+        """See :func:`price`."""
+        cost = price(operator, operands, outputs, self._limit)
+        if operator.work and self._limit:
+            read = {storage_key(t) for t in operands if is_plain(t) and look_up(t) is OUTSIDE}
+            self._again = bool(read) and read <= self._seen
+            self._seen |= read
+        if cost is not Refused.WORK or not self._again:
+            return cost
+        shape = outputs[0].shape
+        passed = self._passed.get(shape, 0.0)
+        limit = self._limit + math.isqrt(int(passed))
+        cost = price(operator, operands, outputs, limit, most_series=1)
+        if cost is Refused.WORK:
+            self._passed[shape] = passed + limit
+        return cost
+
+
 def price_of_part(
     operator: Operator,
     root: torch.Tensor,
@@ -193,10 +232,7 @@ def price_of_part(
     of_operands, newly_kept, series = 0.0, 0, getattr(before, "series", 0)
     known: dict[int, Any] = {}
     for tensor in tensors_among(operands, named):
-        handle = look_up(tensor)
-        if handle is None:
-            handle = packed_by_values(tensor)
-        known[id(tensor)] = handle
+        handle = known[id(tensor)] = known_of(tensor)
         if not is_plain(tensor):
             return None
         if isinstance(handle, Replayed):

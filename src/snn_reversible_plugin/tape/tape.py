@@ -33,10 +33,10 @@ from snn_reversible_plugin.tape.operators import Kind, Operator, aten, operator_
 from snn_reversible_plugin.tape.origins import OUTSIDE, enter, look_up, now, tidy, written, written_unseen
 from snn_reversible_plugin.tape.outlived import end_histories, outlive, outlived, pass_on_the_end
 from snn_reversible_plugin.tape.outsiders import Outsiders, alias
-from snn_reversible_plugin.tape.own_functions import OwnFunctions, may_be_filled
+from snn_reversible_plugin.tape.own_functions import OwnFunctions, enter_unknown, may_be_filled
 from snn_reversible_plugin.tape.packed import Packed
 from snn_reversible_plugin.tape.plans import Following
-from snn_reversible_plugin.tape.recipes import WORK_LIMIT, handles_for, price, tensors_among, view_of
+from snn_reversible_plugin.tape.recipes import WORK_LIMIT, Prices, handles_for, tensors_among, view_of
 from snn_reversible_plugin.tape.replayed import Replayed, constant
 from snn_reversible_plugin.tape.sliced.cut import Slices
 from snn_reversible_plugin.tape.spans import Span
@@ -68,6 +68,7 @@ class Tape(Recording):
         tidy()
         self._began = now()
         self.latest_writes: list[Any] = []  # in check mode
+        self._prices = Prices(self.work_limit)
         self._outsiders = Outsiders()
         self.kept_by_storage: ByStorage = {}
         self._just_kept: list[Kept] = []  # packed since the last operation
@@ -241,9 +242,9 @@ class Tape(Recording):
             return out
         operands = tensors_among(args, kwargs)
         end_histories(func, operands, self._began)
-        unknown = kind is Kind.OPAQUE or may_be_filled(operator, operands)
+        unknown = kind is Kind.OPAQUE or may_be_filled(operator, operands, self._began)
         if types or self._suspended or unknown:
-            self._enter_unknown(operator, out)
+            enter_unknown(operator, args, out)
         elif operator.constant:
             self._enter(out, constant(func, args, out))
         elif counts:
@@ -299,11 +300,6 @@ class Tape(Recording):
             self._following, self.sizes = following.computed(operator, args, out), following.sizes
         return out
 
-    def _enter_unknown(self, operator: Operator, out: Any) -> None:
-        for tensor in tensors_among((out,)):
-            bit = operator.binary or tensor.dtype is torch.bool
-            enter(tensor, Packed() if bit and operator.kind is not Kind.VIEW else None)
-
     def _recipe(
         self,
         func: Any,
@@ -314,7 +310,7 @@ class Tape(Recording):
         outputs: list[torch.Tensor],
     ) -> Replayed | None:
         """The recipe of an operation, or None where keeping its output is cheaper."""
-        cost = price(operator, operands, outputs, self.work_limit)
+        cost = self._prices.of(operator, operands, outputs)
         if isinstance(cost, str):
             self._refused = cost
             return None
