@@ -38,7 +38,8 @@ def convolutions():
 )
 def test_verified(make, mode):
     torch.manual_seed(1)
-    found = srp.verify(srp.compile(make(), mode=mode), ROWS, repeats=1)
+    compiled = srp.compile(make(), mode=mode)
+    found = srp.verify(compiled, ROWS, repeats=1)
     assert found.ok and found.outputs_equal and found.on_tape is None
     assert found.stored["codes"] > 0 and found.compiled.held < found.stock.held
     assert found.compile_seconds > 0 and found.stock_compile_seconds > 0
@@ -58,3 +59,12 @@ def test_by_name():
         gradients.append([parameter.grad for parameter in module.parameters()])
     assert torch.equal(*outputs) and 0 < float(outputs[0].mean()) < 1
     assert all(map(torch.equal, *gradients))
+
+
+def test_report():
+    compiled = srp.compile(Broken())
+    report = srp.memory_report(compiled, ROWS)
+    (region, *_) = [one for one in compiled.forward.backend.packing.regions if one.packed]
+    assert {row.name: row.bytes for row in report.modules}["codes"] == region.stored["codes"]
+    assert report.converted.held < report.stock.held
+    report.print()
