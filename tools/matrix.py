@@ -22,12 +22,13 @@ OLD = Path(sys.prefix) / "old"  # older releases of SpikingJelly, which every en
 START, END = "<!-- matrix -->\n", "<!-- end of matrix -->\n"
 
 NAMES = ("torch", "Python", "SpikingJelly", "snnTorch", "numba")
-# What every supported version has to pass: the mechanisms, and each framework's neurons, in two minutes.
+# What every supported version has to pass: the mechanisms, each framework's neurons, and the compiler's
+# graphs, in three minutes.
 TESTS = (
     "grid/test_grid.py", "ops/test_bits.py", "tape/test_tape.py", "test_convert.py", "test_import.py",
     "neurons/integrate_fire/test_gradients.py", "neurons/on_grid/test_reversal.py",
     "spikingjelly/test_neurons.py", "spikingjelly/test_old_releases.py", "snntorch/test_neurons.py",
-    "snntorch/test_convert.py",
+    "snntorch/test_convert.py", "compiler/test_pass.py", "compiler/test_membranes.py",
 )  # fmt: skip
 
 

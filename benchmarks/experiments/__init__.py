@@ -87,6 +87,7 @@ EXPERIMENTS = {
         ),
         Experiment("drift", drift.works, time.drift, drift.measure),
         Experiment("compiled", compiled.works, time.compiled, compiled.measure, threads=1),
+        Experiment("compiled-deep", compiled.deep, time.compiled, compiled.measure, threads=1),
         Experiment("columns", columns.works, time.columns, together=columns.together),
         Experiment("parallel", parallel.works, time.parallel, together=parallel.together),
         Experiment("surgery", surgery.works, time.surgery, together=surgery.together),

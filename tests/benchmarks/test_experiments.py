@@ -38,6 +38,7 @@ SMALL = {
     "column-accuracy": ["--only", "events*", "--method", "columns, undone", "--method", "*plainly"],
     "wrap-accuracy": ["--only", "events, SEW*"],
     "compiled-accuracy": ["--method", "stock"],
+    "compiled-deep": ["--method", "stock", "--method", "tape, memory"],
     "block-accuracy": [argument for arm in ARMS for argument in ("--method", arm)],
 }
 SLOW = ("reversal-bytes", "long-sequences", "freed-memory")

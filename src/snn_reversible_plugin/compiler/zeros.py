@@ -9,6 +9,7 @@ Source:
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +41,9 @@ def share_zeros(outputs: Any) -> None:
             of_node.setdefault(one.grad_fn, []).append(one)
     for tensors in of_node.values():
         if len(tensors) > 1:
-            with torch.autograd._unsafe_preserve_version_counter(tuple(tensors)):  # nothing is written
+            with ExitStack() as versions:  # stay: nothing is written
+                for one in tensors:
+                    versions.enter_context(torch.autograd._unsafe_preserve_version_counter(one))
                 _Identity.apply(*tensors)
 
 
