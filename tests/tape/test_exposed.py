@@ -116,6 +116,20 @@ def test_a_write_after_the_last_call():
         assert torch.equal(stock, ours)
 
 
+def hidden(kind, **options):
+    return lambda: kind(beta=0.9, init_hidden=True, **options)
+
+
+HIDDEN = {
+    "v": neuron.LIFNode,
+    "Leaky": hidden(snntorch.Leaky),
+    "Leaky reset at once": hidden(snntorch.Leaky, reset_delay=False, learn_beta=True),
+    "Leaky set to zero at once": hidden(snntorch.Leaky, reset_delay=False, reset_mechanism="zero"),
+    "Synaptic reset at once": hidden(snntorch.Synaptic, alpha=0.8, reset_delay=False),
+    "Alpha": hidden(snntorch.Alpha, alpha=0.95, reset_mechanism="zero"),
+}
+
+
 class WithAHead(nn.Module):
     """Its head saves the membrane by reference: what is written to it later, stock's backward reads."""
 
@@ -133,9 +147,7 @@ class WithAHead(nn.Module):
 
 
 @pytest.mark.parametrize(("write", "around"), [(clamp, False), (clamp, True), (by_numpy, False)])
-@pytest.mark.parametrize(
-    "kind", [neuron.LIFNode, lambda: snntorch.Leaky(beta=0.9, init_hidden=True)], ids=["v", "mem"]
-)
+@pytest.mark.parametrize("kind", HIDDEN.values(), ids=HIDDEN)
 @pytest.mark.parametrize("arithmetic", ["stock", "auto"])
 def test_what_stock_saved_by_reference_is_read_as_it_was_written(write, around, kind, arithmetic):
     torch.manual_seed(0)
@@ -149,8 +161,7 @@ def test_what_stock_saved_by_reference_is_read_as_it_was_written(write, around, 
         with exact or contextlib.nullcontext(), recorded or contextlib.nullcontext():
             for t, x in enumerate(x_seq):
                 loss = loss + model(x).square().sum() + model.state().square().sum()
-                if t < len(x_seq) - 1:
-                    write(model.state(), t)
+                write(model.state(), t)
         loss.backward()
         found.append([p.grad for p in model.parameters()])
     assert all(map(torch.equal, *found))

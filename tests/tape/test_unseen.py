@@ -18,6 +18,14 @@ def allocated(x, how):
         return x.clone()
     if how == "slice":
         return torch.zeros(len(x) + 1, *x.shape[1:])[1:]
+    if how == "cat":
+        return torch.cat([torch.zeros(1, *x.shape[1:]), torch.ones(len(x) - 1, *x.shape[1:])])
+    if how == "arange":
+        return torch.arange(x.numel(), dtype=x.dtype).view(x.shape)
+    if how == "of numbers":
+        return torch.tensor(np.zeros(x.shape, np.float32))
+    if how == "cast":
+        return torch.zeros(x.shape, dtype=torch.float64).float()
     if how.startswith("new"):
         return getattr(x, how)(x.shape)
     return getattr(torch, how)(x)
@@ -50,8 +58,12 @@ class Net(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "how", ["empty_like", "zeros_like", "ones_like", "new_zeros", "new_ones", "split", "slice", "clone"]
-)
+    "how",
+    [
+        "empty_like", "zeros_like", "ones_like", "new_zeros", "new_ones", "split", "slice", "clone", "cat",
+        "arange", "of numbers", "cast",
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("mode", ["memory", "speed"])
 def test_what_no_operation_wrote_is_kept(how, mode):
     x, gradients = torch.randn(4, 3, 8), []

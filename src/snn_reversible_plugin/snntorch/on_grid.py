@@ -305,7 +305,8 @@ def _integrate(
         value_of(beta), value_of(threshold), how, bits, u.device, (u.shape, u.stride()) if each else None,
     )  # fmt: skip
     constants = constants_of(neuron, name, versions, _constants, neuron, name, how, (beta, threshold), u)
-    return step(constants, current, u, (beta, threshold, *parameters[1:]), trusted=trusted)
+    # In half precision the gradients of the charge and of the spikes are rounded once, as their sum.
+    return step(constants, current, u, (beta, threshold.float(), *parameters[1:]), trusted=trusted)
 
 
 def _constants(

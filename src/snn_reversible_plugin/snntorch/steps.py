@@ -143,6 +143,7 @@ def analytic(neuron: Any, spec: Spec, current: Tensor, given: tuple[Tensor | Non
         neuron.spk = spikes
     if not delayed:
         neuron.mem = charged[-1] = _reset_now(neuron, spikes, charged[-1])
+        tape.mark_state(neuron, neuron.mem)
     return (spikes, *charged) if neuron.output or not neuron.init_hidden else spikes
 
 

@@ -49,12 +49,22 @@ from snn_reversible_plugin.ops.layouts import storage_key
 from snn_reversible_plugin.tape.as_stock import followed_among
 from snn_reversible_plugin.tape.exposed import compare_later, look_again, sum_later
 from snn_reversible_plugin.tape.findings import Observer
-from snn_reversible_plugin.tape.handles import Handle, Kept, Packed, PackedLevels, owns, peek, unpack
+from snn_reversible_plugin.tape.handles import (
+    ComputedState,
+    Handle,
+    Kept,
+    Packed,
+    PackedLevels,
+    owns,
+    peek,
+    unpack,
+)
 from snn_reversible_plugin.tape.off_stack import OffStack, set_compiler
 from snn_reversible_plugin.tape.on_stack import OnThread
 from snn_reversible_plugin.tape.origins import OUTSIDE, enter, look_up
 from snn_reversible_plugin.tape.plans import Plans
 from snn_reversible_plugin.tape.recipes import WORK_LIMIT
+from snn_reversible_plugin.tape.replayed import Replayed
 from snn_reversible_plugin.tape.sliced.cut import Cut
 from snn_reversible_plugin.tape.sliced.stand_in import cut_of
 from snn_reversible_plugin.tape.sliced.stand_in import unpack as unpack_in_slices
@@ -74,6 +84,7 @@ __all__ = [
     "mark_levels",
     "mark_opaque",
     "mark_spikes",
+    "mark_state",
     "may_promise",
     "may_record",
     "mode_inside",
@@ -268,7 +279,7 @@ def returns(key: object, state: torch.Tensor, taken: int = 1, held: bool = True)
     """
     if current() is None:
         if not held:  # it was promised, and somebody reads it between two recordings
-            sum_later(state)
+            sum_later(state, [])
         return
     returned = _local.__dict__.setdefault("returned", {})
     steps = returned[id(key)][0] if id(key) in returned else 0
@@ -288,7 +299,7 @@ def _let_go(tape: Tape) -> set[int]:
     for steps, ref, held in _local.__dict__.pop("returned", {}).values():
         state = ref()
         if state is not None and not held:
-            sum_later(state)
+            sum_later(state, followed_among(tape.kept_by_storage, storage_key(state)))
         elif state is not None and steps <= 1:
             storage = storage_key(state)
             followed = followed_among(tape.kept_by_storage, storage)
@@ -319,6 +330,14 @@ def mark_opaque(*tensors: torch.Tensor) -> None:
     if current() is not None:
         for tensor in tensors:
             enter(tensor, None)
+
+
+def mark_state(key: object, state: torch.Tensor) -> None:
+    """Say that a tensor that was recorded is a state, and in the user's hands: :func:`returns` it."""
+    recipe = None if current() is None else look_up(state)
+    if isinstance(recipe, Replayed):
+        enter(state, ComputedState(recipe))
+        returns(key, state, held=False)
 
 
 def _tape() -> Tape:

@@ -54,7 +54,7 @@ def by_reference(kept: Kept) -> ByReference:
 class Followed(Handle):
     """A state that is rebuilt, unless somebody has written to it: then what is written, by reference."""
 
-    __slots__ = ("_of_tensor", "_rebuilt", "_version", "_written", "treatment")
+    __slots__ = ("_of_tensor", "_rebuilt", "_version", "_written", "look", "treatment")
 
     anchored = True
 
@@ -62,6 +62,7 @@ class Followed(Handle):
         self._rebuilt, self._version = rebuilt, tensor._version
         self._of_tensor: Callable[[], torch.Tensor | None] = weakref.ref(tensor)
         self._written: torch.Tensor | None = None
+        self.look: Callable[[], None] | None = None  # whether somebody wrote since the recording was over
         self.treatment = rebuilt.treatment
 
     def spill(self, spared: bool = False) -> None:
@@ -74,6 +75,8 @@ class Followed(Handle):
         return (self._rebuilt,)
 
     def get(self, last: bool) -> tuple[torch.Tensor, bool]:
+        if self.look is not None:
+            self.look()
         written = self._written
         if written is not None and written._version == self._version:
             return written, False

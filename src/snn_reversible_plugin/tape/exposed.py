@@ -13,8 +13,7 @@ import ctypes
 import threading
 import weakref
 import zlib
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -39,6 +38,7 @@ from snn_reversible_plugin.tape.origins import written_unseen
 # 5. What was written to is nobody's newest state any more: its entry is void, a timeline ends before it.
 
 Refs = list[weakref.ref[Kept] | weakref.ref[Followed]]
+Followers = list[weakref.ref[Followed]]
 SMALL = 1 << 16  # bytes
 
 _use_count = getattr(torch._C, "_storage_Use_Count", None)
@@ -120,37 +120,72 @@ def _look_after(refs: Refs, small: int) -> None:
             _looked_after().append(weakref.ref(one))
 
 
-def compare_later(state: torch.Tensor, kept: Refs, followed: list[weakref.ref[Followed]]) -> None:
+def compare_later(state: torch.Tensor, kept: Refs, followed: Followers) -> None:
     """The tape has a copy of its own of a state: whether the user's is still the same, is seen later, and
     told to those who follow it."""
     copies = [one for one in _alive(kept) if not isinstance(one, ByReference)]
     if copies and _can_be_compared(state) and is_dense(state):
-        _handed_out().append((weakref.ref(state), weakref.ref(copies[-1]), followed))
+        _look_later(state, _As(weakref.ref(copies[-1])), followed)
 
 
-def sum_later(state: torch.Tensor) -> None:
+def sum_later(state: torch.Tensor, followed: Followers) -> None:
     """The tape has a way to a state, and not the state: whether it is still the same, is seen later."""
     if _can_be_compared(state) and is_dense(state):
-        _summed().append((weakref.ref(state), Summed(state)))
+        _look_later(state, Summed(state).is_unchanged, followed)
+
+
+def _look_later(
+    state: torch.Tensor, is_unchanged: Callable[[torch.Tensor], bool], followed: Followers
+) -> None:
+    """When the next recording starts, or before that in the backward, by one who follows the state."""
+    look = _Look(weakref.ref(state), is_unchanged, followed)
+    _looks().append(look)
+    for ref in followed:
+        if (one := ref()) is not None:
+            one.look = look
+
+
+class _As:
+    """Whether a tensor is the same as a copy; with the copy goes who could ask."""
+
+    __slots__ = ("_kept",)
+
+    def __init__(self, kept: weakref.ref[Kept]) -> None:
+        self._kept = kept
+
+    def __call__(self, state: torch.Tensor) -> bool:
+        kept = self._kept()
+        return kept is None or _same_bits(state, kept.tensor)
+
+
+class _Look:
+    """At a state, whether somebody wrote to it; those who follow it are told."""
+
+    __slots__ = ("_followed", "_is_unchanged", "_of_state")
+
+    def __init__(
+        self,
+        of_state: weakref.ref[torch.Tensor],
+        is_unchanged: Callable[[torch.Tensor], bool],
+        followed: Followers,
+    ) -> None:
+        self._of_state, self._is_unchanged, self._followed = of_state, is_unchanged, followed
+
+    def __call__(self) -> None:
+        state, told = self._of_state(), [one for ref in self._followed if (one := ref()) is not None]
+        if state is not None and not self._is_unchanged(state):
+            written_unseen(state)
+            for one in told:
+                one.spill()
+        for one in told:
+            one.look = None
 
 
 def look_again() -> None:
     """A recording starts: what nobody has written to since the last one is as safe as any other value."""
-    handed_out = _handed_out()
-    while handed_out:
-        of_state, of_kept, followed = handed_out.pop()
-        state, kept = of_state(), of_kept()
-        if state is not None and kept is not None and not _same_bits(state, kept.tensor):
-            written_unseen(state)
-            for ref in followed:
-                if (one := ref()) is not None:
-                    one.spill()
-    sums = _summed()
-    while sums:
-        of_state, of_sum = sums.pop()
-        state = of_state()
-        if state is not None and not of_sum.is_unchanged(state):
-            written_unseen(state)
+    looks = _looks()
+    while looks:
+        looks.pop()()
     refs = _looked_after()
     while refs:
         kept = refs.pop()()
@@ -166,18 +201,11 @@ def _alive(refs: Refs) -> list[Kept]:
     return [one for ref in refs if isinstance(one := ref(), Kept) and one.anchored]
 
 
-def _handed_out() -> list[tuple[weakref.ref[torch.Tensor], weakref.ref[Kept], list[weakref.ref[Followed]]]]:
-    handed_out: list[Any] | None = getattr(_local, "handed_out", None)
-    if handed_out is None:
-        handed_out = _local.handed_out = []
-    return handed_out
-
-
-def _summed() -> list[tuple[weakref.ref[torch.Tensor], Summed]]:
-    sums: list[Any] | None = getattr(_local, "sums", None)
-    if sums is None:
-        sums = _local.sums = []
-    return sums
+def _looks() -> list[_Look]:
+    looks: list[_Look] | None = getattr(_local, "looks", None)
+    if looks is None:
+        looks = _local.looks = []
+    return looks
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -230,6 +230,20 @@ class Passing(Handle):
         raise NotImplementedError
 
 
+class ComputedState(Passing):
+    """Leads to the recipe of a state that operations computed."""
+
+    __slots__ = ("_recipe",)
+
+    is_state = True
+
+    def __init__(self, recipe: Handle) -> None:
+        self._recipe = recipe
+
+    def leads_to(self) -> Handle:
+        return self._recipe
+
+
 class Packed(Handle):
     """Zeros and ones, one bit an element.
 

@@ -8,12 +8,23 @@ would be run twice, and both would be alive at the peak.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from types import FrameType
+from typing import Any
 
 import torch
 
 from snn_reversible_plugin.tape.handles import Handle, Kept
+from snn_reversible_plugin.tape.operators import Kind, Operator
+from snn_reversible_plugin.tape.origins import look_up
+from snn_reversible_plugin.tape.recipes import tensors_among
 from snn_reversible_plugin.tape.replayed import Replayed
+
+# NOTE [Room for a kernel]
+#
+# Inside a function (there is no grad mode) what an operation makes may be room for a kernel that torch
+# doesn't see, which fills it. That is what allocates, and all that is made of nothing that is known:
+# `torch.arange(n)`, `torch.tensor(numbers)`, `torch.cat([zeros, zeros])`. It is nobody's recipe.
 
 # NOTE [Who saves]
 #
@@ -21,6 +32,13 @@ from snn_reversible_plugin.tape.replayed import Replayed
 #    very call that ran it: by the same frame, at the same instruction. An operation that comes after it
 #    saves from another place, and gets a recipe as ever: a layer that is written as a function is replayed.
 # 2. Bits are less than what stock holds, so what is rebuilt from bits alone, without a product, is.
+
+
+def may_be_filled(operator: Operator, args: Iterable[Any]) -> bool:
+    """Whether what an operation makes may be filled by what torch doesn't see."""
+    if torch.is_grad_enabled() or operator.kind is Kind.VIEW:
+        return False
+    return operator.allocates or all(look_up(tensor) is None for tensor in tensors_among(args))
 
 
 class OwnFunctions:

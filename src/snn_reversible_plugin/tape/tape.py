@@ -34,7 +34,7 @@ from snn_reversible_plugin.tape.operators import Kind, Operator, operator_of
 from snn_reversible_plugin.tape.origins import OUTSIDE, enter, look_up, now, tidy, written, written_unseen
 from snn_reversible_plugin.tape.outlived import end_histories, outlive, outlived, pass_on_the_end
 from snn_reversible_plugin.tape.outsiders import Outsiders, alias
-from snn_reversible_plugin.tape.own_functions import OwnFunctions
+from snn_reversible_plugin.tape.own_functions import OwnFunctions, may_be_filled
 from snn_reversible_plugin.tape.plans import Following
 from snn_reversible_plugin.tape.recipes import WORK_LIMIT, price, tensors_among
 from snn_reversible_plugin.tape.replayed import Replayed, constant
@@ -270,9 +270,8 @@ class Tape(OwnMode, TorchDispatchMode):
         if operator.kind is Kind.VIEW and look_up(args[0]) is OUTSIDE:
             return out
         end_histories(func, args, self._began)
-        # Without grad mode, a user's autograd function runs: what it allocates, a kernel may fill unseen.
-        unseen = operator.allocates and not torch.is_grad_enabled()
-        if types or self._suspended or unseen or operator.kind is Kind.OPAQUE:
+        unknown = operator.kind is Kind.OPAQUE or may_be_filled(operator, args)
+        if types or self._suspended or unknown:
             self._enter_unknown(operator, out)
         elif operator.constant:
             self._enter(out, constant(func, args, out))

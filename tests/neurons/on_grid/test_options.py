@@ -138,6 +138,27 @@ def test_options(kind: str) -> None:
     assert tried >= 10
 
 
+@pytest.mark.filterwarnings("ignore:.*it goes on in stock's arithmetic")
+@pytest.mark.parametrize("kind", ["Leaky", "Synaptic"])
+@pytest.mark.parametrize("reset", RESETS)
+@pytest.mark.parametrize("delayed", [True, False])
+def test_leaving_the_range_at_the_step_that_autograd_leaves_it(
+    kind: str, reset: str, delayed: bool
+) -> None:
+    """Though the reset at once brings the state back."""
+    net = Loop(lambda: make(kind, reset_mechanism=reset, reset_delay=delayed))
+    with torch.no_grad():
+        net.fc1.weight.abs_().mul_(300)
+    x_seq = torch.rand(6, 3, 5) * 2
+    srp.convert_to_reversible(net)
+    twin = copy.deepcopy(net)
+    with convert.differentiated(twin):
+        expected = train(twin, x_seq)
+    actual = train(net, x_seq)
+    assert net.lif1.off_grid_reason
+    assert equal(actual, expected)
+
+
 @pytest.mark.filterwarnings("ignore:Inhibition is an unstable feature")
 @pytest.mark.parametrize(
     ("kind", "settings", "most"),
@@ -277,6 +298,23 @@ def test_half_precision_has_stocks_dtypes(half: torch.dtype, how: str) -> None:
             assert (stock is None) == (ours is None)
             assert stock is None or stock.dtype is ours.dtype, (kind, reset)
     assert on_the_grid >= {"autocast": 6, "input": 4, "network": 3}[how]
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["Leaky", "Lapicque"])
+def test_gradients_of_parameters_in_half_precision_are_rounded_as_by_autograd(
+    kind: str, half: torch.dtype
+) -> None:
+    """The charge and the spikes both have one of a learned threshold; their sum is rounded."""
+    torch.manual_seed(0)
+    net = srp.convert_to_reversible(Loop(lambda: make(kind, learned=True)).to(half))
+    x_seq, twin = (torch.randn(40, 3, 5) * 2).to(half), copy.deepcopy(net)
+    with torch.autocast("cpu", half):
+        with convert.differentiated(twin):
+            expected = train(twin, x_seq)
+        actual = train(net, x_seq)
+    assert convert.is_on_grid(net.lif1) and not net.lif1.off_grid_reason
+    assert equal(actual, expected)
 
 
 class Stepped(nn.Module):

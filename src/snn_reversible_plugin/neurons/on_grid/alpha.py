@@ -52,6 +52,8 @@ class NewMembrane(OfTimelines, Passing):
 
     __slots__ = ("states", "tau")
 
+    is_state = True
+
     def __init__(self, tau: Tensor, exc: NewState, inh: NewState) -> None:
         self.tau, self.states = tau, (exc, inh)
 
@@ -125,6 +127,7 @@ def membrane(
         else:
             lines = (exc.timeline, inh.timeline)
             enter(mem, NewMembrane(tau, *(NewState(line, line.length) for line in lines)))
+            tape.returns(tau, mem, held=False)
         with torch.no_grad():
             values = surrogate.fired(mem - threshold)
             if surrogate.users:

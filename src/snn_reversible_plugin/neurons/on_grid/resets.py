@@ -20,10 +20,11 @@ from torch.autograd.function import once_differentiable
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.grid import reach, snap
 from snn_reversible_plugin.grid.decays import SUBTRACT
+from snn_reversible_plugin.grid.range import check_step
 from snn_reversible_plugin.grid.step import steps_on
 from snn_reversible_plugin.neurons.on_grid.leaky import Fired, Leaky, unpacked
 from snn_reversible_plugin.neurons.on_grid.step import Before, Charged, Parameters, Stepped
-from snn_reversible_plugin.neurons.on_grid.timeline import NewCharged, NewSpikes
+from snn_reversible_plugin.neurons.on_grid.timeline import REMEDY, NewCharged, NewSpikes
 from snn_reversible_plugin.ops.batched import one_by_one
 from snn_reversible_plugin.ops.devices import may_look
 from snn_reversible_plugin.ops.layouts import flat, like
@@ -178,6 +179,7 @@ class Undelayed(Leaky):
     def reference(self, current: Tensor, state: Tensor, parameters: Parameters) -> Stepped:
         """The step as operations that autograd differentiates."""
         h, spikes, fired, _ = super().reference(current, state, parameters)
+        check_step(reach(h), self.name, self.bits, REMEDY)
         assert spikes is not None and fired is not None
         d = spikes - fired
         by = snap(parameters[1].float(), self.bits) if self.step.reset == SUBTRACT else h
