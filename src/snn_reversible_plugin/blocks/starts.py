@@ -41,7 +41,7 @@ class Start:
 
         A device is not asked for values: there a state is zero if its table knows that it is.
         """
-        if not isinstance(value, Tensor) or value.requires_grad or not value.is_floating_point():
+        if type(value) is not Tensor or value.requires_grad or not value.is_floating_point():
             return None
         size, stride, dtype, device = value.size(), value.stride(), value.dtype, value.device
         known = getattr(table, "is_zero", None)
