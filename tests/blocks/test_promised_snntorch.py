@@ -169,7 +169,7 @@ class ResetsToOne(snntorch.Leaky):
 
 class ReadsItsReset(snntorch.Leaky):
     def mem_reset(self, mem):
-        return super().mem_reset(mem) + getattr(self, "reset", 0)
+        return super().mem_reset(mem) + 0.5 * getattr(self, "reset", 1)
 
 
 @pytest.mark.parametrize("kind", [ResetsToOne, ReadsItsReset])
