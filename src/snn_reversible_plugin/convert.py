@@ -22,6 +22,7 @@ from snn_reversible_plugin.blocks.streams_on_grid import OnGrid, carries_a_membr
 from snn_reversible_plugin.blocks.surgery import wrap_by_conversion
 from snn_reversible_plugin.blocks.wrapped import run_plainly, wrapped_chains
 from snn_reversible_plugin.modules.checks import bytes_of, check_model, skipped_modules
+from snn_reversible_plugin.modules.flat import make_flat
 from snn_reversible_plugin.modules.kinds import is_spiking, load_adapters
 from snn_reversible_plugin.modules.registry import StaysStock, reversible_type, type_on_grid
 from snn_reversible_plugin.modules.states import stored_buffers
@@ -173,9 +174,9 @@ def convert_to_reversible(
         if id(module) in within_skipped:
             reason = "named in skip"
         else:
+            reason = f"the converter does not know {type(module).__name__}"
             try:
                 target = reversible_type(module)
-                reason = f"the converter does not know {type(module).__name__}"
             except StaysStock as refusal:
                 reason, spiking = str(refusal), True
         if target is not None:
@@ -214,6 +215,8 @@ def convert_to_reversible(
             'arithmetic="fused": no neuron of the model is fused; IFNode, LIFNode and ParametricLIFNode of '
             'SpikingJelly 2.0 are. Use arithmetic="auto".'
         )
+    if mode == "minimal":
+        make_flat(module for module in model.modules() if id(module) not in within_skipped)
     for module in skipped:
         swap(module, swapped_class(Skipped, type(module)))
     swap(model, swapped_class(Recorded, type(model)))
@@ -281,11 +284,8 @@ def restore(model: M) -> M:
     """
     for module in model.modules():
         unswap(module)
-        SETTINGS.clear(module)
-        NAME.clear(module)
-        ON_GRID.clear(module)
-        STRICT.clear(module)
-        FUSED.clear(module)
+        for attribute in (SETTINGS, NAME, ON_GRID, STRICT, FUSED):
+            attribute.clear(module)
     for chain in wrapped_chains(model):
         if chain.by_conversion:
             chain.remove()

@@ -198,6 +198,20 @@ def test_each_region_is_served():
     assert 0 < ours.saved_bytes < 0.3 * stock.saved_bytes
 
 
+class PassedOn(nn.Module):
+    """Its backward has nothing to compute."""
+
+    def forward(self, x):
+        return x + x.detach().sign()
+
+
+def test_a_gradient_that_only_passes_through():
+    x = torch.rand(3, 4, requires_grad=True)
+    backend = GraphOnly()
+    torch.compile(PassedOn(), backend=backend)(x).sum().backward()
+    assert torch.equal(x.grad, torch.ones(3, 4)) and backend.packing.regions == []
+
+
 def test_a_converted_model():
     x = torch.rand(ROWS) * 3
     ours, converted = GraphOnly(), GraphOnly()

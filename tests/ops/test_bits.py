@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from snn_reversible_plugin.ops import forms
 from snn_reversible_plugin.ops.bits import pack_bits, reference, unpack_bits
 from snn_reversible_plugin.ops.layouts import is_dense
-from snn_reversible_plugin.tape.handles import Packed
+from snn_reversible_plugin.tape.packed import Packed
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.bool, torch.int64]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snn_reversible_plugin.ops import levels
+from snn_reversible_plugin.ops import levels, planes
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 SPANS = [(0, 1), (0, 2), (0, 4), (0, 8), (0, 12), (-1, 1), (-3, 4)]
@@ -49,3 +49,48 @@ def test_more_than_a_chunk(monkeypatch):
 )
 def test_bits_for(span, bits):
     assert levels.bits_for(*span) == bits
+
+
+@given(
+    span=st.sampled_from(SPANS),
+    dtype=st.sampled_from(DTYPES),
+    codes=st.lists(st.integers(0, 15), max_size=60),
+    zeros=st.integers(0, 200),
+    cut=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+)
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+def test_planes_come_back_in_any_range(span, dtype, codes, zeros, cut):
+    low, high = span
+    values = levels.values_of(low, high, dtype, torch.device("cpu"))
+    codes = (codes + [0] * zeros)[:: -1 if zeros % 2 else 1]
+    flat = values[torch.tensor(codes, dtype=torch.int64) % len(values)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planes, "CHUNK", 32)
+        packed = planes.pack_planes(flat, low, high)
+        each = (torch.tensor(codes, dtype=torch.int64) % len(values)).split(32)
+        size = sum(bytes_of(part, len(values)) for part in each if len(part))
+        assert (packed is None) == (size >= levels.pack_levels(flat, low, high).nbytes)
+        if packed is None:
+            return
+        assert packed.bits.nbytes == size
+        begin, end = sorted(round(part * flat.numel()) for part in cut)
+        for first, last in ((0, flat.numel()), (begin, end)):
+            out = flat.new_full((last - first,), 7)
+            planes.unpack_planes(packed, out, first, low, high)
+            assert torch.equal(as_integers(out), as_integers(flat[first:last]))
+
+
+def bytes_of(codes, values):
+    """A byte a value for their order, and a bit for each element that is none of the more frequent ones."""
+    counts = sorted(torch.bincount(codes, minlength=values).tolist(), reverse=True)
+    return values + sum((sum(counts[k:]) + 7) // 8 for k in range(values))
+
+
+def test_planes_take_as_many_bits_as_values_are_more_frequent():
+    flat = torch.full((8000,), 4.0)
+    flat[::4], flat[::8], flat[5] = 0, 2, -0.0
+    packed = planes.pack_planes(flat, 0, 4)
+    # The order of eight values; a bit for all, for the 2001 that are not 4, for the 1001 that are none of
+    # the two most frequent, and for the zero with a sign, which comes last.
+    assert packed.bits.nbytes == 8 + 1000 + 251 + 126 + 1
+    assert planes.pack_planes(torch.arange(8000) % 7.0, 0, 6) is None, "four bits each are no more"

@@ -58,6 +58,18 @@ def test_it_fits_and_hardly_more_would(mode):
     assert total(model, found.batch + 2) > budget
 
 
+def test_layers_that_are_sliced_only_in_large_batches():
+    """Two small batches say that half as much fits."""
+    model = nn.Sequential(
+        layer.Conv2d(3, 16, 3, padding=1), layer.BatchNorm2d(16), neuron.LIFNode(),
+        layer.Conv2d(16, 16, 3, padding=1), neuron.LIFNode(), layer.AvgPool2d(4),
+    )  # fmt: skip
+    functional.set_step_mode(model, "m")
+    srp.convert_to_reversible(model, mode="minimal")
+    found = fit(model, lambda batch: torch.rand(4, batch, 3, 16, 16), "16MiB")
+    assert 0.85 * found.budget < found.peak <= found.budget < 0.85 * found.predicted
+
+
 def test_the_model_is_left_as_it_was():
     model = srp.convert_to_reversible(build())
     x = batch_of(2)

@@ -1,6 +1,7 @@
 """A fresh neuron's first step is made of its current alone, so nothing of it is held."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 
 import snn_reversible_plugin as srp
+from snn_reversible_plugin.neurons.on_grid import switches
 from snn_reversible_plugin.reports.measure import count_step
 from snn_reversible_plugin.tape.final_membrane import FinalMembrane
 from spikingjelly_against_stock import settings_of
@@ -76,3 +78,19 @@ def test_who_takes_several_steps_promises_once():
         promised.append(isinstance(dict.__getitem__(node._memories, "v"), FinalMembrane))
         net(x * 2).sum().backward()
     assert promised == [True, False]
+
+
+@pytest.mark.parametrize("kind", THREE)
+def test_one_right_after_another(kind):
+    """On the grid, a first step whose current is the spikes of another neuron as they are."""
+    net = nn.Sequential(nn.Linear(4, 6), kind(), kind(v_threshold=0.4), nn.Linear(6, 2))
+    srp.convert_to_reversible(net)
+    x, found = torch.rand(3, 4) * 4, []
+    for context in (nullcontext(), switches.autograd(), nullcontext()):
+        functional.reset_net(net)
+        net.zero_grad()
+        with context:
+            out = net(x) + net(x) + net(x)
+            out.square().sum().backward()
+        found.append([out, *(p.grad for p in net.parameters())])
+    assert all(all(map(torch.equal, one, found[0])) for one in found[1:])

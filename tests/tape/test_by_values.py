@@ -11,7 +11,7 @@ import snn_reversible_plugin as srp
 from own_neurons import Alternating, times_less
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.tape.by_values import LEAST, packed_by_values
-from snn_reversible_plugin.tape.handles import Packed
+from snn_reversible_plugin.tape.packed import Packed
 
 
 class ByMask(torch.autograd.Function):

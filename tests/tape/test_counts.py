@@ -12,8 +12,8 @@ import snn_reversible_plugin as srp
 from against_stock import assert_trains_like_stock
 from own_neurons import times_less
 from snn_reversible_plugin import tape
-from snn_reversible_plugin.tape.handles import PackedLevels
 from snn_reversible_plugin.tape.origins import look_up
+from snn_reversible_plugin.tape.packed import PackedLevels
 from snn_reversible_plugin.tape.spans import ANY, Span, span_after
 
 
@@ -78,20 +78,28 @@ def test_gradients_are_stocks(way, dtype, mode):
         assert torch.equal(stock.signbit() & ~stock.isnan(), ours.signbit() & ~ours.isnan())
 
 
-def test_a_network_of_counts_is_held_in_three_bits():
-    class Block(nn.Sequential):
+@pytest.mark.parametrize(("residual", "least"), [(False, 55), (True, 33)])
+def test_a_network_of_counts_is_held_in_less_than_two_bits(residual, least):
+    """The spikes alone are 31 and 24 times less with three bits each."""
+
+    class Block(nn.Module):
         def __init__(self):
-            super().__init__(
-                nn.Conv2d(16, 64, 1, bias=False), nn.BatchNorm2d(64), Fire(),
-                nn.Conv2d(64, 16, 1, bias=False), nn.BatchNorm2d(16), Fire(),
+            super().__init__()
+            self.branch = nn.Sequential(
+                Fire(), nn.Conv2d(16, 64, 1, bias=False), nn.BatchNorm2d(64),
+                Fire(), nn.Conv2d(64, 16, 1, bias=False), nn.BatchNorm2d(16),
             )  # fmt: skip
+
+        def forward(self, x):
+            return x + self.branch(x) if residual else self.branch(x)
 
     class Fire(nn.Module):
         def forward(self, x):
             return Quantized.apply(x, 4) / 4
 
-    net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), Fire(), *[Block() for _ in range(6)])
-    assert times_less(net, torch.rand(4, 3, 16, 16))[0] > 30
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), *[Block() for _ in range(6)])
+    assert times_less(net, torch.rand(4, 3, 16, 16))[0] > least
 
 
 def test_sums_of_counts_are_computed_again_from_their_bits():

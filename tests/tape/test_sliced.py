@@ -28,8 +28,8 @@ def sliced(monkeypatch):
     ran = []
 
     def counting(func, by_slices):
-        def counted(*args):
-            result = by_slices(*args)
+        def counted(*args, **how):
+            result = by_slices(*args, **how)
             ran.append(func)
             return result
 
@@ -238,8 +238,8 @@ def test_verify_names_it_and_finds_a_slice_that_is_wrong(monkeypatch):
     func = torch.ops.aten.convolution_backward.default
     right = gradients.BY_SLICES[func]
 
-    def wrong(*args):
-        g_x, g_weight, g_bias = right(*args)
+    def wrong(*args, **how):
+        g_x, g_weight, g_bias = right(*args, **how)
         return g_x, g_weight * 1.01, g_bias
 
     monkeypatch.setitem(gradients.BY_SLICES, func, wrong)

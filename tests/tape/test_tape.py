@@ -15,7 +15,8 @@ from snn_reversible_plugin import tape
 from snn_reversible_plugin.reports.measure import AllocationCounter
 from snn_reversible_plugin.tape import handles
 from snn_reversible_plugin.tape import origins as entries
-from snn_reversible_plugin.tape.handles import Kept, Packed
+from snn_reversible_plugin.tape.handles import Kept
+from snn_reversible_plugin.tape.packed import Packed
 from snn_reversible_plugin.tape.replayed import Replayed
 
 
@@ -663,6 +664,21 @@ def test_checkpoint_inside_a_recording(net, x):
     got = torch.autograd.grad(forward(True).sum(), [net["conv1"].weight, net["conv2"].weight])
     for a, b in zip(expected, got, strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_checkpoint_around_a_recording_runs_nothing_again(net, x):
+    from torch.utils.checkpoint import checkpoint
+
+    def forward(x):
+        with tape.recording():
+            return net["conv2"](Heaviside.apply(net["bn1"](net["conv1"](x))))
+
+    weights = [net["conv1"].weight, net["conv2"].weight]
+    expected = torch.autograd.grad(forward(x).sum(), weights)
+    counted = int(net["bn1"].num_batches_tracked)
+    got = torch.autograd.grad(checkpoint(forward, x, use_reentrant=False).sum(), weights)
+    assert net["bn1"].num_batches_tracked == counted + 1
+    assert all(map(torch.equal, got, expected))
 
 
 def test_no_tensor_outlives_its_graph(net, x):

@@ -26,7 +26,7 @@ from snn_reversible_plugin.modules.registry import StaysStock
 #
 # 1. A branch is what the block adds to its input: x + branch(x). A block x = x + a(x); x = x + b(x) has
 #    two. Only a block that is nothing but such sums can be wrapped: a parameter or a neuron that is in none
-#    of the branches shows that it does more.
+#    of the branches shows that it does more, unless the graph of its forward shows that nothing runs it.
 # 2. SEW's AND and IAND multiply the shortcut by spikes: where the factor is zero the input is gone, and
 #    nothing rebuilds it.
 # 3. SpikingResNet fires after the addition, sn(x + conv(x)), which forgets the sum. Its branch here fires
@@ -60,7 +60,7 @@ def find_branches(block: nn.Module, name: str, matcher: Matcher | None) -> tuple
         StaysStock: a residual block that can't be wrapped; the text says why.
         TypeError, ValueError: a matcher or a method gave something else than modules of the block.
     """
-    said = None if matcher is None else matcher(block)
+    said, sums = None if matcher is None else matcher(block), None
     if said is None and callable(method := getattr(block, _METHOD, None)):
         said = method()
     if said is not None:
@@ -79,7 +79,7 @@ def find_branches(block: nn.Module, name: str, matcher: Matcher | None) -> tuple
             if not sums.fires_after and differs_on_a_sample(block, sums.branches):
                 raise StaysStock(f"on a sample it is not {sums.expression}, of summands of one shape")
             branches, remark = _found_branches(name, sums)
-    _check_nothing_else(block, branches)
+    _check_nothing_else(block, branches, None if sums is None else sums.touched)
     return branches, remark
 
 
@@ -144,13 +144,19 @@ def _said_branches(block: nn.Module, name: str, said: Any) -> list[Branch]:
     return [Branch([module], f"{name}: branch {index}") for index, module in enumerate(modules)]
 
 
-def _check_nothing_else(block: nn.Module, branches: Sequence[Branch]) -> None:
+def _check_nothing_else(
+    block: nn.Module, branches: Sequence[Branch], touched: frozenset[str] | None
+) -> None:
+    """``touched``: the parts that the forward runs, where that is known; published blocks have others too,
+    a norm that nobody calls."""
     inside = {id(module) for branch in branches for module in branch.modules()}
     parameters = {id(parameter) for branch in branches for parameter in branch.parameters()}
     rest = [
         name for name, module in block.named_modules() if is_spiking(module) and id(module) not in inside
     ]
     rest += [name for name, parameter in block.named_parameters() if id(parameter) not in parameters]
+    if touched is not None:
+        rest = [name for name in rest if any(f"{name}.".startswith(f"{one}.") for one in touched)]
     if rest:
         raise StaysStock(f"it does more than add its branch: {', '.join(rest)} would be left out")
     for part, module in block.named_modules():

@@ -216,7 +216,7 @@ class ResidualSums:
     def start(self, tape: Tape, x: torch.Tensor) -> Stream:
         """Treat a tensor as a residual stream from now on. It has to be on the grid."""
         anchor = look_up(x)
-        if tape.replays_products or not isinstance(anchor, Replayed):
+        if tape.work_limit or not isinstance(anchor, Replayed):
             anchor = tape.keep(x)
         stream = Stream(anchor, x.stride(), self.name)
         enter(x, stream)
@@ -236,7 +236,7 @@ class ResidualSums:
         total = x + branch
         tape.record(aten.add.Tensor, operator_of(aten.add.Tensor), (x, branch), {}, total)
         after = self.start(tape, total)
-        if tape.replays_products and recipe is not None and not leads_to_a_stream(recipe):
+        if tape.work_limit and recipe is not None and not leads_to_a_stream(recipe):
             cut = None if tape.slices is None else tape.slices.exactly(recipe, branch)
             before.undo(after, recipe, cut)
         if not SUMS[func]:

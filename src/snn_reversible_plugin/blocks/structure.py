@@ -49,11 +49,15 @@ _LONGEST = 160  # characters of an expression in a report
 
 
 class Sums(NamedTuple):
-    """The branches of a block in order, what it computes as text, and whether a neuron follows the sum."""
+    """The branches of a block in order, what it computes as text, and whether a neuron follows the sum.
+
+    ``touched``: names of the parts and parameters that the forward has anything to do with.
+    """
 
     branches: list[fx.GraphModule]
     expression: str
     fires_after: bool
+    touched: frozenset[str]
 
 
 class _Unfit(Exception):
@@ -151,7 +155,8 @@ def _taken_apart(block: nn.Module, graph: fx.Graph) -> Sums | None:
         follows = after if after is not None and index == len(found) - 1 else None
         branches.append(_module(block, branch, earlier, follows))
     text = _Text(same, given)(result)
-    return Sums(branches, text, after is not None)
+    touched = frozenset(str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))
+    return Sums(branches, text, after is not None, touched)
 
 
 class _Same:

@@ -157,8 +157,8 @@ class Joint:
 
     @property
     def has_backward(self) -> bool:
-        """Whether there is anything to save for."""
-        return bool(self.of_tangents)
+        """Whether there is anything to save for: a gradient that only passes through needs nothing."""
+        return any(node.op == "call_function" for node in self.of_tangents)
 
     def wanted(self, stored: set[fx.Node]) -> set[fx.Node]:
         """The forward's calls whose value the backward reads, or computes again to get at one it reads."""

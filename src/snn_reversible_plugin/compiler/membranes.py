@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from snn_reversible_plugin import tape
+from snn_reversible_plugin.compiler.zeros import share_zeros
 from snn_reversible_plugin.modules.as_it_ran import RandomNumbers
 from snn_reversible_plugin.modules.kinds import framework_of
 from snn_reversible_plugin.modules.states import Table
@@ -57,9 +58,15 @@ class Region:
         self._calls = calls
         self._changes: list[int] | None = None  # which inputs it changes; unknown before the first call
         self._is_random = False
-        functools.update_wrapper(self, run)
+        # Not functools.update_wrapper: torch 2.9 calls what a wrapper was made of, by an attribute of that.
+        self.__name__ = getattr(run, "__name__", "region")
 
     def __call__(self, *inputs: Any) -> Any:
+        outputs = self._run(inputs)
+        share_zeros(outputs)
+        return outputs
+
+    def _run(self, inputs: tuple[Any, ...]) -> Any:
         noted = None if self._calls is None else self._calls.noted
         if noted is None:
             return self.run(*inputs)

@@ -73,7 +73,7 @@ class SwappedClass:
         cls = type(self)
         parts = parts_of(cls)
         if parts is not None and reduced[0] is copyreg.__newobj__ and reduced[1][0] is cls:  # type: ignore[attr-defined]
-            return (_new_swapped, (*parts, *reduced[1][1:]), *reduced[2:])
+            return (_new_swapped, (*_by_name(parts), *reduced[1][1:]), *reduced[2:])
         return reduced
 
 
@@ -89,9 +89,20 @@ def swapped_class(mixin: type, base: type[nn.Module]) -> type[nn.Module]:
     return _swapped[parts]
 
 
-def _new_swapped(mixin: type, base: type[nn.Module], *args: Any) -> nn.Module:
-    cls = swapped_class(mixin, base)
+def _new_swapped(mixin: Any, base: type[nn.Module], *args: Any) -> nn.Module:
+    cls = base
+    for one in reversed(mixin if isinstance(mixin, tuple) else (mixin,)):
+        cls = swapped_class(one, cls)
     return cls.__new__(cls, *args)
+
+
+def _by_name(parts: Parts) -> tuple[Any, type[nn.Module]]:
+    """Classes that can be found by name: a mixin, or the mixins of several swaps, and what is behind."""
+    mixins = [parts.mixin]
+    while (inner := parts_of(parts.base)) is not None:
+        parts = inner
+        mixins.append(parts.mixin)
+    return mixins[0] if len(mixins) == 1 else tuple(mixins), parts.base
 
 
 def parts_of(cls: type) -> Parts | None:

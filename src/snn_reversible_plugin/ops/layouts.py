@@ -65,7 +65,8 @@ def with_strides(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
 
 def flat(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
     """A tensor as float32 [n], in the order of memory of a layout."""
-    tensor = tensor.detach()
+    if tensor.requires_grad:
+        tensor = tensor.detach()
     if tensor.stride() != stride or tensor.dtype is not torch.float32:
         laid_out = torch.empty_strided(tensor.size(), stride, dtype=torch.float32, device=tensor.device)
         tensor = laid_out.copy_(tensor)
@@ -74,6 +75,8 @@ def flat(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
 
 def like(tensor: Tensor) -> Tensor:
     """An empty tensor of this layout: float32, and no view, so that users may detach it in place."""
+    if tensor.dtype is torch.float32 and tensor.is_contiguous():
+        return torch.empty_like(tensor, requires_grad=False)
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=torch.float32, device=tensor.device)
 
 

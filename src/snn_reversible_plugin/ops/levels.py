@@ -46,19 +46,23 @@ def pack_levels(flat: torch.Tensor, low: int, high: int) -> torch.Tensor:
     each, size = bits_for(low, high), flat.numel()
     bits = torch.empty((size * each + 7) // 8, dtype=torch.uint8, device=flat.device)
     for start, stop in _chunks(flat):
-        part = flat[start:stop]
-        negative, nan = part.signbit(), part.isnan()
-        codes = (part - low).nan_to_num_(nan=0.0).to(torch.uint8)
-        codes.masked_fill_(part.eq(0).logical_and_(negative), high - low + 1)
-        codes.masked_fill_(nan, high - low + 2)
-        codes.add_(nan.logical_and_(negative))
+        codes = codes_of(flat[start:stop], low, high)
         bits[start * each // 8 : (stop * each + 7) // 8] = pack_bits(codes, each)
     return bits
 
 
+def codes_of(part: torch.Tensor, low: int, high: int) -> torch.Tensor:
+    """Which of :func:`values_of` each element is, as ``uint8``."""
+    negative, nan = part.signbit(), part.isnan()
+    codes = (part - low).nan_to_num_(nan=0.0).to(torch.uint8)
+    codes.masked_fill_(part.eq(0).logical_and_(negative), high - low + 1)
+    codes.masked_fill_(nan, high - low + 2)
+    return codes.add_(nan.logical_and_(negative))
+
+
 def unpack_levels(bits: torch.Tensor, out: torch.Tensor, low: int, high: int) -> None:
     """Write the elements that :func:`pack_levels` packed into the 1-D tensor ``out``."""
-    each, values = bits_for(low, high), _values(low, high, out.dtype, out.device)
+    each, values = bits_for(low, high), values_of(low, high, out.dtype, out.device)
     for start, stop in _chunks(out):
         codes = torch.empty(stop - start, dtype=torch.int32, device=out.device)
         unpack_bits(bits[start * each // 8 : (stop * each + 7) // 8], codes, each)
@@ -71,7 +75,7 @@ def _chunks(flat: torch.Tensor) -> list[tuple[int, int]]:
 
 
 @functools.lru_cache(maxsize=64)
-def _values(low: int, high: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def values_of(low: int, high: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """What each code stands for."""
     nan = math.copysign(math.nan, 1)
     values = torch.tensor([*range(low, high + 1), -0.0, nan, nan], dtype=dtype)

@@ -3,8 +3,8 @@
 The one idea: nearly all of a training step's memory is a number of bytes a sample, so that two small
 batches, measured, say where the budget ends; what is said is then tried once. The peak is the largest of
 several sums, one a layer, each growing by its own rate: a larger batch may take more than a line through
-two small ones says, and never less. So where the trial is over the budget, the line through it and the
-largest batch known to fit says what does.
+two small ones says. One whose layers are sliced may take less, as small batches are not. So where the trial
+is over the budget, or leaves much of it, the line through it and the batch before says what to try next.
 
 Source: this package's own.
 """
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 MakeInputs = Callable[[int], Any]
 _SMALL = 2, 6  # the batches that the line goes through
 _TRIALS = 6
+_ENOUGH = 0.9  # of the budget
+_MOST = 8  # times the batch before
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Fit:
 def largest_batch(
     model: nn.Module, make_inputs: MakeInputs, budget: int | str | None = None, *, loss: Loss | None = None
 ) -> int:
-    """How large a batch fits, predicted from two small ones and tried once.
+    """How large a batch fits, predicted from two small ones and tried: once, where that was nearly right.
 
     The model is left as it was. One that is converted is measured as it is, any other as stock.
 
@@ -105,25 +107,36 @@ def fit(
     line = _Line(_SMALL[0], small, _SMALL[1], larger)
     batch = line.at_most(limit)
     for _ in range(_TRIALS):
-        if batch in known and known[batch] <= limit:
-            break
         try:
-            known[batch] = _peak(model, make_inputs, batch, loss)
+            if batch not in known:
+                known[batch] = _peak(model, make_inputs, batch, loss)
         except torch.OutOfMemoryError:
             batch = max(_SMALL[0], batch - max(1, batch // 10))
             continue
-        if known[batch] <= limit:
+        following = _following(batch, known, limit)
+        if following == batch:
             break
-        fits = max(one for one, size in known.items() if size <= limit)
-        batch = min(batch - 1, _Line(fits, known[fits], batch, known[batch]).at_most(limit))
-    else:
-        batch = max(one for one, size in known.items() if size <= limit)
+        batch = following
+    batch = max(one for one, size in known.items() if size <= limit)
     step = _step(model, make_inputs, batch, loss)
     seconds = []
     for _ in range(3):
         with step.unchanged():
             seconds.append(time_step(step.run))
     return Fit(batch, known[batch], line.at(batch), min(seconds), limit)
+
+
+def _following(batch: int, known: dict[int, int], limit: int) -> int:
+    """The batch to try after this one: a smaller one where it does not fit, a larger one where that left
+    much unused, else the same."""
+    fits = max(one for one, size in known.items() if size <= limit)
+    if known[batch] > limit:
+        return min(batch - 1, _Line(fits, known[fits], batch, known[batch]).at_most(limit))
+    before = max((one for one in known if one < batch), default=None)
+    if before is None or batch < fits or known[batch] >= _ENOUGH * limit:
+        return batch
+    over = min((one for one, size in known.items() if size > limit), default=batch * _MOST)
+    return max(batch, min(over - 1, _Line(before, known[before], batch, known[batch]).at_most(limit)))
 
 
 @dataclass(frozen=True)

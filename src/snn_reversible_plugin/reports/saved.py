@@ -12,8 +12,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from snn_reversible_plugin.ops.layouts import is_plain, storage_key
 from snn_reversible_plugin.reports.trial import Step, tensors_in
 from snn_reversible_plugin.tape.findings import Findings, FoundBits, KeptInFull
-from snn_reversible_plugin.tape.handles import Handle, Packed, storage_once
+from snn_reversible_plugin.tape.handles import Handle, storage_once
 from snn_reversible_plugin.tape.origins import OUTSIDE, look_up
+from snn_reversible_plugin.tape.packed import Packed
 
 
 def storages_alive(step: Step) -> set[int]:

@@ -9,15 +9,17 @@ Source: the neurons of SpikingJelly 2.0, 0.0.0.0.14 and 0.0.0.0.12, whose equati
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.modules.kinds import is_multi_step
+from snn_reversible_plugin.modules.swap import ON_GRID
 from snn_reversible_plugin.neurons.integrate_fire.reference import Rule
 from snn_reversible_plugin.neurons.integrate_fire.stretch import is_free
 from snn_reversible_plugin.neurons.on_grid import switches
@@ -31,7 +33,7 @@ from snn_reversible_plugin.neurons.on_grid.step import step
 from snn_reversible_plugin.neurons.surrogates import Surrogate, of_users
 from snn_reversible_plugin.ops.devices import may_look
 from snn_reversible_plugin.spikingjelly.calls import leave, stepped_neurons
-from snn_reversible_plugin.spikingjelly.surrogates import as_autograd, is_heaviside, surrogate_of
+from snn_reversible_plugin.spikingjelly.surrogates import as_autograd, hooks_of, is_heaviside, surrogate_of
 from snn_reversible_plugin.spikingjelly.types import equations_of, row_of, states_beside_v, stores_v_seq
 from snn_reversible_plugin.tape.final_membrane import OfFirstStep
 from snn_reversible_plugin.tape.origins import look_up
@@ -63,22 +65,83 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
+def _settings(node: Any) -> tuple[Any, ...]:
+    """What a node's constants follow from, but a learned decay's value; the last: if it has one."""
+    function, equations = surrogate_of(node), equations_of(node)
+    leak = (node.tau, bool(node.decay_input)) if equations == "LIF" else None
+    return (
+        node.v_threshold, node.v_reset, bool(node.detach_reset), leak, function,
+        getattr(function, "alpha", None), switches.bits_of(node), equations == "PLIF",
+    )  # fmt: skip
+
+
+# NOTE [Settings that are found once]
+#
+# A loop asks at each step what is the same at each: it takes a tenth of a tiny network's step. So what was
+# found is kept with the objects that it was read from, and holds as long as these are the very same ones.
+# The objects are held, so that none of them can be another with the same id; numbers, names and the
+# surrogate, no tensor. Of hooks' dictionaries the same one may have got a hook: they must be empty.
+
+
+class _Found(NamedTuple):
+    """Settings, and what they were found from."""
+
+    settings: Any
+    names: tuple[str, ...]
+    read: tuple[Any, ...]
+    ids: tuple[int, ...]
+    tables: list[Any]
+
+    def holds(self, node: Any) -> bool:
+        """Whether a node is set as it was."""
+        return not any(self.tables) and tuple(map(id, _read(node, self.names))) == self.ids
+
+
+_found: weakref.WeakKeyDictionary[Any, _Found] = weakref.WeakKeyDictionary()
+_READ = "step_mode", "v_threshold", "v_reset", "detach_reset", "surrogate_function"
+_OF_SOME = "_neuron_precision", "store_v_seq"  # not in all releases
+_OF_EQUATIONS = {"IF": (), "LIF": ("tau", "decay_input"), "PLIF": ("decay_input",)}
+
+
+def _read(node: Any, names: tuple[str, ...]) -> tuple[Any, ...]:
+    own, cls = node.__dict__, type(node)
+    function = node.surrogate_function
+    return (
+        cls, getattr(cls, "grid_bits", None), own.get("grid_bits"), ON_GRID.of(node),
+        *[own.get(name) for name in _OF_SOME], type(function), *[getattr(node, name) for name in names],
+        *node._memories, *vars(function).values(),
+    )  # fmt: skip
+
+
+def _find(node: Any, settings: Any) -> None:
+    """Keep what was found of a node, where all that it was found from can be told apart by identity."""
+    _found.pop(node, None)
+    function = node.surrogate_function
+    names = _OF_EQUATIONS.get(equations_of(node))
+    if names is None or not (isinstance(function, nn.Module) and is_heaviside(function)):
+        return
+    names = (*_READ, *names, *[name for name in _OF_SOME if hasattr(node, name)])
+    if not all(hasattr(node, name) for name in names):
+        return
+    read = _read(node, names)
+    if not any(isinstance(one, Tensor) for one in read):
+        _found[node] = _Found(settings, names, read, tuple(map(id, read)), hooks_of(function))
+
+
 class NodeOnGrid(OnGrid):
     """In front of an analytic node: its single steps are reversible in time."""
 
     def grid_settings(self: Any) -> Any:
         """All that the node's constants follow from."""
-        reason = why_not(self)
-        if reason is not None:
-            return reason
-        function, equations = surrogate_of(self), equations_of(self)
-        w = self.w if equations == "PLIF" else None
-        leak = (self.tau, bool(self.decay_input)) if equations == "LIF" else None
-        return (
-            self.v_threshold, self.v_reset, bool(self.detach_reset), leak, function,
-            getattr(function, "alpha", None), None if w is None else value_of(w),
-            switches.bits_of(self),
-        )  # fmt: skip
+        found = _found.get(self)
+        if found is not None and found.holds(self):
+            settings = found.settings
+        else:
+            settings = why_not(self) or _settings(self)
+            _find(self, settings)
+        if isinstance(settings, str) or not settings[-1]:
+            return settings
+        return (*settings, value_of(self.w))
 
     def fix_grid(self: Any) -> None:
         """By its threshold and its value of reset; a learned decay is that of its membrane."""

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snn_reversible_plugin.modules import tracking
+from snn_reversible_plugin.modules.tracking import is_tracking
 from snn_reversible_plugin.neurons.surrogates import Surrogate, Vjp, by_autograd, describes
 from snn_reversible_plugin.neurons.witness import Watched, watched
 from snn_reversible_plugin.ops.autocast import Autocast
@@ -215,16 +215,19 @@ def _bases(copy: Copy) -> tuple[type, ...]:
     return tuple(getattr(copy.surrogate, name) for name in names if hasattr(copy.surrogate, name))
 
 
-def _is_hooked(module: torch.nn.Module) -> bool:
+def hooks_of(module: torch.nn.Module) -> list[dict[Any, Any]]:
+    """The tables of what may hang on a surrogate: empty, it is as it is defined."""
     tables = ("_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks",
               "_backward_pre_hooks")  # fmt: skip
-    attributes = module.__dict__
-    for table in tables:
-        hung = attributes.get(table)
+    return [hung for table in tables if (hung := module.__dict__.get(table)) is not None]
+
+
+def _is_hooked(module: torch.nn.Module) -> bool:
+    for hung in hooks_of(module):
         # What a report or check mode hangs on every module changes nothing.
-        if hung and any(getattr(value, "__module__", "") != tracking.__name__ for value in hung.values()):
+        if hung and not all(map(is_tracking, hung.values())):
             return True
-    return "forward" in attributes
+    return "forward" in module.__dict__
 
 
 # -- watching a surrogate that a user wrote ----------------------------------------------------------

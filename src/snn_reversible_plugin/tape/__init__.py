@@ -49,27 +49,21 @@ from snn_reversible_plugin.ops.layouts import storage_key
 from snn_reversible_plugin.tape.as_stock import followed_among
 from snn_reversible_plugin.tape.exposed import compare_later, look_again, sum_later
 from snn_reversible_plugin.tape.findings import Observer
-from snn_reversible_plugin.tape.handles import (
-    ComputedState,
-    Handle,
-    Kept,
-    Packed,
-    PackedLevels,
-    owns,
-    peek,
-    unpack,
-)
+from snn_reversible_plugin.tape.handles import ComputedState, Handle, Kept, owns, peek, unpack
+from snn_reversible_plugin.tape.mode import Rule
 from snn_reversible_plugin.tape.off_stack import OffStack, set_compiler
 from snn_reversible_plugin.tape.on_stack import OnThread
 from snn_reversible_plugin.tape.origins import OUTSIDE, enter, look_up
+from snn_reversible_plugin.tape.packed import Packed, PackedLevels
 from snn_reversible_plugin.tape.plans import Plans
 from snn_reversible_plugin.tape.recipes import WORK_LIMIT
 from snn_reversible_plugin.tape.replayed import Replayed
+from snn_reversible_plugin.tape.sliced.alone import is_alone, references, try_out
 from snn_reversible_plugin.tape.sliced.cut import Cut
 from snn_reversible_plugin.tape.sliced.stand_in import cut_of
 from snn_reversible_plugin.tape.sliced.stand_in import unpack as unpack_in_slices
 from snn_reversible_plugin.tape.surroundings import runs_eagerly, to_be_repeated
-from snn_reversible_plugin.tape.tape import Rule, Tape
+from snn_reversible_plugin.tape.tape import Tape
 
 __all__ = [
     "MODES",
@@ -79,6 +73,7 @@ __all__ = [
     "cut_of",
     "hand_over",
     "handle_of",
+    "is_alone",
     "is_recording",
     "keep",
     "mark_levels",
@@ -94,12 +89,14 @@ __all__ = [
     "paused",
     "peek",
     "recording",
+    "references",
     "returns",
     "runs_eagerly",
     "set_compiler",
     "suspended",
     "takes",
     "to_be_repeated",
+    "try_out",
 ]
 
 MODES = tuple(WORK_LIMIT)
@@ -184,10 +181,15 @@ def may_record() -> bool:
     return torch.is_grad_enabled() and runs_eagerly()
 
 
-def is_recording() -> bool:
-    """Whether a tape records what is computed here, and a graph is being built that will want it."""
+def is_recording(eagerly: bool = False) -> bool:
+    """Whether a tape records what is computed here, and a graph is being built that will want it.
+
+    ``eagerly``: the caller has found that it :func:`runs_eagerly`.
+    """
     tape = current()
-    return tape is not None and not tape.keeps_everything and may_record()
+    if tape is None or tape.keeps_everything or not torch.is_grad_enabled():
+        return False
+    return eagerly or runs_eagerly()
 
 
 def may_promise() -> bool:

@@ -13,8 +13,8 @@ import math
 import torch
 
 from snn_reversible_plugin.ops.layouts import is_dense, is_plain
-from snn_reversible_plugin.tape.handles import Packed, PackedTwo
 from snn_reversible_plugin.tape.origins import enter
+from snn_reversible_plugin.tape.packed import Packed, PackedTwo
 
 LEAST = 1024  # elements, below which it isn't worth a look
 _SAMPLE = 64

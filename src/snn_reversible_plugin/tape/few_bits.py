@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from snn_reversible_plugin.tape.handles import Handle, Packed, PackedLevels
+from snn_reversible_plugin.tape.handles import Handle
 from snn_reversible_plugin.tape.operators import Operator
 from snn_reversible_plugin.tape.origins import look_up, span_of
+from snn_reversible_plugin.tape.packed import Packed, PackedLevels
 from snn_reversible_plugin.tape.spans import RULES, STORED, Span, span_after
 
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from snn_reversible_plugin import tape
-from snn_reversible_plugin.tape.handles import Handle, Kept, Packed, peek
+from snn_reversible_plugin.tape.handles import Handle, Kept, peek
+from snn_reversible_plugin.tape.packed import Packed
 from snn_reversible_plugin.tape.replayed import Replayed
 
 # NOTE [When a final membrane is computed]

@@ -13,9 +13,10 @@ from typing import Any, Protocol
 import torch
 
 from snn_reversible_plugin.ops.layouts import is_plain, storage_key
-from snn_reversible_plugin.tape.handles import Handle, Kept, Packed
+from snn_reversible_plugin.tape.handles import Handle, Kept
 from snn_reversible_plugin.tape.operators import Kind, Operator
 from snn_reversible_plugin.tape.origins import look_up
+from snn_reversible_plugin.tape.packed import Packed
 from snn_reversible_plugin.tape.recipes import Refused, tensors_among
 from snn_reversible_plugin.tape.unseen import Unseen
 
@@ -63,7 +64,7 @@ class FoundBits:
 
     def __str__(self) -> str:
         each = 8 * self.bytes / max(self.elements, 1)
-        return f"the output of {self.operation}, {self.tensors} times: {each:.0f} bits an element"
+        return f"the output of {self.operation}, {self.tensors} times: {each:.2g} bits an element"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Handles: what the tape stores in place of a tensor, and how each gives the tensor back.
 
-Three treatments, one class each. ``Kept`` is the tensor itself, ``Packed`` one bit an element,
+Three treatments. ``Kept`` is the tensor itself, ``Packed`` (:mod:`.tape.packed`) few bits an element,
 ``Replayed`` (:mod:`.tape.replayed`) a recipe. A handle knows nothing of neurons, modules or the recording;
 it only rebuilds. Source: the pack / unpack contract of
 ``torch.autograd.graph.saved_tensors_hooks``.
@@ -14,10 +14,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from snn_reversible_plugin import ops
 from snn_reversible_plugin.ops.autocast import without_autocast
-from snn_reversible_plugin.ops.layouts import is_dense, storage_key
-from snn_reversible_plugin.ops.levels import bits_for
+from snn_reversible_plugin.ops.layouts import storage_key
 from snn_reversible_plugin.tape.unseen import Unseen, WrittenUnseen, checksum, of_value
 
 
@@ -35,16 +33,25 @@ _labels: weakref.WeakKeyDictionary[Handle, Label] = weakref.WeakKeyDictionary()
 _UNLABELLED = Label()
 
 
+def are_labelled() -> bool:
+    """Whether any handle is."""
+    return bool(_labels.data)  # type: ignore[attr-defined]
+
+
 def _label_of(handle: Handle) -> Label:
-    return _labels.get(handle, _UNLABELLED) if _labels else _UNLABELLED
+    return _labels.get(handle, _UNLABELLED) if are_labelled() else _UNLABELLED
 
 
 class Handle:
-    """Stands for one tensor. ``get`` returns the tensor, and whether the caller owns its storage."""
+    """Stands for one tensor. ``get`` returns the tensor, and whether the caller owns its storage.
+
+    ``counts``: whether :meth:`need` and :meth:`release` do anything.
+    """
 
     __slots__ = ("__weakref__",)
 
     treatment: str
+    counts = False
 
     @property
     def where(self) -> str | None:
@@ -94,7 +101,7 @@ class Handle:
 
     def verified(self, value: torch.Tensor, how: str) -> torch.Tensor:
         """In check mode, compare with the checksum that the forward left."""
-        if self.checksum is not None and not torch.equal(checksum(value), self.checksum):
+        if are_labelled() and self.checksum is not None and not torch.equal(checksum(value), self.checksum):
             raise WrittenUnseen(
                 Unseen(
                     self.where or "the model",
@@ -176,14 +183,16 @@ class Kept(Handle):
     def get(self, last: bool) -> tuple[torch.Tensor, bool]:
         if self.exposure is not None:
             return self.exposure.value(self), False
-        self.check_version()
+        if self.version >= 0 and self.tensor._version != self.version:
+            self.check_version()
         if self.parameter and self.tensor.numel() and not self.tensor.untyped_storage().nbytes():
             raise RuntimeError(
                 f"{self.where or 'the model'}: a parameter of shape {tuple(self.tensor.shape)} was let go "
                 "of when its layer had run, and a neuron's backward computes that layer again. Shard "
                 "with fully_shard(layer, reshard_after_forward=False), or the converted model as a whole."
             )
-        if self.checksum is not None and not torch.equal(checksum(self.tensor), self.checksum):
+        then = self.checksum if are_labelled() else None
+        if then is not None and not torch.equal(checksum(self.tensor), then):
             raise self.was_written()
         return self.tensor, False
 
@@ -244,101 +253,6 @@ class ComputedState(Passing):
         return self._recipe
 
 
-class Packed(Handle):
-    """Zeros and ones, one bit an element.
-
-    Bits are made when somebody first relies on the handle, so that spikes that nothing saves cost
-    nothing; whoever relies on it has the tensor at hand.
-    """
-
-    treatment = "packed"
-    __slots__ = ("bits", "dtype", "size", "stride")
-
-    def __init__(self) -> None:
-        self.bits: torch.Tensor | None = None
-
-    def materialize(self, spikes: torch.Tensor) -> None:
-        if self.bits is not None:
-            return
-        spikes = spikes.detach()
-        if not is_dense(spikes):
-            spikes = spikes.contiguous()
-        self.size, self.stride, self.dtype = spikes.size(), spikes.stride(), spikes.dtype
-        self.bits = self._pack(spikes.as_strided((spikes.numel(),), (1,)))
-
-    def get(self, last: bool) -> tuple[torch.Tensor, bool]:
-        assert self.bits is not None
-        spikes = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.bits.device)
-        self._unpack(self.bits, spikes.as_strided((spikes.numel(),), (1,)))
-        return self.verified(spikes, "unpacking its spikes"), True
-
-    def unpack_range(self, begin: int, flat: torch.Tensor) -> None:
-        """Write as many elements as ``flat`` has, in the order of memory from ``begin`` on."""
-        assert self.bits is not None
-        early = begin % 8  # bytes begin at every eighth element, however many bits one takes
-        start = (begin - early) * self.bits_each // 8
-        stop = -(-(begin + flat.numel()) * self.bits_each // 8)
-        bits = self.bits[start:stop]
-        if not early:
-            self._unpack(bits, flat)
-            return
-        longer = flat.new_empty(early + flat.numel())
-        self._unpack(bits, longer)
-        flat.copy_(longer[early:])
-
-    @property
-    def bits_each(self) -> int:
-        """Bits that an element takes."""
-        return 1
-
-    def _pack(self, flat: torch.Tensor) -> torch.Tensor:
-        return ops.pack_bits(flat)
-
-    def _unpack(self, bits: torch.Tensor, flat: torch.Tensor) -> None:
-        ops.unpack_bits(bits, flat)
-
-    def stored(self, seen: set[int]) -> int:
-        return 0 if self.bits is None else storage_once(self.bits, seen)
-
-
-class PackedLevels(Packed):
-    """Integers from ``low`` to ``high`` in floating point, or NaN: two to four bits an element."""
-
-    __slots__ = ("high", "low")
-
-    def __init__(self, low: int, high: int) -> None:
-        super().__init__()
-        self.low, self.high = low, high
-
-    @property
-    def bits_each(self) -> int:
-        """Bits that an element takes."""
-        return bits_for(self.low, self.high)
-
-    def _pack(self, flat: torch.Tensor) -> torch.Tensor:
-        return ops.pack_levels(flat, self.low, self.high)
-
-    def _unpack(self, bits: torch.Tensor, flat: torch.Tensor) -> None:
-        ops.unpack_levels(bits, flat, self.low, self.high)
-
-
-class PackedTwo(Packed):
-    """Zeros and one other number, ``high``: one bit an element."""
-
-    __slots__ = ("high",)
-
-    def __init__(self, high: float) -> None:
-        super().__init__()
-        self.high = high
-
-    def _unpack(self, bits: torch.Tensor, flat: torch.Tensor) -> None:
-        super()._unpack(bits, flat)
-        if self.high != 1:
-            flat.mul_(self.high)
-        if self.high < 0:  # 0 times it is -0
-            flat.add_(0.0)
-
-
 def unpack(handle: Handle) -> torch.Tensor:
     """The unpack hook."""
     if torch.is_grad_enabled():
@@ -346,6 +260,8 @@ def unpack(handle: Handle) -> torch.Tensor:
             "double backward (create_graph=True) through a reversible model is not supported: the tape "
             "rebuilds values, not their graph. Run that part under snn_reversible_plugin.stock(model)."
         )
+    if not torch._C._is_any_autocast_enabled():
+        return handle.unpack()
     with without_autocast():  # what autocast cast in the forward was recorded as operations of its own
         return handle.unpack()
 

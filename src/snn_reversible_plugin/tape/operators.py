@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from snn_reversible_plugin.tape.spans import RULES
+
 aten = torch.ops.aten
 
 
@@ -35,7 +37,7 @@ class Operator:
     ``inplace`` says that it is the first alone, so that the operator on a copy is a recipe. ``atomic``: on
     CUDA its result depends on the order of atomic additions. ``cheap``: a view or a cast. ``constant``: it
     fills a tensor like its argument with one number. ``allocates``: what it makes is often filled by
-    somebody else.
+    somebody else. ``bounded``: what it gives may be whole numbers in bounds (:mod:`.tape.spans`).
     """
 
     kind: Kind
@@ -48,6 +50,7 @@ class Operator:
     cheap: bool = False
     constant: bool = False
     allocates: bool = False
+    bounded: bool = False
 
 
 _WORK = frozenset(
@@ -176,5 +179,6 @@ def _read_off(func: Any) -> Operator:
     constant = func in (aten.zeros_like.default, aten.ones_like.default, aten.full_like.default)
     cheap, allocates = name == "_to_copy", name in _ALLOCATE
     return Operator(
-        Kind.PURE, name, work, atomic=atomic, cheap=cheap, constant=constant, allocates=allocates
-    )
+        Kind.PURE, name, work, atomic=atomic, cheap=cheap, constant=constant, allocates=allocates,
+        bounded=name in RULES,
+    )  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from snn_reversible_plugin.tape.handles import Handle
 from snn_reversible_plugin.tape.spans import ANY, Span
 
 OUTSIDE: Any = object()
+_STRIDED = torch.strided
 
 
 # NOTE [When an entry holds]
@@ -66,7 +68,7 @@ def enter(
     """Write down a tensor's handle, and what is known of its values. A new view gets the version counter of
     its ``base`` only after the operation has returned, so the base is asked. ``ended``: it is a state whose
     history is no longer wanted."""
-    if not is_plain(tensor):
+    if tensor.layout is not _STRIDED:
         return
     entry = _Entry(tensor, _drop_handle)
     entry.handle, entry.span, entry.ended = handle, span, ended
@@ -82,18 +84,25 @@ def look_up(tensor: torch.Tensor) -> Any:
     entry = _entries.get(id(tensor))
     if entry is None or entry() is not tensor:
         return OUTSIDE
-    return entry.handle if _stands(entry, tensor) else None
+    # As _stands says, which is asked for each tensor that anything is done with: without another call.
+    if (entry.version >= 0 and entry.version != tensor._version) or entry.address != tensor.data_ptr():
+        return None
+    return None if _writes and _writes.get(storage_key(tensor), -1) > entry.serial else entry.handle
+
+
+def older_among(tensors: Iterable[torch.Tensor], moment: int) -> list[torch.Tensor]:
+    """Those of which what is known was written down before a moment."""
+    older = []
+    for tensor in tensors:
+        entry = _entries.get(id(tensor))
+        if entry is not None and entry.serial < moment and entry() is tensor:
+            older.append(tensor)
+    return older
 
 
 def now() -> int:
     """A moment, for :func:`is_older`."""
     return next(_serial)
-
-
-def is_older(tensor: torch.Tensor, moment: int) -> bool:
-    """Whether what is known of a tensor was written down before a moment."""
-    entry = _entries.get(id(tensor))
-    return entry is not None and entry.serial < moment and entry() is tensor
 
 
 def is_ended(tensor: torch.Tensor) -> bool:

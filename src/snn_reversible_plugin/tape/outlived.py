@@ -8,6 +8,7 @@ about to write asks here too.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ import torch
 from snn_reversible_plugin.tape.as_stock import ByStorage, Followed
 from snn_reversible_plugin.tape.handles import Kept
 from snn_reversible_plugin.tape.operators import aten
-from snn_reversible_plugin.tape.origins import enter, is_ended, is_older, look_up
-from snn_reversible_plugin.tape.recipes import SHORT, tensors_among
+from snn_reversible_plugin.tape.origins import enter, is_ended, look_up, older_among
+from snn_reversible_plugin.tape.recipes import SHORT
 from snn_reversible_plugin.tape.replayed import Replayed
 
 _FEW = 4096
@@ -42,21 +43,21 @@ def outlived(storage: int) -> list[weakref.ref[Kept] | weakref.ref[Followed]]:
     return _by_storage.pop(storage, [])
 
 
-def end_histories(func: Any, args: tuple[Any, ...], began: int) -> None:
+def end_histories(func: Any, tensors: Iterable[torch.Tensor], began: int) -> None:
     """Take states of earlier recordings that no gradient goes to as they are; see recipes, note 10.
 
     ``began``: when this recording began.
     """
-    for tensor in tensors_among(args):
-        if (func is aten.detach.default or not tensor.requires_grad) and is_older(tensor, began):
+    for tensor in older_among(tensors, began):
+        if func is aten.detach.default or not tensor.requires_grad:
             handle = look_up(tensor)
             if isinstance(handle, Replayed) and (handle.products or handle.depth > SHORT):
                 enter(tensor, None, ended=True)
 
 
-def pass_on_the_end(args: tuple[Any, ...], out: torch.Tensor, base: torch.Tensor | None) -> None:
+def pass_on_the_end(tensors: Iterable[torch.Tensor], out: torch.Tensor, base: torch.Tensor | None) -> None:
     """What is made without a gradient of a state whose history has ended is such a state."""
-    if not torch.is_grad_enabled() and any(map(is_ended, tensors_among(args))):
+    if not torch.is_grad_enabled() and any(map(is_ended, tensors)):
         enter(out, None, base, ended=True)
 
 

@@ -67,11 +67,15 @@ def _same(kept: torch.Tensor, tensor: torch.Tensor) -> bool:
     return kept.data_ptr() == tensor.data_ptr()
 
 
+_VIEWS = torch._C.DispatchKey.ADInplaceOrView  # what gives a view its base's version counter
+_is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
+_Unseen, _Set = torch._C._DisableTorchDispatch, torch._C._SetExcludeDispatchKeyGuard
+
+
 def alias(tensor: torch.Tensor) -> torch.Tensor:
     """The same storage and version counter, without the tensor's place in the graph."""
-    with (
-        torch._C._DisableTorchDispatch(),
-        torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False),
-        torch.no_grad(),
-    ):
+    if _is_excluded(_VIEWS):
+        with _Unseen(), _Set(_VIEWS, False):
+            return tensor.detach()
+    with _Unseen():
         return tensor.detach()

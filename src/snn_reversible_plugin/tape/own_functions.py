@@ -10,21 +10,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from types import FrameType
-from typing import Any
 
 import torch
 
 from snn_reversible_plugin.tape.handles import Handle, Kept
 from snn_reversible_plugin.tape.operators import Kind, Operator
 from snn_reversible_plugin.tape.origins import look_up
-from snn_reversible_plugin.tape.recipes import tensors_among
 from snn_reversible_plugin.tape.replayed import Replayed
 
 # NOTE [Room for a kernel]
 #
 # Inside a function (there is no grad mode) what an operation makes may be room for a kernel that torch
 # doesn't see, which fills it. That is what allocates, and all that is made of nothing that is known:
-# `torch.arange(n)`, `torch.tensor(numbers)`, `torch.cat([zeros, zeros])`. It is nobody's recipe.
+# `torch.arange(n)`, `torch.tensor(numbers)`, `torch.cat([zeros, zeros])`. It is nobody's recipe. What has a
+# gradient was handed in: operations outside computed it, and it has no recipe because it is an anchor.
 
 # NOTE [Who saves]
 #
@@ -34,41 +33,43 @@ from snn_reversible_plugin.tape.replayed import Replayed
 # 2. Bits are less than what stock holds, so what is rebuilt from bits alone, without a product, is.
 
 
-def may_be_filled(operator: Operator, args: Iterable[Any]) -> bool:
-    """Whether what an operation makes may be filled by what torch doesn't see."""
+def may_be_filled(operator: Operator, operands: Iterable[torch.Tensor]) -> bool:
+    """Whether what an operation makes of these may be filled by what torch doesn't see."""
     if torch.is_grad_enabled() or operator.kind is Kind.VIEW:
         return False
-    return operator.allocates or all(look_up(tensor) is None for tensor in tensors_among(args))
+    return operator.allocates or all(
+        look_up(tensor) is None and not tensor.requires_grad for tensor in operands
+    )
 
 
 class OwnFunctions:
-    """Knows whether what is packed now is saved by a function that has just run a product itself."""
+    """Knows whether what is packed now is saved by a function that has just run a product itself.
 
-    __slots__ = ("_calls",)
+    ``calls``: the frames that ran the last one, and where they stood.
+    """
+
+    __slots__ = ("calls",)
 
     def __init__(self) -> None:
-        self._calls: set[tuple[int, int]] = set()
+        self.calls: set[tuple[int, int]] = set()
 
     def product(self) -> None:
         """A convolution or matrix product has run without grad mode."""
-        self._calls.clear()
-        frame: FrameType | None = sys._getframe(2)
+        self.calls.clear()
+        frame: FrameType | None = sys._getframe(3)  # what runs the mode that calls this
         while frame is not None:
-            self._calls.add((id(frame), frame.f_lasti))
+            self.calls.add((id(frame), frame.f_lasti))
             frame = frame.f_back
 
     def over(self) -> None:
         """An operation runs in grad mode."""
-        self._calls.clear()
+        self.calls.clear()
 
     def keeps(self, tensor: torch.Tensor, handle: object, caller: FrameType | None) -> bool:
         """Whether a tensor that has this handle, and is saved from this frame, is to be kept as it is."""
-        if not self._calls or caller is None or not isinstance(handle, Replayed):
+        if not self.calls or caller is None or not isinstance(handle, Replayed):
             return False
-        return (id(caller), caller.f_lasti) in self._calls and not _is_from_bits(handle, tensor.nbytes)
-
-    def __bool__(self) -> bool:
-        return bool(self._calls)
+        return (id(caller), caller.f_lasti) in self.calls and not _is_from_bits(handle, tensor.nbytes)
 
 
 def _is_from_bits(handle: Replayed, size: int) -> bool:

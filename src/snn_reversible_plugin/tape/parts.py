@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from snn_reversible_plugin.ops.layouts import is_dense, is_plain
-from snn_reversible_plugin.tape.handles import Handle, Kept, Packed
+from snn_reversible_plugin.tape.handles import Handle, Kept
+from snn_reversible_plugin.tape.packed import Packed
 from snn_reversible_plugin.tape.recipes import Price
 from snn_reversible_plugin.tape.replayed import Replayed
 

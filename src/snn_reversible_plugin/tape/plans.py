@@ -163,5 +163,5 @@ class Following:
 
 def _product(operator: Operator, args: tuple[Any, ...], out: Any) -> Product:
     shapes = tuple([tuple(one.shape) for one in tensors_among(args)])
-    first = next(tensors_among((out,)))
+    first = tensors_among((out,))[0]
     return operator.name, shapes, first.dtype, str(first.device), torch.is_grad_enabled()

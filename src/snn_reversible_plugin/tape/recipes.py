@@ -7,7 +7,7 @@ it would, its output is kept. Both are counted when the operation runs, from wha
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,8 @@ from snn_reversible_plugin.tape.by_values import packed_by_values
 from snn_reversible_plugin.tape.handles import Handle, Kept
 from snn_reversible_plugin.tape.operators import Kind, Operator
 from snn_reversible_plugin.tape.origins import OUTSIDE, is_ended, look_up
-from snn_reversible_plugin.tape.replayed import NO_PRODUCTS, Products, Replayed
+from snn_reversible_plugin.tape.packed import Packed
+from snn_reversible_plugin.tape.replayed import NO_PRODUCTS, PLAIN, Products, Replayed
 
 # NOTE [What gets a recipe]
 #
@@ -56,6 +57,8 @@ WORK_LIMIT = {"memory": 5, "speed": 0, "minimal": 5}
 SMALL_OUTPUT = 16  # an output this many times smaller than the largest activation it is made of is kept
 MANY_PRODUCTS = 16  # parts of products are not told apart beyond
 
+NO_NAMES: dict[str, Any] = {}
+_Tensor, _STRIDED, _LISTS = torch.Tensor, torch.strided, frozenset((list, tuple))
 _serial = itertools.count()
 
 
@@ -83,35 +86,39 @@ class Price:
 
 
 def price(
-    operator: Operator, operands: Iterable[Any], outputs: list[torch.Tensor], work_limit: float
+    operator: Operator, operands: list[torch.Tensor], outputs: list[torch.Tensor], work_limit: float
 ) -> Price | str:
     """The price of a recipe, or why keeping the output is cheaper: one of :class:`Refused`."""
     size = 0
     for tensor in outputs:
-        if not is_plain(tensor):
+        if tensor.layout is not _STRIDED:
             return Refused.LAYOUT
-        size = max(size, _bytes(tensor))
+        if (of_output := tensor.numel() * tensor.element_size()) > size:
+            size = of_output
     depth, cheap, products = 0.0, operator.cheap, NO_PRODUCTS
     newly_kept = largest = series = 0
     known: dict[int, Any] = {}
-    for tensor in tensors_among(operands):
+    for tensor in operands:
         handle = look_up(tensor)
         if handle is None:
             handle = packed_by_values(tensor)
         known[id(tensor)] = handle
-        if not is_plain(tensor):
+        if tensor.layout is not _STRIDED:
             return Refused.LAYOUT
         if operator.atomic and tensor.is_cuda:
             return Refused.ATOMIC
         if handle is OUTSIDE:
             continue
-        of_operand = _bytes(tensor)
-        largest = max(largest, of_operand)
+        of_operand = tensor.numel() * tensor.element_size()
+        if of_operand > largest:
+            largest = of_operand
         if isinstance(handle, Replayed):
             part = of_operand / size if of_operand < size else 1.0
-            depth = max(depth, handle.depth * part)
+            if handle.depth * part > depth:
+                depth = handle.depth * part
             cheap = cheap and handle.cheap
-            series = max(series, handle.series)
+            if handle.series > series:
+                series = handle.series
             if handle.products and handle.products is not products:
                 products = _together(products, handle.products, part)
         elif handle is None or (isinstance(handle, Kept) and not handle.anchored):
@@ -126,9 +133,35 @@ def price(
         return Refused.DEPTH
     if newly_kept > size:
         return Refused.OPERANDS
-    if operator.kind is not Kind.VIEW and size * SMALL_OUTPUT <= largest:
+    if size * SMALL_OUTPUT <= largest and operator.kind is not Kind.VIEW:
         return Refused.SMALL
-    return Price(products, depth + 1, cheap, known, series=series)
+    return Price(products, depth + 1, cheap, known, 0, series)
+
+
+def view_of(
+    func: Any, args: tuple[Any, ...], out: torch.Tensor, handle: Any, work_limit: float
+) -> Replayed | None:
+    """The recipe of a view of bits, or of something replayed; None where :func:`price` has more to ask.
+
+    ``args``: of which the first alone is a tensor, and has this handle.
+    """
+    x = args[0]
+    if out.layout is not _STRIDED or x.layout is not _STRIDED:
+        return None
+    depth, cheap, products, series = 0.0, True, NO_PRODUCTS, 0
+    if handle.__class__ in PLAIN:
+        cheap, products, series = handle.cheap, handle.products, handle.series
+        size, of_x = out.numel() * out.element_size(), x.numel() * x.element_size()
+        if products and (of_x < size or series > MAX_SERIES or sum(products.values()) > work_limit):
+            return None
+        depth = handle.depth * (of_x / size) if of_x < size else handle.depth
+        if depth >= MAX_DEPTH:
+            return None
+    elif isinstance(handle, Packed):
+        handle.materialize(x)
+    else:
+        return None
+    return Replayed(func, (handle, *args[1:]), NO_NAMES, products, depth + 1, False, cheap, series)
 
 
 def price_of_part(
@@ -159,7 +192,7 @@ def price_of_part(
         products, depth = before.products, before.depth
     of_operands, newly_kept, series = 0.0, 0, getattr(before, "series", 0)
     known: dict[int, Any] = {}
-    for tensor in tensors_among((*operands, *named.values())):
+    for tensor in tensors_among(operands, named):
         handle = look_up(tensor)
         if handle is None:
             handle = packed_by_values(tensor)
@@ -196,13 +229,28 @@ def _together(some: Products, more: Products, part: float) -> Products:
     return together
 
 
-def tensors_among(args: Iterable[Any]) -> Iterator[torch.Tensor]:
-    """The tensors among an operator's arguments, and in lists among them."""
+def tensors_among(args: Iterable[Any], named: dict[str, Any] = NO_NAMES) -> list[torch.Tensor]:
+    """The tensors among an operator's arguments, and in lists among them; ``named``: those by name."""
+    found = []
+    for arg in (*args, *named.values()) if named else args:
+        if isinstance(arg, _Tensor):
+            found.append(arg)
+        elif arg.__class__ in _LISTS and arg and not isinstance(arg[0], int):  # a list has one type
+            found += tensors_among(arg)
+    return found
+
+
+def handles_for(args: Iterable[Any], known: dict[int, Any]) -> tuple[Any, ...]:
+    """An operator's arguments with the handles of its tensors, by their ids, in place of these."""
+    found: list[Any] = []
     for arg in args:
-        if isinstance(arg, torch.Tensor):
-            yield arg
-        elif isinstance(arg, (list, tuple)):
-            yield from tensors_among(arg)
+        if isinstance(arg, _Tensor):
+            found.append(known[id(arg)])
+        elif arg.__class__ in _LISTS and tensors_among(arg):
+            found.append(list(handles_for(arg, known)))
+        else:
+            found.append(arg)
+    return tuple(found)
 
 
 def _bytes(tensor: torch.Tensor) -> int:

@@ -8,12 +8,12 @@ deep.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from snn_reversible_plugin.tape.handles import Handle, note_ownership, storage_once
+from snn_reversible_plugin.tape.handles import Handle, are_labelled, note_ownership, storage_once
 from snn_reversible_plugin.tape.operators import aten
 
 # NOTE [When a rebuilt value is let go]
@@ -54,9 +54,10 @@ class Replayed(Handle):
     """
 
     treatment = "replayed"
+    counts = True
     __slots__ = (
         "args", "awaited", "cache", "cheap", "claiming", "depth", "func", "inplace", "kwargs", "needs",
-        "products", "series", "standing", "uses", "walk",
+        "products", "rests", "series", "standing", "uses", "walk",
     )  # fmt: skip
 
     index: int | None = None
@@ -79,6 +80,7 @@ class Replayed(Handle):
         self.uses = self.needs = 0
         self.walk: int | None = None
         self.claiming = False
+        self.rests: bool | None = None  # on a state that is undone in time, where somebody has asked
         self.cache: torch.Tensor | None = None
         self.standing: tuple[torch.Tensor, int] | None = None
         self.awaited: Callable[[], None] | None = None  # called once this value stands and is cached
@@ -101,15 +103,17 @@ class Replayed(Handle):
     def stored(self, seen: set[int]) -> int:
         return 0 if self.standing is None else storage_once(self.standing[0], seen)
 
-    def operands(self) -> Iterator[Handle]:
+    def operands(self) -> list[Handle]:
         """The handles among its arguments."""
+        found: list[Handle] = []
         for arg in (*self.args, *self.kwargs.values()) if self.kwargs else self.args:
             if isinstance(arg, Handle):
-                yield arg
-            elif type(arg) is list:
+                found.append(arg)
+            elif arg.__class__ is list:
                 for item in arg:
                     if isinstance(item, Handle):
-                        yield item
+                        found.append(item)
+        return found
 
     def need(self) -> None:
         claiming = [self]
@@ -122,7 +126,7 @@ class Replayed(Handle):
                 for operand in handle.operands():
                     if operand.__class__ in PLAIN:
                         claiming.append(operand)  # type: ignore[arg-type]
-                    else:
+                    elif operand.counts:
                         operand.need()
 
     def enter(self, walk: int) -> None:
@@ -162,7 +166,8 @@ class Replayed(Handle):
             handle.claiming = False
             for operand in handle.operands():
                 if operand.__class__ not in PLAIN:
-                    operand.release()
+                    if operand.counts:
+                        operand.release()
                     continue
                 assert isinstance(operand, Replayed)
                 operand.enter(walk)
@@ -173,20 +178,19 @@ class Replayed(Handle):
                     dropping.append(operand)
 
     def unpack(self) -> torch.Tensor:
-        if _walk() == -1:  # somebody looks at a node of the graph: no backward runs that would count
+        walk = _walk()
+        if walk == -1:  # somebody looks at a node of the graph: no backward runs that would count
             return self.peek()
-        value, owned = self.get(self._asked())
+        self.enter(walk)
+        value, owned = self.get(self.needs <= 1)
         self.release()
         note_ownership(value, owned)
         return value
 
-    def _asked(self) -> bool:
-        self.enter(_walk())
-        return self.needs <= 1
-
     def get(self, last: bool) -> tuple[torch.Tensor, bool]:
         walk = _walk()
-        self.enter(walk)
+        if self.walk != walk:
+            self.enter(walk)
         if self.cache is not None:
             return self.cache, False
         return _Rebuild(self, walk).run(last)
@@ -256,7 +260,7 @@ class _Rebuild:
                 continue
             begun.add(handle)
             waiting += (handle, None)
-            for operand in reversed(tuple(handle.operands())):
+            for operand in reversed(handle.operands()):
                 if operand.__class__ in PLAIN:
                     if walk is not None:
                         operand.enter(walk)  # type: ignore[attr-defined]
@@ -286,7 +290,9 @@ class _Rebuild:
     def _run(self, handle: Replayed) -> tuple[torch.Tensor, bool]:
         borrowed: list[torch.Tensor] = []
         args = [self._value_of(arg, borrowed) for arg in handle.args]
-        kwargs = {name: self._value_of(arg, borrowed) for name, arg in handle.kwargs.items()}
+        kwargs = handle.kwargs
+        if kwargs:
+            kwargs = {name: self._value_of(arg, borrowed) for name, arg in kwargs.items()}
         if handle.inplace and (_among(args[0], borrowed) or _among(args[0], args[1:])):
             args[0] = args[0].clone()
         outputs = handle.func(*args, **kwargs)
@@ -300,18 +306,21 @@ class _Rebuild:
                     if sibling.needs:
                         sibling.hold(outputs[sibling.index], self._walk)
                         sibling.drop_claims()
-        handle.verified(value, f"replaying {handle.func}")
-        if not borrowed:
-            return value, True
-        storage = value.untyped_storage().data_ptr()
-        return value, all(storage != t.untyped_storage().data_ptr() for t in borrowed)
+        if are_labelled():
+            handle.verified(value, f"replaying {handle.func}")
+        if borrowed:
+            memory = value.untyped_storage().data_ptr()
+            for tensor in borrowed:
+                if tensor.untyped_storage().data_ptr() == memory:
+                    return value, False
+        return value, True
 
     def _value_of(self, arg: Any, borrowed: list[torch.Tensor]) -> Any:
         if not isinstance(arg, Handle):
-            if type(arg) is list:
+            if arg.__class__ is list:
                 return [self._value_of(item, borrowed) for item in arg]
             return arg
-        if arg in self._values:
+        if self._values and arg in self._values:
             value, owned = self._values[arg]
             self._uses[arg] -= 1
             if self._uses[arg]:
@@ -321,7 +330,8 @@ class _Rebuild:
         elif self._walk is None:
             value, owned = arg.peek(), False
         elif isinstance(arg, Replayed):
-            value, owned = arg.get(arg._asked())
+            arg.enter(self._walk)
+            value, owned = arg.get(arg.needs <= 1)
         else:
             value, owned = arg.get(True)
         if not owned:

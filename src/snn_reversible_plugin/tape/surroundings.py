@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _len_torch_dispatch_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from snn_reversible_plugin.ops.interrupts import Switch
 
@@ -34,6 +34,8 @@ _INFRASTRUCTURE = tuple(
     for name in ("FAKE", "PROXY", "FUNCTIONAL")
     if hasattr(torch._C._TorchDispatchModeKey, name)
 )
+_transforms = torch._C._functorch.peek_interpreter_stack
+_depth, _mode_at = torch._C._len_torch_dispatch_stack, torch._C._get_dispatch_stack_at
 _repeated = Switch()
 
 
@@ -51,18 +53,16 @@ def runs_eagerly() -> bool:
 
     No compiler, no tracer, no ``torch.func`` transform, and none of the modes in the note above.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and not torch._C._is_tracing()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not (_len_torch_dispatch_stack() and _is_watched())
-    )
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or _transforms() is not None:
+        return False
+    for at in range(_depth()):
+        if not isinstance(_mode_at(at), OwnMode):
+            return not _is_watched()
+    return True
 
 
 def _is_watched() -> bool:
     foreign = [mode for mode in _get_current_dispatch_mode_stack() if not isinstance(mode, OwnMode)]
-    if not foreign:
-        return False
     if not torch.is_grad_enabled() and not _repeated.is_on():
         return True
     return any(map(_counts, foreign)) or any(

@@ -14,12 +14,10 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from snn_reversible_plugin.ops.layouts import is_plain, storage_key
 from snn_reversible_plugin.tape.as_stock import ByStorage, by_reference, follow, is_stocks
@@ -28,34 +26,30 @@ from snn_reversible_plugin.tape.checked import about_to_write, compared
 from snn_reversible_plugin.tape.exposed import leave_alone, look_after
 from snn_reversible_plugin.tape.few_bits import few_bits
 from snn_reversible_plugin.tape.findings import Observer
-from snn_reversible_plugin.tape.handles import Handle, Kept, Packed, Passing
+from snn_reversible_plugin.tape.handles import Handle, Kept, Passing
+from snn_reversible_plugin.tape.mode import Args, Recording
 from snn_reversible_plugin.tape.off_stack import OffStack
-from snn_reversible_plugin.tape.operators import Kind, Operator, operator_of
+from snn_reversible_plugin.tape.operators import Kind, Operator, aten, operator_of
 from snn_reversible_plugin.tape.origins import OUTSIDE, enter, look_up, now, tidy, written, written_unseen
 from snn_reversible_plugin.tape.outlived import end_histories, outlive, outlived, pass_on_the_end
 from snn_reversible_plugin.tape.outsiders import Outsiders, alias
 from snn_reversible_plugin.tape.own_functions import OwnFunctions, may_be_filled
+from snn_reversible_plugin.tape.packed import Packed
 from snn_reversible_plugin.tape.plans import Following
-from snn_reversible_plugin.tape.recipes import WORK_LIMIT, price, tensors_among
+from snn_reversible_plugin.tape.recipes import WORK_LIMIT, handles_for, price, tensors_among, view_of
 from snn_reversible_plugin.tape.replayed import Replayed, constant
 from snn_reversible_plugin.tape.sliced.cut import Slices
 from snn_reversible_plugin.tape.spans import Span
-from snn_reversible_plugin.tape.surroundings import OwnMode
 from snn_reversible_plugin.tape.unseen import checksum
 from snn_reversible_plugin.tape.writes import TensorsOfParts
 
-Rule = Callable[["Tape", Any, tuple[Any, ...], dict[str, Any]], torch.Tensor | None]
-"""Runs an operator, given the tape, it and its arguments; None: it is one like any other."""
-Args = tuple[Any, ...]
-_NO_KWARGS: dict[str, Any] = {}
 
-
-class Tape(OwnMode, TorchDispatchMode):
+class Tape(Recording):
     """Records recipes, and packs what autograd saves. Made by :class:`recording`.
 
     Attributes:
         where: the name of the module that runs. Whoever wants names in errors and reports sets it.
-        replays_products: whether outputs of convolutions and matrix products are replayed.
+        work_limit: how many convolutions and matrix products a rebuild may run; 0: they are kept.
         sizes: takes note of the sizes of what runs, where that is wanted.
         observer: is told of what runs and is saved, where a report wants that.
     """
@@ -65,7 +59,6 @@ class Tape(OwnMode, TorchDispatchMode):
     ) -> None:
         super().__init__()
         self.where: str | None = None
-        self.replays_products = WORK_LIMIT[mode] > 0
         self.work_limit = WORK_LIMIT[mode]
         self._check = check
         self.observer = observer
@@ -74,12 +67,7 @@ class Tape(OwnMode, TorchDispatchMode):
         self.slices = Slices(self) if mode == "minimal" else None
         tidy()
         self._began = now()
-        # A block that is rebuilt records inside a backward; what a backward itself runs is not recorded.
-        self._graph_task = torch._C._current_graph_task_id()
-        self._rules: dict[Any, Rule] = {}  # of operators that somebody else runs for the time being
         self.latest_writes: list[Any] = []  # in check mode
-        self._suspended = 0
-        self.pauses = 0
         self._outsiders = Outsiders()
         self.kept_by_storage: ByStorage = {}
         self._just_kept: list[Kept] = []  # packed since the last operation
@@ -91,14 +79,14 @@ class Tape(OwnMode, TorchDispatchMode):
     def pack(self, tensor: torch.Tensor) -> Handle:
         """The pack hook: a handle for one who will unpack it."""
         known = None if self._suspended else look_up(tensor)
-        is_state = isinstance(known, Passing) and known.is_state
+        is_state = False
         if isinstance(known, Passing):
-            known = known.leads_to()
-        if isinstance(known, Packed):
+            is_state, known = known.is_state, known.leads_to()
+        if isinstance(known, Packed) and known.bits is None:
             with OffStack(self):
                 known.materialize(tensor)
         caller = sys._getframe().f_back
-        if self._own_functions and self._own_functions.keeps(tensor, known, caller):
+        if self._own_functions.calls and self._own_functions.keeps(tensor, known, caller):
             known = None
         handle = self.relied_on(tensor, known)
         if isinstance(handle, Kept) and is_stocks(caller):
@@ -133,38 +121,10 @@ class Tape(OwnMode, TorchDispatchMode):
         self._remember(kept)
         return kept
 
-    @property
-    def in_backward(self) -> bool:
-        """Whether it records a block that a backward rebuilds, so that nothing of it outlives this call."""
-        return self._graph_task != -1
-
-    @property
-    def keeps_everything(self) -> bool:
-        """Whether it is suspended."""
-        return self._suspended > 0
-
-    @contextmanager
-    def suspended(self) -> Iterator[None]:
-        """Inside, everything is kept."""
-        self._suspended += 1
-        try:
-            yield
-        finally:
-            self._suspended -= 1
-
     def paused(self) -> OffStack:
         """Inside, nothing is recorded: a neuron computes. What comes before it isn't the end of a block."""
         self._last_product = None
         return OffStack(self)
-
-    @contextmanager
-    def overriding(self, rules: dict[Any, Rule]) -> Iterator[None]:
-        """Inside, these operators are run by rules."""
-        outer, self._rules = self._rules, self._rules | rules
-        try:
-            yield
-        finally:
-            self._rules = outer
 
     def finish(self, of_loops: set[int]) -> None:
         """Forget what only a forward needs: whatever autograd saved keeps its tape alive.
@@ -186,29 +146,45 @@ class Tape(OwnMode, TorchDispatchMode):
                 recipe.cache = value
 
     def record(
-        self, func: Any, operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+        self,
+        func: Any,
+        operator: Operator,
+        args: Args,
+        kwargs: dict[str, Any],
+        out: Any,
+        operands: list[torch.Tensor] | None = None,
     ) -> None:
-        """Write down that ``out`` is ``func(*args, **kwargs)``, and how ``func`` is to be treated."""
+        """Write down that ``out`` is ``func(*args, **kwargs)``, and how ``func`` is to be treated.
+
+        ``operands``: the tensors among the arguments, if they are at hand.
+        """
+        if operands is None:
+            operands = tensors_among(args, kwargs)
         base = args[0] if operator.kind is Kind.VIEW else None
         if isinstance(out, torch.Tensor):
             if out.dtype is torch.bool and base is None:
                 return enter(out, Packed())
-            span, recipe = few_bits(operator, args, kwargs)
+            span = recipe = None
+            if operator.bounded:
+                span, recipe = few_bits(operator, args, kwargs)
             if recipe is None and base is not None:
                 recipe = self._parts.read(func, args, kwargs, out)
+                if recipe is None and len(operands) == 1 and not kwargs:
+                    recipe = view_of(func, args, out, look_up(base), self.work_limit)
             if recipe is None:
-                recipe = self._recipe(func, operator, args, kwargs, [out])
-                self._parts.made(func, args, recipe)
+                recipe = self._recipe(func, operator, args, kwargs, operands, [out])
+                if func is aten.cat.default and recipe is not None:
+                    self._parts.put_together(args, recipe)
             self._enter(out, recipe, base, span)
             if recipe is None:
-                pass_on_the_end(args, out, base)
+                pass_on_the_end(operands, out, base)
             if operator.work and isinstance(recipe, Replayed) and self.in_backward:
                 self._last_product = recipe, alias(out), out._version
             return
         if not isinstance(out, (tuple, list)):
             return  # a number that the user reads off
         outputs = [tensor for tensor in out if isinstance(tensor, torch.Tensor)]
-        recipe = self._recipe(func, operator, args, kwargs, outputs) if outputs else None
+        recipe = self._recipe(func, operator, args, kwargs, operands, outputs) if outputs else None
         siblings: list[weakref.ref[Replayed]] = []
         for index, tensor in enumerate(out):
             if not isinstance(tensor, torch.Tensor):
@@ -236,49 +212,44 @@ class Tape(OwnMode, TorchDispatchMode):
             if kept is not None and kept.anchored:
                 kept.spill(any(kept is one for one in spared))
 
-    # The recording mode.
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or _NO_KWARGS
-        if self.pauses or torch._C._current_graph_task_id() != self._graph_task:
-            return func(*args, **kwargs)
-        just_kept, self._just_kept = self._just_kept, []
+    def run(self, func: Any, types: Any, args: Args, kwargs: dict[str, Any]) -> Any:
+        just_kept = self._just_kept
+        if just_kept:
+            self._just_kept = []
         if self._rules and not (types or self._suspended):
             rule = self._rules.get(func)
             out = None if rule is None else rule(self, func, args, kwargs)
             if out is not None:
                 return out
         operator, self._refused = operator_of(func), None
-        if operator.kind is Kind.MUTATING:
+        kind = operator.kind
+        if kind is Kind.MUTATING:
             # What an operation fills beside its result (the noise of rrelu), autograd saved a moment ago,
             # for the value that it will have.
             spared = () if operator.inplace else just_kept
             return self._run_mutating(func, operator, types, args, kwargs, spared)
-        out = func(*args, **kwargs)
-        if operator.kind is Kind.NORM and args[5]:
+        run = func if self.slices is None or types else self.slices.running(func)
+        out = run(*args, **kwargs)
+        counts = kind is Kind.NORM and args[5]  # its running statistics
+        if counts:
             leave_alone(just_kept, args[3:5])
         if operator.work and not torch.is_grad_enabled():
             self._own_functions.product()
-        elif self._own_functions and torch.is_grad_enabled():
+        elif self._own_functions.calls and torch.is_grad_enabled():
             self._own_functions.over()
-        if operator.kind is Kind.VIEW and look_up(args[0]) is OUTSIDE:
+        if kind is Kind.VIEW and look_up(args[0]) is OUTSIDE:
             return out
-        end_histories(func, args, self._began)
-        unknown = operator.kind is Kind.OPAQUE or may_be_filled(operator, args)
+        operands = tensors_among(args, kwargs)
+        end_histories(func, operands, self._began)
+        unknown = kind is Kind.OPAQUE or may_be_filled(operator, operands)
         if types or self._suspended or unknown:
             self._enter_unknown(operator, out)
         elif operator.constant:
             self._enter(out, constant(func, args, out))
-        elif operator.kind is Kind.NORM and args[5]:
+        elif counts:
             self.record(func, operator, (*args[:3], None, None, *args[5:]), kwargs, out)
         else:
-            self.record(func, operator, args, kwargs, out)
+            self.record(func, operator, args, kwargs, out, operands)
         if self._following is not None:
             self._following.computed(operator, args, out)
         if self.observer is not None:
@@ -304,7 +275,8 @@ class Tape(OwnMode, TorchDispatchMode):
                 recipe, after, parts = self._parts.write(root, func, operator, args, kwargs)
             before = look_up(args[0]) if recipe is None else None
             if isinstance(before, Handle) and not (isinstance(before, Kept) and not before.anchored):
-                recipe = self._recipe(func, operator, args, kwargs, [args[0]])
+                operands = tensors_among(args, kwargs)
+                recipe = self._recipe(func, operator, args, kwargs, operands, [args[0]])
             if root is not None and parts is not None:
                 parts.wrote(args[0], root, recipe)
         if self._check:
@@ -333,31 +305,38 @@ class Tape(OwnMode, TorchDispatchMode):
             enter(tensor, Packed() if bit and operator.kind is not Kind.VIEW else None)
 
     def _recipe(
-        self, func: Any, operator: Operator, args: Sequence[Any], kwargs: dict[str, Any], outputs: list[Any]
+        self,
+        func: Any,
+        operator: Operator,
+        args: Args,
+        kwargs: dict[str, Any],
+        operands: list[torch.Tensor],
+        outputs: list[torch.Tensor],
     ) -> Replayed | None:
         """The recipe of an operation, or None where keeping its output is cheaper."""
-        operands = (*args, *kwargs.values()) if kwargs else args
         cost = price(operator, operands, outputs, self.work_limit)
         if isinstance(cost, str):
             self._refused = cost
             return None
-        positional = tuple([self.operand(arg, cost.known) for arg in args])
-        by_name = {key: self.operand(arg, cost.known) for key, arg in kwargs.items()} if kwargs else kwargs
+        known = self.operands(operands, cost.known)
+        positional, by_name = handles_for(args, known), kwargs
+        if kwargs:
+            by_name = dict(zip(kwargs, handles_for(kwargs.values(), known), strict=True))
         if self._check and operator.kind is not Kind.VIEW:
-            compared(self, [(cost.known[id(one)], one) for one in tensors_among(operands)])
+            compared(self, [(known[id(one)], one) for one in operands])
         options = cost.products, cost.depth, operator.inplace, cost.cheap, cost.series
         return Replayed(func, positional, by_name, *options)
 
-    def operand(self, arg: Any, known: dict[int, Any]) -> Any:
-        if isinstance(arg, torch.Tensor):
-            handle = known[id(arg)] = self.relied_on(arg, known[id(arg)])
-            return handle
-        if isinstance(arg, (list, tuple)) and any(isinstance(item, torch.Tensor) for item in arg):
-            return [self.operand(item, known) for item in arg]
-        return arg
+    def operands(self, tensors: Iterable[torch.Tensor], known: dict[int, Any]) -> dict[int, Handle]:
+        """The handles to store for operands, by id, given what :func:`look_up` said of them."""
+        for tensor in tensors:
+            known[id(tensor)] = self.relied_on(tensor, known[id(tensor)])
+        return known
 
     def relied_on(self, tensor: torch.Tensor, handle: Any) -> Handle:
         """The handle to store, for a tensor of which :func:`look_up` said this."""
+        if isinstance(handle, Replayed):
+            return handle
         if isinstance(handle, Passing):
             handle = handle.leads_to()
         if handle is None and not self._suspended:
@@ -378,7 +357,8 @@ class Tape(OwnMode, TorchDispatchMode):
         return handle  # type: ignore[no-any-return]
 
     def _remember(self, kept: Kept) -> None:
-        kept.where = self.where
+        if self.where is not None:
+            kept.where = self.where
         if is_plain(kept.tensor):
             self.kept_by_storage.setdefault(storage_key(kept.tensor), []).append(weakref.ref(kept))
 
@@ -390,7 +370,7 @@ class Tape(OwnMode, TorchDispatchMode):
         span: Span | None = None,
     ) -> None:
         """Write down a tensor's recipe; None: it has none."""
-        if recipe is not None and (self._check or self.observer is not None):
+        if (self._check or self.observer is not None) and recipe is not None:
             recipe.where = self.where
             if self._check:
                 recipe.checksum = checksum(out)

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from snn_reversible_plugin.tape.handles import Handle, Packed
+from snn_reversible_plugin.tape.handles import Handle
 from snn_reversible_plugin.tape.operators import Operator, aten
 from snn_reversible_plugin.tape.origins import look_up
+from snn_reversible_plugin.tape.packed import Packed
 from snn_reversible_plugin.tape.parts import (
     Parts,
     can_be_in_parts,
@@ -18,7 +19,7 @@ from snn_reversible_plugin.tape.parts import (
     one_of_those_put_together,
     written_part,
 )
-from snn_reversible_plugin.tape.recipes import price_of_part
+from snn_reversible_plugin.tape.recipes import handles_for, price_of_part, tensors_among
 from snn_reversible_plugin.tape.replayed import Replayed
 
 if TYPE_CHECKING:
@@ -66,17 +67,17 @@ class TensorsOfParts:
         if cost is None:
             return None, None, None
         parts.newly_kept += cost.newly_kept
-        handles = [tape.operand(one, cost.known) for one in operands]
-        named = {name: tape.operand(one, cost.known) for name, one in kwargs.items()}
+        known = tape.operands(tensors_among(operands, kwargs), cost.known)
+        handles = handles_for(operands, known)
+        named = dict(zip(kwargs, handles_for(kwargs.values(), known), strict=True))
         after = written_part(before, (view, root), func, (handles, named), cost)
         self._parts[after] = parts
         value = copied_into(view, operands[0], handles[0], cost) if copied else None
         return value, after, parts
 
-    def made(self, func: Any, args: tuple[Any, ...], recipe: Handle | None) -> None:
-        """An operation was written down."""
-        if func is aten.cat.default and recipe is not None:
-            note_what_was_put_together(recipe, *args)
+    def put_together(self, args: tuple[Any, ...], recipe: Handle) -> None:
+        """``torch.cat`` was written down."""
+        note_what_was_put_together(recipe, *args)
 
     def read(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: torch.Tensor, index: int = -1

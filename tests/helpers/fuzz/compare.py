@@ -71,7 +71,7 @@ def _outcome(source: str, settings: Settings, reversibly: bool) -> list[Any]:
         if reversibly or on_grid:
             convert(net)
         names["recorded"] = srp.reversible if reversibly else lambda _: nullcontext()
-        names["again"] = convert if reversibly else lambda _: None
+        names["again"] = convert if reversibly else names["again"]
         by_autograd = on_grid and not reversibly
         names["in_thread"] = lambda function: _in_thread(function, by_autograd)
         torch.manual_seed(1)

@@ -41,8 +41,9 @@ def detach(net):
 def recorded(net):
     return contextlib.nullcontext()
 
-def again(net):
-    pass
+def again(net):  # what is on the grid, and left it, is put there again
+    for module in net.modules():
+        if hasattr(module, "fix_grid"): module.fix_grid()
 
 def in_thread(function):
     found = []
@@ -124,7 +125,7 @@ def script(source: str, settings: Settings, seed: int) -> str:
         ]
     lines += [
         "    recorded = srp.reversible if reversibly else lambda net: contextlib.nullcontext()",
-        f"    again = lambda net: reversibly and srp.convert_to_reversible(net, {how})",
+        f"    again = (lambda net: srp.convert_to_reversible(net, {how})) if reversibly else again",
         "    with around:",
         "        torch.manual_seed(1)",
         "        seen = train(net)",

@@ -27,18 +27,21 @@ def sequence_vjp_in_slices(
     neuron: Neuron,
     wanted: Wanted,
     v_last: Tensor | None = None,
+    *,
+    overwrites: bool = False,
 ) -> Gradients:
     """As :func:`.in_place.multi_step_vjp`, of an input that is cut. A leak's gradients are sums.
 
     Args:
         cut: of the input [T, N, ...]. Where it can't be cut by samples, it is put together.
         v, grads, neuron, wanted, v_last: as there.
+        overwrites: the gradient of the spikes may be overwritten with that of the input.
     """
     if cut.size[0] not in cut.exact:
         x_seq = cut.whole()
         cut.release()
         return multi_step_vjp(x_seq, v, grads, neuron, wanted, owned=True, v_last=v_last)
-    whole = _Whole(cut, v_last, wanted)
+    whole = _Whole(cut, v_last, wanted, grads.s if overwrites else None)
     for part in cut.parts(outer=cut.size[0]):
         samples = slice(part.start, part.stop)
         start = v[samples] if isinstance(v, Tensor) else v
@@ -70,9 +73,11 @@ def _of_part(
 class _Whole:
     """The gradients of all samples, put together."""
 
-    def __init__(self, cut: tape.Cut, v_last: Tensor | None, wanted: Wanted) -> None:
+    def __init__(self, cut: tape.Cut, v_last: Tensor | None, wanted: Wanted, spare: Tensor | None) -> None:
         self._samples, self._v_last = cut.size[1], v_last
-        self.x = cut.empty() if wanted.x else None
+        self.x = None
+        if wanted.x:
+            self.x = spare if spare is not None and cut.is_like(spare) else cut.empty()
         self.v: list[Tensor | None] = [None, None]
         self.q: list[Tensor] = []
 

@@ -271,7 +271,7 @@ def is_free(handle: Any) -> bool:
     waiting, seen = [handle], {handle}
     while waiting:
         one = waiting.pop()
-        rests = one.treatment == "reversed" or isinstance(one, (_Charged, Passing))
+        rests = isinstance(one, (_Charged, Passing)) or one.treatment == "reversed"
         if rests or (one is handle and isinstance(one, Kept) and one.outside):
             return False
         for other in one.relies_on():

@@ -106,7 +106,7 @@ class OnGrid(SwappedClass):
         settings = self.grid_settings() if tape.runs_eagerly() else ""
         if isinstance(settings, str):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        if _left and self._goes_on_off_grid(args, kwargs):
+        if _left.data and self._goes_on_off_grid(args, kwargs):  # type: ignore[attr-defined]
             return self._off_grid(args, kwargs)
         # A compiler that gave up on this frame would go on with those below, which are numba's and numpy's.
         compiler = tape.set_compiler(None)
@@ -120,7 +120,7 @@ class OnGrid(SwappedClass):
             self._warn(why)
         else:
             if result is not NotImplemented:
-                if _reasons:
+                if _reasons.data:  # type: ignore[attr-defined]
                     _reasons.pop(self, None)
                 return result
         finally:

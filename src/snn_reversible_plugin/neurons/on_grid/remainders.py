@@ -41,11 +41,16 @@ class Remainders:
         (tensor([1, 2, 3], dtype=torch.uint8), 2, 3)
     """
 
-    __slots__ = ("_bases", "_chunks", "_ends", "_room", "device", "size", "stride", "unpacked")
+    __slots__ = (
+        "_bases", "_chunks", "_ends", "_in_place", "_pieces", "_room", "device", "size", "stride",
+        "unpacked",
+    )  # fmt: skip
 
     def __init__(self, like: Tensor) -> None:
         self.size, self.stride, self.device = like.size(), like.stride(), like.device
+        self._in_place = may_look(self.device)  # a copy is no launch
         self._chunks: list[Tensor] = []
+        self._pieces: list[Any] = []  # the chunks as forms read and write them
         self._bases = array("Q")
         self._ends = array("Q")
         self._room = 0
@@ -67,9 +72,12 @@ class Remainders:
         """Write a record: its pieces one after the other."""
         total = sum(map(len, pieces))
         end = self._ends[-1] if self._ends else 0
-        if total and not may_look(self.device):
-            self._chunks.append(_in_one(pieces))
-            self._bases.append(end)
+        if total and not self._in_place:
+            self._take(_in_one(pieces), end)
+            self._ends.append(end + total)
+            return
+        if total <= self._room:
+            self._write(pieces)
             self._ends.append(end + total)
             return
         left = total
@@ -78,15 +86,31 @@ class Remainders:
                 if not self._room:
                     # An eighth of what there is, so that short sequences don't pay for long ones.
                     self._room = max(left, min(end // 8, RECORDS_A_CHUNK * total))
-                    self._chunks.append(torch.empty(self._room, dtype=torch.uint8, device=self.device))
-                    self._bases.append(end + total - left)
-                chunk = as_pieces(self._chunks[-1])
-                at, size = len(chunk) - self._room, min(len(piece), self._room)
-                chunk[at : at + size] = piece[:size]
-                self._room -= size
+                    self._take(
+                        torch.empty(self._room, dtype=torch.uint8, device=self.device), end + total - left
+                    )
+                size = min(len(piece), self._room)
+                self._write((piece[:size],))
                 left -= size
                 piece = piece[size:]
         self._ends.append(end + total)
+
+    def _take(self, chunk: Tensor, base: int) -> None:
+        self._chunks.append(chunk)
+        self._pieces.append(as_pieces(chunk))
+        self._bases.append(base)
+
+    def _write(self, pieces: Sequence[Any]) -> None:
+        """Write pieces for which there is room in the newest chunk."""
+        if not self._room:
+            return
+        chunk = self._pieces[-1]
+        at = len(chunk) - self._room
+        for piece in pieces:
+            end = at + len(piece)
+            chunk[at:end] = piece
+            at = end
+        self._room = len(chunk) - at
 
     def record(self, index: int) -> Any:
         """The bytes of a record, in the form that :mod:`.ops` takes."""
@@ -94,10 +118,11 @@ class Remainders:
         start = self._ends[index - 1] if index else 0
         if end == start:
             return as_pieces(torch.empty(0, dtype=torch.uint8, device=self.device))
-        first, last = (bisect_right(self._bases, at) - 1 for at in (start, end - 1))
+        bases = self._bases
+        first, last = bisect_right(bases, start) - 1, bisect_right(bases, end - 1) - 1
         if first == last:
-            base = self._bases[first]
-            return as_pieces(self._chunks[first])[start - base : end - base]
+            base = bases[first]
+            return self._pieces[first][start - base : end - base]
         parts = (
             self._chunks[at][max(start - base, 0) : end - base]
             for at, base in enumerate(self._bases[first : last + 1], first)

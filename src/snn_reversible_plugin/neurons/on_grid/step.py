@@ -163,7 +163,7 @@ def step(
     trusted: bool = False,
     first: OfFirstStep | None = None,
 ) -> Stepped:
-    """One step on the grid, on a timeline where a tape records.
+    """One step on the grid, on a timeline where a tape records. For who has found that it runs eagerly.
 
     Args:
         constants: the neuron's.
@@ -181,12 +181,13 @@ def step(
         _checked(constants, (reach(stepped.state),))
         return stepped
     needs = any(tensor.requires_grad for tensor in (current, state, *parameters))
-    recorded = needs and tape.is_recording()
+    recorder = tape.current()
+    recorded = needs and tape.is_recording(eagerly=True)
     timeline = handle = None
-    if recorded:
+    if recorder is not None and recorded:
         timeline = continued(state, constants)
         keeps = not trusted and rests_on_a_state(look_up(current))
-        handle = tape.keep(current) if keeps else tape.pack(current)
+        handle = recorder.keep(current) if keeps else recorder.pack(current)
     with tape.paused():
         before = _before(constants, state, timeline, recorded)
         if first is not None and timeline is None and recorded:
@@ -200,7 +201,8 @@ def step(
             timeline.step(handle, Promised(first), charged.lost, charged.fired, unknown)
             first.place = Left(timeline)
         else:
-            timeline.step(handle, tape.keep(state), charged.lost, charged.fired, unknown)
+            assert recorder is not None
+            timeline.step(handle, recorder.keep(state), charged.lost, charged.fired, unknown)
             enter(state, NewState(timeline, t))
             tape.returns(timeline, state)
         spikes = constants.let_fire(charged, parameters)

@@ -24,9 +24,10 @@ from snn_reversible_plugin.neurons.on_grid.dynamics import Dynamics
 from snn_reversible_plugin.neurons.on_grid.remainders import Remainders
 from snn_reversible_plugin.ops.devices import may_look
 from snn_reversible_plugin.ops.layouts import flat
-from snn_reversible_plugin.tape.handles import Handle, Packed, Passing
+from snn_reversible_plugin.tape.handles import Handle, Passing
 from snn_reversible_plugin.tape.origins import look_up
-from snn_reversible_plugin.tape.replayed import Replayed
+from snn_reversible_plugin.tape.packed import Packed
+from snn_reversible_plugin.tape.replayed import PLAIN, Replayed
 
 # NOTE [Who keeps a timeline alive]
 #
@@ -370,6 +371,17 @@ class NewCharged(Passing):
 
 def rests_on_a_state(handle: Any) -> bool:
     """Whether rebuilding a handle's value may ask for a state of some timeline."""
-    if isinstance(handle, Replayed):
-        return any(rests_on_a_state(operand) for operand in handle.operands())
-    return isinstance(handle, OfTimelines)
+    if not isinstance(handle, Replayed):
+        return isinstance(handle, OfTimelines)
+    if handle.rests is not None:
+        return handle.rests
+    for_good = handle.__class__ in PLAIN  # a stream of residual blocks gets other operands later
+    for operand in handle.operands():
+        if rests_on_a_state(operand):
+            handle.rests = True
+            return True
+        if isinstance(operand, Replayed) and operand.rests is None:
+            for_good = False
+    if for_good:
+        handle.rests = False
+    return False

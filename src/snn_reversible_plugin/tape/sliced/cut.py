@@ -17,10 +17,14 @@ import torch
 from torch import Tensor
 
 from snn_reversible_plugin.ops.layouts import is_dense, is_plain
-from snn_reversible_plugin.tape.handles import Handle, Kept, Packed
+from snn_reversible_plugin.tape.handles import Handle, Kept
 from snn_reversible_plugin.tape.off_stack import OffStack
+from snn_reversible_plugin.tape.operators import aten
 from snn_reversible_plugin.tape.outsiders import alias
+from snn_reversible_plugin.tape.packed import Packed
 from snn_reversible_plugin.tape.replayed import PLAIN, Replayed
+from snn_reversible_plugin.tape.sliced import forward
+from snn_reversible_plugin.tape.sliced.alone import try_out_operators
 from snn_reversible_plugin.tape.sliced.rows import Noted, Part, Whole, last_product, note, rows_of, size_of
 
 # NOTE [What is cut]
@@ -104,6 +108,11 @@ class Cut(Handle):
         """A part's rows."""
         return rows_of(self.handle, part, {} if found is None else found)
 
+    def is_like(self, tensor: Tensor) -> bool:
+        """Whether a tensor is as large as it, and laid out as it is."""
+        kind = tensor.dtype, tensor.shape, tensor.stride()
+        return kind == (self.dtype, self.size, self.stride)
+
     def empty(self, stride: tuple[int, ...] | None = None) -> Tensor:
         """A tensor of its size, to be filled; laid out as it is by default."""
         stride = self.stride if stride is None else stride
@@ -163,6 +172,8 @@ class Cut(Handle):
     def get(self, last: bool) -> tuple[Tensor, bool]:
         return self.handle.get(last)
 
+    counts = True
+
     def need(self) -> None:
         self.handle.need()
 
@@ -182,6 +193,11 @@ class Slices:
     def __init__(self, tape: Any) -> None:
         self._tape = weakref.ref(tape)  # autograd keeps what is cut, and must not keep the tape
         self.largest = 0
+        try_out_operators()
+
+    def running(self, func: Any) -> Any:
+        """What runs an operator."""
+        return _convolution if func is aten.convolution.default else func
 
     def computed(self, recipe: Handle | None, out: Tensor) -> None:
         """A tensor has a recipe."""
@@ -250,6 +266,10 @@ class Slices:
                 _proved.clear()
             _proved[key] = _compared(cut, tensor, {parts[0], parts[-1]})
         return _proved[key]
+
+
+def _convolution(*args: Any) -> Tensor:
+    return forward.convolution(args, STEP.get(args[0].device.type, LARGE_STEP))
 
 
 def _compared(cut: Cut, tensor: Tensor, parts: Iterable[Part]) -> bool | None:

@@ -23,6 +23,11 @@ from snn_reversible_plugin.tape.sliced.rows import Part, Whole
 # Parameters' gradients are added up in float32 at least, in the order of the batch: slices of the batch
 # give another order of additions than the whole, and so another rounding. The rest of a gradient is what
 # the same kernel gives for the same samples.
+#
+# NOTE [In place of what came in]
+#
+# A slice of a gradient is needed for that slice of the next one and no longer. Where the gradient is nobody
+# else's (`alone`), is as large and laid out alike, it is overwritten: `spare`.
 
 
 class Turned(NamedTuple):
@@ -34,16 +39,27 @@ class Turned(NamedTuple):
 class _Whole:
     """A result that is filled a slice at a time, laid out as its slices are."""
 
-    def __init__(self, size: torch.Size | tuple[int, ...]) -> None:
+    def __init__(self, size: torch.Size | tuple[int, ...], spare: Tensor | None = None) -> None:
         self._size = torch.Size(size)
         self.value: Tensor | None = None
+        self._spare = spare if spare is not None and spare.shape == self._size else None
 
     def put(self, part: Part, rows: Tensor) -> None:
         if self.value is None:
             layout = torch.contiguous_format
             if rows.dim() == 4 and not rows.is_contiguous():
                 layout = torch.channels_last
-            self.value = torch.empty(self._size, dtype=rows.dtype, device=rows.device, memory_format=layout)
+            spare = self._spare
+            if (
+                spare is not None
+                and spare.dtype is rows.dtype
+                and spare.is_contiguous(memory_format=layout)
+            ):
+                self.value = spare
+            else:
+                self.value = torch.empty(
+                    self._size, dtype=rows.dtype, device=rows.device, memory_format=layout
+                )
         part.put(rows, self.value)
 
 
@@ -66,11 +82,13 @@ class _Sum:
         return None if self._total is None else self._total.to(self._dtype)
 
 
-def _convolution(func: Any, grad: Tensor, x: Cut, weight: Tensor, *how: Any) -> Any:
+def _convolution(
+    func: Any, grad: Tensor, x: Cut, weight: Tensor, *how: Any, spare: Tensor | None = None
+) -> Any:
     if not isinstance(x, Cut) or not isinstance(weight, Tensor) or len(x.size) < 3:
         raise Whole
     mask = how[-1]
-    g_x, g_weight, g_bias = _Whole(x.size), _Sum(), _Sum()
+    g_x, g_weight, g_bias = _Whole(x.size, spare), _Sum(), _Sum()
     for part, found in parts_of(x):
         one, of_weight, of_bias = func(part.of(grad), x.rows(part, found), weight, *how)
         if mask[0]:
@@ -84,12 +102,12 @@ def _convolution(func: Any, grad: Tensor, x: Cut, weight: Tensor, *how: Any) -> 
 
 
 def _batch_norm(
-    func: Any, grad: Tensor, x: Cut, weight: Tensor | None, *how: Any
+    func: Any, grad: Tensor, x: Cut, weight: Tensor | None, *how: Any, spare: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     running_mean, running_var, mean, deviation, training, eps, mask = how
     if not training:
         mean, deviation = running_mean, (running_var + eps).rsqrt()
-    return _normalized(grad, x, weight, (mean, deviation, training), mask)
+    return _normalized(grad, x, weight, (mean, deviation, training), mask, spare)
 
 
 def _cudnn_batch_norm(func: Any, x: Cut, grad: Tensor, weight: Tensor | None, *how: Any) -> Any:
@@ -98,7 +116,12 @@ def _cudnn_batch_norm(func: Any, x: Cut, grad: Tensor, weight: Tensor | None, *h
 
 
 def _normalized(
-    grad: Tensor, x: Cut, weight: Tensor | None, by: tuple[Tensor, Tensor, bool], mask: Any
+    grad: Tensor,
+    x: Cut,
+    weight: Tensor | None,
+    by: tuple[Tensor, Tensor, bool],
+    mask: Any,
+    spare: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of ``(x - mean) * deviation * weight + bias``; ``by``: mean, deviation's inverse, and
     whether these are x's own."""
@@ -119,7 +142,7 @@ def _normalized(
     g_x = None
     if mask[0]:
         scale = deviation if weight is None else deviation * weight.to(wide).view(shape)
-        whole = x.empty()
+        whole = spare if spare is not None and x.is_like(spare) else x.empty()
         if own:
             assert g_total is not None and g_along is not None
             n = x.size.numel() // x.size[1]

@@ -17,6 +17,7 @@ from snn_reversible_plugin.tape import handles
 from snn_reversible_plugin.tape.handles import Handle, Kept
 from snn_reversible_plugin.tape.operators import aten
 from snn_reversible_plugin.tape.replayed import Replayed
+from snn_reversible_plugin.tape.sliced.alone import spare_gradient
 from snn_reversible_plugin.tape.sliced.cut import Cut
 from snn_reversible_plugin.tape.sliced.gradients import BY_SLICES, Turned
 from snn_reversible_plugin.tape.sliced.rows import Whole
@@ -58,7 +59,9 @@ class StandIn(Tensor):
         cuts = {id(one.cut): one.cut for one in args if isinstance(one, StandIn)}
         try:
             if by_slices is not None and not kwargs:
-                return by_slices(func, *map(_opened, args))
+                spare = spare_gradient(func, args)
+                beside = {} if spare is None else {"spare": spare}
+                return by_slices(func, *map(_opened, args), **beside)
         except Whole:
             pass  # said to be possible: the tensor is put together
         finally:

@@ -1,0 +1,84 @@
+"""Nested ``nn.Sequential`` run as one, so that a layer's input can go as soon as its output stands.
+
+The one idea: a call holds its arguments until it returns, so a Sequential that is called by another one
+keeps its first layer's input alive until its last layer has run. Where nobody hooks into that call, its
+layers may as well be called by the outer one, which holds nothing but what the next layer needs.
+
+Source: the forward of ``nn.Sequential``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as of_modules
+
+from snn_reversible_plugin.modules.swap import SwappedClass, swap, swapped_class
+from snn_reversible_plugin.modules.tracking import is_tracking
+
+
+class Flat(SwappedClass):
+    """In front of a Sequential: those inside of it run as parts of it."""
+
+    def forward(self, input: Any) -> Any:
+        """As the stock forward, layer by layer."""
+        if torch.compiler.is_compiling():
+            return super().forward(input)  # type: ignore[misc]
+        entered: list[nn.Sequential] = []
+        try:
+            for module, ends in _layers(self, entered):  # type: ignore[arg-type]
+                if not ends:
+                    input = module(input)
+                    continue
+                entered.pop()
+                for hook in module._forward_hooks.values():
+                    hook(module, (), input)
+            return input
+        finally:
+            for module in reversed(entered):  # left by an exception
+                for hook in module._forward_hooks.values():
+                    hook(module, (), None)
+
+
+def make_flat(modules: Iterable[nn.Module]) -> None:
+    """Let the Sequentials among modules run flat."""
+    for module in modules:
+        if _is_plain(module):
+            swap(module, swapped_class(Flat, type(module)))
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module runs as ``nn.Sequential`` does."""
+    cls: Any = type(module)
+    if not isinstance(module, nn.Sequential) or isinstance(module, torch.jit.ScriptModule):
+        return False
+    runs = cls.forward in (nn.Sequential.forward, Flat.forward)
+    return runs and cls.__call__ is nn.Module.__call__ and cls.__iter__ is nn.Sequential.__iter__
+
+
+def _layers(sequential: nn.Sequential, entered: list[nn.Sequential]) -> Iterator[tuple[Any, bool]]:
+    """What is to be called, in order; and, marked, each Sequential whose layers have been."""
+    for module in sequential:
+        if not isinstance(module, nn.Sequential) or not _is_transparent(module):
+            yield module, False
+            continue
+        for hook in module._forward_pre_hooks.values():
+            hook(module, ())
+        entered.append(module)
+        yield from _layers(module, entered)
+        yield module, True
+
+
+def _is_transparent(module: nn.Module) -> bool:
+    """Whether nobody would see that a Sequential is not called."""
+    if not _is_plain(module):
+        return False
+    if module._compiled_call_impl is not None or of_modules._has_any_global_hook():
+        return False
+    if module._backward_hooks or module._backward_pre_hooks:
+        return False
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return all(map(is_tracking, hooks))

@@ -1,0 +1,147 @@
+"""A gradient is overwritten in mode "minimal" where nobody else holds it, and nowhere else."""
+
+import pytest
+import torch
+from torch import nn
+
+import snn_reversible_plugin as srp
+from snn_reversible_plugin.tape.sliced import alone, cut
+
+neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
+from spikingjelly.activation_based import functional, layer  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def small_slices(monkeypatch):
+    monkeypatch.setitem(cut.STEP, "cpu", 1 << 9)
+
+
+@pytest.fixture
+def overwritten(monkeypatch):
+    """The ways by which gradients came that were overwritten, and all that were asked for."""
+    asked = []
+
+    def noting(way, found, is_alone=alone.is_alone):
+        asked.append((way, is_alone(way, found)))
+        return asked[-1][1]
+
+    monkeypatch.setattr(alone, "is_alone", noting)
+    monkeypatch.setattr("snn_reversible_plugin.tape.is_alone", noting)
+    return asked
+
+
+class Net(nn.Module):
+    """Two layers; ``seen`` are what is between, in the order of the forward."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        parts = [layer.Conv2d(4, 4, 3, padding=1, bias=False), layer.BatchNorm2d(4), neuron.LIFNode()]
+        parts += [layer.Conv2d(4, 4, 3, padding=1, bias=False), layer.BatchNorm2d(4), neuron.LIFNode()]
+        self.parts = nn.ModuleList(parts)
+        functional.set_step_mode(self, "m")
+
+    def forward(self, x):
+        self.seen = []
+        for part in self.parts:
+            x = part(x)
+            self.seen.append(x)
+        return x
+
+
+X = 3, 6, 4, 8, 8
+HELD = range(5)  # all of what is seen but the output
+
+
+def by_hook(net, loss):
+    found = [None] * 5
+
+    def keep(at):
+        def hook(grad):
+            found[at] = grad
+
+        return hook
+
+    for at in HELD:
+        net.seen[at].register_hook(keep(at))
+    loss.backward()
+    return found
+
+
+def by_view_in_a_hook(net, loss):
+    found = [None] * 5
+
+    def keep(at):
+        def hook(grad):
+            found[at] = grad.flatten()
+
+        return hook
+
+    for at in HELD:
+        net.seen[at].register_hook(keep(at))
+    loss.backward()
+    return found
+
+
+def by_retain_grad(net, loss):
+    for at in HELD:
+        net.seen[at].retain_grad()
+    loss.backward()
+    return [net.seen[at].grad for at in HELD]
+
+
+def by_capture(net, loss):
+    return torch.autograd.grad(loss, net.seen[:5])
+
+
+def by_node_hook(net, loss):
+    found = []
+    for at in HELD:
+        net.seen[at].grad_fn.register_hook(lambda _inputs, outputs: found.append(outputs[0]))
+    loss.backward()
+    return found
+
+
+@pytest.mark.parametrize("held", [by_hook, by_view_in_a_hook, by_retain_grad, by_capture, by_node_hook])
+def test_a_gradient_that_somebody_holds_is_left_alone(held):
+    found = []
+    x = torch.rand(X)
+    for net in (Net(), srp.convert_to_reversible(Net(), mode="minimal")):
+        loss = net(x).square().mean()
+        found.append(held(net, loss))
+    for one, other in zip(*found, strict=True):
+        scale = float(one.abs().max())
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * scale)
+
+
+def test_a_gradient_that_several_get_is_left_alone():
+    found = []
+    x = torch.rand(X)
+    for mode in (None, "minimal"):
+        net, beside = Net(), torch.zeros(X, requires_grad=True)
+        more = torch.zeros(X, requires_grad=True)
+        if mode:
+            srp.convert_to_reversible(net, mode=mode)
+        # A sum's gradient goes to all of its terms, and that of what is put together is cut.
+        y = torch.cat([net(x) + beside, more]) * torch.linspace(0, 1, 8)
+        y.square().mean().backward()
+        found.append([beside.grad, more.grad, *(p.grad for p in net.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(one.abs().max()))
+
+
+def test_a_gradient_that_was_handed_in_is_left_alone():
+    net, grad = srp.convert_to_reversible(Net(), mode="minimal"), torch.rand(X)
+    before = grad.clone()
+    net(torch.rand(X)).backward(grad)
+    assert torch.equal(before, grad)
+
+
+def test_one_that_nobody_holds_is_overwritten(overwritten):
+    net = srp.convert_to_reversible(Net(), mode="minimal")
+    net(torch.rand(X).requires_grad_()).square().mean().backward()
+    ways = {getattr(way, "__name__", str(way)) for way, spare in overwritten if spare}
+    assert len(ways) == 3, overwritten
+    assert (
+        sum(spare for _, spare in overwritten) == 5
+    )  # the first convolution's input stands, and is no cut
