@@ -55,7 +55,11 @@ _BLOCK = partial(
     learning.by_data, arms=[*block_accuracy.ARMS], data=recordings.DATA, equals=block_accuracy.EQUALS
 )
 _COLUMN = partial(
-    learning.by_data, arms=[*column_accuracy.ARMS], data=recordings.DATA, equals=column_accuracy.EQUALS
+    learning.by_data,
+    arms=[*column_accuracy.ARMS],
+    data=recordings.DATA,
+    equals=column_accuracy.EQUALS,
+    less=column_accuracy.LESS,
 )
 _WRAP = partial(
     learning.tuned, networks=[*wrap_accuracy.NETWORKS], arms=[*wrap_accuracy.ARMS], data=recordings.DATA

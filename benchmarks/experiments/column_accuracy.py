@@ -27,6 +27,7 @@ ARMS: dict[str, tuple[int | None, bool]] = {
     "columns, plainly in floats": (None, False),
 }
 EQUALS = {"columns, undone": "columns, run plainly"}
+LESS = {"columns, run plainly": "columns, plainly in floats"}
 
 
 def spikes_to(inputs: int, outputs: int, size: int, stride: int = 1) -> list[nn.Module]:

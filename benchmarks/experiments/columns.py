@@ -2,7 +2,8 @@
 
 A step of each on the same weights and batch: what is held between forward and backward, and what of that
 are remainders; the peak of both beyond parameters, with the parameters' gradients and without; the time to
-the plain run's; and how far rebuilt states are off. "narrow" is T-RevSNN tiny, a quarter as wide.
+the plain run's, and what a plain run and one forward more take, which is the least for states that are
+undone; and how far rebuilt states are off. "narrow" is T-RevSNN tiny, a quarter as wide.
 """
 
 from __future__ import annotations
@@ -37,6 +38,11 @@ def loss_of(model: nn.Module, x: Tensor) -> Tensor:
     outs = out if isinstance(out, tuple) else (out,)
     targets = torch.arange(len(outs[0]), device=x.device) % 10
     return sum(nn.functional.cross_entropy(logits, targets) for logits in outs)  # type: ignore[return-value]
+
+
+def forward_alone(model: nn.Module, x: Tensor) -> None:
+    with torch.no_grad():
+        model(x)
 
 
 def difference(model: nn.Module, x: Tensor) -> float:
@@ -92,7 +98,11 @@ def together(
         model.zero_grad()
     runs = {way: (lambda model=model: loss_of(model, x).backward()) for way, model in models.items()}
     tell = lambda way: tick(f"T-RevSNN {size}, {steps} sub-networks: {way}, time")  # noqa: E731
-    seconds = alternate(runs, repeats, x.device, tell)
+    seconds = alternate(
+        {**runs, "forward": lambda: forward_alone(models["plain"], x)}, repeats, x.device, tell
+    )
     for way, entry in found.items():
         entry["time_ratio"] = ratio(seconds[way], seconds["plain"])
+        if way != "plain":
+            entry["at_least"] = 1 + ratio(seconds["forward"], seconds["plain"])
     return found

@@ -15,11 +15,16 @@ def runs_of(entries: Entries, method: str, data: str = "") -> list[Entry]:
 
 
 def by_data(
-    entries: Entries, arms: Sequence[str], data: Mapping[str, str], equals: Mapping[str, str]
+    entries: Entries,
+    arms: Sequence[str],
+    data: Mapping[str, str],
+    equals: Mapping[str, str],
+    less: Mapping[str, str] | None = None,
 ) -> list[Table]:
     """Test accuracy, mean and standard deviation over the seeds, a row a network, a column a data set.
 
-    ``equals`` are the arms whose losses have to be those of another.
+    ``equals`` are the arms whose losses have to be those of another; ``less`` those whose accuracy is
+    compared with another's seed by seed.
     """
     rows = []
     for arm in arms:
@@ -30,7 +35,28 @@ def by_data(
         if every := runs_of(entries, arm):
             rows.append((arm, f"{every[0]['parameters']:,}", *cells))
     headings = ("network", "parameters", *data.values())
-    return [Table(headings, rows, notes=tuple(_equal_losses(entries, equals)))]
+    notes = (*_equal_losses(entries, equals), *_differences(entries, data, less or {}))
+    return [Table(headings, rows, notes=notes)]
+
+
+def _differences(entries: Entries, data: Mapping[str, str], less: Mapping[str, str]) -> Iterator[str]:
+    """A sentence for each two arms: how far they are apart, with the standard error over the seeds."""
+    for arm, other in less.items():
+        found = []
+        for name, title in data.items():
+            apart = [
+                100 * (entry["accuracy"] - entries[f"{key.removesuffix(arm)}{other}"]["accuracy"])
+                for key, entry in entries.items()
+                if key.startswith(name) and key.endswith(f" | {arm}")
+                and f"{key.removesuffix(arm)}{other}" in entries
+            ]  # fmt: skip
+            if len(apart) > 1:
+                error = statistics.stdev(apart) / len(apart) ** 0.5
+                found.append(
+                    f"{statistics.mean(apart):+.1f} ± {error:.1f} points over {len(apart)} seeds on {title}"
+                )
+        if found:
+            yield f"{arm} less {other}, seed by seed, with the mean's standard error: {', '.join(found)}."
 
 
 def tuned(

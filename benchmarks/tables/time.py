@@ -36,7 +36,15 @@ def columns(entries: Entries) -> list[Table]:
         "T-RevSNN", "sub-networks", "way", "held, MiB", "of that remainders", "peak, MiB",
         "without gradients", "time", "rebuild off by",
     )  # fmt: skip
-    return [Table(headings, rows)]
+    least = [
+        f"{times(e['at_least'])} ({e['size']}, {e['steps']})"
+        for e in entries.values()
+        if e["way"] == "grid" and "at_least" in e
+    ]
+    notes = (
+        (f"A plain step and a forward beside it, in the same run: {', '.join(least)}.",) if least else ()
+    )
+    return [Table(headings, rows, notes=notes)]
 
 
 def compiled(entries: Entries) -> list[Table]:

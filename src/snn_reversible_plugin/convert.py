@@ -25,6 +25,7 @@ from snn_reversible_plugin.modules.checks import bytes_of, check_model, skipped_
 from snn_reversible_plugin.modules.flat import make_flat
 from snn_reversible_plugin.modules.kinds import is_spiking, load_adapters
 from snn_reversible_plugin.modules.registry import StaysStock, reversible_type, type_on_grid
+from snn_reversible_plugin.modules.states import stored_buffers
 from snn_reversible_plugin.modules.swap import (
     FUSED,
     NAME,
@@ -73,7 +74,7 @@ class Recorded(SwappedClass):
         with settings_of(self).recording():  # type: ignore[arg-type]
             result = super().__call__(*args, **kwargs)  # type: ignore[misc]
             if _buffers_are_broadcast():
-                hand_over(self.buffers())  # type: ignore[attr-defined]
+                hand_over(stored_buffers(self))  # type: ignore[arg-type]
             return result
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:

@@ -4,6 +4,7 @@ import copy
 import pickle
 
 import pytest
+import snntorch
 import torch
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
@@ -15,21 +16,40 @@ from snn_reversible_plugin.tape.final_membrane import FinalMembrane, _promises
 from tests.blocks.test_chain import NEURONS, assert_same, chain
 from two_processes import together
 
+STATES = ("v", "mem", "syn", "syn_exc", "syn_inh", "spk")
+
 
 def neurons(model):
-    return [module for module in model.modules() if isinstance(module, neuron.BaseNode)]
+    kinds = (neuron.BaseNode, snntorch.SpikingNeuron)
+    return [module for module in model.modules() if isinstance(module, kinds)]
+
+
+def table(module):
+    return module._buffers if isinstance(module, snntorch.SpikingNeuron) else module._memories
 
 
 def membranes(model):
-    return [module.v for module in neurons(model)]
+    """Every state, read as an attribute."""
+    return [getattr(module, key) for module in neurons(model) for key in STATES if key in table(module)]
 
 
 def promises(model):
-    return [
-        module
-        for module in neurons(model)
-        if isinstance(dict.get(module.__dict__["_memories"], "v"), FinalMembrane)
-    ]
+    values = (dict.values(table(module)) for module in neurons(model))
+    return [value for of_neuron in values for value in of_neuron if isinstance(value, FinalMembrane)]
+
+
+def detach(model):
+    functional.detach_net(model)
+    for module in neurons(model):
+        if isinstance(module, snntorch.SpikingNeuron):
+            type(module).detach(*membranes(module))  # what its `detach_hidden` does to all there are
+
+
+def reset(model):
+    functional.reset_net(model)
+    for module in neurons(model):
+        if isinstance(module, snntorch.SpikingNeuron):
+            module.reset_mem()
 
 
 def batch(seed=1):
@@ -37,19 +57,19 @@ def batch(seed=1):
     return torch.randn(3, 2, 4, 5, 4).mul_(2)
 
 
-def outcome(script, make, reversible):
+def outcome(script, make, reversible, x):
     torch.manual_seed(0)
     model = make()
     for module in model.modules():
         if isinstance(module, srp.RevSSequence):
             module.reversible = reversible
-    x = batch().requires_grad_()
+    x = x().requires_grad_()
     found = script(model, x)
     return [*found, x.grad, *(p.grad for p in model.parameters()), *model.buffers()]
 
 
-def same(script, make):
-    plain, ours = (outcome(script, make, reversible) for reversible in (False, True))
+def same(script, make, x=batch):
+    plain, ours = (outcome(script, make, reversible, x) for reversible in (False, True))
     assert len(plain) == len(ours) > 8
     for a, b in zip(plain, ours, strict=True):
         assert (a is None) == (b is None)
@@ -79,7 +99,7 @@ def learns_from_membranes(model, x):
 
 def learns_from_one_membrane_alone(model, x):
     model(x)
-    neurons(model)[2].v.square().sum().backward()
+    membranes(model)[2].square().sum().backward()
     return membranes(model)
 
 
@@ -115,14 +135,14 @@ def truncates(model, x):
         loss = model(part).square().sum()
         loss.backward()
         optimizer.step()
-        functional.detach_net(model)
+        detach(model)
         found += [loss, *membranes(model)]
     return found
 
 
 def detaches_before_backward(model, x):
     loss = model(x).square().sum()
-    functional.detach_net(model)
+    detach(model)
     loss = loss + model(x).sum()
     loss.backward()
     return membranes(model)
@@ -156,9 +176,9 @@ def is_copied_and_pickled(model, x):
     out = model(x)
     copied = copy.deepcopy(model) if not out.requires_grad else model
     out.sum().backward()
-    functional.detach_net(model)
+    detach(model)
     found = membranes(pickle.loads(pickle.dumps(model))) + membranes(copied)
-    functional.reset_net(copied)
+    reset(copied)
     return [*found, copied(x)]
 
 

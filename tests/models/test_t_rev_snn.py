@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import snn_reversible_plugin as srp
+from snn_reversible_plugin import tape
 from snn_reversible_plugin.models import TRevSNN, t_rev_snn
 from snn_reversible_plugin.models.t_rev_snn import Fire, StandardizedConv2d
 from snn_reversible_plugin.reports.measure import count_step
@@ -70,6 +71,20 @@ def test_under_conversion_autocast_and_double_the_steps():
             results.append(step(m, inputs(False)))
     assert len(results[0]) > 100
     assert_same(*results)
+
+
+@pytest.mark.parametrize(("pixels", "treatment"), [(4, "kept"), (2, "replayed")])
+def test_a_standardized_weight_is_made_again_where_it_is_larger_than_the_input(pixels, treatment):
+    conv, seen = StandardizedConv2d(4, 8, 1), []
+
+    def forward(_x, weight, _bias):
+        seen.append(tape.handle_of(weight).treatment)
+        return _x
+
+    conv._conv_forward = forward
+    with tape.recording("memory"):
+        conv(torch.rand(2, 4, pixels, 1))
+    assert seen == [treatment]
 
 
 def test_every_parameter_learns():

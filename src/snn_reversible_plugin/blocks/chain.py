@@ -90,9 +90,9 @@ class RevSSequence(nn.Module):
     Args:
         blocks: :class:`RevSBlock`, at least one, all with one ``dim`` and ``bits``.
         states: ``"carry"`` hands neuron states from call to call as the frameworks do; ``"reset"`` starts
-            the neurons fresh in each call and leaves them fresh. Either way no final membrane of
-            SpikingJelly's neurons is held, unless it is read or the next call starts from it; snnTorch's
-            are held with ``"carry"``.
+            the neurons fresh in each call and leaves them fresh. Either way no final membrane is held,
+            unless it is read or the next call starts from it. The spikes that reset a snnTorch neuron
+            last (its attribute ``reset``) are not left.
         parallel: run so many consecutive blocks at once: a group computes ``y1 = x1 + snap(sum of f(x2))``,
             ``y2 = x2 + snap(sum of g(y1))`` over its blocks, which is **another function** than the same
             blocks one after another. Branches that are alike are batched into one call of wider layers

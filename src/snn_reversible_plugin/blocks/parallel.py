@@ -176,7 +176,7 @@ def _alike(row: Sequence[Any]) -> bool:
 
 def _are_equal_neurons(row: Sequence[nn.Module]) -> bool:
     framework = framework_of(row[0])
-    if framework is None or not framework.own_states or not is_multi_step(row[0]):
+    if framework is None or framework.with_constants or not is_multi_step(row[0]):
         return False
     if any(any(True for _ in neuron.parameters()) or _stores(neuron) for neuron in row):
         return False

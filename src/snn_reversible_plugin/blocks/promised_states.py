@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from snn_reversible_plugin.blocks.second_run import BranchRun
+from snn_reversible_plugin.blocks.starts import Start
 from snn_reversible_plugin.modules.kinds import framework_of
 from snn_reversible_plugin.modules.states import Key
 from snn_reversible_plugin.tape.final_membrane import FinalMembrane, Memories, promise_among
 
 # NOTE [Which states are promised]
 #
-# 1. Those of a framework's table that says when it is read (SpikingJelly's `_memories`), where the neuron
-#    started fresh, as in the note on final membranes.
+# 1. Those of a framework's table that says when it is read (SpikingJelly's `_memories`, a snnTorch neuron's
+#    buffers), where the neuron started fresh, as in the note on final membranes, or from zeros.
 # 2. Of a neuron that two branches share none: the second branch reads what the first one left.
 # 3. Not inside a backward, where an outer chain runs this one again and reads its states at once, and not
 #    where FSDP gathers parameters for the time of a run, since who reads a state is in no run.
@@ -118,11 +119,12 @@ class PromisedStates:
     def take_back(self) -> None:
         """The forward broke off: its neurons are left as if they had not run."""
         for table, key, start in self._starts:
-            table[key] = start
+            table[key] = start.make() if isinstance(start, Start) else start
 
 
 def _table(module: nn.Module) -> Memories | None:
     framework = framework_of(module)
-    if framework is None or not framework.own_states or framework.states_of(module) is None:
+    if framework is None or framework.states_of(module) is None:
         return None
-    return promise_among(module, framework.own_states)
+    to_zero = framework.resets_itself(type(module))  # type: ignore[arg-type]
+    return promise_among(module, framework.states_in, framework.reset_by, to_zero)

@@ -29,9 +29,10 @@ from snn_reversible_plugin.blocks.inner_backward import (
     sharded_modules,
     sharded_parameters,
 )
+from snn_reversible_plugin.blocks.starts import Start
 from snn_reversible_plugin.blocks.undo import Spikes, observed_spikes
 from snn_reversible_plugin.modules.as_it_ran import RandomNumbers
-from snn_reversible_plugin.modules.kinds import Table
+from snn_reversible_plugin.modules.kinds import Table, scratch_of
 from snn_reversible_plugin.modules.registry import lean_types
 from snn_reversible_plugin.modules.states import (
     Change,
@@ -48,7 +49,8 @@ from snn_reversible_plugin.ops.interrupts import Left, PuttingBack
 
 # NOTE [What makes the second run the first one]
 #
-# 1. A state (modules/states.py) is kept as it was at entry; a fresh neuron's is a number and costs nothing.
+# 1. A state (modules/states.py) is kept as it was at entry; a fresh neuron's is a number, or zeros that are
+#    made again, and costs nothing. What a step writes before it reads it is neither kept nor left.
 # 2. States are inputs and outputs of the chain as far as gradients go. Afterwards modules get back what
 #    they held when the backward began: the user may have moved on.
 # 3. A norm in training writes its running statistics. The second run writes to copies: of what they are by
@@ -96,7 +98,8 @@ class BranchRun:
 
     __slots__ = (
         "_autocast", "_block", "_branch", "_changed", "_entry", "_how", "_lean", "_modes", "_modules",
-        "_random", "_readable", "_sharded", "_statistics", "awaited", "name", "spikes", "wanted",
+        "_random", "_readable", "_scratch", "_sharded", "_statistics", "awaited", "name", "spikes",
+        "wanted",
     )  # fmt: skip
 
     def __init__(self, name: str, block: nn.Module, branch: str | None, how: How) -> None:
@@ -108,6 +111,7 @@ class BranchRun:
         self._readable = {
             norm for module in readers for norm in module.modules() if isinstance(norm, _NormBase)
         }
+        self._scratch = [(module.__dict__, key) for module in self._modules for key in scratch_of(module)]
         self._statistics: dict[Key, Tensor] = {}  # of these, at entry
         self._entry: list[Change] = []
         self._changed: list[tuple[Table, str]] = []
@@ -119,6 +123,7 @@ class BranchRun:
     def first(self, *inputs: Tensor) -> Tensor:
         """Run without a graph. The caller keeps :meth:`tensors`."""
         tape.takes(math.inf)
+        self._drop_scratch()
         before, random = Snapshot(self._modules), RandomNumbers(x.device for x in inputs)
         versions = [x._version for x in inputs]
         self._statistics = {
@@ -135,11 +140,22 @@ class BranchRun:
         check_output(self.name, out, inputs, versions)
         if not random.unused():
             self._random = random
+        self._drop_scratch()
         changes, scratch = before.changes()
         self._changed = [(table, key) for table, key, _ in changes]
-        self._entry = changes + scratch
+        states = [(table, key, self._start(table, key, then)) for table, key, then in changes]
+        self._entry = states + scratch
         self._entry += before.read(self._entry)
         return out  # type: ignore[no-any-return]
+
+    def _drop_scratch(self) -> None:
+        for table, key in self._scratch:
+            table.pop(key, None)
+
+    def _start(self, table: Table, key: str, value: Any) -> Any:
+        if (id(table), key) in self.wanted:
+            return value
+        return Start.of(table, key, value) or value
 
     def _call(self, inputs: Sequence[Tensor], *, cache: bool = True) -> Any:
         # A cast that is cached without a graph would lack it later.
@@ -282,7 +298,9 @@ class BranchRun:
 
         with PuttingBack(put_back):
             for table, key, value in self._entry:
-                if value is Tensor:
+                if isinstance(value, Start):
+                    value = value.make()
+                elif value is Tensor:
                     value = next(left).detach()
                     if (id(table), key) in self.wanted:
                         entry[id(table), key] = value.requires_grad_()

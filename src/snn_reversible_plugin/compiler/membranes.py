@@ -281,8 +281,9 @@ def _modules(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """The modules with a table that says when it is read, and the attribute that it is."""
     for module in model.modules():
         framework = framework_of(module)
-        if framework is not None and framework.own_states and framework.states_of(module) is not None:
-            yield module, framework.own_states
+        if framework is None or framework.with_constants or framework.states_of(module) is None:
+            continue
+        yield module, framework.states_in
 
 
 def _holders(table: Table, key: str) -> tuple[int, int]:

@@ -12,6 +12,7 @@ and O(1) Inference Cost", ICML 2024 (arXiv 2405.16466); weights standardized and
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -80,10 +81,16 @@ class StandardizedConv2d(nn.Conv2d):
         self.gain = nn.Parameter(torch.ones(outputs, 1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        # Beside an input that is larger, holding the weight costs less than making it again.
+        with tape.paused() if self.weight.numel() <= x.numel() else nullcontext():
+            weight = self._standardized()
+        return self._conv_forward(x, weight, self.bias)
+
+    def _standardized(self) -> Tensor:
         filters = self.weight.reshape(1, len(self.weight), -1)
         scale = (self.gain * filters.shape[-1] ** -0.5).view(-1)
         weight = nn.functional.batch_norm(filters, None, None, scale, training=True, momentum=0.0, eps=EPS)
-        return self._conv_forward(x, weight.view_as(self.weight), self.bias)
+        return weight.view_as(self.weight)
 
 
 def depthwise(channels: int, size: int) -> nn.Conv2d:

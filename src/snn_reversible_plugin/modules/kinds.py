@@ -31,7 +31,10 @@ class Framework:
         takes_states: a neuron may be called with its states, and returns them.
         has_step_modes: a neuron can be told to run all time steps in one call.
         records: attributes in which a neuron writes down past steps; no step reads them.
-        own_states: the attribute with the table in which a module keeps its states and nothing else.
+        states_in: the attribute with the table in which a module keeps its states.
+        with_constants: that table holds more than states.
+        states: their names there; empty for any.
+        reset_by: the method of a module that makes it fresh.
     """
 
     name: str
@@ -39,7 +42,10 @@ class Framework:
     takes_states = False
     has_step_modes = False
     records: tuple[str, ...] = ()
-    own_states: str = ""
+    states_in: str = ""
+    with_constants = False
+    states: tuple[str, ...] = ()
+    reset_by: str = "reset"
 
     def owns(self, cls: type) -> bool:
         """Whether a class is the framework's own, by the module that it is from."""
@@ -68,6 +74,14 @@ class Framework:
     def reset(self, module: nn.Module) -> None:
         """Make a module that has states fresh."""
         raise NotImplementedError
+
+    def resets_itself(self, cls: type) -> bool:
+        """Whether what makes a neuron type fresh is the framework's, and no override."""
+        return getattr(getattr(cls, self.reset_by, None), "__module__", "").startswith(self.name)
+
+    def scratch_of(self, cls: type) -> tuple[str, ...]:
+        """Attributes that a step of a neuron type writes before it reads them."""
+        return ()
 
     def is_multi_step(self, module: nn.Module) -> bool:
         """Whether a module, as it is set now, takes all time steps in one call."""
@@ -110,7 +124,7 @@ class _SpikingJelly(Framework):
     neuron_bases = frozenset({"BaseNode", "SimpleBaseNode", "SpikingRNNCellBase"})
     has_step_modes = True
     records = ("v_seq", "state_seqs")
-    own_states = "_memories"
+    states_in = "_memories"
 
     def owns(self, cls: type) -> bool:
         return super().owns(cls) or bool(spikingjelly_root(cls))
@@ -132,7 +146,7 @@ class _SpikingJelly(Framework):
         )
 
     def states_of(self, module: nn.Module) -> Table | None:
-        memories = module.__dict__.get(self.own_states)
+        memories = module.__dict__.get(self.states_in)
         return memories if isinstance(memories, dict) else None
 
     def reset(self, module: nn.Module) -> None:
@@ -159,12 +173,23 @@ class _SnnTorch(Framework):
     name = "snntorch"
     neuron_bases = frozenset({"SpikingNeuron"})
     takes_states = True
+    states_in = "_buffers"
+    with_constants = True
     states = ("mem", "syn", "syn_exc", "syn_inh", "spk")
+    reset_by = "reset_mem"
 
     def states_of(self, module: nn.Module) -> Table | None:
         return module._buffers if self.is_spiking(type(module)) else None
 
+    def scratch_of(self, cls: type) -> tuple[str, ...]:
+        if not self.is_spiking(cls):
+            return ()
+        homes = (getattr(cls, name).__module__.partition(".")[0] for name in ("forward", "mem_reset"))
+        return ("reset",) if {*homes} <= {self.name, __name__.partition(".")[0]} else ()
+
     def reset(self, module: nn.Module) -> None:
+        if forget := getattr(module._buffers, "forget", None):  # what is promised need not be computed
+            forget()
         for name in self.states:
             if isinstance(state := module._buffers.get(name), Tensor):
                 module._buffers[name] = state.new_zeros(())
@@ -184,6 +209,17 @@ def framework_of(module: nn.Module) -> Framework | None:
 def _framework_of(cls: type) -> Framework | None:
     found = (framework for base in cls.__mro__ for framework in FRAMEWORKS if framework.owns(base))
     return next(found, None)
+
+
+def scratch_of(module: nn.Module) -> tuple[str, ...]:
+    """Attributes that each step of a module writes before it reads them: no state, and in no second run."""
+    return _scratch_of(type(module))  # type: ignore[arg-type]
+
+
+@functools.cache
+def _scratch_of(cls: type) -> tuple[str, ...]:
+    framework = _framework_of(cls)
+    return () if framework is None else framework.scratch_of(cls)
 
 
 def is_spiking(module: nn.Module) -> bool:

@@ -57,6 +57,14 @@ def tables_of(module: nn.Module) -> list[Table]:
     return tables if states is None or states is module._buffers else [*tables, states]
 
 
+def stored_buffers(model: nn.Module) -> Iterator[Tensor]:
+    """The buffers of a model and its modules without those that are promised: they are nobody's yet."""
+    for module in model.modules():
+        table = module._buffers
+        values = dict.values(table) if isinstance(table, dict) else module.buffers(recurse=False)
+        yield from (value for value in values if isinstance(value, Tensor))
+
+
 class Snapshot:
     """Tables of modules as they are now; with ``buffers`` also those of modules that are no neurons."""
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -310,8 +310,37 @@ class Memories(dict[str, Any]):
             self.get(key)
 
 
+class AmongConstants(Memories):
+    """The buffers of a neuron that keeps its states among them (snnTorch's)."""
+
+    def __init__(self, buffers: dict[str, Any]) -> None:
+        super().__init__(buffers)
+        self._zeros: dict[str, tuple[weakref.ref[Tensor], int]] = {}
+
+    def forget(self) -> None:
+        """Stock's reset asks what it replaces for its shape; it is given zeros to ask."""
+        for key, value in dict.items(self):
+            if isinstance(value, FinalMembrane):
+                v = value.empty()
+                self[key] = value.membrane if v is None else v.zero_()
+
+    @contextmanager
+    def made_zero(self) -> Iterator[None]:
+        """Context manager: states that are set inside are zeros, for as long as nobody writes to them."""
+        before = dict(dict.items(self))
+        yield
+        for key, value in dict.items(self):
+            if isinstance(value, Tensor) and value is not before.get(key):
+                self._zeros[key] = weakref.ref(value), value._version
+
+    def is_zero(self, key: str, value: Tensor) -> bool:
+        """Whether a state is known to be zero without a look at it."""
+        ref, version = self._zeros.get(key, (lambda: None, 0))
+        return ref() is value and value._version == version
+
+
 class ForgettingReset:
-    """The ``reset`` of one stock neuron with promises among its states, until it is called.
+    """What makes one stock neuron with promises among its states fresh, until it is called.
 
     Example:
         >>> from spikingjelly.activation_based import neuron
@@ -323,21 +352,32 @@ class ForgettingReset:
         False
     """
 
-    def __init__(self, module: nn.Module, table: str) -> None:
-        self._module, self._table = module, table
+    def __init__(self, module: nn.Module, table: str, method: str, to_zero: bool) -> None:
+        self._module, self._table, self._method, self._to_zero = module, table, method, to_zero
 
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         table = self._module.__dict__[self._table]
         if isinstance(table, Memories):
             table.forget()
-        self._module.__dict__.pop("reset", None)
-        self._module.reset(*args, **kwargs)  # type: ignore[operator]
+        self._module.__dict__.pop(self._method, None)
+        known = self._to_zero and isinstance(table, AmongConstants)
+        with table.made_zero() if known else nullcontext():
+            return getattr(self._module, self._method)(*args, **kwargs)
 
 
-def promise_among(module: nn.Module, table: str) -> Memories:
-    """A module's table of states, ready to take promises."""
+def promise_among(module: nn.Module, table: str, method: str = "reset", to_zero: bool = False) -> Memories:
+    """A module's table of states, ready to take promises.
+
+    Args:
+        module: a neuron.
+        table: the attribute that the table is; buffers have constants among them.
+        method: the module's method that makes it fresh.
+        to_zero: the method is known to set states to zero, and to set nothing else.
+    """
     states: dict[str, Any] = module.__dict__[table]
     if not isinstance(states, Memories):
-        states = module.__dict__[table] = Memories(states)
-    module.__dict__.setdefault("reset", ForgettingReset(module, table))
+        kind = AmongConstants if table == "_buffers" else Memories
+        states = module.__dict__[table] = kind(states)
+    if hasattr(type(module), method):
+        module.__dict__.setdefault(method, ForgettingReset(module, table, method, to_zero))
     return states
