@@ -186,7 +186,7 @@ def test_a_run_goes_on_where_it_was_interrupted(together, tmp_path):
 
 
 def test_stored_keys_are_those_of_the_experiments():
-    options = Options(folder=Path(__file__).parent, seeds=5)  # of what is near to noise, more are stored
+    options = Options(folder=Path(__file__).parent, seeds=10)  # of what is near to noise, more are stored
     for name, experiment in EXPERIMENTS.items():
         known = {f"{work.name} | {method}" for work in experiment.works(options) for method in work.methods}
         assert store.load(store.RESULTS / f"{experiment.stem('cpu')}.json").keys() <= known, name

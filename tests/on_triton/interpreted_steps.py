@@ -235,9 +235,9 @@ def test_a_reach_goes_on_from_step_to_step():
 
 def test_what_a_step_wrote_down_is_one_stretch_of_memory():
     step, u = step_of(0.9, decays.NONE, 0.5), on_grid(41)
-    store = Remainders(u)
     devices.HOSTS, hosts = frozenset(), devices.HOSTS
     try:
+        store = Remainders(u)
         lost, overshoot, _, bits = on_triton.charge_and_reset(
             u, torch.randn(41), step, 0.0, Record(), (None, torch.empty(41)), (0.5, True, torch.empty(41))
         )

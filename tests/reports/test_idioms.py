@@ -157,7 +157,8 @@ def test_check_mode_names_the_module_and_the_operation():
 def test_neurons_of_ones_own_are_bits_and_what_is_kept_says_why(capsys):
     class Own(nn.Module):
         def forward(self, x):
-            return lif(x)
+            self.spikes = lif(x)  # kept, so that the tape records it
+            return self.spikes
 
     class Noise(nn.Module):
         def forward(self, x):

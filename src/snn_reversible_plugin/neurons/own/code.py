@@ -44,8 +44,27 @@ _METHODS = {
 _MODULES = (torch, torch.nn, torch.nn.functional, torch.autograd, math)
 MISSING = object()
 _DOTS = ("LOAD_ATTR", "LOAD_METHOD")
-_CATCHES = ("PUSH_EXC_INFO", "SETUP_FINALLY", "SETUP_WITH", "BEFORE_WITH", "IMPORT_NAME", "YIELD_VALUE",
-            "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL", "DELETE_NAME", "STORE_NAME")  # fmt: skip
+# What is looked at one by one below.
+_READS = {
+    "LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF", "LOAD_ATTR",
+    "LOAD_METHOD", "LOAD_SUPER_ATTR", "STORE_ATTR", "STORE_DEREF",
+}  # fmt: skip
+# What works on locals and on what it computes from them alone, from Python 3.11 to 3.14; a name of a later
+# one is not among them. A RERAISE without what catches ends a comprehension.
+_OF_LOCALS = {
+    "NOP", "RESUME", "NOT_TAKEN", "PUSH_NULL", "PRECALL", "KW_NAMES", "COPY_FREE_VARS", "MAKE_CELL",
+    "LOAD_CLOSURE", "POP_TOP", "COPY", "SWAP", "LOAD_CONST", "LOAD_SMALL_INT", "LOAD_ASSERTION_ERROR",
+    "LOAD_COMMON_CONSTANT", "LOAD_FAST", "LOAD_FAST_CHECK", "LOAD_FAST_AND_CLEAR",
+    "LOAD_FAST_LOAD_FAST", "LOAD_FAST_BORROW", "LOAD_FAST_BORROW_LOAD_FAST_BORROW", "STORE_FAST",
+    "STORE_FAST_LOAD_FAST", "STORE_FAST_STORE_FAST", "DELETE_FAST", "BINARY_OP", "BINARY_SUBSCR",
+    "BINARY_SLICE", "STORE_SUBSCR", "STORE_SLICE", "COMPARE_OP", "CONTAINS_OP", "IS_OP",
+    "UNARY_NEGATIVE", "UNARY_NOT", "UNARY_INVERT", "UNARY_POSITIVE", "TO_BOOL", "BUILD_LIST",
+    "BUILD_TUPLE", "BUILD_SLICE", "BUILD_MAP", "BUILD_CONST_KEY_MAP", "BUILD_STRING", "LIST_APPEND",
+    "LIST_EXTEND", "LIST_TO_TUPLE", "FORMAT_VALUE", "FORMAT_SIMPLE", "FORMAT_WITH_SPEC",
+    "CONVERT_VALUE", "UNPACK_SEQUENCE", "UNPACK_EX", "GET_ITER", "FOR_ITER", "END_FOR", "POP_ITER",
+    "CALL", "CALL_KW", "CALL_FUNCTION_EX", "MAKE_FUNCTION", "SET_FUNCTION_ATTRIBUTE", "RETURN_VALUE",
+    "RETURN_CONST", "RAISE_VARARGS", "RERAISE",
+}  # fmt: skip
 
 
 class Unprovable(Exception):
@@ -73,7 +92,7 @@ class Code:
         ]
         for at, one in enumerate(steps):
             later = steps[at + 1 :]
-            if one.opname in _CATCHES:
+            if not _can_be_followed(one.opname):
                 raise Unprovable(f"{self.where} has code that can't be followed ({one.opname})")
             if one.opname == "STORE_DEREF" and one.argval in self.code.co_freevars:
                 raise Unprovable(f"{self.where} sets {one.argval}, which is not its own")
@@ -202,6 +221,10 @@ class Code:
             if not (is_number(value) or is_torchs(value)):
                 raise Unprovable(f"{self.where} reads {name}")
             return
+
+
+def _can_be_followed(name: str) -> bool:
+    return name in _OF_LOCALS or name in _READS or "JUMP" in name
 
 
 def _locals(one: dis.Instruction) -> tuple[str, ...]:
