@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -15,6 +14,7 @@ from snn_reversible_plugin.reports.measure import count_step
 from ..experiment import Entries, Options, Tick, Work
 from ..measure import alternate, ratio
 from ..published import FAMILIES
+from ..published.family import Family
 
 METHODS = ("stock", "memory", "speed")
 
@@ -31,9 +31,10 @@ def works(options: Options) -> Iterator[Work]:
         yield Work(family.name, METHODS, settings)
 
 
-def prepare(method: str, stock: nn.Module) -> nn.Module:
-    """A copy of the network under one of the methods."""
-    model = copy.deepcopy(stock)
+def prepare(method: str, family: Family, width: int) -> nn.Module:
+    """The network under one of the methods, built anew: snnTorch's resets know no copies."""
+    torch.manual_seed(0)
+    model = family.network(width)
     return model if method == "stock" else srp.convert_to_reversible(model, mode=method)
 
 
@@ -47,11 +48,10 @@ def together(
     repeats: int,
 ) -> Entries:
     published = FAMILIES[family]
-    torch.manual_seed(0)
-    stock, x = published.network(width).to(options.device), published.batch(tuple(shape)).to(options.device)
+    x = published.batch(tuple(shape)).to(options.device)
     losses, found = {}, {}
     for method in methods:
-        model = prepare(method, stock)
+        model = prepare(method, published, width).to(options.device)
 
         def loss(model: nn.Module = model) -> torch.Tensor:
             model.zero_grad()
