@@ -8,7 +8,7 @@ from torch import nn
 
 from own_neurons import Alternating, Fire, spikes, times_less
 from snn_reversible_plugin import tape
-from snn_reversible_plugin.reports.measure import AllocationCounter
+from snn_reversible_plugin.reports.measure import AllocationCounter, count_step
 from snn_reversible_plugin.tape.handles import Kept
 
 
@@ -61,6 +61,32 @@ def test_what_is_written_by_slices_is_bits(neuron):
 def test_convolutions_written_by_slices():
     net = Alternating(lif_by_slices, [ConvBySlices(8, 8, 3, padding=1) for _ in range(4)])
     assert times_less(net, (torch.rand(6, 4, 8, 16, 16) > 0.5).float())[0] > 60
+
+
+def test_slices_of_bits_wait_as_bits_until_their_backward_whatever_their_layout():
+    """A stream is rebuilt through all blocks before it, and their spikes are needed again, each later."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = ConvBySlices(4, 4, 3, padding=1)
+
+        def forward(self, x):  # batch first in memory, so that a slice is laid out unlike a step
+            return x + self.conv(lif_by_slices(x.transpose(0, 1).contiguous().transpose(0, 1)))
+
+    peaks = []
+    for blocks in (2, 4):
+        net = nn.Sequential(nn.Conv3d(4, 4, 1), *(Block() for _ in range(blocks)))
+        x_seq = torch.rand(4, 4, 32, 32)[:, None].expand(4, 2, 4, 32, 32)
+
+        def loss(net=net, x_seq=x_seq):
+            with tape.recording():
+                return net[1:](net[0](x_seq.transpose(1, 2)).transpose(1, 2)).square().mean()
+
+        loss().backward()
+        peaks.append(count_step(loss)[1])
+    stream = 4 * 2 * 4 * 32 * 32 * 4
+    assert peaks[1] - peaks[0] < 3 * stream
 
 
 def test_a_whole_that_is_read_at_each_step_is_copied_once_a_step():

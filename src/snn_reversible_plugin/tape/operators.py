@@ -35,8 +35,8 @@ class Operator:
     ``name`` is its schema's, without the underscore of one that works in place. ``work`` is 1 for
     convolutions and matrix products. ``mutated`` lists the positions or names of the arguments written to;
     ``inplace`` says that it is the first alone, so that the operator on a copy is a recipe. ``atomic``: on
-    CUDA its result depends on the order of atomic additions. ``cheap``: a view or a cast. ``constant``: it
-    fills a tensor like its argument with one number. ``allocates``: what it makes is often filled by
+    CUDA its result depends on the order of atomic additions. ``cheap``: a view, cast or copy. ``constant``:
+    it fills a tensor like its argument with one number. ``allocates``: what it makes is often filled by
     somebody else. ``bounded``: what it gives may be whole numbers in bounds (:mod:`.tape.spans`).
     """
 
@@ -177,7 +177,7 @@ def _read_off(func: Any) -> Operator:
     if any(ret.alias_info is not None for ret in schema.returns):
         return Operator(Kind.VIEW, name, cheap=True)
     constant = func in (aten.zeros_like.default, aten.ones_like.default, aten.full_like.default)
-    cheap, allocates = name == "_to_copy", name in _ALLOCATE
+    cheap, allocates = name in ("_to_copy", "clone"), name in _ALLOCATE
     return Operator(
         Kind.PURE, name, work, atomic=atomic, cheap=cheap, constant=constant, allocates=allocates,
         bounded=name in RULES,

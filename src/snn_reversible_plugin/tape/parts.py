@@ -16,7 +16,7 @@ import torch
 from snn_reversible_plugin.ops.layouts import is_dense, is_plain
 from snn_reversible_plugin.tape.handles import Handle, Kept
 from snn_reversible_plugin.tape.packed import Packed
-from snn_reversible_plugin.tape.recipes import Price
+from snn_reversible_plugin.tape.recipes import Price, is_cheap
 from snn_reversible_plugin.tape.replayed import Replayed
 
 # NOTE [A tensor of parts]
@@ -164,7 +164,7 @@ def written_part(
     """The recipe of a root's value after ``func`` wrote into a view of it; ``written`` are both."""
     args, kwargs = operands
     recipe = before, _place(*written), func, *args
-    after = Replayed(write, recipe, kwargs, price.products, price.depth, inplace=True)
+    after = Replayed(write, recipe, kwargs, price.products, price.depth, True, price.cheap)
     after.series = price.series
     return after
 
@@ -181,7 +181,7 @@ def copied_into(view: torch.Tensor, source: torch.Tensor, value: Handle, price: 
     if source.size() == view.size() and source.stride() == view.stride() and source.dtype is view.dtype:
         return value
     options = tuple(view.size()), view.stride(), view.dtype, view.device
-    copy = Replayed(laid_out, (value, *options), {}, price.products, price.depth)
+    copy = Replayed(laid_out, (value, *options), {}, price.products, price.depth, cheap=is_cheap(value))
     copy.series = price.series
     return copy
 

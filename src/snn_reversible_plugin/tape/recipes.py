@@ -20,7 +20,7 @@ from snn_reversible_plugin.tape.handles import Handle, Kept
 from snn_reversible_plugin.tape.operators import Kind, Operator
 from snn_reversible_plugin.tape.origins import OUTSIDE, is_ended, look_up
 from snn_reversible_plugin.tape.packed import Packed
-from snn_reversible_plugin.tape.replayed import NO_PRODUCTS, PLAIN, Products, Replayed
+from snn_reversible_plugin.tape.replayed import NO_PRODUCTS, PLAIN, Products, Replayed, number_in
 
 # NOTE [What gets a recipe]
 #
@@ -230,6 +230,7 @@ def price_of_part(
     if isinstance(before, Replayed):
         products, depth = before.products, before.depth
     of_operands, newly_kept, series = 0.0, 0, getattr(before, "series", 0)
+    cheap = operator.name == "copy" and (is_cheap(before) or number_in(before) is not None)
     known: dict[int, Any] = {}
     for tensor in tensors_among(operands, named):
         handle = known[id(tensor)] = known_of(tensor)
@@ -241,6 +242,7 @@ def price_of_part(
             products = _together(products, handle.products, part)
         elif handle is None or (isinstance(handle, Kept) and not handle.anchored):
             newly_kept += tensor.untyped_storage().nbytes()
+        cheap = cheap and is_cheap(handle)
     if operator.work:
         products = {**products, next(_serial): part}
     if operator.name == "copy":
@@ -250,7 +252,12 @@ def price_of_part(
     too_much = newly_kept > size or 2 * (kept + newly_kept) > whole
     if depth >= MAX_DEPTH or too_much or sum(products.values()) > work_limit + 1e-3:
         return None
-    return Price(products, depth, False, known, newly_kept, series)
+    return Price(products, depth, cheap, known, newly_kept, series)
+
+
+def is_cheap(handle: Any) -> bool:
+    """Whether a rebuild of these bits, or of a view or cast of some, is hardly more than a copy."""
+    return handle.cheap if isinstance(handle, Replayed) else isinstance(handle, Packed)
 
 
 def _together(some: Products, more: Products, part: float) -> Products:

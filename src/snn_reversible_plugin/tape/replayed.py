@@ -24,8 +24,8 @@ from snn_reversible_plugin.tape.operators import aten
 # 2. A value is cached only while somebody else still needs it, and let go when the last need is
 #    served. So a conv output that a neuron's backward had to rebuild waits for batch norm's backward
 #    and no longer, and T slices of one tensor rebuild that tensor once, not T times.
-# 3. What is cheap to rebuild, views and casts of something packed or kept, is never cached: spikes are
-#    a bit an element when they wait and a float when they are used.
+# 3. What is cheap to rebuild, views, casts and copies of something packed or kept, is never cached: spikes
+#    are a bit an element when they wait and a float when they are used.
 # 4. A handle's claim on its operands ends as soon as its own value stands.
 # 5. A value that is rebuilt for its last need, and shares no storage with a cached or kept tensor, is
 #    *owned* by the one who asked: a neuron's backward may overwrite it. See `owns`.
