@@ -1,7 +1,9 @@
 """Neurons that users wrote: their recorded operations stand in for them where that is proved."""
 
 import copy
+import gc
 import math
+import weakref
 from collections import OrderedDict
 
 import pytest
@@ -649,6 +651,28 @@ def test_reports_say_what_is_proved_and_what_stands_in_the_way():
     assert rows["1"] == f"{PROVED}, stock arithmetic"
     assert rows["3"] == "the tape, for its step sets an attribute, last"
     assert srp.verify(net, inputs(False)).ok
+
+
+class AsksForAValue(Base):
+    """Known when it is recorded, in the frames of its first call."""
+
+    def step(self, v, x):
+        v = v * self.tau + x
+        s = Fire.apply(v - 1.0) if v.sum().item() > -1e9 else v
+        return v * (1 - s), s
+
+
+def test_what_is_not_proved_keeps_nothing_of_its_call():
+    net = srp.convert_to_reversible(nn.Sequential(nn.Linear(16, 24), AsksForAValue()))
+
+    def first_call():
+        x = inputs(False)
+        net(x).sum().backward()
+        return weakref.ref(x)
+
+    of_input = first_call()
+    gc.collect()
+    assert net[1].treatment.startswith("the tape, for") and of_input() is None
 
 
 class Crosses(Base):

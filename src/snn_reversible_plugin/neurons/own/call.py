@@ -190,7 +190,7 @@ def _proof(module: nn.Module, x: Tensor) -> Proof | Unprovable:
             proofs = _Proofs(module, Reads(module, _stock_class(module)))
         except Unprovable as why:
             _known.pop(module, None)
-            return why
+            return Unprovable(str(why))
         _known[module] = proofs
     kind = Kind.of(x)
     key = (kind, *Autocast().dtypes.items(), torch.get_default_dtype())
@@ -210,7 +210,7 @@ def _proved(proofs: _Proofs, key: Any, kind: Kind) -> Proof | Unprovable:
         try:
             found: Proof | Unprovable = Proof(partial(_stock_forward, proofs.twin), kind)
         except Unprovable as why:
-            found = why
+            found = Unprovable(str(why))  # without the frames that led here, and all that they hold
         _shared[key] = proofs, found
         while len(_shared) > MOST_SHARED:
             _shared.popitem(last=False)
