@@ -1,6 +1,8 @@
 """``srp.compile`` in a user's hands. Two networks are really compiled."""
 
 import importlib
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -114,6 +116,17 @@ def test_refusals():
         srp.compile(srp.compile(Stepped()))
     with pytest.raises(TypeError, match=r"nn\.Module"):
         srp.compile(torch.relu)
+
+
+def test_where_lightning_is_imported():
+    """It copies what ``torch.compile`` is given."""
+    code = (
+        "import lightning.fabric, torch, snn_reversible_plugin as srp\n"
+        "print(*srp.compile(torch.nn.Sequential(torch.nn.Linear(2, 2)))._compile_kwargs)"
+    )
+    pytest.importorskip("lightning")
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.stdout.split() == ["backend"], found.stderr
 
 
 def test_entry_point_and_modes():

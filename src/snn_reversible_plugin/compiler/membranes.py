@@ -94,6 +94,10 @@ class Calls(threading.local):
 
     noted: list[Call] | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Calls:
+        # Lightning, once it is imported, copies what torch.compile is given: its backend, too.
+        return self
+
     @contextmanager
     def note(self) -> Iterator[list[Call]]:
         """Context manager: gives the list in which the calls are noted."""
