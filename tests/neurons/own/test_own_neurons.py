@@ -675,6 +675,20 @@ def test_what_is_not_proved_keeps_nothing_of_its_call():
     assert net[1].treatment.startswith("the tape, for") and of_input() is None
 
 
+def test_modules_that_are_no_more_go(monkeypatch):
+    monkeypatch.setattr(call, "MOST_MODULES", 2)
+    monkeypatch.setattr(call, "MOST_SHARED", 1)
+    monkeypatch.setattr(call, "_known", weakref.WeakKeyDictionary())
+    made = []
+    for _ in range(5):
+        net = srp.convert_to_reversible(nn.Sequential(nn.Linear(16, 24), Base()))
+        net(inputs(False)).sum().backward()
+        made.append(weakref.ref(net[1]))
+    del net
+    gc.collect()
+    assert sum(one() is not None for one in made) <= 3  # two that are known, and one that is shared
+
+
 class Crosses(Base):
     """Each row is added to both: a dimension of two that is no batch."""
 

@@ -34,6 +34,7 @@ from snn_reversible_plugin.ops.chunks import chunk_size
 AT_ONCE = 32_768  # neurons on a CPU: with all that a step's backward needs, what its caches hold
 MOST_WHOLE = 8192  # neurons that are not cut: beyond, the tape needs less at a time
 MOST_SHARED = 64  # proofs
+MOST_MODULES = 1024  # whose proofs are at hand: beyond, all are asked again
 MOST_KINDS = 16  # of inputs that a neuron gets: beyond, they are all different
 
 
@@ -191,6 +192,8 @@ def _proof(module: nn.Module, x: Tensor) -> Proof | Unprovable:
         except Unprovable as why:
             _known.pop(module, None)
             return Unprovable(str(why))
+        if len(_known) >= MOST_MODULES:  # what is looked at leads to the module, which would never go
+            _known.clear()
         _known[module] = proofs
     kind = Kind.of(x)
     key = (kind, *Autocast().dtypes.items(), torch.get_default_dtype())
