@@ -8,6 +8,7 @@ OLD_SPIKINGJELLY := 0.0.0.0.12 0.0.0.0.14
 # Named by content, not by date: a fresh checkout touches every file without changing one.
 STAMP := $(VENV)/.installed-$(shell (cat pyproject.toml; echo $(OLD_SPIKINGJELLY)) | cksum | tr ' ' '-')
 PYTEST_ARGS ?= -n auto --dist worksteal
+WATCHED := --instafail --timeout-method thread
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 FUZZ_SECONDS ?= 3600
@@ -52,10 +53,10 @@ types: $(STAMP)  ## mypy
 	$(PY) -m mypy
 
 unit: $(STAMP)  ## pytest alone; choose with PYTEST_ARGS="-k data"
-	$(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(PY) -m pytest -m "not slow" $(WATCHED) --timeout 600 $(PYTEST_ARGS)
 
 slow: $(STAMP)  ## what takes long, and is a part of `make full`
-	$(PY) -m pytest -m slow $(PYTEST_ARGS)
+	$(PY) -m pytest -m slow $(WATCHED) --timeout 3600 $(PYTEST_ARGS)
 
 fuzz: $(STAMP)  ## random programs, stock and converted, for FUZZ_SECONDS=3600; prints those that differ, and what it covered
 	PYTHONPATH=tests/helpers $(PY) -m fuzz --seconds $(FUZZ_SECONDS)

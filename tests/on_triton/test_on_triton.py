@@ -21,7 +21,7 @@ def run(group: str, interpreted: bool) -> None:
         environment["TRITON_INTERPRET"] = "1"
     file = Path(__file__).with_name(f"{group}.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     found = result.stdout + result.stderr
     if re.search(r"\d+ skipped", found) and not re.search(r"\d+ passed", found):
         pytest.skip(found.strip())
