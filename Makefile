@@ -8,7 +8,7 @@ OLD_SPIKINGJELLY := 0.0.0.0.12 0.0.0.0.14
 # Named by content, not by date: a fresh checkout touches every file without changing one.
 STAMP := $(VENV)/.installed-$(shell (cat pyproject.toml; echo $(OLD_SPIKINGJELLY)) | cksum | tr ' ' '-')
 PYTEST_ARGS ?= -n auto --dist worksteal
-WATCHED := --instafail --timeout-method thread
+WATCHED := --timeout-method thread -o faulthandler_timeout=480
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 FUZZ_SECONDS ?= 3600

@@ -49,6 +49,25 @@ def _swaps_states() -> bool:
     return _swaps_states()
 
 
+class _ToldAtOnce:
+    """Failures by name as they happen: a run that is ended from outside never comes to its summary."""
+
+    def __init__(self, terminal: pytest.TerminalReporter) -> None:
+        self.terminal = terminal
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.terminal.ensure_newline()
+            self.terminal.write_line(f"failed in {report.when}: {report.nodeid}", red=True)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    terminal = config.pluginmanager.get_plugin("terminalreporter")
+    if terminal is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_ToldAtOnce(terminal))
+
+
 def pytest_collectreport(report: pytest.CollectReport) -> None:
     """Ignoring what a form's missing library keeps from being imported is not for test files."""
     if report.skipped and report.nodeid.startswith("tests/") and "unable to import" in str(report.longrepr):
