@@ -73,10 +73,6 @@ def draw_over_steps(entries: Entries, folder: Path, device: str) -> list[Path]:
     return [*pictures.draw_over_steps(entries, over_step.SHOWN, folder), pictures.draw_report(folder)]
 
 
-# Stale only when asked: most of an hour is other people's compilations.
-_COMPILED_STEPS = {
-    "measure": compiled.measure, "timed": compiled.timed, "goes_stale": False, "threads": 1
-}  # fmt: skip
 _TRAINED = {"goes_stale": False, "threads": 1}
 EXPERIMENTS = {
     experiment.name: experiment
@@ -94,8 +90,13 @@ EXPERIMENTS = {
             "freed-memory", freed_memory.works, of_peaks.freed_memory, together=freed_memory.together
         ),
         Experiment("drift", drift.works, time.drift, drift.measure),
-        Experiment("compiled", compiled.works, time.compiled, **_COMPILED_STEPS),
-        Experiment("compiled-deep", compiled.deep, time.compiled, **_COMPILED_STEPS),
+        *(
+            Experiment(
+                name, works, time.compiled, compiled.measure, timed=compiled.timed,
+                draw=partial(compiled.draw, name), goes_stale=False, threads=1,
+            )
+            for name, works in (("compiled", compiled.works), ("compiled-deep", compiled.deep))
+        ),
         Experiment("columns", columns.works, time.columns, together=columns.together),
         Experiment("parallel", parallel.works, time.parallel, together=parallel.together),
         Experiment("surgery", surgery.works, time.surgery, together=surgery.together),

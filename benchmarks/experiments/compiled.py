@@ -3,7 +3,8 @@
 Each method is a process of its own, and stored at once, since it may compile for minutes: what its first
 step takes, in CPU seconds, memory, gradients. Stock's compilation and ours start from empty caches; what
 compiles the same kernels later, with a budget, finds them there. Then one process has every method of a
-network take turns, from the caches.
+network take turns, from the caches. It is measured again only when that is asked for: most of it is other
+people's compilations.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -27,9 +28,11 @@ import snn_reversible_plugin as srp
 from snn_reversible_plugin.compiler.entry import look_of
 from snn_reversible_plugin.reports.measure import count_step
 
+from .. import pictures
 from ..apart import apart
 from ..experiment import Entries, Entry, Options, Tick, Work
 from ..measure import Result, alternate, ratio, watch_spikes
+from ..methods import METHODS as OF_STEPS
 from ..methods import CannotRun, Training, prepare
 from ..networks import multi_step, tutorial_6_net
 from ..store import DRAFTS
@@ -103,6 +106,22 @@ EAGER = {"tape, memory": "memory", "tape, speed": "speed", "memopt": "memopt 1",
 METHODS = ("stock", *COMPILED, *EAGER)
 # A loop takes a compiler longest: the one budget of its own that ours is to stay below.
 OF_LOOPS = tuple(name for name in METHODS if name not in ("compiled, budget 0.5", "srp.compile, speed"))
+
+
+class _Style(NamedTuple):
+    label: str
+    color: str
+    marker: str
+
+
+STYLES: dict[str, pictures.Style] = {
+    **{name: OF_STEPS[own] for name, own in {"stock": "stock", **EAGER}.items()},
+    "compiled": _Style("torch.compile", "black", "s"),
+    "compiled, budget 0.5": _Style("torch.compile, budget 0.5", "dimgray", "v"),
+    "compiled, budget 0.2": _Style("torch.compile, budget 0.2", "darkgray", "v"),
+    "srp.compile, speed": _Style("this package: srp.compile, speed", "orange", "P"),
+    "srp.compile, memory": _Style("this package: srp.compile, memory", "orangered", "P"),
+}
 
 
 def works(options: Options) -> Iterator[Work]:
@@ -282,3 +301,11 @@ def _differences(stock: Training, ours: Training, x: Tensor) -> Entry:
         "gradient_difference": max(float((a - b).abs().max()) for a, b in pairs),
         "gradient_scale": max(float(a.abs().max()) for a, _ in pairs),
     }
+
+
+def draw(name: str, entries: Entries, folder: Path, device: str) -> list[Path]:
+    """Memory against time, of what was timed."""
+    if not any("time_ratio" in entry for entry in entries.values()):
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
+    return [pictures.draw_points(entries, pictures.path_of(folder, name, device), STYLES)]
