@@ -29,7 +29,7 @@ from snn_reversible_plugin.compiler.entry import look_of
 from snn_reversible_plugin.reports.measure import count_step
 
 from .. import pictures
-from ..apart import apart
+from ..apart import Died, apart
 from ..experiment import Entries, Entry, Options, Tick, Work
 from ..measure import Result, alternate, ratio, watch_spikes
 from ..methods import METHODS as OF_STEPS
@@ -104,6 +104,7 @@ FROM_EMPTY_CACHES = ("compiled", "srp.compile, memory")
 # The other methods of the package's tables, by their names there.
 EAGER = {"tape, memory": "memory", "tape, speed": "speed", "memopt": "memopt 1", "checkpoint": "checkpoint"}
 METHODS = ("stock", *COMPILED, *EAGER)
+PEERS = ("compiled, budget 0.2", "compiled, budget 0.5", "memopt", "checkpoint")
 # A loop takes a compiler longest: the one budget of its own that ours is to stay below.
 OF_LOOPS = tuple(name for name in METHODS if name not in ("compiled, budget 0.5", "srp.compile, speed"))
 
@@ -157,7 +158,12 @@ def measure(method: str, options: Options, tick: Tick, network: str, shape: list
     arguments = method, options.device, network, tuple(shape)
     if options.quick:
         return _first_step(tick, *arguments)
-    found: Entry = apart(_first_step, *arguments, tick=tick, environment=_ENVIRONMENT)
+    try:
+        found: Entry = apart(_first_step, *arguments, tick=tick, environment=_ENVIRONMENT)
+    except Died as how:
+        if method not in PEERS:
+            raise
+        return {"method": method, "why_not": str(how).splitlines()[-1]}  # a peer that fails is a result
     return found
 
 
