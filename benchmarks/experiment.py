@@ -69,7 +69,7 @@ class Experiment:
         together: instead, where the methods of a work are measured in one run, the first of them always:
             called with all methods, gives their entries.
         timed: beside ``measure``, where times are measured in one run when all else is stored: called with
-            the methods that ran, gives what else goes into their entries.
+            the methods that ran, the first of them always, gives what else goes into their entries.
         table: on the screen, and by the experiment's name on the pages.
         more: other tables by their names on the pages.
         draw: draws its pictures of the entries into a folder, for a device; returns their paths.

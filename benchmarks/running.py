@@ -22,7 +22,8 @@ def chosen(experiment: Experiment, options: Options, only: Choice, methods: Choi
     found = []
     for work in experiment.works(options):
         wanted = [method for method in work.methods if _matches(method, methods)]
-        if experiment.together and wanted and work.methods[0] not in wanted:
+        in_one_run = experiment.together or experiment.timed
+        if in_one_run and wanted and work.methods[0] not in wanted:
             wanted.insert(0, work.methods[0])
         if wanted and _matches(work.name, only):
             found.append(Work(work.name, tuple(wanted), work.settings))
