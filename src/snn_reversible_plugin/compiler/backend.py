@@ -101,8 +101,9 @@ def as_planned() -> AbstractContextManager[None]:
     """
     from torch._functorch import config
 
-    guesses = {name: False for name in GUESSES if hasattr(config, name)}
-    return config.patch(cse=False, activation_memory_budget=1.0, **guesses)  # type: ignore[no-any-return]
+    settings: dict[str, Any] = {name: False for name in GUESSES if hasattr(config, name)}
+    settings |= {"cse": False, "activation_memory_budget": 1.0}
+    return config.patch(settings)  # type: ignore[no-any-return]
 
 
 def patches_of(torch_mode: str | None, options: dict[str, Any] | None) -> dict[str, Any]:
