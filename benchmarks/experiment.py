@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ class Options:
         quick: small shapes and few runs, to see that everything works.
         device: "cpu" or "cuda".
         repeats: timed steps of each method, after one to warm up; None for the experiment's own number.
+            0 leaves the times for later, where they are measured apart from the rest.
         seeds: runs of each method that trains.
         folder: of N-MNIST.
         fits: whether to search for the largest batch or number of steps; None for the profile's choice.
@@ -35,8 +36,9 @@ class Options:
     folder: Path = Path("../shared/data/nmnist")
     fits: bool | None = None
 
-    def rounds(self, full: int, quick: int = 1) -> int:
-        return self.repeats or (quick if self.quick else full)
+    def rounds(self, full: int, quick: int = 1, least: int = 1) -> int:
+        own = quick if self.quick else full
+        return max(least, own if self.repeats is None else self.repeats)
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,11 @@ class Work:
     methods: tuple[str, ...]
     settings: Entry = field(default_factory=dict)
 
+    def without_times(self) -> Work:
+        """The same, of which nothing is repeated."""
+        settings = {name: value for name, value in self.settings.items() if name != "repeats"}
+        return replace(self, settings=settings)
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -61,6 +68,8 @@ class Experiment:
         measure: called as ``measure(method, options, tick, **settings)``, gives the method's entry.
         together: instead, where the methods of a work are measured in one run, the first of them always:
             called with all methods, gives their entries.
+        timed: beside ``measure``, where times are measured in one run when all else is stored: called with
+            the methods that ran, the first of them always, gives what else goes into their entries.
         table: on the screen, and by the experiment's name on the pages.
         more: other tables by their names on the pages.
         draw: draws its pictures of the entries into a folder, for a device; returns their paths.
@@ -73,6 +82,7 @@ class Experiment:
     table: Render
     measure: Callable[..., Entry] | None = None
     together: Callable[..., Entries] | None = None
+    timed: Callable[..., Entries] | None = None
     more: Mapping[str, Render] = field(default_factory=dict)
     draw: Callable[[Entries, Path, str], list[Path]] = lambda _entries, _folder, _device: []
     goes_stale: bool = True

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from matplotlib.axes import Axes
@@ -39,6 +40,11 @@ def draw_steps(entries: Entries, folder: Path, device: str) -> list[Path]:
         (draw_growth if path.name.startswith("growth") else draw_points)(shown, path)
         for path, shown in of_steps(entries, folder, device).items()
     ]
+
+
+def work_of(key: str) -> str:
+    """The name of the work in an entry's key."""
+    return key.partition(" | ")[0]
 
 
 def path_of(folder: Path, name: str, device: str) -> Path:
@@ -117,17 +123,28 @@ def draw_report(folder: Path) -> Path:
     return path
 
 
-def draw_points(entries: Entries, path: Path) -> Path:
+class Style(Protocol):
+    """How the points of a method look."""
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def color(self) -> str: ...
+    @property
+    def marker(self) -> str: ...
+
+
+def draw_points(entries: Entries, path: Path, methods: Mapping[str, Style] = METHODS) -> Path:
     """A panel a workload: bytes held (filled) and peak (open) against step time."""
-    names = list(dict.fromkeys(e["workload"] for e in entries.values() if not series_of(e)))
-    names = names or list(dict.fromkeys(e["workload"] for e in entries.values()))
+    names = list(dict.fromkeys(work_of(key) for key, entry in entries.items() if not series_of(entry)))
+    names = names or list(dict.fromkeys(map(work_of, entries)))
     columns = min(4, len(names))
     rows = -(-len(names) // columns)
     figure = Figure(figsize=(3.1 * columns, 2.9 * rows + 0.5), layout="constrained")
     for index, workload in enumerate(names):
         axes = figure.add_subplot(rows, columns, index + 1)
-        for method in METHODS.values():
-            entry = entries.get(f"{workload} | {method.name}", {})
+        for name, method in methods.items():
+            entry = entries.get(f"{workload} | {name}", {})
             if "peak" not in entry or "time_ratio" not in entry:
                 continue
             x, peak = entry["time_ratio"], entry["peak"] / MIB

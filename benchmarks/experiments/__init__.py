@@ -90,8 +90,13 @@ EXPERIMENTS = {
             "freed-memory", freed_memory.works, of_peaks.freed_memory, together=freed_memory.together
         ),
         Experiment("drift", drift.works, time.drift, drift.measure),
-        Experiment("compiled", compiled.works, time.compiled, compiled.measure, threads=1),
-        Experiment("compiled-deep", compiled.deep, time.compiled, compiled.measure, threads=1),
+        *(
+            Experiment(
+                name, works, time.compiled, compiled.measure, timed=compiled.timed,
+                draw=partial(compiled.draw, name), goes_stale=False, threads=1,
+            )
+            for name, works in (("compiled", compiled.works), ("compiled-deep", compiled.deep))
+        ),
         Experiment("columns", columns.works, time.columns, together=columns.together),
         Experiment("parallel", parallel.works, time.parallel, together=parallel.together),
         Experiment("surgery", surgery.works, time.surgery, together=surgery.together),

@@ -1,17 +1,23 @@
 """Compiled training steps beside stock's, the compiler's own budgets, peers and the tape.
 
-Each method takes turns with stock in eager mode, and is stored by itself, since each compiles for minutes.
-Compilations start from empty caches, so that their times are those of a first call.
+Each method is a process of its own, and stored at once, since it may compile for minutes: what its first
+step takes, in CPU seconds, memory, gradients. Stock's compilation and ours start from empty caches; what
+compiles the same kernels later, with a budget, finds them there. Then one process has every method of a
+network take turns, from the caches. It is measured again only when that is asked for: most of it is other
+people's compilations.
 """
 
 from __future__ import annotations
 
-import time
+import os
+import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from snntorch import utils as snn_utils
@@ -22,10 +28,14 @@ import snn_reversible_plugin as srp
 from snn_reversible_plugin.compiler.entry import look_of
 from snn_reversible_plugin.reports.measure import count_step
 
-from ..experiment import Entry, Options, Tick, Work
+from .. import pictures
+from ..apart import Died, apart
+from ..experiment import Entries, Entry, Options, Tick, Work
 from ..measure import Result, alternate, ratio, watch_spikes
+from ..methods import METHODS as OF_STEPS
 from ..methods import CannotRun, Training, prepare
 from ..networks import multi_step, tutorial_6_net
+from ..store import DRAFTS
 from ..workloads import LIF, WORKLOADS, Workload
 
 STEPS = 50  # of tutorial 6
@@ -81,19 +91,38 @@ def _budget(value: float) -> AbstractContextManager[None]:
     return config.patch(activation_memory_budget=value)  # type: ignore[no-any-return]
 
 
-Compiled = tuple[Callable[[nn.Module], Any], Callable[[], AbstractContextManager[None]]]
+Compiled = tuple[Callable[[nn.Module], Any], Callable[[], AbstractContextManager[None]], str]
+# How a model is compiled, under what, and whose caches it starts from: the first of each empties them.
 COMPILED: dict[str, Compiled] = {
-    "compiled": (torch.compile, nullcontext),
-    "compiled, budget 0.5": (torch.compile, partial(_budget, 0.5)),
-    "compiled, budget 0.2": (torch.compile, partial(_budget, 0.2)),
-    "srp.compile, speed": (partial(srp.compile, mode="speed"), nullcontext),
-    "srp.compile, memory": (srp.compile, nullcontext),
+    "compiled": (torch.compile, nullcontext, "compiled"),
+    "srp.compile, memory": (srp.compile, nullcontext, "srp"),
+    "srp.compile, speed": (partial(srp.compile, mode="speed"), nullcontext, "srp"),
+    "compiled, budget 0.2": (torch.compile, partial(_budget, 0.2), "compiled"),
+    "compiled, budget 0.5": (torch.compile, partial(_budget, 0.5), "compiled"),
 }
+FROM_EMPTY_CACHES = ("compiled", "srp.compile, memory")
 # The other methods of the package's tables, by their names there.
-EAGER = {"checkpoint": "checkpoint", "memopt": "memopt 1", "tape, speed": "speed", "tape, memory": "memory"}
+EAGER = {"tape, memory": "memory", "tape, speed": "speed", "memopt": "memopt 1", "checkpoint": "checkpoint"}
 METHODS = ("stock", *COMPILED, *EAGER)
+PEERS = ("compiled, budget 0.2", "compiled, budget 0.5", "memopt", "checkpoint")
 # A loop takes a compiler longest: the one budget of its own that ours is to stay below.
 OF_LOOPS = tuple(name for name in METHODS if name not in ("compiled, budget 0.5", "srp.compile, speed"))
+
+
+class _Style(NamedTuple):
+    label: str
+    color: str
+    marker: str
+
+
+STYLES: dict[str, pictures.Style] = {
+    **{name: OF_STEPS[own] for name, own in {"stock": "stock", **EAGER}.items()},
+    "compiled": _Style("torch.compile", "black", "s"),
+    "compiled, budget 0.5": _Style("torch.compile, budget 0.5", "dimgray", "v"),
+    "compiled, budget 0.2": _Style("torch.compile, budget 0.2", "darkgray", "v"),
+    "srp.compile, speed": _Style("this package: srp.compile, speed", "orange", "P"),
+    "srp.compile, memory": _Style("this package: srp.compile, memory", "orangered", "P"),
+}
 
 
 def works(options: Options) -> Iterator[Work]:
@@ -117,56 +146,127 @@ def deep(options: Options) -> Iterator[Work]:
 def _work(
     name: str, network: str, shape: tuple[int, ...], methods: tuple[str, ...], options: Options
 ) -> Work:
-    settings = {"network": network, "shape": list(shape), "repeats": options.rounds(5)}
+    settings = {"network": network, "shape": list(shape), "repeats": options.rounds(3, least=0)}
     return Work(name, methods, settings)
 
 
-def measure(
-    method: str, options: Options, tick: Tick, network: str, shape: list[int], repeats: int
-) -> Entry:
-    """One method on one network, taking turns with stock."""
-    workload = (NETWORKS | DEEP)[network]
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    weights, x = workload.make().to(options.device), torch.rand(shape, device=options.device)
-    stock = prepare("stock", workload, weights, x)
-    around = COMPILED[method][1] if method in COMPILED else nullcontext
-    with around(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a loop is too long to be compiled is stored
-        try:
-            training, called = _ready(method, workload, weights, x)
-        except CannotRun as reason:
-            return {"method": method, "why_not": str(reason)}
-        tick("first step")
-        start = time.perf_counter()
-        with _empty_caches() if method in COMPILED else nullcontext():
-            loss = _loss(training, x)
-            loss.backward()  # type: ignore[no-untyped-call]
-        entry = {"method": method, "first": time.perf_counter() - start, "loss": loss.item()}
-        stock.run(x)
-        entry |= _differences(stock.model, training.model)
-        runs = {"stock": partial(_step, stock, x), method: partial(_step, training, x)}
-        seconds = alternate(runs, repeats, x.device, lambda name: tick(f"time of {name}"))
-        entry |= {"seconds": seconds[method], "time_ratio": ratio(seconds[method], seconds["stock"])}
-        stock.model.zero_grad(), training.model.zero_grad()
-        entry["held"], entry["peak"] = count_step(partial(_loss, training, x))
-    if (look := look_of(called)) is not None:
+def measure(method: str, options: Options, tick: Tick, network: str, shape: list[int]) -> Entry:
+    """One method on one network, times aside."""
+    folder = caches_of(method, network, shape)
+    if method in FROM_EMPTY_CACHES:
+        shutil.rmtree(folder, ignore_errors=True)
+    arguments = method, options.device, network, tuple(shape)
+    if options.quick:
+        return _first_step(tick, *arguments)
+    try:
+        found: Entry = apart(_first_step, *arguments, tick=tick, environment=_ENVIRONMENT)
+    except Died as how:
+        if method not in PEERS:
+            raise
+        return {"method": method, "why_not": str(how).splitlines()[-1]}  # a peer that fails is a result
+    return found
+
+
+def timed(
+    methods: tuple[str, ...], options: Options, tick: Tick, network: str, shape: list[int], repeats: int
+) -> Entries:
+    """Seconds of a step of each in turn, and medians of the ratios of a round."""
+    arguments = methods, options.device, network, tuple(shape), repeats
+    if options.quick:
+        return _in_turn(tick, *arguments)
+    found: Entries = apart(_in_turn, *arguments, tick=tick, environment=_ENVIRONMENT)
+    return found
+
+
+# One compiling process: then the CPU seconds of this one and of those that it waited for are all there are.
+_ENVIRONMENT = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+
+
+def caches_of(method: str, network: str, shape: Iterable[int]) -> Path:
+    """Where the compiler keeps what it compiled for a method."""
+    family = COMPILED[method][2] if method in COMPILED else "eager"
+    return DRAFTS / "caches" / f"{network}-{'x'.join(map(str, shape))}" / family
+
+
+def _first_step(tick: Tick, method: str, device: str, network: str, shape: tuple[int, ...]) -> Entry:
+    """Its compilation, its memory, and how far its gradients are from stock's."""
+    workload, weights, x = _given(network, shape, device)
+    if method in COMPILED:
+        tick("the compiler is loaded")
+        _load_compiler()
+    tick("first step")
+    start = _cpu_seconds()
+    try:
+        ready = _Ready(method, network, weights, x)
+    except CannotRun as reason:
+        return {"method": method, "why_not": str(reason)}
+    entry = {"method": method, "loss": ready.first_loss}
+    if method in FROM_EMPTY_CACHES:
+        entry["first"] = _cpu_seconds() - start
+    if method != "stock":
+        tick("stock's gradients")
+        entry |= _differences(prepare("stock", workload, weights, x), ready.training, x)
+    tick("memory")
+    _step(ready.training, x)  # a final membrane is promised from the second step on
+    ready.training.model.zero_grad()
+    entry["held"], entry["peak"] = count_step(partial(_loss, ready.training, x))
+    if (look := look_of(ready.called)) is not None:
         entry["on_tape"] = look.on_tape
         entry["stored"] = sum(region.bytes for region in look.backend.packing.regions)
     if method == "stock":
-        entry["neuron_steps"] = sum(
-            spikes.numel() for spikes in watch_spikes(stock, x, Result(network, ""))
-        )
+        spikes = watch_spikes(ready.training, x, Result(network, ""))
+        entry["neuron_steps"] = sum(one.numel() for one in spikes)
     return entry
 
 
-def _ready(method: str, workload: Workload, weights: nn.Module, x: Tensor) -> tuple[Training, Any]:
-    """A method's training, and what is called in it where that was compiled."""
-    if method not in COMPILED:
-        return prepare(EAGER.get(method, method), workload, weights, x), None
-    model = prepare("stock", workload, weights, x).model
-    called = COMPILED[method][0](model)
-    return Training(model, lambda x: workload.loss_of(called, x)), called
+def _in_turn(
+    tick: Tick, methods: tuple[str, ...], device: str, network: str, shape: tuple[int, ...], repeats: int
+) -> Entries:
+    _, weights, x = _given(network, shape, device)
+    runs = {}
+    for method in methods:
+        tick(f"{network}: {method}, first step")
+        runs[method] = partial(_step, _Ready(method, network, weights, x).training, x)
+    seconds = alternate(runs, repeats, x.device, lambda method: tick(f"{network}: {method}, time"))
+    return {
+        method: {
+            "seconds": found,
+            "time_ratio": ratio(found, seconds["stock"]),
+            "compiled_ratio": ratio(found, seconds["compiled"]) if "compiled" in seconds else None,
+            "repeats": repeats,
+        }
+        for method, found in seconds.items()
+    }
+
+
+def _given(network: str, shape: tuple[int, ...], device: str) -> tuple[Workload, nn.Module, Tensor]:
+    torch.set_num_threads(1)
+    workload = (NETWORKS | DEEP)[network]
+    torch.manual_seed(0)
+    return workload, workload.make().to(device), torch.rand(shape, device=device)
+
+
+class _Ready:
+    """A method's training after its first step, and what is called in it where that was compiled."""
+
+    def __init__(self, method: str, network: str, weights: nn.Module, x: Tensor) -> None:
+        workload = (NETWORKS | DEEP)[network]
+        self.called: Any = None
+        around: AbstractContextManager[None] = nullcontext()
+        if method in COMPILED:
+            compiler, around_it, _ = COMPILED[method]
+            model = prepare("stock", workload, weights, x).model
+            called = self.called = compiler(model)
+            self.training = Training(model, lambda x: workload.loss_of(called, x))
+            around = around_it()
+        else:
+            self.training = prepare(EAGER.get(method, method), workload, weights, x)
+        caches = {"TORCHINDUCTOR_CACHE_DIR": str(caches_of(method, network, x.shape))}
+        with around, mock.patch.dict(os.environ, caches), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a loop is too long to be compiled is stored
+            loss = _loss(self.training, x)
+            loss.backward()  # type: ignore[no-untyped-call]
+        self.first_loss = loss.item()
 
 
 def _loss(training: Training, x: Tensor) -> Tensor:
@@ -179,22 +279,39 @@ def _step(training: Training, x: Tensor) -> None:
     training.run(x)
 
 
-def _empty_caches() -> AbstractContextManager[Any]:
-    """Inductor's caches: a compilation inside starts from nothing."""
+def _load_compiler() -> None:
+    """Compile something small: what is loaded and built once is nobody's."""
     from torch._inductor import utils
 
     fresh = getattr(utils, "fresh_cache", None) or utils.fresh_inductor_cache  # before torch 2.8
-    return fresh()  # type: ignore[no-any-return]
+    with fresh():
+        net = nn.Sequential(nn.Conv2d(2, 2, 3), nn.BatchNorm2d(2), nn.ReLU())
+        torch.compile(net)(torch.rand(2, 2, 8, 8)).sum().backward()
+    torch._dynamo.reset()
 
 
-def _differences(stock: nn.Module, ours: nn.Module) -> Entry:
+def _cpu_seconds() -> float:
+    """Of this process and those that it waited for: C++ compilers."""
+    return sum(os.times()[:4])
+
+
+def _differences(stock: Training, ours: Training, x: Tensor) -> Entry:
     """Of gradients from stock's in eager mode: the largest, and the largest gradient beside it."""
+    stock.run(x)
     pairs = [
         (a.grad, b.grad)
-        for a, b in zip(stock.parameters(), ours.parameters(), strict=True)
+        for a, b in zip(stock.model.parameters(), ours.model.parameters(), strict=True)
         if a.grad is not None and b.grad is not None
     ]
     return {
         "gradient_difference": max(float((a - b).abs().max()) for a, b in pairs),
         "gradient_scale": max(float(a.abs().max()) for a, _ in pairs),
     }
+
+
+def draw(name: str, entries: Entries, folder: Path, device: str) -> list[Path]:
+    """Memory against time, of what was timed."""
+    if not any("time_ratio" in entry for entry in entries.values()):
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
+    return [pictures.draw_points(entries, pictures.path_of(folder, name, device), STYLES)]

@@ -7,22 +7,24 @@ error.
 
 from __future__ import annotations
 
-import multiprocessing as mp
-import os
 import re
 import runpy
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 
+from ..apart import Died, apart
 from ..experiment import Entry, Options, Tick, Work
 from ..store import ROOT
 
 # The frames that loading leaves behind go back to the system, or a run could use them beyond its limit;
 # the tensors of a step stay with the process, or page faults would be what the clock sees.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**18), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**18),
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+    "MALLOC_MMAP_MAX_": None,
+}
 # Tasks of the example, each with a limit in MB between what stock and the converted network need.
 CASES: tuple[Entry, ...] = (
     {"task": "pixels", "network": "recurrent", "steps": 1024, "limit_mb": 250, "epochs": 5, "batch": 96},
@@ -53,35 +55,19 @@ def works(options: Options) -> Iterator[Work]:
 
 def measure(method: str, options: Options, _tick: Tick, **case: Any) -> Entry:
     limit = 16 if options.quick else None
-    return {"method": method} | in_a_process(
-        {**case, "method": method, "folder": options.folder, "limit": limit}
-    )
-
-
-def in_a_process(arguments: Entry) -> Entry:
-    """What the example gives, or the error that ended it."""
-    spawn = mp.get_context("spawn")
-    ours, theirs = spawn.Pipe()
-    child = spawn.Process(target=_child, args=(theirs, arguments))
-    with mock.patch.dict(os.environ, ALLOCATOR):
-        os.environ.pop("MALLOC_MMAP_MAX_", None)
-        child.start()
-    theirs.close()
+    arguments = {**case, "method": method, "folder": options.folder, "limit": limit}
     try:
-        found: Entry = ours.recv()
-        child.join()
-    except EOFError:
-        child.join()
-        found = {"error": f"the process died with exit code {child.exitcode}"}
-    return found
+        found: Entry = apart(_trained, arguments, environment=ALLOCATOR)
+    except Died as how:
+        found = {"error": str(how)}
+    return {"method": method} | found
 
 
-def _child(pipe: Any, arguments: Entry) -> None:
+def _trained(_tick: Tick, arguments: Entry) -> Entry:
+    """What the example gives, or the error that ended it."""
     torch.set_num_threads(1)
     example = runpy.run_path(str(ROOT / "examples" / "long_sequences.py"))
     try:
-        result = example["main"](**arguments)
+        return example["main"](**arguments)  # type: ignore[no-any-return]
     except (RuntimeError, MemoryError, OverflowError) as error:
-        pipe.send({"error": f"{type(error).__name__}: {re.sub(chr(10) + '.*', '', str(error))}"})
-        return
-    pipe.send(result)
+        return {"error": f"{type(error).__name__}: {re.sub(chr(10) + '.*', '', str(error))}"}

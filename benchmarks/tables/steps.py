@@ -158,7 +158,7 @@ def measured(entry: Entry) -> bool:
 
 
 def series_of(entry: Entry) -> str | None:
-    workload = WORKLOADS.get(entry["workload"])
+    workload = WORKLOADS.get(entry.get("workload", ""))
     return workload and workload.series
 
 

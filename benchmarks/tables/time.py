@@ -48,13 +48,13 @@ def columns(entries: Entries) -> list[Table]:
 
 
 def compiled(entries: Entries) -> list[Table]:
-    """Time over stock's, memory, and seconds of the first step; a work's methods one below the other."""
+    """Time over stock's in eager mode and compiled, memory, and CPU seconds of the first step."""
     rows, last = [], ""
     for key, e in entries.items():
         work, method = key.split(" | ")
         head, last = ("" if work == last else work, method), work
         if "why_not" in e:
-            rows.append((*head, "", "", "", "", "", e["why_not"]))
+            rows.append((*head, "", "", "", "", "", "", e["why_not"]))
             continue
         steps = entries.get(f"{work} | stock", {}).get("neuron_steps")
         remarks = [e["on_tape"] or ""] if "on_tape" in e else []
@@ -65,19 +65,20 @@ def compiled(entries: Entries) -> list[Table]:
             )
         rows.append(
             (
-                *head, times(e["time_ratio"]), mib(e["held"], 2), mib(e["peak"]),
-                f"{e['held'] / steps:.2f}" if steps else "", f"{e['first']:.0f}",
-                "; ".join(filter(None, remarks)),
+                *head, times(e.get("time_ratio")), times(e.get("compiled_ratio")), mib(e["held"], 2),
+                mib(e["peak"]), f"{e['held'] / steps:.2f}" if steps else "",
+                f"{e['first']:.0f}" if "first" in e else "", "; ".join(filter(None, remarks)),
             )
         )  # fmt: skip
     headings = (
         "network",
         "method",
         "time",
+        "to compiled",
         "held, MiB",
         "peak, MiB",
         "held, B a neuron-step",
-        "first step, s",
+        "first step, CPU s",
         "",
     )
     return [Table(headings, rows)]

@@ -185,6 +185,40 @@ def test_a_run_goes_on_where_it_was_interrupted(together, tmp_path):
     assert list(store.load(path)) == [f"work {size} | {method}" for method, size in every]
 
 
+def test_times_are_measured_in_one_run_when_all_else_is_stored(tmp_path):
+    runs, path = [], tmp_path / "counted.json"
+
+    def measure(method, _options, _tick, size):
+        runs.append(method)
+        return {"why_not": "it does not run"} if method == "c" else {"figure": size}
+
+    def timed(methods, _options, _tick, size, repeats):
+        runs.append((methods, repeats))
+        return {method: {"seconds": [size] * repeats} for method in methods}
+
+    def works(options):
+        settings = {"size": 1, "repeats": options.rounds(3, least=0)}
+        return [Work("work", ("a", "b", "c"), settings)]
+
+    experiment = Experiment("counted", works, lambda _: [note("")], measure, timed=timed, goes_stale=False)
+
+    def run(methods=None, fresh=False, **options):
+        runs.clear()
+        chosen = running.chosen(experiment, options := Options(**options), None, methods)
+        list(running.run(experiment, chosen, options, path, fresh, lambda _: None))
+        return [*runs]
+
+    assert run(repeats=0) == ["a", "b", "c"] and "seconds" not in store.load(path)["work | a"]
+    assert run(repeats=0) == []
+    assert run() == [(("a", "b"), 3)] and run() == [] and run(repeats=2) == []
+    assert store.load(path)["work | b"]["figure"] == 1
+    assert run(repeats=5) == [(("a", "b"), 5)]
+    # What was measured again has no time yet, and what it is compared with is measured with it.
+    assert run(methods=["b"], repeats=0, fresh=True) == ["a", "b"]
+    assert "seconds" not in store.load(path)["work | b"]
+    assert run(methods=["b"]) == [(("a", "b"), 3)]
+
+
 def test_stored_keys_are_those_of_the_experiments():
     options = Options(folder=Path(__file__).parent, seeds=10)  # of what is near to noise, more are stored
     for name, experiment in EXPERIMENTS.items():

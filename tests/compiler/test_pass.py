@@ -145,6 +145,29 @@ def test_a_gradient_that_only_passes_through():
     assert torch.equal(x.grad, torch.ones(3, 4)) and backend.packing.regions == []
 
 
+class Budgeted(nn.Module):
+    """A dropout whose mask is the gradient's, in a region with a budget that stores nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(64, 64))
+
+    def forward(self, x):
+        with torch.autograd.graph.region_activation_memory_budget(0.0):
+            return nn.functional.dropout(x * self.scale, 0.5).sin()
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.autograd.graph, "region_activation_memory_budget"), reason="came with torch 2.14"
+)
+def test_a_budget_on_a_region_is_set_aside():
+    torch._dynamo.reset()
+    net, x = Budgeted(), torch.ones(64, 64)
+    out = torch.compile(net, backend=GraphOnly())(x)
+    out.sum().backward()
+    assert torch.equal(net.scale.grad != 0, out != 0) and 0 < (out != 0).float().mean() < 1
+
+
 def test_a_converted_model():
     x = torch.rand(ROWS) * 3
     ours, converted = GraphOnly(), GraphOnly()

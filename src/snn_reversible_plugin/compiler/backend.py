@@ -84,16 +84,26 @@ def exchanges(module: fx.GraphModule) -> bool:
     )
 
 
+# Guesses of the partitioner's about what to compute again, which look at every pair of a long loop's calls.
+GUESSES = (
+    "ban_recompute_used_far_apart",
+    "ban_recompute_long_fusible_chains",
+    "ban_recompute_materialized_backward",
+)
+
+
 def as_planned() -> AbstractContextManager[None]:
     """Inside, the partitioner does what a plan says.
 
     It doesn't merge what the backward computes again with the forward's: what is equal within each, the
     pass has merged. And a budget of the user's has nothing to add: it even has random numbers drawn a
-    second time (pytorch 190758).
+    second time (pytorch 190758). Nor have the partitioner's own guesses, which take long.
     """
     from torch._functorch import config
 
-    return config.patch(cse=False, activation_memory_budget=1.0)  # type: ignore[no-any-return]
+    settings: dict[str, Any] = {name: False for name in GUESSES if hasattr(config, name)}
+    settings |= {"cse": False, "activation_memory_budget": 1.0}
+    return config.patch(settings)  # type: ignore[no-any-return]
 
 
 def patches_of(torch_mode: str | None, options: dict[str, Any] | None) -> dict[str, Any]:

@@ -106,6 +106,23 @@ def parent_of(node: fx.Node) -> fx.Node:
     return node
 
 
+def drop_budgets(graph: fx.Graph) -> None:
+    """Take off what ``torch.autograd.graph.region_activation_memory_budget`` wrote on the nodes of a graph.
+
+    The partitioner would store by it in place of the plan, and draw random numbers a second time.
+    """
+    inner = graph.owning_module.modules() if graph.owning_module is not None else ()
+    for one in (graph, *(module.graph for module in inner if isinstance(module, fx.GraphModule))):
+        for node in one.nodes:
+            node.meta.pop("memory_budget", None)  # of an older way
+            custom = node.meta.get("custom")
+            if isinstance(custom, dict) and _BUDGET in custom:
+                node.meta["custom"] = {name: value for name, value in custom.items() if name != _BUDGET}
+
+
+_BUDGET = getattr(torch.fx.traceback, "MEMORY_BUDGET_ANNOTATION_KEY", "_region_activation_memory_budget")
+
+
 def merge_equal(graph: fx.Graph) -> None:
     """Let a value that is computed twice from the same be computed once: a reset reads the spike itself.
 

@@ -51,6 +51,7 @@ class Packing(CustomGraphPass):
         self.regions: list[Region] = []
 
     def __call__(self, graph: fx.Graph) -> None:
+        graphs.drop_budgets(graph)
         graphs.merge_equal(graph)
         joint = Joint(graph)
         if not joint.has_backward:
