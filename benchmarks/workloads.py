@@ -206,7 +206,7 @@ NETWORKS = (
     ),
     _zoo(
         "detection-416", lambda: sew_resnet.sew_resnet18(cnf="ADD", **LIF),
-        (10, 1, 3, 416, 416), (2, 1, 3, 64, 64), grows=1,
+        (10, 1, 3, 416, 416), (2, 1, 3, 64, 64),
     ),
 )  # fmt: skip
 
