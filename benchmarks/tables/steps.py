@@ -146,7 +146,7 @@ def behind(entries: Entries) -> list[Table]:
     ]
     if not rows:
         return [note(f"Nowhere: {', '.join(f'{name} on {count}' for name, count in compared.items())}.")]
-    headings = ("peer", "on", "smaller than every mode", "faster than every mode that is no larger")
+    headings = ("peer", "workloads", "smaller than every mode", "faster than every mode that is no larger")
     never = [f"{name} (on {count})" for name, count in compared.items() if not {name} & {*smaller, *slower}]
     notes = (f"Nowhere ahead: {', '.join(never)}.",) if never else ()
     return [Table(headings, rows, notes=notes)]
