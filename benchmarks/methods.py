@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from spikingjelly.activation_based import base, functional, layer, memopt, neuron
@@ -244,6 +246,16 @@ def _wrapped(workload: Workload, make: Make) -> nn.Module:
     return model
 
 
+def _compiled(compile_: Callable[[nn.Module], Any]) -> Prepare:
+    def method(workload: Workload, make: Make, _x: torch.Tensor) -> Training:
+        torch._dynamo.reset()
+        model = _plainly(make())
+        called = compile_(model)
+        return Training(model, lambda x: workload.loss_of(called, x))
+
+    return method
+
+
 _TAPE = 'this package, `mode="{}"` and `arithmetic="stock"`'
 _PEERS = (
     ("stock", _stock, "the framework as it is; reversible blocks run plainly", "0.45", "o"),
@@ -272,6 +284,7 @@ _PEERS = (
         "gold", "*",
     ),
     ("SLTT", _sltt, "no gradient through time: an approximation", "tab:red", "X"),
+    ("compiled", _compiled(torch.compile), "stock under `torch.compile`", "black", "o"),
 )  # fmt: skip
 _OURS = (
     ("speed", _tape("speed"), _TAPE.format("speed"), "tab:green", "^"),
@@ -281,6 +294,14 @@ _OURS = (
     (
         "grid", _grid, 'this package, `arithmetic="grid"`, which is the default for neurons stepped in a '
         "loop", "tab:cyan", "d",
+    ),
+    (
+        "compiled, speed", _compiled(partial(srp.compile, mode="speed")),
+        'this package, `srp.compile(model, mode="speed")`', "limegreen", "^",
+    ),
+    (
+        "compiled, memory", _compiled(srp.compile), "this package, `srp.compile(model)`",
+        "deepskyblue", "D",
     ),
     (
         "blocks", _blocks(None), "this package, reversible blocks alone; stock residual networks are "
@@ -298,6 +319,9 @@ _OURS = (
 METHODS = {
     row[0]: Method(*row, ours=ours) for rows, ours in ((_PEERS, False), (_OURS, True)) for row in rows
 }
+
+
+COMPILED = tuple(name for name in METHODS if name.startswith("compiled"))
 
 
 def prepare(name: str, workload: Workload, stock: nn.Module, x: torch.Tensor) -> Training:

@@ -138,7 +138,7 @@ def draw_points(entries: Entries, path: Path, methods: Mapping[str, Style] = MET
     """A panel a workload: bytes held (filled) and peak (open) against step time."""
     names = list(dict.fromkeys(work_of(key) for key, entry in entries.items() if not series_of(entry)))
     names = names or list(dict.fromkeys(map(work_of, entries)))
-    columns = min(4, len(names))
+    columns = min(3, len(names))
     rows = -(-len(names) // columns)
     figure = Figure(figsize=(3.1 * columns, 2.9 * rows + 0.5), layout="constrained")
     for index, workload in enumerate(names):
@@ -166,12 +166,12 @@ def draw_points(entries: Entries, path: Path, methods: Mapping[str, Style] = MET
 
 
 def draw_growth(entries: Entries, path: Path) -> Path:
-    """A panel a series: bytes held (above) and peak (below) as depth, time or batch grow."""
+    """A row a series: bytes held (left) and peak (right) as depth, time or batch grow."""
     series = list(dict.fromkeys(filter(None, map(series_of, entries.values()))))
-    figure = Figure(figsize=(3.4 * len(series), 6), layout="constrained")
-    for row, key in enumerate(("held", "peak")):
-        for column, name in enumerate(series):
-            axes = figure.add_subplot(2, len(series), row * len(series) + column + 1)
+    figure = Figure(figsize=(8, 2.8 * len(series) + 0.5), layout="constrained")
+    for row, name in enumerate(series):
+        for column, key in enumerate(("held", "peak")):
+            axes = figure.add_subplot(len(series), 2, 2 * row + column + 1)
             for method in METHODS.values():
                 points = sorted(
                     (WORKLOADS[e["workload"]].at or 0, e[key] / MIB)
@@ -197,7 +197,7 @@ def _legend(figure: Figure) -> None:
         handles, labels = axes.get_legend_handles_labels()
         found |= dict(zip(labels, handles, strict=True))
     figure.legend(
-        found.values(), found.keys(), loc="outside upper center", ncols=min(5, len(found)), fontsize=8
+        found.values(), found.keys(), loc="outside upper center", ncols=min(4, len(found)), fontsize=8
     )
 
 

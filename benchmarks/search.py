@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from .measure import Result, peak_within
-from .methods import CannotRun, prepare
+from .methods import COMPILED, CannotRun, prepare
 from .workloads import Workload
 
 PART = 8  # of the batch or of the steps: what fits into the whole's peak would take hours to find
@@ -65,8 +65,15 @@ def find_largest(
     results: Iterable[Result],
     tick: Callable[[str], None],
 ) -> None:
-    """Fill in ``largest`` for every method that ran: what fits into stock's peak at a part of the shape."""
-    measured = {result.method: result for result in results if result.peak is not None}
+    """Fill in ``largest`` for every method that ran: what fits into stock's peak at a part of the shape.
+
+    But for what is compiled, which each size would compile anew.
+    """
+    measured = {
+        result.method: result
+        for result in results
+        if result.peak is not None and result.method not in COMPILED
+    }
     if workload.grows is None or "stock" not in measured:
         return
     torch.manual_seed(0)

@@ -54,6 +54,7 @@ class Workload:
         batch_dim: which dimension of the shape is the batch.
         grows: the dimension that grows in that search; None for no search.
         inputs: makes the batch, of a shape on a device; random numbers by default.
+        compiled: whether it is compiled too, which takes minutes.
         series, at: the curve of growth that this is a point of, and where.
     """
 
@@ -67,6 +68,7 @@ class Workload:
     batch_dim: int = 1
     grows: int | None = None
     inputs: Callable[..., torch.Tensor] = torch.rand
+    compiled: bool = False
     series: str | None = None
     at: int | None = None
 
@@ -147,11 +149,11 @@ def _zoo(
 SPIKFORMER_PARTS = (spikformer.SpikformerConv2dBNLIF, SpikingSelfAttention, spikformer.SpikformerMLP)
 
 NETWORKS = (
-    _vgg("vgg", (8, 16, 2, 32, 32), (4, 4, 2, 32, 32), grows=1),
+    _vgg("vgg", (8, 16, 2, 32, 32), (4, 4, 2, 32, 32), grows=1, compiled=True),
     _vgg("vgg-t32", (32, 16, 2, 32, 32), None),
     _zoo(
         "sew-resnet18", lambda: sew_resnet.sew_resnet18(cnf="ADD", **LIF),
-        (8, 16, 3, 96, 96), (2, 1, 3, 32, 32),
+        (8, 16, 3, 96, 96), (2, 1, 3, 32, 32), compiled=True,
     ),
     _zoo(
         "sew-resnet34", lambda: sew_resnet.sew_resnet34(cnf="ADD", **LIF),
@@ -164,7 +166,7 @@ NETWORKS = (
     ),
     Workload(
         "spikformer", spikformer.spikformer_cifar10, (4, 8, 3, 32, 32), (2, 1, 3, 32, 32),
-        logits_loss, SPIKFORMER_PARTS,
+        logits_loss, SPIKFORMER_PARTS, compiled=True,
     ),
     Workload(
         "rev-s-former-4-384", lambda: models.rev_s_former(4, 384), (4, 8, 3, 32, 32), (2, 1, 3, 32, 32),
@@ -172,7 +174,7 @@ NETWORKS = (
     ),
     Workload(
         "ms-resnet34", ms_resnet34, (4, 8, 3, 32, 32), (2, 1, 3, 16, 16), logits_loss,
-        (ms_resnet._MSBlock,), grows=1,
+        (ms_resnet._MSBlock,), grows=1, compiled=True,
     ),
     Workload(
         "rev-s-resnet37", lambda: models.rev_s_resnet37(num_classes=100), (4, 8, 3, 32, 32),
@@ -204,7 +206,7 @@ NETWORKS = (
     ),
     _zoo(
         "detection-416", lambda: sew_resnet.sew_resnet18(cnf="ADD", **LIF),
-        (10, 1, 3, 416, 416), (2, 1, 3, 64, 64), grows=1,
+        (10, 1, 3, 416, 416), (2, 1, 3, 64, 64),
     ),
 )  # fmt: skip
 

@@ -135,6 +135,24 @@ def test_a_report_of_a_users_model(models, factory):
     assert matplotlib.image.imread(models / "report.png").std() > 0.02
 
 
+def test_a_users_model_is_verified(models, monkeypatch):
+    result = run("verify", "own_models:build", "--shape", "8,4,2,8,8")
+    assert result.exit_code == 0, result.output
+    assert "bit-identical to stock" in result.output
+    wrong = run("verify", "own_models:build", "--shape", "8,4,3,8,8")
+    assert wrong.exit_code == 2 and "does not take an input of 8x4x3x8x8" in wrong.output
+
+    import snn_reversible_plugin.reports.verification as verification
+
+    monkeypatch.setattr(verification.Verification, "ok", False)
+    assert run("verify", "own_models:build", "--shape", "8,4,2,8,8").exit_code == 1
+
+
+def test_a_device_that_is_not_there_is_refused(models):
+    result = run("report", "own_models:build", "--shape", "8,4,2,8,8", "--device", "nowhere")
+    assert result.exit_code == 2 and "--device" in result.output and "Traceback" not in result.output
+
+
 def test_a_report_takes_a_shape_for_each_input(models):
     result = run("report", "own_models:TwoInputs", "--shape", "8,4,2,8,8", "--shape", "8,4,10")
     assert result.exit_code == 0, result.output
@@ -223,7 +241,7 @@ def test_a_fit_is_a_table_and_a_picture(models):
 def test_without_a_command_it_explains_itself():
     result = run()
     assert result.exit_code == 0
-    for piece in ("convert_to_reversible(model)", "demo", "report", "fit", "--help"):
+    for piece in ("convert_to_reversible(model)", "demo", "report", "verify", "fit", "--help"):
         assert piece in result.output
     assert max(map(len, result.output.splitlines())) < 80
 

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 SITE, PICTURES = ROOT / "out" / "site", ROOT / "out" / "browser"
 WIDTHS = {"desk": (1440, 900), "phone": (390, 844)}
 SCHEMES = ("light", "dark")
+PATIENCE = 300_000  # milliseconds for a page, on a machine that does other things too
 
 # What sticks out of the window and can't be scrolled to inside of something of its own.
 OVERFLOWS = """() => {
@@ -55,6 +56,7 @@ def look(browser: object, base: str, size: str, scheme: str) -> list[str]:
     context = browser.new_context(  # type: ignore[attr-defined]
         viewport={"width": width, "height": height}, color_scheme=scheme
     )
+    context.set_default_timeout(PATIENCE)
     page = context.new_page()
     said: list[str] = []
     page.on("console", lambda message: said.append(message.text) if message.type == "error" else None)

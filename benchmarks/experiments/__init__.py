@@ -84,7 +84,9 @@ EXPERIMENTS = {
         Experiment(
             "over-step", over_step.works, of_steps.over_step, over_step.measure, draw=draw_over_steps,
         ),
-        Experiment("fits", fits.works, of_steps.fits, fits.measure),
+        Experiment(
+            "fits", fits.works, of_steps.fits, fits.measure, more={"fits-tried": of_steps.fits_tried}
+        ),
         Experiment("peaks", peaks.works, of_peaks.peaks, peaks.measure, threads=1),
         Experiment(
             "freed-memory", freed_memory.works, of_peaks.freed_memory, together=freed_memory.together

@@ -1,4 +1,8 @@
-"""The largest batch within a card's memory, predicted from two small ones, and one prediction tried."""
+"""The largest batch within a card's memory, predicted from two small ones.
+
+One prediction of each network and method is tried where it takes little. A budget itself is tried with one
+network, where the machine has room for it.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +11,38 @@ from math import inf
 
 import torch
 
+from snn_reversible_plugin.reports.fit import free_memory
+
 from ..experiment import Entry, Options, Tick, Work
 from ..measure import peak_within
-from ..methods import METHODS, CannotRun, Training, prepare
+from ..methods import COMPILED, METHODS, CannotRun, Training, prepare
 from ..workloads import WORKLOADS, Workload
 
 SHOWN = ("vgg", "sew-resnet18", "spiking-resnet34", "spikformer", "tutorial-6", "detection-416")
 BUDGETS = (8, 12, 24)  # GiB
 TRIED = ("stock", "checkpoint", "memopt 1", *(name for name, one in METHODS.items() if one.ours))
-MOST = 3  # times the larger small batch's peak: the budget of the prediction that is tried
+WITHOUT = {*COMPILED, "blocks + tape, speed"}
+MOST = (
+    3  # times the larger small batch's peak, or so many bytes: the budget of the prediction that is tried
+)
+MOST_BYTES = 7 << 29  # and no more than so much
+CHECKED, CHECKS = "vgg", ("stock", "memory", "minimal")  # what the budgets are tried with
+ROOM = 1.25  # times a budget has to be free: what the process takes beside a step
 
 
 def works(options: Options) -> Iterator[Work]:
+    methods = tuple(name for name in TRIED if name not in WITHOUT)
     for name in SHOWN:
         if shape := WORKLOADS[name].shape(options.quick):
-            yield Work(name, TRIED, {"workload": name, "shape": list(shape), "small": small(shape)})
+            yield Work(name, methods, _settings(name, shape))
+    if not options.quick:
+        shape = WORKLOADS[CHECKED].full
+        for gib in BUDGETS:
+            yield Work(f"{CHECKED} in {gib} GiB", CHECKS, _settings(CHECKED, shape) | {"budget": gib})
+
+
+def _settings(name: str, shape: tuple[int, ...]) -> Entry:
+    return {"workload": name, "shape": list(shape), "small": small(shape)}
 
 
 def small(shape: tuple[int, ...]) -> list[int]:
@@ -30,10 +51,21 @@ def small(shape: tuple[int, ...]) -> list[int]:
 
 
 def measure(
-    method: str, options: Options, tick: Tick, workload: str, shape: list[int], small: list[int]
+    method: str,
+    options: Options,
+    tick: Tick,
+    workload: str,
+    shape: list[int],
+    small: list[int],
+    budget: int | None = None,
 ) -> Entry:
     """Bytes of parameters, buffers, gradients, inputs and all that a step takes; no optimizer's state."""
     work = WORKLOADS[workload]
+    if budget is not None:
+        free = free_memory(torch.device(options.device))
+        if free < ROOM * budget * 2**30:
+            why = f"{free / 2**30:.0f} GiB are free here, and it takes {ROOM * budget:.0f}"
+            return {"method": method, "why_not": why}
     torch.manual_seed(0)
     stock = work.make().to(options.device)
     try:
@@ -45,7 +77,8 @@ def measure(
     a_sample = max(1.0, (at_more - at_least) / (more - least))
     alone = at_least - least * a_sample
     tick("a prediction is tried")
-    tried = int((MOST * at_more - alone) / a_sample)
+    limit = min(MOST * at_more, MOST_BYTES) if budget is None else budget * 2**30
+    tried = max(more + 1, int((limit - alone) / a_sample))
     found = _bytes(method, work, stock, _batch(work, shape, tried, options.device))
     return {
         "method": method,
@@ -53,6 +86,7 @@ def measure(
         "alone": round(alone),
         "fits": {str(gib): max(0, int((gib * 2**30 - alone) / a_sample)) for gib in BUDGETS},
         "tried": tried,
+        "took": found,
         "off": found / (alone + tried * a_sample) - 1,
     }
 

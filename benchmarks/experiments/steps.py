@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from ..experiment import Entries, Options, Tick, Work
 from ..measure import measure
-from ..methods import METHODS
+from ..methods import COMPILED, METHODS
 from ..search import find_largest
 from ..workloads import WORKLOADS
 
@@ -15,12 +15,14 @@ from ..workloads import WORKLOADS
 def works(options: Options) -> Iterator[Work]:
     for workload in WORKLOADS.values():
         if shape := workload.shape(options.quick):
+            without = () if workload.compiled and not options.quick else COMPILED
+            methods = tuple(name for name in METHODS if name not in without)
             settings = {
                 "workload": workload.name,
                 "shape": list(shape),
                 "repeats": options.rounds(5, quick=2),
             }
-            yield Work(workload.name, tuple(METHODS), settings)
+            yield Work(workload.name, methods, settings)
 
 
 def together(

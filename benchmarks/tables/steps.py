@@ -90,44 +90,81 @@ def over_step(entries: Entries) -> list[Table]:
 
 def fits(entries: Entries) -> list[Table]:
     """The largest batches within the memory of cards, and how far a prediction was off that was tried."""
-    rows, last, off = [], "", []
-    for entry in entries.values():
-        if "fits" not in entry:
-            continue
+    rows, last = [], ""
+    predicted = {key: one for key, one in entries.items() if "fits" in one and "budget" not in one}
+    for entry in predicted.values():
         title = _title(entry)
         batches = [f"{batch:,}" for batch in entry["fits"].values()]
         rows.append(("" if title == last else title, entry["method"], *batches, f"{entry['off']:+.1%}"))
         last = title
-        off.append(abs(entry["off"]))
         columns = [f"{gib} GiB" for gib in entry["fits"]]
     if not rows:
         return [note("Not measured yet.")]
     headings = ("training step", "method", *columns, "off where it was tried")
-    return [Table(headings, rows, notes=(circumstances_without_repeats(entries),))]
+    return [Table(headings, rows, notes=(circumstances_without_repeats(predicted),))]
+
+
+def fits_tried(entries: Entries) -> list[Table]:
+    """Budgets that were filled: the batch that was predicted, and what it took."""
+    rows = []
+    for entry in entries.values():
+        if "budget" in entry:
+            title, budget = f"{entry['workload']}, {entry['method']}", f"{entry['budget']} GiB"
+            if "took" in entry:
+                rows.append((title, budget, f"{entry['tried']:,}", f"{entry['took'] / 2**30:.2f} GiB"))
+            else:
+                rows.append((title, budget, "", f"not tried: {entry['why_not']}"))
+    if not rows:
+        return [note("No budget was tried yet.")]
+    return [Table(("training step", "budget", "batch foretold", "took"), rows)]
 
 
 def behind(entries: Entries) -> list[Table]:
-    """Where no mode of this package is both as small at the peak and as fast as a peer, stock included."""
-    rows = []
+    """Where no mode of this package is both as small at the peak and as fast as a peer, stock included.
+
+    A row a peer: where it is smaller than every mode, and where those that are no larger are all slower.
+    """
     compared: dict[str, int] = {}
+    smaller: dict[str, list[str]] = {}
+    slower: dict[str, list[float]] = {}
     for group in _by_workload(entries):
         own = [e for e in group if METHODS[e["method"]].ours and measured(e)]
         for peer in group:
-            if METHODS[peer["method"]].ours or not measured(peer):
+            name = peer["method"]
+            if METHODS[name].ours or not measured(peer):
                 continue
-            compared[peer["method"]] = compared.get(peer["method"], 0) + 1
-            if any(e["peak"] <= peer["peak"] and e["time_ratio"] <= peer["time_ratio"] for e in own):
-                continue
-            ours = "; ".join(f"{e['method']} {mib(e['peak'])}, {times(e['time_ratio'])}" for e in own)
-            rows.append(
-                (peer["workload"], peer["method"], mib(peer["peak"]), times(peer["time_ratio"]), ours)
-            )
-    counts = ", ".join(f"{method} on {count}" for method, count in compared.items())
-    compared_with = f"Compared with {counts} workloads."
+            compared[name] = compared.get(name, 0) + 1
+            no_larger = [e["time_ratio"] for e in own if e["peak"] <= peer["peak"]]
+            if not no_larger:
+                smaller.setdefault(name, []).append(peer["workload"])
+            elif min(no_larger) > peer["time_ratio"]:
+                slower.setdefault(name, []).append(min(no_larger) / peer["time_ratio"])
+    rows = [
+        (name, f"{count}", _some(smaller.get(name, [])), _span(slower.get(name, [])))
+        for name, count in compared.items()
+        if name in smaller or name in slower
+    ]
     if not rows:
-        return [note(f"Nowhere. {compared_with}")]
-    headings = ("workload", "peer", "its peak, MiB", "its time", "ours: peak, MiB, and time")
-    return [Table(headings, rows, notes=(compared_with,))]
+        return [note(f"Nowhere: {', '.join(f'{name} on {count}' for name, count in compared.items())}.")]
+    headings = ("peer", "workloads", "smaller than every mode", "faster than every mode that is no larger")
+    never = [f"{name} (on {count})" for name, count in compared.items() if not {name} & {*smaller, *slower}]
+    notes = (f"Nowhere ahead: {', '.join(never)}.",) if never else ()
+    return [Table(headings, rows, notes=notes)]
+
+
+def _some(names: list[str]) -> str:
+    """How many, and the first few."""
+    if not names:
+        return ""
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{len(names)}: {', '.join(names[:3])}{rest}"
+
+
+def _span(ratios: list[float]) -> str:
+    if not ratios:
+        return ""
+    ends = dict.fromkeys(f"{end:.2f}x" for end in (min(ratios), max(ratios)))
+    return f"{len(ratios)}: the fastest of those takes {' to '.join(ends)} of its time"
 
 
 def methods(_entries: Entries) -> list[Table]:

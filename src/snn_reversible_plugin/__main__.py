@@ -45,6 +45,9 @@ Here you can look before you change a line:
     Your own model: what each layer holds and what stands at the peak, stock
     and converted. --plot report.png draws it.
 
+[bold]python -m snn_reversible_plugin verify train.py:Net --shape 8,16,2,32,32[/]
+    Whether it trains as stock does: outputs, gradients and spikes compared.
+
 [bold]python -m snn_reversible_plugin fit train.py:Net --shape 8,N,2,32,32[/]
     How large a batch N fits, stock and in each mode. --budget 8GiB says into
     what, --plot fit.png draws it.
@@ -55,13 +58,19 @@ arguments, or the model itself. --help after a command lists its options."""
 NEXT = """
 What to try next, on your own model and batch:
     python -m snn_reversible_plugin report train.py:Net --shape 8,16,2,32,32
-    srp.verify(model, x).print()          (in Python: is it right?)"""
+    python -m snn_reversible_plugin verify train.py:Net --shape 8,16,2,32,32"""
 FACTORY = Annotated[
     str,
     typer.Argument(
         metavar="MODULE:FACTORY", help="What makes the model: a module or a file, and a name in it."
     ),
 ]
+
+SHAPE = Annotated[
+    list[str],
+    typer.Option(help="Input's shape, as in 8,16,2,32,32; once for each input of the model."),
+]
+DEVICE = Annotated[str, typer.Option(help="Where the model and its input live.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -134,37 +143,40 @@ def demo(
 @app.command()
 def report(
     factory: FACTORY,
-    shape: Annotated[
-        list[str],
-        typer.Option(help="Input's shape, as in 8,16,2,32,32; once for each input of the model."),
-    ],
+    shape: SHAPE,
     mode: ModeOption = Mode.memory,
-    device: Annotated[str, typer.Option(help="Where the model and its input live.")] = "cpu",
+    device: DEVICE = "cpu",
     plot: Annotated[Path | None, typer.Option(help="Also draw the report, to this file.")] = None,
 ) -> None:
     """Show what a model holds for its backward pass, module by module, stock and converted.
 
     The model gets random numbers from 0 to 1 for its input.
     """
-    import torch
-
-    from snn_reversible_plugin.convert import convert_to_reversible
     from snn_reversible_plugin.reports.memory_report import memory_report
 
-    shapes = [_shape(text) for text in shape]
-    model = _build(factory).to(device)
+    model, inputs = _converted(factory, shape, mode, device)
     console = Console()
-    inputs = [torch.rand(sizes, device=device) for sizes in shapes]
-    _run_once(model, inputs)
-    try:
-        convert_to_reversible(model, mode=mode.value)
-    except (TypeError, ValueError) as error:
-        raise typer.BadParameter(str(error), param_hint="FACTORY") from error
     with console.status("training steps, stock and converted"):
         result = memory_report(model, *inputs)
     result.print()
     if plot is not None:
         _save(result, plot, console)
+
+
+@app.command()
+def verify(factory: FACTORY, shape: SHAPE, mode: ModeOption = Mode.memory, device: DEVICE = "cpu") -> None:
+    """Show whether a converted model trains as stock does: outputs, gradients and spikes of one batch.
+
+    The model gets random numbers from 0 to 1 for its input. Fails where the guarantee does not hold.
+    """
+    from snn_reversible_plugin.reports.verification import verify
+
+    model, inputs = _converted(factory, shape, mode, device)
+    with Console().status("training steps, stock and converted"):
+        result = verify(model, *inputs)
+    result.print()
+    if not result.ok:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -183,7 +195,7 @@ def fit(
     steps: Annotated[
         list[int] | None, typer.Option(min=1, help="T; give it once for each number to try.")
     ] = None,
-    device: Annotated[str, typer.Option(help="Where the model and its input live.")] = "cpu",
+    device: DEVICE = "cpu",
     plot: Annotated[Path | None, typer.Option(help="Also draw the batches, to this file.")] = None,
 ) -> None:
     """Show how large a batch fits into a budget of memory, stock and in each mode, and what a step takes.
@@ -202,7 +214,7 @@ def fit(
 
     if not all("N" in text.split(",") for text in shape):
         raise typer.BadParameter("it needs N where the batch goes, as in 8,N,2,32,32", param_hint="--shape")
-    model, console, found = _build(factory).to(device), Console(), Fits()
+    model, console, found = _on(device, _build(factory)), Console(), Fits()
     counts: list[int | None] = [*steps] if steps else [None]
     for count in counts:
         _run_once(model, [torch.rand(sizes, device=device) for sizes in shapes(count, 2)])
@@ -232,6 +244,31 @@ def _save(result: Any, path: Path, console: Console) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     console.print(f"picture: {path}", soft_wrap=True, markup=False)
+
+
+def _converted(
+    factory: str, shape: Sequence[str], mode: Mode, device: str
+) -> "tuple[nn.Module, list[Any]]":
+    """The model that a factory makes, converted, and random inputs that it takes."""
+    import torch
+
+    from snn_reversible_plugin.convert import convert_to_reversible
+
+    shapes = [_shape(text) for text in shape]
+    model = _on(device, _build(factory))
+    inputs = [torch.rand(sizes, device=device) for sizes in shapes]
+    _run_once(model, inputs)
+    try:
+        return convert_to_reversible(model, mode=mode.value), inputs
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint="FACTORY") from error
+
+
+def _on(device: str, model: "nn.Module") -> "nn.Module":
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise typer.BadParameter(str(error).splitlines()[0], param_hint="--device") from None
 
 
 def _run_once(model: "nn.Module", inputs: Sequence[Any]) -> None:

@@ -167,9 +167,14 @@ def test_tables_say_who_is_behind():
         m: entry(m, p, t) for m, p, t in (("stock", 9, 1.0), ("checkpoint", 4, 1.4), ("memory", 3, 1.2))
     }
     text = markdown(tables.behind(entries))
-    assert "| net | stock |" in text and "checkpoint |" not in text
+    assert "| stock | 1 |  | 1: the fastest of those takes 1.20x of its time |" in text
+    assert "Nowhere ahead: checkpoint (on 1)." in text
     entries["checkpoint"] = entry("checkpoint", 2, 1.4)
-    assert "| net | checkpoint | 2.0 | 1.40x | memory 3.0, 1.20x |" in markdown(tables.behind(entries))
+    assert "| checkpoint | 1 | 1: net |  |" in markdown(tables.behind(entries))
+    entries["stock"] = entry("stock", 9, 1.3)
+    assert "Nowhere ahead: stock (on 1)." in markdown(tables.behind(entries))
+    entries["checkpoint"] = entry("checkpoint", 3, 1.2)
+    assert markdown(tables.behind(entries)) == "Nowhere: stock on 1, checkpoint on 1."
 
 
 def test_every_method_is_drawn_and_explained():

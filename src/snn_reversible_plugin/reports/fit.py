@@ -99,7 +99,7 @@ def fit(
     """As :func:`largest_batch`, with what was measured; a batch of 0 where nothing fits."""
     check_model(model)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    limit = _free(device) if budget is None else bytes_of(budget)
+    limit = free_memory(device) if budget is None else bytes_of(budget)
     small, larger = (_peak(model, make_inputs, batch, loss) for batch in _SMALL)
     if small > limit:
         return Fit(0, small, small, 0.0, limit)
@@ -173,7 +173,7 @@ def _peak(model: nn.Module, make_inputs: MakeInputs, batch: int, loss: Loss | No
         return lives + count_step(step.run)[1]
 
 
-def _free(device: torch.device) -> int:
+def free_memory(device: torch.device) -> int:
     """Bytes that a process may still take, and what its allocator has in reserve."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)

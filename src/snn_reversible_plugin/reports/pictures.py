@@ -93,6 +93,7 @@ def draw_over_step(axes: Axes, stock: OverStep, converted: OverStep) -> None:
             textcoords="offset points",
             ha="left" if place < 0.5 else "right" if place > 1.5 else "center",
             color=color,
+            bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 1},
         )
     axes.axvline(1, color="0.3", linestyle=":", linewidth=1)
     axes.set_xlim(0, 2)
