@@ -7,7 +7,10 @@ Both are forked from a server that has imported the frameworks once and never co
 several seconds less for each test than in processes of their own.
 """
 
+import faulthandler
 import gc
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,17 +27,37 @@ IMPORTED_ONCE = [
 ]
 
 
+MOST_SECONDS = 300  # gloo itself waits half an hour for a process that doesn't come
+
+
 def together(folder: Path, work: Callable[..., Any], *args: Any) -> list[Any]:
-    """What ``work(rank, *args)`` returns in each of two processes of a gloo group."""
+    """What ``work(rank, *args)`` returns in each of two processes of a gloo group.
+
+    Raises:
+        ProcessExitedException: a process took longer than MOST_SECONDS; its note says where its threads
+            stood.
+    """
     mp.set_forkserver_preload(IMPORTED_ONCE)
-    mp.start_processes(_in_group, args=(folder, work, args), nprocs=2, start_method="forkserver")
+    try:
+        mp.start_processes(_in_group, args=(folder, work, args), nprocs=2, start_method="forkserver")
+    except mp.ProcessExitedException as error:
+        for stacks in sorted(folder.glob("stacks-*")):
+            error.add_note(f"{stacks.name}:\n{stacks.read_text()}")
+        raise
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
 def _in_group(rank: int, folder: Path, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    stacks = (folder / f"stacks-{rank}").open("w")
+    faulthandler.dump_traceback_later(MOST_SECONDS, exit=True, file=stacks)
+    if sys.platform == "linux":
+        # By its own choice gloo takes the interface of the host's name, which may not lead anywhere.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     torch.save(work(rank, *args), folder / f"{rank}.pt")
     gc.collect()
     dist.barrier()
     dist.destroy_process_group()
+    faulthandler.cancel_dump_traceback_later()
+    stacks.close()
