@@ -135,7 +135,7 @@ class _Sequence(torch.autograd.Function):
 
 
 def _in_slices(proof: Proof, parts: list[Part], cut: tape.Cut, g: Tensor) -> Tensor:
-    """The gradient of an input that is rebuilt some rows at a time, in the place where it will be written."""
+    """The gradient of an input that is rebuilt some rows at a time, where it will be written."""
     g_x = _empty(proof.grad)
     with tape.paused():
         for part in parts:

@@ -34,7 +34,7 @@ StepOf = Callable[[int, torch.device], int]
 
 
 def convolution(args: tuple[Any, ...], step_of: StepOf) -> Tensor:
-    """The convolution of its arguments, in slices where these have its bits; ``step_of``: bytes of a slice."""
+    """The convolution of its arguments, in slices where these have its bits; ``step_of``: their bytes."""
     func = aten.convolution.default
     if not _is_large(args, step_of):
         return func(*args)  # type: ignore[no-any-return]
