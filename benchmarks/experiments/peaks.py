@@ -6,6 +6,7 @@ import gc
 import re
 from collections.abc import Callable, Iterator
 
+import snntorch
 import torch
 from torch import nn
 
@@ -44,6 +45,8 @@ def measure(
 ) -> Entry:
     """Bytes of the second step; of "memory" also the whole, and what a budget says of it beforehand."""
     torch.manual_seed(0)
+    # snnTorch's resets give new states to every neuron that there ever was: they would be counted.
+    snntorch.SpikingNeuron.init()
     loss: Callable[[nn.Module, torch.Tensor], torch.Tensor]
     if network is not None:
         workload = WORKLOADS[network]

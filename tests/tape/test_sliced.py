@@ -9,6 +9,8 @@ from torch import nn
 import snn_reversible_plugin as srp
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.reports.measure import count_step
+from snn_reversible_plugin.tape.handles import Kept
+from snn_reversible_plugin.tape.replayed import Replayed
 from snn_reversible_plugin.tape.sliced import cut, gradients, stand_in
 
 neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
@@ -239,6 +241,18 @@ def test_the_peak_is_lower_than_in_mode_memory(monkeypatch):
         for _ in range(2):
             peaks[mode] = count_step(lambda net=net: forward(net, x))[1]
     assert peaks["minimal"] < 0.7 * peaks["memory"]
+
+
+def test_a_whole_that_is_no_slices_is_nobody_elses():
+    """A view of what waits for somebody else: a neuron writes its gradient over what it is given."""
+    aten, x = torch.ops.aten, torch.rand(4, 8)
+    waits = Replayed(aten.mul.Tensor, (Kept(x), 2.0), {})
+    waits.cache = x * 2
+    view = Replayed(aten.view.default, (waits, [2, 2, 8]), {})
+    one = cut.Cut(view, waits.cache.view(2, 2, 8), (1, 2), None)
+    whole = one.whole()
+    assert torch.equal(whole.flatten(0, 1), waits.cache)
+    assert whole.untyped_storage().data_ptr() != waits.cache.untyped_storage().data_ptr()
 
 
 def test_slices_of_a_small_network_are_small_too(monkeypatch):

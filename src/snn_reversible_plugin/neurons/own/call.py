@@ -123,7 +123,7 @@ class _Sequence(torch.autograd.Function):
                 cut.release()
         if not g.is_contiguous():
             return _by_autograd(proof, x, g), None
-        owned = cut is None and tape.owns(x) and proof.kind == proof.grad == Kind.of(x)
+        owned = (cut is not None or tape.owns(x)) and proof.kind == proof.grad == Kind.of(x)
         # What is saved is part of the forward's graph, and a gradient must not be.
         x = x.detach()
         g_x = x if owned else _empty(proof.grad)
@@ -140,7 +140,7 @@ def _in_slices(proof: Proof, parts: list[Part], cut: tape.Cut, g: Tensor) -> Ten
     with tape.paused():
         for part in parts:
             rows = slice(part.start, part.stop)
-            _cut(g_x, proof.dim, rows).copy_(cut.rows(part).view_as(_cut(g_x, proof.dim, rows)))
+            _cut(g_x, proof.dim, rows).copy_(cut.rows(part).reshape(_cut(g_x, proof.dim, rows).shape))
             for programs, some in proof.parts(rows):
                 found = programs.backward(_cut(g_x, proof.dim, some), _cut(g, proof.out_dim, some))
                 _cut(g_x, proof.dim, some).copy_(found)

@@ -148,18 +148,18 @@ class Cut(Handle):
         return whole
 
     def whole(self) -> Tensor:
-        """The whole, from parts where these are the forward's bits."""
+        """The whole, from parts where these are the forward's bits; the caller's, unless it is at hand."""
         if not isinstance(self.handle, Replayed) or self.handle.at_hand() is not None:
             return self.peek()
-        return self.assembled() if self.exact else self._around_a_product()
+        return self.assembled() if self.exact else self._around_a_product(self.handle)
 
-    def _around_a_product(self) -> Tensor:
+    def _around_a_product(self, handle: Replayed) -> Tensor:
         """The whole, where a product has other bits in slices: all but that product in slices."""
-        product = last_product(self.handle)
+        product = last_product(handle)
         operand = None if product is None or not product.args else product.args[0]
         size = size_of(operand)
         if product is None or operand is None or size is None or size_of(product) is None:
-            return self.peek()
+            return handle.fresh()
         value = self._run(product, operand, size)
         same = value.dtype is self.dtype and value.is_contiguous() and value.numel() == self.size.numel()
         whole = value.view(self.size) if same and self.empty_meta().is_contiguous() else self.empty()
