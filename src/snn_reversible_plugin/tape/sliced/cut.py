@@ -259,7 +259,8 @@ class Slices:
         return cut if isinstance(cut, Cut) and cut.exact else None
 
     def _cut(self, handle: Handle, tensor: Tensor) -> Cut | None:
-        if not is_plain(tensor) or _is_small(tensor, 2) or not tensor.dim() or not is_dense(tensor):
+        # What has one dimension are statistics of channels, which each slice needs.
+        if not is_plain(tensor) or _is_small(tensor, 2) or tensor.dim() < 2 or not is_dense(tensor):
             return None
         if handle.__class__ not in PLAIN and not isinstance(handle, (Kept, Packed)):
             return None
