@@ -151,10 +151,12 @@ class Cut(Handle):
         """The whole, from parts where these are the forward's bits; the caller's, unless it is at hand."""
         if not isinstance(self.handle, Replayed) or self.handle.at_hand() is not None:
             return self.peek()
-        return self.assembled() if self.exact else self._around_a_product(self.handle)
+        return self.assembled() if self.exact else self._around_a_product()
 
-    def _around_a_product(self, handle: Replayed) -> Tensor:
+    def _around_a_product(self) -> Tensor:
         """The whole, where a product has other bits in slices: all but that product in slices."""
+        handle = self.handle
+        assert isinstance(handle, Replayed)
         product = last_product(handle)
         operand = None if product is None or not product.args else product.args[0]
         size = size_of(operand)
