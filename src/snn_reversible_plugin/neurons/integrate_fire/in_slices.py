@@ -38,12 +38,13 @@ def sequence_vjp_in_slices(
         overwrites: the gradient of the spikes may be overwritten with that of the input.
     """
     way = cut.size[0], cut.size[1]
-    if way not in cut.exact:
+    parts = cut.parts(way) if way in cut.exact else []
+    if len(parts) < 2:  # one part of all may be a view of what others hold
         x_seq = cut.whole()
         cut.release()
         return multi_step_vjp(x_seq, v, grads, neuron, wanted, owned=True, v_last=v_last)
     whole = _Whole(cut, v_last, wanted, grads.s if overwrites else None)
-    for part in cut.parts(way):
+    for part in parts:
         samples = slice(part.start, part.stop)
         start = v[samples] if isinstance(v, Tensor) else v
         of_part = OutputGradients(

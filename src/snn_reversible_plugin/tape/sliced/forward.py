@@ -39,7 +39,7 @@ def convolution(args: tuple[Any, ...], step_of: StepOf) -> Tensor:
     if not _is_large(args, step_of):
         return func(*args)  # type: ignore[no-any-return]
     x, *others = args
-    key = (step_of(x.nbytes, x.device), torch.get_num_threads(), *map(_kind, args))
+    key = (step_of(0, x.device), torch.get_num_threads(), *map(_kind, args))
     if key not in _seen:
         if len(_seen) > 4096:
             _seen.clear()
