@@ -6,7 +6,6 @@ import gc
 import re
 from collections.abc import Callable, Iterator
 
-import snntorch
 import torch
 from torch import nn
 
@@ -14,6 +13,7 @@ import snn_reversible_plugin as srp
 from snn_reversible_plugin.reports.measure import count_step
 
 from ..experiment import Entry, Options, Tick, Work
+from ..measure import counted_alone
 from ..published import FAMILIES
 from ..workloads import NETWORKS, WORKLOADS
 
@@ -45,8 +45,6 @@ def measure(
 ) -> Entry:
     """Bytes of the second step; of "memory" also the whole, and what a budget says of it beforehand."""
     torch.manual_seed(0)
-    # snnTorch's resets give new states to every neuron that there ever was: they would be counted.
-    snntorch.SpikingNeuron.init()
     loss: Callable[[nn.Module, torch.Tensor], torch.Tensor]
     if network is not None:
         workload = WORKLOADS[network]
@@ -73,7 +71,8 @@ def measure(
     run().backward()
     model.zero_grad()
     tick("a step")
-    entry["held"], entry["peak"] = count_step(run)
+    with counted_alone(model):
+        entry["held"], entry["peak"] = count_step(run)
     if method == "memory":
         tensors = (*model.parameters(), *model.buffers(), x)
         entry["whole"] = entry["peak"] + sum(tensor.nbytes for tensor in tensors)
