@@ -12,7 +12,7 @@ import snn_reversible_plugin as srp
 from snn_reversible_plugin.reports.measure import count_step
 
 from ..experiment import Entries, Options, Tick, Work
-from ..measure import alternate, ratio
+from ..measure import alternate, counted_alone, ratio
 from ..published import FAMILIES
 from ..published.family import Family
 
@@ -59,7 +59,8 @@ def together(
 
         tick(f"{family}: {method}, memory")
         loss().backward()  # what is made at the first step and kept is not a step's
-        held, peak = count_step(loss)
+        with counted_alone(model):
+            held, peak = count_step(loss)
         losses[method] = loss
         found[method] = {"family": family, "method": method, "held": held, "peak": peak}
         found[method]["own_procedure"] = published.own_procedure

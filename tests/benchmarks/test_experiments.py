@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from benchmarks import __main__ as command
 from benchmarks import pages, running, store, targets
 from benchmarks.experiment import Experiment, Options, Work
-from benchmarks.experiments import EXPERIMENTS
+from benchmarks.experiments import EXPERIMENTS, peaks
 from benchmarks.tables import markdown, note
 from tests.examples.test_examples import nmnist_folder  # noqa: F401
 
@@ -263,3 +263,11 @@ def test_peaks_are_of_every_mode_and_say_how_far_a_budget_was_off(invoke):
         assert peaks["auto"] <= peaks["memory"] < peaks["stock"]
     memory = found["vgg | memory"]
     assert 0 < memory["foreseen"] <= memory["whole"]
+
+
+def test_a_peak_is_not_that_of_networks_before_it():
+    """snnTorch resets all neurons that there ever were; auto keeps nothing in a loop of calls."""
+    (work,) = (one for one in peaks.works(Options(quick=True)) if one.name == "tutorial-6")
+    found = [peaks.measure(mode, Options(quick=True), str, **work.settings) for mode in ("memory", "auto")]
+    assert found[0]["held"] == found[1]["held"]
+    assert found[1]["peak"] <= found[0]["peak"]

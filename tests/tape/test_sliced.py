@@ -8,8 +8,13 @@ from torch import nn
 
 import snn_reversible_plugin as srp
 from snn_reversible_plugin import tape
+from snn_reversible_plugin.neurons.integrate_fire.in_slices import sequence_vjp_in_slices
+from snn_reversible_plugin.neurons.integrate_fire.reference import Neuron, OutputGradients, Rule, Wanted
+from snn_reversible_plugin.neurons.surrogates import Surrogate
 from snn_reversible_plugin.reports.measure import count_step
-from snn_reversible_plugin.tape.sliced import cut, gradients, stand_in
+from snn_reversible_plugin.tape.handles import Kept
+from snn_reversible_plugin.tape.replayed import Replayed
+from snn_reversible_plugin.tape.sliced import cut, gradients, rows, stand_in
 
 neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
 from spikingjelly.activation_based import functional, layer, surrogate  # noqa: E402
@@ -239,6 +244,47 @@ def test_the_peak_is_lower_than_in_mode_memory(monkeypatch):
         for _ in range(2):
             peaks[mode] = count_step(lambda net=net: forward(net, x))[1]
     assert peaks["minimal"] < 0.7 * peaks["memory"]
+
+
+def test_a_whole_that_is_no_slices_is_nobody_elses():
+    """A view of what waits for somebody else: a neuron writes its gradient over what it is given."""
+    aten, x = torch.ops.aten, torch.rand(4, 8)
+    waits = Replayed(aten.mul.Tensor, (Kept(x), 2.0), {})
+    waits.cache = x * 2
+    view = Replayed(aten.view.default, (waits, [2, 2, 8]), {})
+    one = cut.Cut(view, waits.cache.view(2, 2, 8), (1, 2), None)
+    whole = one.whole()
+    assert torch.equal(whole.flatten(0, 1), waits.cache)
+    assert whole.untyped_storage().data_ptr() != waits.cache.untyped_storage().data_ptr()
+
+
+def test_a_sequence_of_one_sample_is_not_its_neurons_to_write_over():
+    """All of it is one slice, and that slice may be a view of what waits for somebody else."""
+    aten, x = torch.ops.aten, torch.rand(64, 8)
+    waits = Replayed(aten.mul.Tensor, (Kept(x), 2.0), {})
+    waits.cache = x * 2
+    rows.note(waits, rows.Noted(x.size()))
+    view = Replayed(aten.view.default, (waits, [64, 1, 8]), {})
+    rows.note(view, rows.Noted(torch.Size([64, 1, 8])))
+    one = cut.Cut(view, waits.cache.view(64, 1, 8), (64, 1), None)
+    one.exact = {*one.ways}
+    rule, grad = Rule(2.0, True, 1.0, 0.0, True), Surrogate(lambda grad, u: grad / (1 + u.abs()))
+    grads = OutputGradients(torch.rand(64, 1, 8), None, None)
+    sequence_vjp_in_slices(one, 0.0, grads, Neuron(rule, grad), Wanted(x=True, v=False, q=False))
+    assert torch.equal(waits.cache, x * 2)
+
+
+def test_slices_of_a_small_network_are_small_too(monkeypatch):
+    """Its largest tensor has half a megabyte: a slice is a share of that."""
+    monkeypatch.setitem(cut.STEP, "cpu", 1 << 20)
+    x, peaks = torch.rand(4, 16, 2, 16, 16), {}
+    for mode in ("memory", "minimal"):
+        net = network()
+        net[9] = layer.Linear(16 * 16, 10, step_mode="m")
+        srp.convert_to_reversible(net, mode=mode)
+        for _ in range(2):
+            peaks[mode] = count_step(lambda net=net: forward(net, x))[1]
+    assert peaks["minimal"] < 0.8 * peaks["memory"]
 
 
 def forward(net, x):

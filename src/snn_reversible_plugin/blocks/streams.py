@@ -192,7 +192,7 @@ class Stream(Replayed):
 
     def _undone_in_slices(self, cut: Cut, total: torch.Tensor, owned: bool) -> torch.Tensor:
         value = total if owned and total.stride() == self._stride else cut.empty(self._stride)
-        for part in cut.parts(min(cut.exact)):
+        for part in cut.exact_parts():
             part.put(part.of(total) - cut.rows(part), value)
         return value
 

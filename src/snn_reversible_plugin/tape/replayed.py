@@ -200,6 +200,11 @@ class Replayed(Handle):
             return self.cache
         return _Rebuild(self, None).run(True)[0]
 
+    def fresh(self) -> torch.Tensor:
+        """As :meth:`peek`, in memory that nobody else has."""
+        value, owned = _Rebuild(self, None).run(True)
+        return value if owned else value.clone()
+
     def hold(self, value: torch.Tensor, walk: int) -> None:
         """Keep a value for those who still need it, to the end of the walk at most."""
         self.cache = value

@@ -15,6 +15,7 @@ from own_neurons import Fire, gradients
 from snn_reversible_plugin.neurons.own import call
 from snn_reversible_plugin.neurons.own.call import Proved
 from snn_reversible_plugin.reports.measure import count_step
+from snn_reversible_plugin.tape.sliced import cut
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no spiking neuron that the converter knows")
 PROVED = "proved: its recorded operations, a few rows at a time"
@@ -707,3 +708,39 @@ def test_two_rows_that_see_each_other():
     assert torch.equal(*grads)
     assert grads[0].any()
     assert call.why_taped(converted) == "the tape, for it turns its batch to another dimension"
+
+
+@pytest.mark.parametrize("neuron", [HardReset, SoftReset])
+def test_what_it_saves_is_rebuilt_in_slices_too(neuron, monkeypatch):
+    """Beside the gradient that comes in and the one that goes out nothing of the layer stands whole."""
+    monkeypatch.setitem(cut.STEP, "cpu", 1 << 16)
+    batch_first, inputs = neuron is HardReset, torch.rand(8, 16, 4, 16, 16)
+
+    class Layer(nn.Module):
+        def __init__(self, of, to):
+            super().__init__()
+            self.conv, self.norm, self.fire = nn.Conv2d(of, to, 3, padding=1), nn.BatchNorm2d(to), neuron()
+
+        def forward(self, x):
+            return self.fire(self.norm(self.conv(x.flatten(0, 1))).unflatten(0, x.shape[:2]))
+
+    torch.manual_seed(0)
+    stock = nn.Sequential(Layer(4, 16), nn.Flatten(0, 1), nn.AvgPool2d(4))  # a loss that takes little
+    x = inputs if batch_first else inputs.transpose(0, 1).contiguous()
+    found, peaks = [], []
+    for mode in (None, "memory", "minimal"):
+        net = copy.deepcopy(stock)
+        if mode:
+            srp.convert_to_reversible(net, mode=mode)
+        out = net(x)
+        out.square().mean().backward()
+        found.append((out.detach(), gradients(net)))
+        peaks.append(count_step(lambda net=net: net(x).square().mean())[1])
+        if mode:
+            assert net[0].fire.treatment == PROVED
+    assert all(torch.equal(found[0][0], out) for out, _ in found)
+    assert all(torch.equal(*pair) for pair in zip(found[0][1], found[1][1], strict=True))
+    for expected, g in zip(found[0][1], found[2][1], strict=True):
+        # The gradient of what a norm subtracts anyway is rounding and nothing else.
+        torch.testing.assert_close(g, expected, rtol=1e-4, atol=1e-6)
+    assert peaks[2] < 0.8 * peaks[1]

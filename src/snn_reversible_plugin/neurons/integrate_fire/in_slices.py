@@ -37,12 +37,14 @@ def sequence_vjp_in_slices(
         v, grads, neuron, wanted, v_last: as there.
         overwrites: the gradient of the spikes may be overwritten with that of the input.
     """
-    if cut.size[0] not in cut.exact:
+    way = cut.size[0], cut.size[1]
+    parts = cut.parts(way) if way in cut.exact else []
+    if len(parts) < 2:  # one part of all may be a view of what others hold
         x_seq = cut.whole()
         cut.release()
         return multi_step_vjp(x_seq, v, grads, neuron, wanted, owned=True, v_last=v_last)
     whole = _Whole(cut, v_last, wanted, grads.s if overwrites else None)
-    for part in cut.parts(outer=cut.size[0]):
+    for part in parts:
         samples = slice(part.start, part.stop)
         start = v[samples] if isinstance(v, Tensor) else v
         of_part = OutputGradients(

@@ -30,6 +30,7 @@ from snn_reversible_plugin.neurons.own.rows import Rows, along
 from snn_reversible_plugin.neurons.rerun import differentiable_once, shadow
 from snn_reversible_plugin.ops.autocast import Autocast
 from snn_reversible_plugin.ops.chunks import chunk_size
+from snn_reversible_plugin.tape.sliced.rows import Part
 
 AT_ONCE = 32_768  # neurons on a CPU: with all that a step's backward needs, what its caches hold
 MOST_WHOLE = 8192  # neurons that are not cut: beyond, the tape needs less at a time
@@ -66,14 +67,21 @@ class Proof:
             self.count = self.size = 1
             self._programs = whole.programs()
 
-    def parts(self) -> Iterator[tuple[Programs, slice]]:
-        """What to run, and on which rows."""
+    def parts(self, among: slice | None = None) -> Iterator[tuple[Programs, slice]]:
+        """What to run, and on which rows, of all or some."""
         if self._rows is None:
             yield self._programs, slice(None)
             return
-        for start in range(0, self.count, self.size):
-            rows = slice(start, min(start + self.size, self.count))
+        first, end = (0, self.count) if among is None else (among.start, among.stop)
+        for start in range(first, end, self.size):
+            rows = slice(start, min(start + self.size, end))
             yield self._rows.programs(rows.stop - rows.start), rows
+
+    def way(self) -> tuple[int, int] | None:
+        """How an input has to be cut to be given a few rows at a time; None: it can't be."""
+        if self._rows is None or self.dim > 1 or self.kind != self.grad:
+            return None
+        return (self.kind.shape[0], self.count) if self.dim else (1, self.count)
 
 
 def _steps(kind: Kind, whole: Recording) -> int:
@@ -83,6 +91,8 @@ def _steps(kind: Kind, whole: Recording) -> int:
 
 class _Sequence(torch.autograd.Function):
     """``proof.function(x)``, with x saved and nothing else."""
+
+    takes_slices = True
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, proof: Proof) -> Tensor:
@@ -103,9 +113,17 @@ class _Sequence(torch.autograd.Function):
             return None, None
         (x,) = ctx.saved_tensors
         proof: Proof = ctx.proof
+        cut = tape.cut_of(x)
+        if cut is not None:
+            try:
+                if g.is_contiguous() and (way := proof.way()) in cut.exact:
+                    return _in_slices(proof, cut.parts(way), cut, g), None
+                x = cut.whole()
+            finally:
+                cut.release()
         if not g.is_contiguous():
             return _by_autograd(proof, x, g), None
-        owned = tape.owns(x) and proof.kind == proof.grad == Kind.of(x)
+        owned = (cut is not None or tape.owns(x)) and proof.kind == proof.grad == Kind.of(x)
         # What is saved is part of the forward's graph, and a gradient must not be.
         x = x.detach()
         g_x = x if owned else _empty(proof.grad)
@@ -114,6 +132,19 @@ class _Sequence(torch.autograd.Function):
                 found = programs.backward(_cut(x, proof.dim, rows), _cut(g, proof.out_dim, rows))
                 _cut(g_x, proof.dim, rows).copy_(found)
         return g_x, None
+
+
+def _in_slices(proof: Proof, parts: list[Part], cut: tape.Cut, g: Tensor) -> Tensor:
+    """The gradient of an input that is rebuilt some rows at a time, where it will be written."""
+    g_x = _empty(proof.grad)
+    with tape.paused():
+        for part in parts:
+            rows = slice(part.start, part.stop)
+            _cut(g_x, proof.dim, rows).copy_(cut.rows(part).reshape(_cut(g_x, proof.dim, rows).shape))
+            for programs, some in proof.parts(rows):
+                found = programs.backward(_cut(g_x, proof.dim, some), _cut(g, proof.out_dim, some))
+                _cut(g_x, proof.dim, some).copy_(found)
+    return g_x
 
 
 def _by_autograd(proof: Proof, x: Tensor, g: Tensor) -> Tensor:

@@ -37,29 +37,43 @@ from snn_reversible_plugin.tape.sliced.rows import Noted, Part, Whole, last_prod
 # 3. A forward's sizes, kernels and threads decide, so that is what a proof holds for.
 # 4. A single row is often a kernel's special case. No slice is one row where there are others.
 # 5. What is neither is no slice at all: the tensor is rebuilt as one, as in mode "memory".
+# 6. A slice is a share of what it is cut from: what a kernel makes of one is little beside the layer, in a
+#    small network as in a large one. Not more than its caches hold, and not so little that calls take over.
 
-STEP = {"cpu": 1 << 20}  # bytes of a slice
+STEP = {"cpu": 1 << 20}  # the most bytes of a slice
 LARGE_STEP = 1 << 25
+SHARE = 16  # slices of what is smaller than as many of these
+LEAST = 16  # of those bytes, a slice has a sixteenth at least
 SMALL = 32
 CLOSE = 1e-3  # of the largest value: nothing that merely rounds is further off
 _proved: dict[Any, bool | None] = {}
 
 
+def step_of(nbytes: int, device: torch.device) -> int:
+    """How many bytes a slice of so many has: a share, so that slices are small beside any layer."""
+    most = STEP.get(device.type, LARGE_STEP)
+    return min(most, max(nbytes // SHARE, most // LEAST))
+
+
+def _is_small(tensor: Tensor, slices: int = 1) -> bool:
+    """Whether it is not as many of the smallest slices."""
+    return tensor.nbytes < slices * step_of(0, tensor.device)
+
+
 class Cut(Handle):
     """A handle whose value may be had a part at a time.
 
-    ``exact``: of which numbers of groups its parts are the forward's, bit for bit.
+    ``groups``: how many groups of how many rows it is. ``exact``: in which of its ways its parts are the
+    forward's, bit for bit.
     """
 
-    __slots__ = ("_slices", "_step", "device", "dtype", "exact", "groups", "handle", "released", "size",
-                 "stride")  # fmt: skip
+    __slots__ = ("_slices", "device", "dtype", "exact", "groups", "handle", "released", "size", "stride")
 
     def __init__(self, handle: Handle, tensor: Tensor, groups: tuple[int, int], slices: Slices) -> None:
         self.handle, self.groups, self._slices = handle, groups, slices
         self.size, self.stride = tensor.size(), tensor.stride()
         self.dtype, self.device = tensor.dtype, tensor.device
-        self._step = STEP.get(tensor.device.type, LARGE_STEP)
-        self.exact: set[int] = set()
+        self.exact: set[tuple[int, int]] = set()
 
     @property
     def treatment(self) -> str:  # type: ignore[override]
@@ -75,21 +89,29 @@ class Cut(Handle):
         """Whether slices lower the peak of the step that it is of."""
         return SMALL * self.nbytes > self._slices.largest
 
-    def parts(self, outer: int = 1, nbytes: int = 0) -> list[Part]:
-        """How it is cut, in groups of rows; ``nbytes``: of something larger that is cut with it.
+    @property
+    def ways(self) -> tuple[tuple[int, int], ...]:
+        """How it may be cut, in numbers of groups and of rows of each: row by row, in some rows of all
+        groups, in some groups."""
+        outer, inner = self.groups
+        return (1, outer * inner), *(((outer, inner), (1, outer)) if outer > 1 else ())
 
-        Raises:
-            Whole: it has no such groups.
-        """
-        inner = self.groups[0] * self.groups[1] // outer
-        if outer not in (1, self.groups[0]):
-            raise Whole
-        each = max(1, max(nbytes, self.nbytes) // max(1, inner))
-        step = max(1 if outer > 1 else 2, self._step // each)
+    def parts(self, way: tuple[int, int] | None = None, nbytes: int = 0) -> list[Part]:
+        """Its parts in one of its ways, row by row by default; ``nbytes``: of something larger that is cut
+        with it."""
+        outer, inner = way or self.ways[0]
+        nbytes = max(nbytes, self.nbytes)
+        each = max(1, nbytes // max(1, inner))
+        alone = outer * inner < self.groups[0] * self.groups[1] or outer > 1  # one of these is several rows
+        step = max(1 if alone else 2, step_of(nbytes, self.device) // each)
         ends = [inner * at // -(-inner // step) for at in range(-(-inner // step) + 1)]
-        if outer == 1:  # never one row alone
+        if not alone:
             ends = [end for end in ends if not (end == 1 or end == inner - 1)]
         return [Part(outer, inner, *both) for both in pairwise(ends)]
+
+    def exact_parts(self) -> list[Part]:
+        """Parts that are the forward's bits, as small as they may be; there are some."""
+        return self.parts(max(self.exact, key=lambda way: way[1]))
 
     def is_at_hand(self) -> bool:
         """Whether its parts can be computed now: nothing of it waits for a stream to be undone."""
@@ -121,23 +143,25 @@ class Cut(Handle):
     def assembled(self) -> Tensor:
         """The whole, put together from exact parts."""
         whole = self.empty()
-        for part in self.parts(min(self.exact)):
+        for part in self.exact_parts():
             part.put(self.rows(part), whole)
         return whole
 
     def whole(self) -> Tensor:
-        """The whole, from parts where these are the forward's bits."""
+        """The whole, from parts where these are the forward's bits; the caller's, unless it is at hand."""
         if not isinstance(self.handle, Replayed) or self.handle.at_hand() is not None:
             return self.peek()
         return self.assembled() if self.exact else self._around_a_product()
 
     def _around_a_product(self) -> Tensor:
         """The whole, where a product has other bits in slices: all but that product in slices."""
-        product = last_product(self.handle)
+        handle = self.handle
+        assert isinstance(handle, Replayed)
+        product = last_product(handle)
         operand = None if product is None or not product.args else product.args[0]
         size = size_of(operand)
         if product is None or operand is None or size is None or size_of(product) is None:
-            return self.peek()
+            return handle.fresh()
         value = self._run(product, operand, size)
         same = value.dtype is self.dtype and value.is_contiguous() and value.numel() == self.size.numel()
         whole = value.view(self.size) if same and self.empty_meta().is_contiguous() else self.empty()
@@ -201,13 +225,13 @@ class Slices:
 
     def computed(self, recipe: Handle | None, out: Tensor) -> None:
         """A tensor has a recipe."""
-        if isinstance(recipe, Replayed) and out.nbytes >= STEP.get(out.device.type, LARGE_STEP):
+        if isinstance(recipe, Replayed) and not _is_small(out):
             note(recipe, Noted(out.size()))
 
     def normalized(self, recipe: Replayed, x: Tensor, outputs: Sequence[Tensor]) -> None:
         """A batch norm ran: what it gave beside its result is noted with that."""
         out, mean, deviation = outputs[:3]
-        if out.nbytes < STEP.get(out.device.type, LARGE_STEP) or not isinstance(recipe.args[0], Handle):
+        if _is_small(out) or not isinstance(recipe.args[0], Handle):
             return
         noted = Noted(out.size(), (alias(mean), alias(deviation)) if mean.numel() else None)
         note(recipe, noted)
@@ -237,8 +261,8 @@ class Slices:
         return cut if isinstance(cut, Cut) and cut.exact else None
 
     def _cut(self, handle: Handle, tensor: Tensor) -> Cut | None:
-        step = STEP.get(tensor.device.type, LARGE_STEP)
-        if not is_plain(tensor) or tensor.nbytes < 2 * step or not tensor.dim() or not is_dense(tensor):
+        # What has one dimension are statistics of channels, which each slice needs.
+        if not is_plain(tensor) or _is_small(tensor, 2) or tensor.dim() < 2 or not is_dense(tensor):
             return None
         if handle.__class__ not in PLAIN and not isinstance(handle, (Kept, Packed)):
             return None
@@ -246,20 +270,19 @@ class Slices:
             return None
         for groups in _groups(tensor.size(), handle):
             cut = Cut(handle, tensor, groups, self)
-            ways = {1, groups[0]}
             if len(cut.parts()) < 2:
                 continue
             if not isinstance(handle, Replayed):
-                cut.exact = ways
+                cut.exact = {*cut.ways}
                 return cut
-            proofs = {outer: self._proof(cut, tensor, outer) for outer in ways}
-            if None not in proofs.values():
-                cut.exact = {outer for outer, exact in proofs.items() if exact}
+            proofs = {way: self._proof(cut, tensor, way) for way in cut.ways}
+            if None not in [*proofs.values()][:2]:  # a backward may ask for either
+                cut.exact = {way for way, exact in proofs.items() if exact}
                 return cut
         return None
 
-    def _proof(self, cut: Cut, tensor: Tensor, outer: int) -> bool | None:
-        parts = cut.parts(outer)
+    def _proof(self, cut: Cut, tensor: Tensor, way: tuple[int, int]) -> bool | None:
+        parts = cut.parts(way)
         key = _signature(cut.handle), parts[0], parts[-1], cut.stride, torch.get_num_threads()
         if key not in _proved:
             if len(_proved) > 4096:
@@ -269,7 +292,7 @@ class Slices:
 
 
 def _convolution(*args: Any) -> Tensor:
-    return forward.convolution(args, STEP.get(args[0].device.type, LARGE_STEP))
+    return forward.convolution(args, step_of)
 
 
 def _compared(cut: Cut, tensor: Tensor, parts: Iterable[Part]) -> bool | None:

@@ -7,6 +7,7 @@ its slices are compared. Source: this package's own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -29,18 +30,21 @@ class _Result(NamedTuple):
 _seen: dict[Any, _Result | None] = {}  # None: other bits in slices, or nothing to gain
 
 
-def convolution(args: tuple[Any, ...], step: int) -> Tensor:
-    """The convolution of its arguments, in slices of ``step`` bytes where these have its bits."""
+StepOf = Callable[[int, torch.device], int]
+
+
+def convolution(args: tuple[Any, ...], step_of: StepOf) -> Tensor:
+    """The convolution of its arguments, in slices where these have its bits; ``step_of``: their bytes."""
     func = aten.convolution.default
-    if not _is_large(args, step):
+    if not _is_large(args, step_of):
         return func(*args)  # type: ignore[no-any-return]
     x, *others = args
-    key = (step, torch.get_num_threads(), *map(_kind, args))
+    key = (step_of(0, x.device), torch.get_num_threads(), *map(_kind, args))
     if key not in _seen:
         if len(_seen) > 4096:
             _seen.clear()
         whole = func(*args)
-        _seen[key] = _result(args, whole, step)
+        _seen[key] = _result(args, whole, step_of)
         return whole  # type: ignore[no-any-return]
     known = _seen[key]
     if known is None:
@@ -51,10 +55,11 @@ def convolution(args: tuple[Any, ...], step: int) -> Tensor:
     return out
 
 
-def _is_large(args: tuple[Any, ...], step: int) -> bool:
+def _is_large(args: tuple[Any, ...], step_of: StepOf) -> bool:
     x, weight = args[:2]
     if x.dim() < 3 or len(x) < 4 or not is_plain(x) or not is_plain(weight):
         return False
+    step = step_of(0, x.device)
     return x.nbytes >= 2 * step or x.nbytes // x.shape[1] * len(weight) >= 2 * step
 
 
@@ -64,12 +69,14 @@ def _kind(arg: Any) -> Any:
     return arg.shape, arg.stride(), arg.dtype, arg.device
 
 
-def _result(args: tuple[Any, ...], whole: Tensor, step: int) -> _Result | None:
+def _result(args: tuple[Any, ...], whole: Tensor, step_of: StepOf) -> _Result | None:
     func, (x, *others) = aten.convolution.default, args
-    if not is_plain(whole) or max(x.nbytes, whole.nbytes) < 2 * step:
+    nbytes = max(x.nbytes, whole.nbytes)
+    step = step_of(nbytes, x.device)
+    if not is_plain(whole) or nbytes < 2 * step:
         return None
     rows = len(x)
-    slices = min(rows // 2, -(-max(x.nbytes, whole.nbytes) // step))  # never one row alone
+    slices = min(rows // 2, -(-nbytes // step))  # never one row alone
     ends = [rows * at // slices for at in range(slices + 1)]
     parts = [Part(1, rows, *ends[at : at + 2]) for at in range(slices)]
     try:
