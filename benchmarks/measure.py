@@ -6,11 +6,13 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import snntorch
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
@@ -170,7 +172,7 @@ def count(training: Training, x: torch.Tensor, result: Result) -> None:
     """Fill in the memory of one step."""
     training.model.zero_grad()
     gc.collect()
-    with counter_on(x.device) as counter:
+    with counted_alone(training.model), counter_on(x.device) as counter:
         if training.loss_of is None:
             training.run(x)
         else:
@@ -194,11 +196,27 @@ def counter_on(device: torch.device) -> AllocationCounter | CudaStatistics:
     return CudaStatistics() if device.type == "cuda" else AllocationCounter()
 
 
+@contextmanager
+def counted_alone(model: nn.Module) -> Iterator[None]:
+    """Inside, ``snntorch.utils.reset`` resets this model's neurons alone.
+
+    Else it resets all that were ever constructed, so that a step takes their states as well: more with each
+    network that was measured before.
+    """
+    there = list(snntorch.SpikingNeuron.instances)
+    own = {id(module) for module in model.modules()}
+    snntorch.SpikingNeuron.instances[:] = [one for one in there if id(one) in own]
+    try:
+        yield
+    finally:
+        snntorch.SpikingNeuron.instances[:] = there
+
+
 def peak_within(training: Training, x: torch.Tensor, limit: float) -> int | None:
     """The peak of one step in bytes, None if it passes the limit."""
     training.model.zero_grad()
     gc.collect()
-    with counter_on(x.device) as counter:
+    with counted_alone(training.model), counter_on(x.device) as counter:
         training.run(x)
     return counter.peak if counter.peak <= limit else None
 

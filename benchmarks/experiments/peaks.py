@@ -13,6 +13,7 @@ import snn_reversible_plugin as srp
 from snn_reversible_plugin.reports.measure import count_step
 
 from ..experiment import Entry, Options, Tick, Work
+from ..measure import counted_alone
 from ..published import FAMILIES
 from ..workloads import NETWORKS, WORKLOADS
 
@@ -70,7 +71,8 @@ def measure(
     run().backward()
     model.zero_grad()
     tick("a step")
-    entry["held"], entry["peak"] = count_step(run)
+    with counted_alone(model):
+        entry["held"], entry["peak"] = count_step(run)
     if method == "memory":
         tensors = (*model.parameters(), *model.buffers(), x)
         entry["whole"] = entry["peak"] + sum(tensor.nbytes for tensor in tensors)
