@@ -61,7 +61,7 @@ def choose(layers: Sequence[Layer], limit: int | None = None) -> list[bool]:
 
 
 def foreseen(layers: Sequence[Layer], kept: Sequence[bool]) -> int | None:
-    """Bytes at the peak of a step that keeps these, beyond what lives anyway; None: nothing was measured."""
+    """Bytes at the peak of a step that keeps these, beyond what lives anyway; None: not measured."""
     peak = before = 0
     for layer, keeps in zip(layers, kept, strict=True):
         if layer.forward is None or layer.backward is None:

@@ -173,12 +173,13 @@ class Measured:
         self._waiting.discard(number)
         kind += tuple([one.shape for one in gradients if isinstance(one, torch.Tensor)])
         alive = self._now() - self._others
-        self._note(number, alive + self._tops.get(kind, 0))
         if torch.autograd._profiler_enabled():
             self.is_blind = True
         elif self._windows < MANY or kind not in self._tops:
             self._windows += 1
             self._window = _Window(number, alive, kind, start())
+        else:
+            self._note(number, alive + self._tops[kind])
 
     def _leaves(self, number: int, *_: Any) -> None:
         window = self._window
