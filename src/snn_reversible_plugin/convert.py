@@ -142,8 +142,7 @@ def convert_to_reversible(
             does. This changes the function that the network computes, where nothing else does.
         budget: bytes for a whole training step, ``10 << 30`` or ``"10GiB"``: parameters, gradients and
             inputs included, on a GPU all that is allocated. As ``"auto"``, but as much is kept as fits, by
-            what the first step of a shape took, which is measured and slower; where it can't be (a profiler
-            is on), by sizes. Which products are kept is all that it changes.
+            what the first step of a shape took, which is measured. Nothing else changes.
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``, or is compiled or scripted.

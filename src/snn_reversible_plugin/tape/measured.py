@@ -59,12 +59,14 @@ class Measured:
 
     Attributes:
         gradients: bytes of parameters' gradients, of all and of those that stood before the forward.
+        is_awaited: whether somebody wants to know what the backward takes.
     """
 
     def __init__(self, before: dict[str, int], running: Any) -> None:
         self._before, self._running = before, running
         self._device = "cpu"
         self.gradients = 0, 0
+        self.is_awaited = False
         self._forward = [0]  # the most that was alive, by layer
         self._backward: list[tuple[int, int, int]] = []  # layer, what was alive, nodes that had run
         self._after = 0  # what is alive when all is over
@@ -141,7 +143,7 @@ class Measured:
 
     def _asked(self) -> None:
         task = _graph_task()
-        if task == -1 or self._task not in (None, task):
+        if not self.is_awaited or task == -1 or self._task not in (None, task):
             return  # a backward in a node of another one is that node's
         if self._task is None:
             self._task = task

@@ -230,6 +230,7 @@ class Following:
             if self._plans.budget is not None:
                 within(self._plans.budget, found.lives, found.layers)
             if self._measured is not None:
+                self._measured.is_awaited = True
                 self._measured.gradients = (
                     sum(layer.learned for layer in found.layers),
                     self.sizes.gradients,
