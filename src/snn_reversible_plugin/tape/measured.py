@@ -30,7 +30,8 @@ from snn_reversible_plugin.ops.allocations import given_out, mark, start, stop
 #    with all that is no tensor: what is compiled and loaded in a first step, nodes and handles. How much
 #    of it a forward or a node leaves is known where both counts are, and taken off. What remains of that
 #    at the end, where gradients are the only tensors that are new, has been let go between nodes: as much
-#    after each.
+#    after each. Where a graph has so many nodes for so few bytes (a loop of many steps and small layers)
+#    that this is too vague, nobody knows.
 # 4. A node is a layer's by its number: nodes are numbered as the forward makes them.
 # 5. Of the nodes after the first MANY, those of a kind and size that was seen are taken to need what
 #    that one did: a loop's are as many as its steps.
@@ -40,6 +41,8 @@ from snn_reversible_plugin.ops.allocations import given_out, mark, start, stop
 # another 1, has 16 alive at its peak, and that is the second layer's, if no other node of it has more.
 
 MANY = 256
+DOUBT = 0.05  # of the peak
+OF_A_NODE = 512  # bytes on the heap that may come or go unseen with each node: loops of 7,840 showed 300
 _PRODUCT = "product"
 
 _graph_task = torch._C._current_graph_task_id
@@ -92,17 +95,20 @@ class Measured:
         before = {one: bytes_ for one in ("cpu", "cuda") if (bytes_ := given_out(one)) is not None}
         return None if torch.autograd._profiler_enabled() else cls(before, start())
 
-    def layers(self) -> list[tuple[int, int]]:
+    def layers(self) -> list[tuple[int, int]] | None:
         """What was alive in each layer's forward and backward, beyond what was before the step, gradients
-        apart: those of the layers of :class:`.sizes.Sizes`, in their order."""
+        apart: those of the layers of :class:`.sizes.Sizes`, in their order. None: nobody knows."""
         made, standing = self.gradients
-        let_go = max(0, made - standing - self._after) if self._device == "cpu" else 0
+        on_heap = self._device == "cpu"
+        let_go = max(0, made - standing - self._after) if on_heap else 0
         backward = [0] * len(self._forward)
         for layer, alive, ran in self._backward:
             backward[layer] = max(backward[layer], alive + let_go * ran // max(1, len(self._numbers)))
         # What follows the last product and what stands for the loss are measured as one.
         pairs = [*zip(self._forward, backward, strict=True)]
-        return [(one + standing, other + standing) for one, other in (*pairs, pairs[-1])]
+        doubt = OF_A_NODE * len(self._numbers) if on_heap else 0
+        known = not self.is_blind and doubt <= DOUBT * max(map(max, pairs))
+        return [(one + standing, other + standing) for one, other in (*pairs, pairs[-1])] if known else None
 
     def product(self, device: str) -> None:
         """A product of the forward has been computed, on a device."""
@@ -152,7 +158,10 @@ class Measured:
         node = torch._C._current_autograd_node()
         if node is not None and node._sequence_nr() not in self._numbers:
             number = node._sequence_nr()
+            before = self._now()
             self._watch(node)
+            if self._device == "cpu":
+                self._others += self._now() - before
             self._enters(number, (node.name(),), ())
 
     def _watch(self, node: Any) -> None:
@@ -191,16 +200,16 @@ class Measured:
             self._window, self.is_blind = None, True
             return
         _, alive, kind, running = window
-        now = top = 0
+        net = top = 0
         for event in stop(running, self._device):
-            now += event.size
-            top = max(top, now)
+            net += event.size
+            top = max(top, net)
         del window, running  # a profiler takes memory itself
         self._window = None
         self._tops[kind] = max(top, self._tops.get(kind, 0))
         self._note(number, alive + top)
         if self._device == "cpu":
-            self._others = self._now() - alive - now
+            self._others = self._now() - alive - net
 
     def _backward_over(self) -> None:
         self._done, self._task = True, None

@@ -39,7 +39,7 @@ from snn_reversible_plugin.tape.sizes import Layer, Sizes
 # 6. Where no plan of the model keeps anything, nobody looks at the operations of a forward that has one.
 # 7. Plans are of a place and a process: copies and pickles of a model start without.
 # 8. Within a budget a plan waits for the first backward, and is made when the next forward of that shape
-#    begins. Where nothing could be measured (somebody's profiler was on, the allocator says nothing, TRIES
+#    begins. Where nothing could be measured (somebody's profiler was on, the allocator doesn't say, TRIES
 #    forwards had no backward), bounds decide, as without a budget.
 
 Product = tuple[Any, ...]
@@ -185,8 +185,7 @@ class Following:
         plans, measured = self._plans, pending.measured
         assert measured is not None
         if measured.is_whole:
-            # The layer after the last product and the one that stands for the loss are measured as one.
-            for layer, one in zip(pending.layers, measured.layers(), strict=True):
+            for layer, one in zip(pending.layers, measured.layers() or (), strict=False):
                 layer.forward, layer.backward = one
         elif not measured.is_blind and plans.tries > 1:
             plans.tries -= 1
