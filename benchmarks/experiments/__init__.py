@@ -15,6 +15,7 @@ from ..tables import peaks as of_peaks
 from ..tables import steps as of_steps
 from . import (
     block_accuracy,
+    budgets,
     column_accuracy,
     columns,
     compiled,
@@ -88,6 +89,7 @@ EXPERIMENTS = {
             "fits", fits.works, of_steps.fits, fits.measure, more={"fits-tried": of_steps.fits_tried}
         ),
         Experiment("peaks", peaks.works, of_peaks.peaks, peaks.measure, threads=1),
+        Experiment("budgets", budgets.works, of_peaks.budgets, together=budgets.together, threads=1),
         Experiment(
             "freed-memory", freed_memory.works, of_peaks.freed_memory, together=freed_memory.together
         ),

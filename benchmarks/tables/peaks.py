@@ -44,6 +44,41 @@ def peaks(entries: Entries) -> list[Table]:
     return [Table(headings, rows, notes=tuple(notes))]
 
 
+def budgets(entries: Entries) -> list[Table]:
+    """A row a network: what a step takes, and by how much what was foreseen is off, budget by budget."""
+    by_work: dict[str, dict[str, dict]] = {}
+    for key, entry in entries.items():
+        by_work.setdefault(key.partition(" | ")[0], {})[entry["method"]] = entry
+    rows, off, over = [], [], []
+    for work, methods in by_work.items():
+        memory = methods.pop("memory", None)
+        if memory is None:
+            continue
+        least = next((one["least"] for one in methods.values() if one["least"] is not None), None)
+        cells = [_off(least, memory["whole"], off)]
+        for one in methods.values():
+            cells.append(_off(one["foreseen"], one["whole"], off))
+            over.append(one["whole"] / one["budget"])
+        some = methods.get("1.25 x")
+        part = "" if some is None else f"{some['whole'] / some['budget']:.2f}"
+        rows.append((work, mib(memory["whole"]), *cells, part))
+    notes = []
+    if off:
+        notes.append(
+            f"Foreseen within 5 %: {sum(abs(one) <= 0.05 for one in off)} of {len(off)}; off by "
+            f"{min(off):+.1%} to {max(off):+.1%}. A step took at most {max(over):.3f} of its budget."
+        )
+    headings = ("network", "memory, MiB", "memory", "1.25 x memory", "all", "of 1.25 x taken")
+    return [Table(headings, rows, notes=tuple(notes))]
+
+
+def _off(foreseen: int | None, taken: int, off: list[float]) -> str:
+    if foreseen is None:
+        return "by bounds"
+    off.append(foreseen / taken - 1)
+    return f"{off[-1]:+.1%}"
+
+
 def freed_memory(entries: Entries) -> list[Table]:
     """Times of a step to stock's as a script runs it, with and without the call."""
     rows = [

@@ -142,7 +142,7 @@ def convert_to_reversible(
             does. This changes the function that the network computes, where nothing else does.
         budget: bytes for a whole training step, ``10 << 30`` or ``"10GiB"``: parameters, gradients and
             inputs included, on a GPU all that is allocated. As ``"auto"``, but as much is kept as fits, by
-            the sizes of the first forward of a shape. Which products are kept is all that it changes.
+            what the first step of a shape took, which is measured. Nothing else changes.
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``, or is compiled or scripted.
@@ -150,7 +150,7 @@ def convert_to_reversible(
             ``"grid"`` where nothing can run on the grid, ``"fused"`` where nothing is fused, ``blocks``
             without residual blocks, a budget that is no number of bytes, or one together with ``"speed"``
             or ``"minimal"``.
-        RuntimeError: from the first forward of a shape that the budget can't take.
+        RuntimeError: from the first or second forward of a shape that the budget can't take.
 
     Example:
         >>> import snn_reversible_plugin as srp

@@ -11,7 +11,9 @@ from torch import nn
 
 import snn_reversible_plugin as srp
 from snn_reversible_plugin.convert import settings_of
+from snn_reversible_plugin.ops import allocations
 from snn_reversible_plugin.reports.measure import AllocationCounter
+from snn_reversible_plugin.tape import measured
 
 
 def build():
@@ -66,6 +68,101 @@ def test_more_budget_keeps_more_and_none_is_overdrawn():
         found.append(kept(model))
     assert found == sorted(found)
     assert found[0] < found[-1] == 4
+
+
+@pytest.mark.parametrize("part", [1.15, 1.4, 1000])
+def test_what_is_foreseen_is_what_the_allocator_counts(part):
+    stock, x = build(), torch.rand(X)
+    needs = total(srp.convert_to_reversible(copy.deepcopy(stock)), x)
+    model = srp.convert_to_reversible(copy.deepcopy(stock), budget=int(part * needs))
+    step(model, x)
+    taken = total(model, x)
+    (plan,) = settings_of(model).plans.by_first.values()
+    assert abs(plan.least / needs - 1) < 0.05
+    assert abs(plan.peak / taken - 1) < 0.05
+    assert taken <= part * needs
+
+
+def test_a_budget_below_what_was_measured_is_refused_with_the_bytes_that_it_takes():
+    stock, x = build(), torch.rand(X)
+    needs = total(srp.convert_to_reversible(copy.deepcopy(stock)), x)
+    model = srp.convert_to_reversible(copy.deepcopy(stock), budget=int(0.9 * needs))
+    step(model, x)  # the least that there must be is below
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"takes [\d,]+, with nothing kept") as refusal:
+            step(model, x)
+    takes = int(re.search(r"takes ([\d,]+)", str(refusal.value))[1].replace(",", ""))
+    assert abs(takes / needs - 1) < 0.05
+
+
+def no_backward(model, x):
+    model(x)
+
+
+def backward_that_raises(model, x):
+    def fail(_gradient):
+        raise KeyError("a user's hook")
+
+    out = model(x)
+    handle = model[0].weight.register_hook(fail)
+    with pytest.raises(KeyError):
+        out.sum().backward()
+    handle.remove()
+    model.zero_grad()
+
+
+def part_of_a_backward(model, x):
+    torch.autograd.grad(model(x).sum(), [model[-1].weight])
+
+
+def profiled(model, x):
+    with torch.autograd.profiler.profile():
+        model(x).sum().backward()
+
+
+def profiled_backward(model, x):
+    out = model(x).sum()
+    with torch.autograd.profiler.profile(profile_memory=True) as found:
+        out.backward()
+    assert any("convolution_backward" in event.name for event in found.function_events)
+
+
+def with_two_losses(model, x):
+    out = model(x)
+    out.sum().backward(retain_graph=True)
+    out.square().sum().backward()
+
+
+@pytest.mark.parametrize(
+    "first",
+    [no_backward, backward_that_raises, part_of_a_backward, profiled, profiled_backward, with_two_losses],
+)
+def test_whatever_the_first_step_is_the_next_ones_train(first):
+    stock, x = build(), torch.rand(X)
+    model = srp.convert_to_reversible(copy.deepcopy(stock), budget="1GiB")
+    for one in (stock, model):
+        first(one, x)
+        one.zero_grad()
+        functional.reset_net(one)
+    for _ in range(4):
+        expected, found = step(stock, x), step(model, x)
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+        assert not torch.autograd._profiler_enabled()
+    assert kept(model) == 4
+
+
+def test_only_steps_that_are_measured_have_a_profiler_on(monkeypatch):
+    started = []
+    monkeypatch.setattr(measured, "start", lambda: started.append(1) or allocations.start())
+    model, x = srp.convert_to_reversible(build(), budget="1GiB"), torch.rand(X)
+    counts = []
+    for _ in range(4):
+        started.clear()
+        step(model, x)
+        counts.append(len(started))
+    assert counts[0] > 10
+    assert counts[1] <= 1
+    assert counts[2:] == [0, 0]
 
 
 def test_a_budget_that_can_t_be_met_is_refused_before_the_backward():

@@ -11,18 +11,15 @@ Source: ``torch.profiler`` with ``profile_memory``.
 from __future__ import annotations
 
 import gc
-import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from operator import attrgetter
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
-from torch._C._profiler import _EventType, _RecordFunctionFast
-from torch.autograd.profiler import profile
+
+from snn_reversible_plugin.ops.allocations import Allocation, start, stop
 
 # NOTE [What the count on the CPU sees]
 #
@@ -36,12 +33,6 @@ from torch.autograd.profiler import profile
 #    was seen, and a birth at the address of a live block ends that one: somebody freed it unseen.
 # 4. The profiler hands out events when it stops, so it is stopped and started again whenever somebody asks.
 #    That is how counters nest: all that are on share one profiler.
-# 5. Some builds of the profiler's library write lines to stderr at each start and stop. Its level of
-#    logging is read once, when it is first used, and is the user's where the user has set it.
-
-_LOG_LEVEL = "KINETO_LOG_LEVEL"
-_SILENT = "99"
-_MARK = "snn_reversible_plugin: "
 
 
 @dataclass(frozen=True)
@@ -52,26 +43,6 @@ class StepCost:
     held: int
     peak: int
     seconds: float
-
-
-class Allocation(NamedTuple):
-    """One event of an allocator: ``size`` bytes at ``address``, negative where they were given back.
-
-    ``operator`` is the outermost operator that it happened in, and ``operator_ends`` when that was over; in
-    nanoseconds, as ``time`` is. A :func:`mark` is an event of no bytes with its text for an operator.
-    """
-
-    time: int
-    address: int
-    size: int
-    operator: str
-    operator_ends: int
-
-
-def mark(text: str) -> None:
-    """Put a mark among the allocator's events, for counters that look for it."""
-    with _RecordFunctionFast(_MARK + text):
-        pass
 
 
 class AllocationCounter:
@@ -179,53 +150,18 @@ class _Events(threading.local):
                 "memory can't be counted while a profiler is on: the count is the profiler's. "
                 "Leave torch.profiler.profile first."
             )
-        with _quiet_start():
-            self._profile = profile(profile_memory=True).__enter__()
+        self._profile = start()
 
     def _stop(self) -> None:
         running, self._profile = self._profile, None
         if running is None:
             return
-        running.__exit__(None, None, None)
-        for event in _allocations(running.kineto_results.experimental_event_tree()):
+        for event in stop(running):
             for counter in self._counters:
                 counter.count(event)
 
 
 _events = _Events()
-
-
-@contextmanager
-def _quiet_start() -> Iterator[None]:
-    """See note 5."""
-    if _LOG_LEVEL in os.environ:
-        yield
-        return
-    os.environ[_LOG_LEVEL] = _SILENT
-    try:
-        yield
-    finally:
-        del os.environ[_LOG_LEVEL]
-
-
-def _allocations(roots: list[Any]) -> list[Allocation]:
-    """What the CPU's allocator gave and got back, and marks, in the order of time."""
-    found = []
-    waiting = [(root, "", 0) for root in reversed(roots)]
-    while waiting:
-        event, operator, ends = waiting.pop()
-        if event.tag == _EventType.Allocation and event.extra_fields.device.type == "cpu":
-            fields = event.extra_fields
-            found.append(Allocation(event.start_time_ns, fields.ptr, fields.alloc_size, operator, ends))
-        elif event.tag == _EventType.TorchOp and event.name.startswith(_MARK):
-            found.append(Allocation(event.start_time_ns, 0, 0, event.name.removeprefix(_MARK), 0))
-        elif not operator and event.tag == _EventType.TorchOp and event.name.startswith("aten::"):
-            operator, ends = event.name.removeprefix("aten::"), event.end_time_ns
-        waiting += [(child, operator, ends) for child in reversed(event.children)]
-    found.sort(
-        key=attrgetter("time")
-    )  # threads by time; what happened at once on one thread stays in order
-    return found
 
 
 class CudaStatistics:

@@ -22,8 +22,9 @@ import torch
 from torch import nn
 
 from snn_reversible_plugin.modules.tracking import tracked
+from snn_reversible_plugin.ops.allocations import Allocation, mark
 from snn_reversible_plugin.ops.layouts import is_plain
-from snn_reversible_plugin.reports.measure import Allocation, AllocationCounter, mark
+from snn_reversible_plugin.reports.measure import AllocationCounter
 from snn_reversible_plugin.reports.trial import tensors_in
 from snn_reversible_plugin.training.step_in_backward import SteppedGradient
 

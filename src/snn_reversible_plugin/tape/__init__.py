@@ -151,10 +151,15 @@ class recording(Restoring):
         planned = self.plans is not None and torch._C._current_graph_task_id() == -1
         self._following = self.plans.begin() if planned and self.plans is not None else None
         tape = Tape(self.mode, self.check, self.observer, self._following)
-        on_thread = OnThread(tape, (tape.pack, unpack_in_slices if self.mode == "minimal" else unpack))
+        following = self._following
+        measured = None if following is None else following.measure()
+        look = unpack_in_slices if self.mode == "minimal" else unpack
+        on_thread = OnThread(tape, (tape.pack, look if measured is None else measured.unpacking(look)))
 
         def put_back(how: Left) -> None:
             _local.tape = None
+            if following is not None:
+                following.computed_all()
             on_thread.take_off(how is Left.BY_EXCEPTION)
 
         self.taking(put_back)

@@ -19,6 +19,7 @@ from snn_reversible_plugin.tape.sizes import Layer
 # 1. The peak without anything kept is at least the largest of (least + held + gradients that stand) over
 #    the layers; in a layer it is at most (most + held + gradients that stand). The difference is the
 #    layer's room. Bounds from both sides, so that estimates don't raise the peak, whatever kernels take.
+#    Within a budget, where a first step was measured, a layer's room is what that step left of the budget.
 # 2. What is kept of a layer takes room in all later ones. In its own it would be rebuilt, so that it takes
 #    room only until then (`rest`). But one who would overwrite what is rebuilt (a neuron, where no batch
 #    norm is between) copies.
@@ -32,6 +33,12 @@ from snn_reversible_plugin.tape.sizes import Layer
 # the second don't fit into the third's 2. The third's 2 fit into 7, and the fourth's 1 has nobody after it.
 
 
+_HELP = (
+    "A smaller batch, fewer time steps or a smaller input lower all but parameters and their gradients; "
+    "step_in_backward frees each gradient at once; largest_batch says what fits."
+)
+
+
 def choose(layers: Sequence[Layer], limit: int | None = None) -> list[bool]:
     """Of which layers the product's result is kept.
 
@@ -39,27 +46,47 @@ def choose(layers: Sequence[Layer], limit: int | None = None) -> list[bool]:
         layers: in the order of the forward.
         limit: bytes that may be alive; the peak of the largest layer by default.
     """
-    rooms = [_room(layers, limit, all_of_them) for all_of_them in (False, True)]
-    room = [min(ways) for ways in zip(*rooms, strict=True)]
+    room, own = _rooms(layers, limit)
     after = _room_after(room)
     kept = [False] * len(layers)
     candidates = [at for at, layer in enumerate(layers) if layer.needed and layer.result]
     for at in sorted(candidates, key=lambda at: (-layers[at].work / layers[at].result, -at)):
-        layer = layers[at]
-        here = room[at] + layer.most - layer.rest if layer.shared else room[at] - layer.result
-        if here >= 0 and layer.result <= after[at]:
+        result = layers[at].result
+        if own[at] >= 0 and result <= after[at]:
             kept[at] = True
-            room[at + 1 :] = [one - layer.result for one in room[at + 1 :]]
+            room[at + 1 :] = [one - result for one in room[at + 1 :]]
+            own[at + 1 :] = [one - result for one in own[at + 1 :]]
             after = _room_after(room)
     return kept
+
+
+def foreseen(layers: Sequence[Layer], kept: Sequence[bool]) -> int | None:
+    """Bytes at the peak of a step that keeps these, beyond what lives anyway; None: not measured."""
+    peak = before = 0
+    for layer, keeps in zip(layers, kept, strict=True):
+        if layer.forward is None or layer.backward is None:
+            return None
+        own = layer.result * keeps
+        peak = max(peak, before + own + layer.forward, before + own * (not layer.shared) + layer.backward)
+        before += own
+    return peak
 
 
 def within(budget: int, lives: int, layers: Sequence[Layer]) -> int:
     """Bytes that the step may have alive within a budget, of which some are what lives anyway.
 
     Raises:
-        RuntimeError: it takes more, whatever is kept.
+        RuntimeError: it takes more, whatever is kept: what was measured, or else the least that it may be.
     """
+    measured = foreseen(layers, [False] * len(layers))
+    if measured is not None:
+        if lives + measured > budget:
+            raise RuntimeError(
+                f"budget={budget:,} bytes: a training step of this shape takes {lives + measured:,}, with "
+                f"nothing kept, as measured in its first step; {lives:,} of them live anyway (parameters, "
+                f"inputs). {_HELP}"
+            )
+        return budget - lives
     standing = _gradients(layers, all_of_them=False)
     taken = [layer.least + layer.held + one for layer, one in zip(layers, standing, strict=True)]
     at_least = layers[taken.index(max(taken))]
@@ -69,21 +96,37 @@ def within(budget: int, lives: int, layers: Sequence[Layer]) -> int:
         raise RuntimeError(
             f"budget={budget:,} bytes: a training step of this shape takes at least {lives + least:,}, "
             f"whatever is kept: {lives:,} live anyway (parameters, inputs), {learned:,} are gradients of "
-            f"parameters, {at_least.held:,} is held, {at_least.least:,} is the largest layer's. A smaller "
-            "batch, fewer time steps or a smaller input lower the last two; step_in_backward frees each "
-            "gradient at once; largest_batch says what fits."
+            f"parameters, {at_least.held:,} is held, {at_least.least:,} is the largest layer's. {_HELP}"
         )
     return budget - lives
 
 
-def _room(layers: Sequence[Layer], limit: int | None, all_of_them: bool) -> list[float]:
-    standing = _gradients(layers, all_of_them)
-    if limit is None:
-        limit = max(layer.least + layer.held + one for layer, one in zip(layers, standing, strict=True))
-    return [
-        float("-inf") if layer.unknown else limit - layer.most - layer.held - one
-        for layer, one in zip(layers, standing, strict=True)
-    ]
+def _rooms(layers: Sequence[Layer], limit: int | None) -> tuple[list[float], list[float]]:
+    """The room in each layer, and what is left of it where its own result is kept."""
+    rooms, owns = [], []
+    made = _gradients(layers, all_of_them=False)
+    for all_of_them in (False, True):
+        standing = _gradients(layers, all_of_them)
+        most = limit
+        if most is None:
+            most = max(layer.least + layer.held + one for layer, one in zip(layers, standing, strict=True))
+        each = [_room(*one, most) for one in zip(layers, standing, made, strict=True)]
+        rooms.append([room for room, _ in each])
+        owns.append([own for _, own in each])
+    return [min(ways) for ways in zip(*rooms, strict=True)], [min(ways) for ways in zip(*owns, strict=True)]
+
+
+def _room(layer: Layer, standing: int, made: int, limit: int) -> tuple[float, float]:
+    """``made``: bytes of parameters' gradients that stood where it was measured."""
+    if layer.forward is not None and layer.backward is not None:
+        limit -= standing - made
+        room = limit - max(layer.forward, layer.backward)
+        kept_anyway = layer.forward if layer.shared else max(layer.forward, layer.backward)
+        return room, min(room, limit - kept_anyway - layer.result)
+    if layer.unknown:
+        return float("-inf"), float("-inf")
+    room = limit - layer.most - layer.held - standing
+    return room, room + layer.most - layer.rest if layer.shared else room - layer.result
 
 
 def _room_after(room: Sequence[float]) -> list[float]:

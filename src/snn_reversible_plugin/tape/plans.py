@@ -1,8 +1,8 @@
 """What a model keeps of its products, from one forward to the next.
 
-The one idea: the first forward of a shape runs as in mode "memory" while its sizes are noted, and later
-ones follow the plan that is made of these. A plan lists the products in their order, by operator and
-shapes. Source: this package's own.
+The one idea: the first forward of a shape runs as in mode "memory" while its sizes are noted, within a
+budget also what it and its backward take, and later ones follow the plan that is made of these. A plan
+lists the products in their order, by operator and shapes. Source: this package's own.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from snn_reversible_plugin.tape.choice import choose, within
+from snn_reversible_plugin.tape.choice import choose, foreseen, within
+from snn_reversible_plugin.tape.measured import Measured
 from snn_reversible_plugin.tape.operators import Operator
 from snn_reversible_plugin.tape.origins import look_up
 from snn_reversible_plugin.tape.outsiders import alias
 from snn_reversible_plugin.tape.recipes import tensors_among
 from snn_reversible_plugin.tape.replayed import Replayed
-from snn_reversible_plugin.tape.sizes import Sizes
+from snn_reversible_plugin.tape.sizes import Layer, Sizes
 
 # NOTE [When a plan holds]
 #
@@ -37,16 +38,35 @@ from snn_reversible_plugin.tape.sizes import Sizes
 #    version counter. It is not kept: the backward computes it again.
 # 6. Where no plan of the model keeps anything, nobody looks at the operations of a forward that has one.
 # 7. Plans are of a place and a process: copies and pickles of a model start without.
+# 8. Within a budget a plan waits for the first backward, and is made when the next forward of that shape
+#    begins. Where nothing could be measured (somebody's profiler was on, the allocator doesn't say, TRIES
+#    forwards had no backward), bounds decide, as without a budget.
 
 Product = tuple[Any, ...]
+TRIES = 3
 MANY = 64  # products whose backward says that all is over: the first ones come last
 
 
 class Plan(NamedTuple):
-    """The products of a forward, and which of them are kept."""
+    """The products of a forward, and which of them are kept.
+
+    ``peak``: bytes that a step with it takes, what lives anyway included, where one was measured; ``least``
+    with nothing kept.
+    """
 
     products: tuple[Product, ...]
     kept: tuple[bool, ...]
+    peak: int | None = None
+    least: int | None = None
+
+
+class Pending(NamedTuple):
+    """What is known of a forward whose plan waits for its backward."""
+
+    products: tuple[Product, ...]
+    layers: list[Layer]
+    lives: int
+    measured: Measured | None
 
 
 class Plans:
@@ -60,6 +80,9 @@ class Plans:
         self.budget = budget
         self.overlapping = False
         self.by_first: dict[Product, Plan | None] = {}  # None: goes several ways
+        self.pending: dict[Product, Pending] = {}
+        self.measuring = budget is not None  # a forward may be of a shape that is not measured yet
+        self.tries = TRIES
         self._awaited: dict[int, list[weakref.ref[Replayed]]] = {}  # of each thread's last forward
 
     def __reduce__(self) -> Any:
@@ -100,6 +123,20 @@ class Following:
         # A GPU's allocator knows at once, and of what no forward meets, an optimizer's state above all.
         self._before = torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0
         self.sizes: Sizes | None = None if plans.overlapping else Sizes()
+        self._measured: Measured | None = None
+        self._can_be_measured = plans.budget is not None
+
+    def measure(self) -> Measured | None:
+        """The forward that begins is measured, where it may be of a shape that was not."""
+        if self._plans.measuring and not self._plans.overlapping:
+            self._measured = Measured.begin()
+            self._can_be_measured = self._measured is not None
+        return self._measured
+
+    def computed_all(self) -> None:
+        """Nothing more is computed in the forward."""
+        if self._measured is not None:
+            self._measured.forward_over()
 
     def computed(self, operator: Operator, args: tuple[Any, ...], out: Any) -> Following | None:
         """An operation ran, and is written down; None: of no other one it has to know."""
@@ -111,6 +148,8 @@ class Following:
                 self._standing.append((weakref.ref(recipe), weakref.ref(out)))
             if recipe is not None and len(self._awaited) < MANY:
                 self._awaited.append(weakref.ref(recipe))
+            if self._measured is not None and self.sizes is not None:
+                self._measured.product(_device_of(out))
         if self.sizes is not None:
             self.sizes.computed(operator, args, out)
         return None if self._idle else self
@@ -131,10 +170,38 @@ class Following:
 
     def _begin(self, first: Product) -> None:
         plans = self._plans.by_first
+        if (pending := self._plans.pending.get(first)) is not None:
+            self._settle(pending)
+            del self._plans.pending[first]
+            self._plans.measuring = bool(self._plans.pending) or first not in plans
         self._plan, self._strayed = plans.get(first), plans.get(first, self) is None
         if first in plans:
             self.sizes = None
+            self.computed_all()
             self._idle = not any(plan and any(plan.kept) for plan in plans.values())
+
+    def _settle(self, pending: Pending) -> None:
+        """The plan of a shape whose first step is over; none yet where its backward never came."""
+        plans, measured = self._plans, pending.measured
+        assert measured is not None
+        if measured.is_whole:
+            for layer, one in zip(pending.layers, measured.layers() or (), strict=False):
+                layer.forward, layer.backward = one
+        elif not measured.is_blind and plans.tries > 1:
+            plans.tries -= 1
+            return
+        plans.tries = TRIES
+        self._make(pending)
+
+    def _make(self, of: Pending) -> None:
+        limit = None if self._plans.budget is None else within(self._plans.budget, of.lives, of.layers)
+        kept = choose(of.layers, limit)
+        peak, least = (
+            None if beyond is None else of.lives + beyond
+            for beyond in (foreseen(of.layers, one) for one in (kept, [False] * len(kept)))
+        )
+        kept = kept[1 : len(of.products) + 1]
+        self._plans.by_first[of.products[0]] = Plan(of.products, tuple(kept), peak, least)
 
     def _lives(self) -> int:
         """Bytes that live beside what the step takes; gradients that stand already are the step's."""
@@ -158,13 +225,26 @@ class Following:
             return
         if self._plan is None:
             assert self.sizes is not None
-            layers, limit = self.sizes.read(), None
+            found = Pending(tuple(self._products), self.sizes.read(), self._lives(), self._measured)
             if self._plans.budget is not None:
-                limit = within(self._plans.budget, self._lives(), layers)
-            kept = choose(layers, limit)[1 : len(self._products) + 1]
-            self._plans.by_first[self._products[0]] = Plan(tuple(self._products), tuple(kept))
+                within(self._plans.budget, found.lives, found.layers)
+            if self._measured is not None:
+                self._measured.is_awaited = True
+                self._measured.gradients = (
+                    sum(layer.learned for layer in found.layers),
+                    self.sizes.gradients,
+                )
+                self._plans.pending[self._products[0]] = found
+            elif self._can_be_measured:
+                self._plans.measuring = True  # from its next forward on
+            else:
+                self._make(found)
         elif len(self._products) < len(self._plan.products):
             self._stray()
+
+
+def _device_of(out: Any) -> str:
+    return str(tensors_among((out,))[0].device.type)
 
 
 def _product(operator: Operator, args: tuple[Any, ...], out: Any) -> Product:

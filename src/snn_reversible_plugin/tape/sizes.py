@@ -60,7 +60,7 @@ class Layer:
     ``rest`` at most before anything of it is rebuilt, with the result standing.
     ``learned`` are the gradients of the parameters that it uses last. ``needed``: whether the backward
     rebuilds the result; ``shared``: and nobody there overwrites it. ``unknown``: its backward may have any
-    amount alive.
+    amount alive. ``forward``, ``backward``: what these had alive in all, where that was measured.
     """
 
     result: int = 0
@@ -73,6 +73,8 @@ class Layer:
     needed: bool = False
     shared: bool = False
     unknown: bool = False
+    forward: int | None = None
+    backward: int | None = None
 
 
 @dataclass(slots=True)

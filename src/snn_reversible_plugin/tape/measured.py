@@ -1,0 +1,225 @@
+"""What a forward and its backward have alive, layer by layer, as the allocator counts it.
+
+The one idea: bounds on what a backward takes can be made from sizes, its workspaces and the moments at
+which things are freed can't. The first step of a shape keeps nothing, so what it takes is measured while it
+runs: nothing runs twice, and what is known afterwards is what every later step of that shape takes.
+
+Source: this package's own.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from snn_reversible_plugin.ops.allocations import given_out, mark, start, stop
+
+# NOTE [How a step is measured]
+#
+# 1. A profiler that was on while the user's code runs would be in the way of the user's own, so it is on in
+#    two places: from the start of a forward to its end, and in a node of the backward, from the hook
+#    in front of it to the one behind. What a node that raises leaves on goes with the engine's state of
+#    the thread. Where somebody else's profiler is on, nothing is measured.
+# 2. Nodes are found when the backward first unpacks something: the node that asks, and all that it leads
+#    to. A hook knows its node's number and doesn't hold it: what a node holds has to go when it has run.
+# 3. Between two nodes only what the allocator has given out in all is known. On a CPU that is the C heap,
+#    with all that is no tensor: what is compiled and loaded in a first step, nodes and handles. How much
+#    of it a forward or a node leaves is known where both counts are, and taken off. What remains of that
+#    at the end, where gradients are the only tensors that are new, has been let go between nodes: as much
+#    after each. Where a graph has so many nodes for so few bytes (a loop of many steps and small layers)
+#    that this is too vague, nobody knows.
+# 4. A node is a layer's by its number: nodes are numbered as the forward makes them.
+# 5. Of the nodes after the first MANY, those of a kind and size that was seen are taken to need what
+#    that one did: a loop's are as many as its steps.
+#
+# For example, two layers, numbers 0 to 2 and 3 to 5: the second's begin at 3. A node with number 4 that
+# finds 10 MiB more given out than before the forward, and in which 6 are taken and 2 given back before
+# another 1, has 16 alive at its peak, and that is the second layer's, if no other node of it has more.
+
+MANY = 256
+DOUBT = 0.05  # of the peak
+OF_A_NODE = 512  # bytes on the heap that may come or go unseen with each node: loops of 7,840 showed 300
+_PRODUCT = "product"
+
+_graph_task = torch._C._current_graph_task_id
+
+
+class _Window(NamedTuple):
+    """A node that runs, what was alive when it began, its kind, and the profiler."""
+
+    number: int
+    alive: int
+    kind: tuple[Any, ...]
+    running: Any
+
+
+class Measured:
+    """One forward, and its backward. Made by :meth:`begin`.
+
+    Attributes:
+        gradients: bytes of parameters' gradients, of all and of those that stood before the forward.
+        is_awaited: whether somebody wants to know what the backward takes.
+    """
+
+    def __init__(self, before: dict[str, int], running: Any) -> None:
+        self._before, self._running = before, running
+        self._device = "cpu"
+        self.gradients = 0, 0
+        self.is_awaited = False
+        self._forward = [0]  # the most that was alive, by layer
+        self._backward: list[tuple[int, int, int]] = []  # layer, what was alive, nodes that had run
+        self._after = 0  # what is alive when all is over
+        self._begins: list[int] = []  # the number of the first node of each layer after layer 0
+        self._task: int | None = None  # the backward that runs
+        self._done = False
+        self._numbers: set[int] = set()
+        self._waiting: set[int] = set()  # nodes that have not run
+        self._others = 0  # bytes of the C heap that are no tensor
+        self._window: _Window | None = None
+        self._tops: dict[tuple[Any, ...], int] = {}
+        self._windows = 0
+        self.is_blind = False  # somebody's profiler was on, or the allocator says nothing
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a backward through all that the forward made has come to its end."""
+        return self._done and not self._waiting and not self.is_blind
+
+    @classmethod
+    def begin(cls) -> Measured | None:
+        """A forward begins on this thread; None where nothing can be measured."""
+        before = {one: bytes_ for one in ("cpu", "cuda") if (bytes_ := given_out(one)) is not None}
+        return None if torch.autograd._profiler_enabled() else cls(before, start())
+
+    def layers(self) -> list[tuple[int, int]] | None:
+        """What was alive in each layer's forward and backward, beyond what was before the step, gradients
+        apart: those of the layers of :class:`.sizes.Sizes`, in their order. None: nobody knows."""
+        made, standing = self.gradients
+        on_heap = self._device == "cpu"
+        let_go = max(0, made - standing - self._after) if on_heap else 0
+        backward = [0] * len(self._forward)
+        for layer, alive, ran in self._backward:
+            backward[layer] = max(backward[layer], alive + let_go * ran // max(1, len(self._numbers)))
+        # What follows the last product and what stands for the loss are measured as one.
+        pairs = [*zip(self._forward, backward, strict=True)]
+        doubt = OF_A_NODE * len(self._numbers) if on_heap else 0
+        known = not self.is_blind and doubt <= DOUBT * max(map(max, pairs))
+        return [(one + standing, other + standing) for one, other in (*pairs, pairs[-1])] if known else None
+
+    def product(self, device: str) -> None:
+        """A product of the forward has been computed, on a device."""
+        if not self._begins:
+            self._device, self.is_blind = device, device not in self._before
+        self._begins.append(torch.autograd._get_sequence_nr())
+        self._forward.append(0)
+        mark(_PRODUCT)
+
+    def forward_over(self) -> None:
+        """The forward is over, or is not to be measured after all."""
+        running, self._running = self._running, None
+        if running is None:
+            return
+        if not torch.autograd._profiler_enabled():  # somebody has ended it, or this is another thread
+            self.is_blind = True
+            return
+        now, top, layer = 0, 0, 0
+        for event in stop(running, self._device):
+            now += event.size
+            top = max(top, now)
+            if not event.size and event.operator == _PRODUCT:  # with what its kernel took
+                layer += 1
+                self._forward[layer] = top
+                top = now
+        self._forward[layer] = max(self._forward[layer], top)
+        del running
+        self._others = self._now() - now if self._device == "cpu" else 0
+
+    def unpacking(self, unpack: Callable[[Any], torch.Tensor]) -> Callable[[Any], torch.Tensor]:
+        """An unpack hook that looks who asks, and so finds the nodes."""
+
+        def look_and_unpack(handle: Any) -> torch.Tensor:
+            self._asked()
+            return unpack(handle)
+
+        return look_and_unpack
+
+    def _asked(self) -> None:
+        task = _graph_task()
+        if not self.is_awaited or task == -1 or self._task not in (None, task):
+            return  # a backward in a node of another one is that node's
+        if self._task is None:
+            self._task = task
+            engine = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
+            engine.queue_callback(self._backward_over)
+        node = torch._C._current_autograd_node()
+        if node is not None and node._sequence_nr() not in self._numbers:
+            number = node._sequence_nr()
+            before = self._now()
+            self._watch(node)
+            if self._device == "cpu":
+                self._others += self._now() - before
+            self._enters(number, (node.name(),), ())
+
+    def _watch(self, node: Any) -> None:
+        """Put hooks on a node and all that it leads to."""
+        waiting = [node]
+        while waiting:
+            node = waiting.pop()
+            number, name = node._sequence_nr(), node.name()
+            if number in self._numbers or name == "torch::autograd::AccumulateGrad":
+                continue
+            self._numbers.add(number)
+            self._waiting.add(number)
+            node.register_prehook(partial(self._enters, number, (name,)))
+            node.register_hook(partial(self._leaves, number))
+            waiting += [following for following, _ in node.next_functions if following is not None]
+
+    def _enters(self, number: int, kind: tuple[Any, ...], gradients: Any) -> None:
+        if _graph_task() != self._task:
+            return
+        self._waiting.discard(number)
+        kind += tuple([one.shape for one in gradients if isinstance(one, torch.Tensor)])
+        alive = self._now() - self._others
+        if torch.autograd._profiler_enabled():
+            self.is_blind = True
+        elif self._windows < MANY or kind not in self._tops:
+            self._windows += 1
+            self._window = _Window(number, alive, kind, start())
+        else:
+            self._note(number, alive + self._tops[kind])
+
+    def _leaves(self, number: int, *_: Any) -> None:
+        window = self._window
+        if window is None or window.number != number or _graph_task() != self._task:
+            return
+        if not torch.autograd._profiler_enabled():
+            self._window, self.is_blind = None, True
+            return
+        _, alive, kind, running = window
+        net = top = 0
+        for event in stop(running, self._device):
+            net += event.size
+            top = max(top, net)
+        del window, running  # a profiler takes memory itself
+        self._window = None
+        self._tops[kind] = max(top, self._tops.get(kind, 0))
+        self._note(number, alive + top)
+        if self._device == "cpu":
+            self._others = self._now() - alive - net
+
+    def _backward_over(self) -> None:
+        self._done, self._task = True, None
+        self._after = self._now() - self._others
+
+    def _layer(self, number: int) -> int:
+        return bisect_right(self._begins, number + 1)
+
+    def _note(self, number: int, alive: int) -> None:
+        self._backward.append((self._layer(number), alive, len(self._numbers) - len(self._waiting)))
+
+    def _now(self) -> int:
+        return (given_out(self._device) or 0) - self._before.get(self._device, 0)
