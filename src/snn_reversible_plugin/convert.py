@@ -41,6 +41,7 @@ from snn_reversible_plugin.modules.swap import (
 from snn_reversible_plugin.modules.tracking import tracked
 from snn_reversible_plugin.neurons.on_grid import switches
 from snn_reversible_plugin.neurons.own.call import own_neurons
+from snn_reversible_plugin.neurons.own.left import let_go
 from snn_reversible_plugin.tape import hand_over, suspended
 from snn_reversible_plugin.tape.final_membrane import compute_all
 from snn_reversible_plugin.tape.settings import Settings, settings_for
@@ -62,7 +63,9 @@ class Recorded(SwappedClass):
             if torch.compiler.is_compiling() or switches.by_autograd():
                 return stock_forward(self, *args, **kwargs)
             with settings_of(self).recording():
-                return stock_forward(self, *args, **kwargs)
+                result = stock_forward(self, *args, **kwargs)
+            let_go(self, result)
+            return result
 
         cls.forward = forward  # type: ignore[attr-defined]
 
@@ -75,7 +78,8 @@ class Recorded(SwappedClass):
             result = super().__call__(*args, **kwargs)  # type: ignore[misc]
             if _buffers_are_broadcast():
                 hand_over(stored_buffers(self))  # type: ignore[arg-type]
-            return result
+        let_go(self, result)  # type: ignore[arg-type]
+        return result
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         compute_all()  # final membranes are of the weights before
