@@ -23,9 +23,9 @@ from snn_reversible_plugin import tape
 from snn_reversible_plugin.modules.kinds import framework_of
 from snn_reversible_plugin.modules.swap import SwappedClass, parts_of, swap, swapped_class
 from snn_reversible_plugin.ops.layouts import is_dense, is_plain
-from snn_reversible_plugin.tape.final_membrane import FinalMembrane, promise_among
-from snn_reversible_plugin.tape.handles import Handle
-from snn_reversible_plugin.tape.origins import look_up
+from snn_reversible_plugin.tape.final_membrane import FinalMembrane, behind, promise_among
+from snn_reversible_plugin.tape.handles import Handle, Kept
+from snn_reversible_plugin.tape.origins import enter, look_up
 from snn_reversible_plugin.tape.replayed import PLAIN
 
 # NOTE [What is let go of]
@@ -37,7 +37,9 @@ from snn_reversible_plugin.tape.replayed import PLAIN
 #    no backward comes, an optimizer's step finds it among the promises.
 # 4. Of a module that somebody reads nothing more is let go: it takes its steps in several calls, or a
 #    script looks at it.
-# 5. A name that is set anew is in the table again, and its promise counts for nothing.
+# 5. What stays, and comes from a state that was cut from its history, is as good a start as that one, and
+#    lives anyway: its recipe would hold the state before, and a product, beyond the backward of its step.
+# 6. A name that is set anew is in the table again, and its promise counts for nothing.
 
 LEAST = 1024  # elements
 _read: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
@@ -57,14 +59,10 @@ class LeftState(FinalMembrane):
         """Let the memory go, where what it is computed from is smaller; whether it is."""
         tensor = self._tensor
         seen: set[int] = set()
-        size, waiting, met = 0, list(self.held), set(self.held)
-        while waiting:
-            handle = waiting.pop()
+        size = 0
+        for handle in behind(self.held):
             if handle.treatment == "reversed" or (size := size + handle.stored(seen)) >= tensor.nbytes:
                 return False
-            more = [other for other in handle.relies_on() if other not in met]
-            met.update(more)
-            waiting += more
         tensor.untyped_storage().resize_(0)
         return True
 
@@ -251,17 +249,19 @@ def _promised(module: nn.Module, table: dict[str, Any]) -> list[tuple[str, LeftS
     found = []
     known = _read.get(module, ())
     for name in [name for name, value in dict.items(table) if isinstance(value, Tensor)]:
-        if name in known:
-            continue
         tensor = dict.__getitem__(table, name)
         if sys.getrefcount(tensor) > 3 or not _is_alone(tensor):  # the table, this name, the argument
             continue
         handle = look_up(tensor)
         if handle.__class__ not in PLAIN:
             continue
-        promise = LeftState(tensor, handle, _Reader(module, name))
-        if promise.let_go():
-            found.append((name, promise))
+        if name not in known:
+            promise = LeftState(tensor, handle, _Reader(module, name))
+            if promise.let_go():
+                found.append((name, promise))
+                continue
+        if any(isinstance(one, Kept) and one.ended for one in behind((handle,))):
+            enter(tensor, None)
     return found
 
 
