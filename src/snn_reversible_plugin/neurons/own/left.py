@@ -1,9 +1,9 @@
 """States that a user's modules leave behind (``self.mem``), let go of when a call of the model is over.
 
-The one idea: what a module's attribute holds lives anyway, and of a network of a user's own it is most of
-what a training step holds beside its bits. Where nobody else has the tensor and the tape can compute it from
-less, its memory goes and the tensor itself, with its place in the graph, stays with a promise. Whoever reads
-the attribute finds it, filled.
+The one idea: what a module's attribute holds lives anyway, and of a network of a user's own it is most
+of what a training step holds beside its bits. Where nobody else has the tensor and the tape can compute it
+from less, its memory goes and the tensor itself, with its place in the graph, stays with a promise.
+Whoever reads the attribute finds it, filled.
 
 Source: this package's own; what is done for a known neuron's table of states, for attributes.
 """
@@ -46,7 +46,7 @@ _read: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionar
 
 
 class LeftState(FinalMembrane):
-    """The promise of a tensor that a module left: the tensor itself, without its memory until it is read."""
+    """The promise of a tensor that a module left: the tensor itself, without its memory till it is read."""
 
     __slots__ = ("_found_out", "_tensor")
 
