@@ -63,9 +63,7 @@ class Recorded(SwappedClass):
             if torch.compiler.is_compiling() or switches.by_autograd():
                 return stock_forward(self, *args, **kwargs)
             with settings_of(self).recording():
-                result = stock_forward(self, *args, **kwargs)
-            let_go(self, result)
-            return result
+                return stock_forward(self, *args, **kwargs)
 
         cls.forward = forward  # type: ignore[attr-defined]
 
@@ -78,8 +76,7 @@ class Recorded(SwappedClass):
             result = super().__call__(*args, **kwargs)  # type: ignore[misc]
             if _buffers_are_broadcast():
                 hand_over(stored_buffers(self))  # type: ignore[arg-type]
-        let_go(self, result)  # type: ignore[arg-type]
-        return result
+        return let_go(self, result)  # type: ignore[arg-type]
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         compute_all()  # final membranes are of the weights before
@@ -87,9 +84,8 @@ class Recorded(SwappedClass):
 
 
 def _buffers_are_broadcast() -> bool:
-    """Whether the caller is a DistributedDataParallel that overwrites the buffers before its next call.
-
-    It does so past their version counters, and membranes may be among them.
+    """Whether the caller is a DistributedDataParallel that overwrites the buffers before its next call:
+    past their version counters, and membranes may be among them.
     """
     wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
     return wrapper is not None and bool(wrapper.will_sync_module_buffers())

@@ -31,8 +31,8 @@ from snn_reversible_plugin.tape.operators import aten
 #    *owned* by the one who asked: a neuron's backward may overwrite it. See `owns`.
 # 6. Counts are an optimization and never decide correctness. A graph that is walked twice (retain_graph)
 #    begins again with all its uses; what a walk over a part of the graph left cached goes when it ends. In
-#    a walk that frees the graph, a use that is served is over for good: an online rule goes backward at each
-#    time step, and a trace that two steps have used would else wait for the one that is gone.
+#    a walk that frees the graph, a use that is served is over for good: an online rule goes backward at
+#    each time step, and a trace that two steps have used would else wait for the one that is gone.
 # 7. What the forward left standing, because there is room for it (`standing`), is cached when the first
 #    backward comes, if nobody has written to it since.
 #

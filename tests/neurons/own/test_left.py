@@ -1,4 +1,4 @@
-"""States that a user's modules leave as attributes: let go of where nobody reads them, and there if one does."""
+"""States that a user's modules leave as attributes: let go of where nobody reads them."""
 
 import copy
 import gc

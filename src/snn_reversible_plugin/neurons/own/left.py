@@ -199,15 +199,15 @@ def put_back(module: nn.Module) -> None:
         module.__dict__ = table.copy()
 
 
-def let_go(model: nn.Module, result: Any) -> None:
-    """A call of a model is over, and gave ``result``: let go of what its modules have left."""
-    if not torch.is_grad_enabled() or tape.current() is not None or not tape.runs_eagerly():
-        return
-    if torch._C._current_graph_task_id() != -1:
-        return
+def let_go(model: nn.Module, result: Any) -> Any:
+    """A call of a model is over, and gave ``result``, which is returned: let go of what its modules left."""
+    inside = tape.current() is not None or torch._C._current_graph_task_id() != -1
+    if inside or not tape.may_record():
+        return result
     left = [promise for module in model.modules() for promise in _of(module)]
     if left:
         _settle_after_backward(result, left)
+    return result
 
 
 def _of(module: nn.Module) -> list[LeftState]:
