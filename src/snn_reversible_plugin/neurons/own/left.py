@@ -200,7 +200,7 @@ def put_back(module: nn.Module) -> None:
 
 
 def let_go(model: nn.Module, result: Any) -> Any:
-    """A call of a model is over, and gave ``result``, which is returned: let go of what its modules left."""
+    """A call of a model is over: let go of what its modules left. Returns ``result``, what it gave."""
     inside = tape.current() is not None or torch._C._current_graph_task_id() != -1
     if inside or not tape.may_record():
         return result
