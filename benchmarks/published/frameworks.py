@@ -237,7 +237,7 @@ def sinabs(_sj, width):
 
 
 FAMILIES = (
-    Family("BrainCog", braincog, None, (4, (3, 4, 2, 8, 8)), (64, (8, 4, 2, 32, 32))),
-    Family("norse", norse, None, (4, (5, 3, 2, 8, 8)), (64, (6, 8, 2, 32, 32))),
-    Family("sinabs", sinabs, None, (4, (3, 6, 2, 8, 8)), (64, (8, 6, 2, 32, 32))),
+    Family("BrainCog", braincog, None, (4, (3, 4, 2, 8, 8)), (64, (10, 4, 2, 32, 32))),
+    Family("norse", norse, None, (4, (5, 3, 2, 8, 8)), (64, (6, 16, 2, 32, 32))),
+    Family("sinabs", sinabs, None, (4, (3, 6, 2, 8, 8)), (64, (14, 6, 2, 32, 32))),
 )

@@ -378,9 +378,9 @@ def adaptive_recurrent(_sj, width):
 
 
 FAMILIES = (
-    Family("SNN-delays", snn_delays, "0.0.0.0.14", (6, (9, 3, 6)), (256, (100, 64, 6)), snn_delays_loss),
-    Family("SpikeGPT", spike_gpt, "0.0.0.0.12", (6, (2, 7)), (128, (8, 128)), spike_gpt_loss, classes=16),
-    Family("Spiking-FullSubNet", full_subnet, None, (6, (2, 8, 7)), (128, (8, 8, 60)), scripted=True),
-    Family("Speech transformer", speech_transformer, "0.0.0.0.14", (6, (2, 6, 9)), (128, (8, 6, 100))),
-    Family("Adaptive recurrent", adaptive_recurrent, None, (6, (8, 3, 6)), (256, (100, 128, 6))),
+    Family("SNN-delays", snn_delays, "0.0.0.0.14", (6, (9, 3, 6)), (256, (100, 80, 6)), snn_delays_loss),
+    Family("SpikeGPT", spike_gpt, "0.0.0.0.12", (6, (2, 7)), (128, (20, 128)), spike_gpt_loss, classes=16),
+    Family("Spiking-FullSubNet", full_subnet, None, (6, (2, 8, 7)), (128, (20, 8, 60)), scripted=True),
+    Family("Speech transformer", speech_transformer, "0.0.0.0.14", (6, (2, 6, 9)), (128, (12, 6, 100))),
+    Family("Adaptive recurrent", adaptive_recurrent, None, (6, (8, 3, 6)), (256, (100, 176, 6))),
 )

@@ -74,8 +74,8 @@ def regression(_sj, width):
 
 FAMILIES = (
     Family(
-        "snnTorch, convolutional", convolutional, None, (4, (5, 2, 2, 8, 8)), (32, (50, 8, 2, 24, 24)),
+        "snnTorch, convolutional", convolutional, None, (4, (5, 2, 2, 8, 8)), (32, (50, 14, 2, 24, 24)),
         rate_loss,
     ),
-    Family("snnTorch, regression", regression, None, (8, (7, 3, 6)), (512, (100, 64, 6))),
+    Family("snnTorch, regression", regression, None, (8, (7, 3, 6)), (512, (100, 128, 6))),
 )  # fmt: skip

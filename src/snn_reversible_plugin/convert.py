@@ -41,6 +41,7 @@ from snn_reversible_plugin.modules.swap import (
 from snn_reversible_plugin.modules.tracking import tracked
 from snn_reversible_plugin.neurons.on_grid import switches
 from snn_reversible_plugin.neurons.own.call import own_neurons
+from snn_reversible_plugin.neurons.own.left import let_go
 from snn_reversible_plugin.tape import hand_over, suspended
 from snn_reversible_plugin.tape.final_membrane import compute_all
 from snn_reversible_plugin.tape.settings import Settings, settings_for
@@ -75,7 +76,7 @@ class Recorded(SwappedClass):
             result = super().__call__(*args, **kwargs)  # type: ignore[misc]
             if _buffers_are_broadcast():
                 hand_over(stored_buffers(self))  # type: ignore[arg-type]
-            return result
+        return let_go(self, result)  # type: ignore[arg-type]
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         compute_all()  # final membranes are of the weights before
@@ -83,9 +84,8 @@ class Recorded(SwappedClass):
 
 
 def _buffers_are_broadcast() -> bool:
-    """Whether the caller is a DistributedDataParallel that overwrites the buffers before its next call.
-
-    It does so past their version counters, and membranes may be among them.
+    """Whether the caller is a DistributedDataParallel that overwrites the buffers before its next call:
+    past their version counters, and membranes may be among them.
     """
     wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
     return wrapper is not None and bool(wrapper.will_sync_module_buffers())

@@ -803,3 +803,24 @@ def test_checksum_sees_order_and_sign():
 def test_unknown_mode():
     with pytest.raises(ValueError, match="'fast'"):
         tape.recording("fast")
+
+
+def test_a_use_in_a_graph_that_is_gone_is_no_use():
+    """A trace goes through steps that each have a backward: none waits for those before."""
+    x = torch.rand(2, 64, 64)
+    w = torch.ones(64, 8, requires_grad=True)
+    waiting = []
+    with tape.recording():
+        trace = x[0].gt(0.5).float() * 0.5
+        (trace @ w).sum().backward()
+    with tape.recording():
+        later = trace * 0.5 + x[1].gt(0.5).float()
+        weights = w * 1.0
+        weights.register_hook(lambda _: waiting.append(entries.look_up(trace).cache))
+        loss = (later @ weights).sum()
+    loss.backward(retain_graph=True)
+    first = w.grad.clone()
+    loss.backward()
+    assert waiting == [None, None]
+    assert torch.equal(w.grad - first, torch.ones_like(w) * later.sum(0).unsqueeze(1))
+    assert entries.look_up(trace).uses == entries.look_up(later).uses == 0

@@ -72,7 +72,10 @@ class Snapshot:
 
     def __init__(self, modules: Iterable[nn.Module], *, buffers: bool = False) -> None:
         # As they are stored: a final membrane that nobody has read need not be computed.
-        self._tables = [(table, dict(dict.items(table)), kind) for table, kind in _tables(modules, buffers)]
+        self._tables = [
+            (table, dict(table.items() if kind == "attributes" else dict.items(table)), kind)
+            for table, kind in _tables(modules, buffers)
+        ]
 
     def changes(self) -> tuple[list[Change], list[Change]]:
         """What is another object now, with its value then: states and attributes, and scratch."""

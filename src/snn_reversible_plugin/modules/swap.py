@@ -128,6 +128,8 @@ def swap(module: nn.Module, target: type[nn.Module]) -> None:
 
 def unswap(module: nn.Module) -> None:
     """Give an instance its stock class back, through however many swaps."""
+    if find_all := getattr(module.__dict__, "find_all", None):  # attributes that only the swap finds
+        find_all()
     stock = stock_type(module)
     if stock is not type(module):  # a traced module breaks where its own class is set
         module.__class__ = stock

@@ -118,7 +118,7 @@ class FinalMembrane:
         kept: list[Kept] = []
         seen, place = set[int](), self._place
         size, room = 0, place.numel() * place.element_size()
-        for handle in _behind(self._held):
+        for handle in behind(self._held):
             if not isinstance(handle, (Kept, Packed, Replayed)) or handle.treatment == "reversed":
                 return False  # what a stream is undone from goes with the backward
             is_kept = isinstance(handle, Kept) and (handle.parameter or not lean)
@@ -139,7 +139,7 @@ class FinalMembrane:
         """Whether a parameter that it comes from was stepped since: computed now, it would be another."""
         return any(
             isinstance(handle, Kept) and handle.parameter and handle.tensor._version != handle.version
-            for handle in _behind(self._held)
+            for handle in behind(self._held)
         )
 
     def compute(self) -> None:
@@ -168,7 +168,7 @@ class FinalMembrane:
         return v
 
 
-def _behind(handles: tuple[Handle, ...]) -> Iterator[Handle]:
+def behind(handles: tuple[Handle, ...]) -> Iterator[Handle]:
     """These, and what they are rebuilt from."""
     waiting, met = list(handles), set(handles)
     while waiting:

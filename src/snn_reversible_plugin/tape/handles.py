@@ -153,7 +153,8 @@ class Kept(Handle):
 
     treatment = "kept"
     __slots__ = (
-        "anchored", "exposure", "for_stock", "outside", "parameter", "statistic", "tensor", "version",
+        "anchored", "ended", "exposure", "for_stock", "outside", "parameter", "statistic", "tensor",
+        "version",
     )  # fmt: skip
 
     def __init__(self, tensor: torch.Tensor) -> None:
@@ -161,6 +162,7 @@ class Kept(Handle):
         self.version = -1 if tensor.is_inference() else tensor._version
         self.anchored = False  # something relies on it, so that holding it costs nothing more
         self.outside = self.parameter = False  # whether it came from outside, and whether to be learned
+        self.ended = False  # whether it is a state whose history is no longer wanted
         self.statistic = False  # whether a batch norm counts in it, which moves no version
         self.exposure: Exposure | None = None  # how it is known, where somebody may write to it unseen
         self.for_stock: Callable[[], Kept | None] | None = None  # what stock's nodes are given in its place

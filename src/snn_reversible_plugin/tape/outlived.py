@@ -51,7 +51,8 @@ def end_histories(func: Any, tensors: Iterable[torch.Tensor], began: int) -> Non
     for tensor in older_among(tensors, began):
         if func is aten.detach.default or not tensor.requires_grad:
             handle = look_up(tensor)
-            if isinstance(handle, Replayed) and (handle.products or handle.depth > SHORT):
+            is_long = isinstance(handle, Replayed) and (handle.products or handle.depth > SHORT)
+            if handle is None or is_long:
                 enter(tensor, None, ended=True)
 
 

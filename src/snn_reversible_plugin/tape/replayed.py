@@ -30,7 +30,9 @@ from snn_reversible_plugin.tape.operators import aten
 # 5. A value that is rebuilt for its last need, and shares no storage with a cached or kept tensor, is
 #    *owned* by the one who asked: a neuron's backward may overwrite it. See `owns`.
 # 6. Counts are an optimization and never decide correctness. A graph that is walked twice (retain_graph)
-#    begins again with all its uses; what a walk over a part of the graph left cached goes when it ends.
+#    begins again with all its uses; what a walk over a part of the graph left cached goes when it ends. In
+#    a walk that frees the graph, a use that is served is over for good: an online rule goes backward at
+#    each time step, and a trace that two steps have used would else wait for the one that is gone.
 # 7. What the forward left standing, because there is room for it (`standing`), is cached when the first
 #    backward comes, if nobody has written to it since.
 #
@@ -184,8 +186,20 @@ class Replayed(Handle):
         self.enter(walk)
         value, owned = self.get(self.needs <= 1)
         self.release()
+        if not _keeps_graph():
+            self.spend()
         note_ownership(value, owned)
         return value
+
+    def spend(self) -> None:
+        """One of its uses is over for good: the graph goes with this backward."""
+        spending = [self]
+        while spending:
+            handle = spending.pop()
+            if handle.uses:
+                handle.uses -= 1
+                if not handle.uses:
+                    spending += [one for one in handle.operands() if one.__class__ in PLAIN]  # type: ignore[misc]
 
     def get(self, last: bool) -> tuple[torch.Tensor, bool]:
         walk = _walk()
@@ -217,6 +231,7 @@ class _OneOfSeveral(Replayed):
 
 PLAIN = (Replayed, _OneOfSeveral)  # what is rebuilt here; what derives from it knows how itself
 _walk = torch._C._current_graph_task_id
+_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 _held: dict[int, list[weakref.ref[Any]]] = {}
 
 

@@ -30,7 +30,16 @@ from snn_reversible_plugin.tape.handles import Handle, Kept, Passing
 from snn_reversible_plugin.tape.mode import Args, Recording
 from snn_reversible_plugin.tape.off_stack import OffStack
 from snn_reversible_plugin.tape.operators import Kind, Operator, aten, operator_of
-from snn_reversible_plugin.tape.origins import OUTSIDE, enter, look_up, now, tidy, written, written_unseen
+from snn_reversible_plugin.tape.origins import (
+    OUTSIDE,
+    enter,
+    is_ended,
+    look_up,
+    now,
+    tidy,
+    written,
+    written_unseen,
+)
 from snn_reversible_plugin.tape.outlived import end_histories, outlive, outlived, pass_on_the_end
 from snn_reversible_plugin.tape.outsiders import Outsiders, alias
 from snn_reversible_plugin.tape.own_functions import OwnFunctions, enter_unknown, may_be_filled
@@ -346,6 +355,7 @@ class Tape(Recording):
                 self._remember(handle)
         elif handle is None:
             handle = Kept(alias(tensor))
+            handle.ended = is_ended(tensor)
             enter(tensor, handle)
             self._remember(handle)
         if isinstance(handle, Kept):
