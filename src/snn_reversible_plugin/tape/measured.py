@@ -199,7 +199,7 @@ class Measured:
         if not torch.autograd._profiler_enabled():
             self._window, self.is_blind = None, True
             return
-        _, alive, kind, running = window
+        alive, kind, running = window.alive, window.kind, window.running
         net = top = 0
         for event in stop(running, self._device):
             net += event.size

@@ -40,7 +40,8 @@ from snn_reversible_plugin.tape.sizes import Layer, Sizes
 # 7. Plans are of a place and a process: copies and pickles of a model start without.
 # 8. Within a budget a plan waits for the first backward, and is made when the next forward of that shape
 #    begins. Where nothing could be measured (somebody's profiler was on, the allocator doesn't say, TRIES
-#    forwards had no backward), bounds decide, as without a budget.
+#    forwards had no backward, a backward runs layers again that nobody has seen), bounds decide, as
+#    without a budget.
 
 Product = tuple[Any, ...]
 TRIES = 3
@@ -184,7 +185,7 @@ class Following:
         """The plan of a shape whose first step is over; none yet where its backward never came."""
         plans, measured = self._plans, pending.measured
         assert measured is not None
-        if measured.is_whole:
+        if measured.is_whole and not any(layer.unknown for layer in pending.layers):
             for layer, one in zip(pending.layers, measured.layers() or (), strict=False):
                 layer.forward, layer.backward = one
         elif not measured.is_blind and plans.tries > 1:
