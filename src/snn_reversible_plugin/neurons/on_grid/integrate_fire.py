@@ -217,7 +217,8 @@ def _values(
     lost, fired, reaches = sinks
     stride = v.stride()
     h, s, after = like(v), like(v), like(v)
-    rows = [flat(one, stride) for one in (v, x, h, after, s)]
+    size = (v.numel(),)
+    rows = [flat(v, stride), flat(x, stride), *[new.as_strided(size, (1,)) for new in (h, after, s)]]
     digits, resets, bits = constants.write(rows, record, reaches)
     if constants.surrogate.users:
         check_spikes(constants.fire, h - constants.rule.v_threshold, s)
