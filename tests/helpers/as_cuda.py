@@ -18,7 +18,6 @@ from spikingjelly._ops.if_ import triton as if_kernels
 from spikingjelly._ops.lif import triton as lif_kernels
 from spikingjelly._ops.plif import triton as plif_kernels
 
-from snn_reversible_plugin.grid import step
 from snn_reversible_plugin.neurons import surrogates
 from snn_reversible_plugin.neurons.surrogates import in_one_pass
 from snn_reversible_plugin.ops import devices, forms
@@ -95,6 +94,5 @@ def as_cuda(device: str = "cpu") -> Iterator[None]:
 
 def _forget() -> None:
     """What was found out on another device."""
-    step.known_forms.clear()
     agreement.agrees.cache_clear()
     in_one_pass.cache_clear()

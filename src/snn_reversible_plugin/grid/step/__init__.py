@@ -20,14 +20,7 @@ class Record(NamedTuple):
 
 def steps_on(device: torch.device) -> Any:
     """The form that computes steps on this device."""
-    form = known_forms.get(device)
-    if form is None:
-        form = known_forms[device] = form_of(GRID_STEP, device)
-    return form
-
-
-known_forms: dict[torch.device, Any] = {}
-"""What :func:`steps_on` found: a step asks several times, and a device's type is slow to ask for."""
+    return form_of(GRID_STEP, device)
 
 
 def as_pieces(chunk: torch.Tensor) -> Any:
