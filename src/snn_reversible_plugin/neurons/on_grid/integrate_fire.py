@@ -28,6 +28,7 @@ from snn_reversible_plugin.neurons.on_grid.step import Before, Charged, Constant
 from snn_reversible_plugin.neurons.on_grid.timeline import REMEDY, NewCharged
 from snn_reversible_plugin.neurons.rerun import differentiable_once
 from snn_reversible_plugin.neurons.surrogates import Surrogate, in_one_pass
+from snn_reversible_plugin.ops.devices import may_look
 from snn_reversible_plugin.ops.layouts import flat, like
 from snn_reversible_plugin.ops.outputs import on_its_own
 from snn_reversible_plugin.tape.final_membrane import FinalMembrane
@@ -141,6 +142,11 @@ class IntegrateFire(Constants):
         if write is None or self.surrogate.strict or in_one_pass(self.surrogate, h.device) is None:
             return None
         stride = h.stride()
+        if may_look(h.device):
+            # What is made of a gradient of another layout may have that one, and products round by it.
+            for g in (g_s, g_v):
+                if g is not None and g.stride() != stride and any(g.stride()):
+                    return None
         given = tuple(None if g is None else _flat_or_one(g, stride) for g in (g_s, g_v))
         by_v, by_x = like(h) if of_v else None, like(h)
         factors = (self.beta if beta is None else beta), self.step.gain
