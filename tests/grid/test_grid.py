@@ -424,9 +424,11 @@ def test_gradients_of_a_step_in_one_call(form, to, detach, beta, gain):
     rule, n, known = Rule(None, False, 0.5, to, detach), 1031, as_autograd(surrogate.ATan(alpha=2.3))
     assert in_one_pass(known, torch.device("cpu")) is not None
     h, everywhere = torch.randn(n).mul_(4).round_().div_(4), torch.randn(1)  # some at the threshold
+    one, other = torch.randn(2, n)
+    one[:200], one[:100], other[150:300] = -0.0, 0.0, -0.0  # zeros have signs
     for g_s, g_v in (
-        (torch.randn(n), torch.randn(n)), (torch.randn(n), None), (None, torch.randn(n)),
-        (everywhere, torch.randn(n)), (everywhere, None), (None, everywhere),
+        (one, other), (other, one), (one, None), (None, one), (everywhere, other), (everywhere, None),
+        (None, everywhere),
     ):  # fmt: skip
         wide = [None if one is None else one.expand(n) for one in (g_s, g_v)]
         g = fire_reset_vjp(h, *wide, rule, known)

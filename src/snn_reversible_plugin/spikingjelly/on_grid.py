@@ -106,9 +106,10 @@ _OF_EQUATIONS = {"IF": (), "LIF": ("tau", "decay_input"), "PLIF": ("decay_input"
 
 def _read(node: Any, names: tuple[str, ...]) -> tuple[Any, ...]:
     own, cls = node.__dict__, type(node)
-    # As nn.Module finds it, in a tenth of the time.
-    found_first = hasattr(cls, _FUNCTION) or _FUNCTION in own
-    function = node.surrogate_function if found_first else own["_modules"][_FUNCTION]
+    # Where nn.Module looks last, a tenth of the time; it also knows what to say where there is none.
+    function = None if _FUNCTION in own or hasattr(cls, _FUNCTION) else own["_modules"].get(_FUNCTION)
+    if function is None:
+        function = node.surrogate_function
     return (
         cls, getattr(cls, "grid_bits", None), own.get("grid_bits"), own.get(ON_GRID.attribute), function,
         *[own.get(name) for name in _OF_SOME], type(function), *[getattr(node, name) for name in names],
