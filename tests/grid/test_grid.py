@@ -16,7 +16,9 @@ from snn_reversible_plugin.grid import decays
 from snn_reversible_plugin.grid.range import check_step
 from snn_reversible_plugin.grid.step import Record
 from snn_reversible_plugin.grid.step import reference as steps_torch
+from snn_reversible_plugin.neurons.integrate_fire.reference import Rule, fire_reset_vjp
 from snn_reversible_plugin.neurons.on_grid.remainders import Remainders
+from snn_reversible_plugin.neurons.surrogates import in_one_pass
 from snn_reversible_plugin.ops import forms
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -359,6 +361,83 @@ def test_gradients_through_a_reset_agree_in_all_forms(seed, n, to, threshold):
         out = g_s.clone()
         form.add_through_reset(h, threshold, to, g_v, out)
         assert same_bits(out, through), name
+
+
+AT_ONCE = {name: form for name, form in FORMS.items() if hasattr(form, "charge_and_reset")}
+
+
+@pytest.mark.parametrize("form", AT_ONCE.values(), ids=AT_ONCE)
+@settings(deadline=None, max_examples=60)
+@given(
+    beta=BETAS,
+    seed=st.integers(0, 2**31),
+    n=st.sampled_from([0, 1, 13, 2000]),
+    to=st.sampled_from([None, 0.0, -0.25, 1.5]),
+    gain=st.sampled_from([None, 0.3]),
+    inclusive=st.booleans(),
+)
+def test_a_step_in_one_call_is_a_charge_and_a_reset(form, beta, seed, n, to, gain, inclusive):
+    generator = torch.Generator().manual_seed(seed)
+    step = decays.Step(decays.decay_of(beta, beta, beta, "lif"), 0.5 * 2.0**16, decays.NONE, 2.0**16, gain)
+    u, current = on_grid(generator, n), on_grid(generator, n, scale=4.0)  # some at the threshold
+    h, spikes, after, *again = (torch.empty(n) for _ in range(6))
+    _, charged, bits = steps_torch.charge(u, current, None, step, Record(), h, (0.5, inclusive, spikes))
+    _, reset = steps_torch.reset(h, spikes, step.theta, to, step.scale, True, after)
+    for record in (Record(), None):
+        made = form.charge_and_reset(u, current, step, to, record, again[:2], (0.5, inclusive, again[2]))
+        lost, overshot, reach, ours = made
+        assert all(map(same_bits, again, (h, after, spikes)))
+        assert torch.equal(torch.as_tensor(ours), bits)
+        assert float(reach) == max(float(charged), float(reset))
+    assert not lost and not overshot
+    made = form.charge_and_reset(u, current, step, to, Record(), again[:2], (0.5, inclusive, spikes))
+    lost, overshot, *_ = made
+    records = as_record(form, lost), as_record(form, overshot)
+    back = form.undo_charge_and_reset(after, current, ours, step, to, records)
+    assert all(map(same_bits, back, (h, u)))
+
+
+@pytest.mark.parametrize("form", AT_ONCE.values(), ids=AT_ONCE)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 256.0])
+def test_its_reach_sees_what_left_the_range(form, value):
+    step = decays.Step(decays.decay_of(1.0, 1.0, 1.0, "lif"), 1.0, decays.NONE, 2.0**16)
+    current = torch.zeros(1000)
+    current[997] = value
+    for to in (None, 0.0):  # with the second, what left is back in range after the reset
+        made = [torch.empty(1000) for _ in range(3)]
+        *_, reach, _ = form.charge_and_reset(
+            torch.zeros(1000), current, step, to, Record(), made[:2], (1.0, True, made[2])
+        )
+        assert not reach < 256
+
+
+@pytest.mark.parametrize("form", AT_ONCE.values(), ids=AT_ONCE)
+@pytest.mark.parametrize("detach", [False, True])
+@pytest.mark.parametrize("to", [None, 0.0, -0.25])
+@pytest.mark.parametrize("beta", [0.7, torch.tensor(0.7)])
+@pytest.mark.parametrize("gain", [None, 0.3])
+def test_gradients_of_a_step_in_one_call(form, to, detach, beta, gain):
+    """As the specification has them, of spikes, of the membrane, and of both."""
+    surrogate = pytest.importorskip("spikingjelly.activation_based.surrogate")
+    from snn_reversible_plugin.spikingjelly.surrogates import as_autograd
+
+    rule, n, known = Rule(None, False, 0.5, to, detach), 1031, as_autograd(surrogate.ATan(alpha=2.3))
+    assert in_one_pass(known, torch.device("cpu")) is not None
+    h, everywhere = torch.randn(n).mul_(4).round_().div_(4), torch.randn(1)  # some at the threshold
+    one, other = torch.randn(2, n)
+    one[:200], one[:100], other[150:300] = -0.0, 0.0, -0.0  # zeros have signs
+    for g_s, g_v in (
+        (one, other), (other, one), (one, None), (None, one), (everywhere, other), (everywhere, None),
+        (None, everywhere),
+    ):  # fmt: skip
+        wide = [None if one is None else one.expand(n) for one in (g_s, g_v)]
+        g = fire_reset_vjp(h, *wide, rule, known)
+        by_v, by_x = torch.empty(n), torch.empty(n)
+        form.gradient(h, (g_s, g_v), rule, known, (beta, gain), (by_v, by_x))
+        assert same_bits(by_x, g if gain is None else g * gain)
+        assert same_bits(by_v, g * beta)
+        form.gradient(h, (g_s, g_v), rule, known, (beta, gain), (None, by_v))
+        assert same_bits(by_v, by_x)
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)

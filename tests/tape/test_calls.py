@@ -88,11 +88,11 @@ def calls(net, x):
 @pytest.mark.parametrize(
     ("make", "mode", "most"),
     [
-        (OfSpikingJelly, "memory", 308),
-        (OfSpikingJelly, "speed", 264),
-        (OfSpikingJelly, "auto", 311),
-        (OfSnnTorch, "memory", 299),
-        (OfSnnTorch, "speed", 255),
+        (OfSpikingJelly, "memory", 266),
+        (OfSpikingJelly, "speed", 230),
+        (OfSpikingJelly, "auto", 269),
+        (OfSnnTorch, "memory", 267),
+        (OfSnnTorch, "speed", 234),
     ],
 )
 def test_of_a_loop(make, mode, most):
@@ -101,7 +101,7 @@ def test_of_a_loop(make, mode, most):
     assert calls(net, torch.rand(STEPS, 2, 8)) / (STEPS * LAYERS) <= most
 
 
-@pytest.mark.parametrize(("mode", "most"), [("memory", 795), ("speed", 774), ("auto", 808)])
+@pytest.mark.parametrize(("mode", "most"), [("memory", 698), ("speed", 682), ("auto", 710)])
 def test_of_a_sequence(mode, most):
     """For each convolution, batch norm and neuron."""
     net = srp.convert_to_reversible(Sequence(), mode=mode)

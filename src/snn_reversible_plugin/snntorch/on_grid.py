@@ -38,8 +38,8 @@ from snn_reversible_plugin.snntorch.steps import (
     fires_its_own_way,
     is_ungraded,
     mechanism_of,
-    surrogate_of,
 )
+from snn_reversible_plugin.snntorch.surrogates import known_surrogate
 from snn_reversible_plugin.snntorch.types import row_of
 
 
@@ -81,7 +81,7 @@ def _settings(neuron: Any, spec: Spec) -> str | Settings:
         return "its constants are learned"
     if fires_its_own_way(neuron):
         return "its fire or mem_reset is not the stock class's"
-    surrogate = surrogate_of(neuron) or of_users(neuron.spike_grad)
+    surrogate = known_surrogate(neuron.spike_grad) or of_users(neuron.spike_grad)
     if isinstance(surrogate, str):
         return surrogate
     if neuron.threshold.dtype is torch.float64:
@@ -210,7 +210,10 @@ def _check_dtypes(spec: Spec, settings: Settings, input_: Tensor, states: dict[s
     Where the membrane is reset by an operation with its spikes, which are float32 in any network, so is the
     membrane, whatever it was; an operation in place leaves it its dtype.
     """
-    if all(tensor.dtype is torch.float32 for tensor in (input_, *states.values())):
+    for tensor in (input_, *states.values()):  # at each step: without a generator's calls
+        if tensor.dtype is not torch.float32:
+            break
+    else:
         return
     check_dtypes(input_, *states.values())
     reset = settings.how.reset

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Callable
 from types import CodeType
 from typing import Any, NamedTuple
@@ -94,6 +95,9 @@ _KNOWN: dict[CodeType, _Known] = {
 }
 
 
+_CONTENTS = operator.attrgetter("cell_contents")
+
+
 def known_surrogate(spike_grad: Any) -> Surrogate | None:
     """What is known of a surrogate that fires where ``u > 0``; None if it isn't one of snnTorch's.
 
@@ -102,7 +106,7 @@ def known_surrogate(spike_grad: Any) -> Surrogate | None:
     code = getattr(spike_grad, "__code__", None)
     if code not in _KNOWN:
         return None
-    values = tuple(cell.cell_contents for cell in spike_grad.__closure__ or ())
+    values = tuple(map(_CONTENTS, spike_grad.__closure__ or ()))
     for value in values:
         if type(value) is not float and type(value) is not int:
             return None

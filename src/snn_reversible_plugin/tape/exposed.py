@@ -101,8 +101,15 @@ def look_after(by_storage: ByStorage, of_loops: set[int]) -> None:
 
 
 def _look_after(refs: Refs, small: int) -> None:
-    kept = [one for one in _alive(refs) if not isinstance(one, ByReference) and one.exposure is None]
-    if not kept or not _can_be_compared(kept[0].tensor):
+    kept, others = [], False
+    for ref in refs:
+        one = ref()
+        if not isinstance(one, Kept) or isinstance(one, ByReference):
+            continue
+        if one.anchored and one.exposure is None:
+            kept.append(one)
+            others = others or not one.parameter
+    if not others or not _can_be_compared(kept[0].tensor):
         return
     is_held = None
     for one in kept:

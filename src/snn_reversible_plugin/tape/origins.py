@@ -51,6 +51,7 @@ class _Entry(weakref.ref):
 
 _entries: dict[int, _Entry] = {}
 _writes: dict[int, int] = {}
+_latest_write = -1  # of all: what was entered since has been written to by nobody
 _writing = threading.Lock()
 _serial = itertools.count()
 _drop_handle = vars(_Entry)["handle"].__delete__
@@ -87,7 +88,10 @@ def look_up(tensor: torch.Tensor) -> Any:
     # As _stands says, which is asked for each tensor that anything is done with: without another call.
     if (entry.version >= 0 and entry.version != tensor._version) or entry.address != tensor.data_ptr():
         return None
-    return None if _writes and _writes.get(storage_key(tensor), -1) > entry.serial else entry.handle
+    serial = entry.serial
+    if _latest_write > serial and _writes.get(storage_key(tensor), -1) > serial:
+        return None
+    return entry.handle
 
 
 def older_among(tensors: Iterable[torch.Tensor], moment: int) -> list[torch.Tensor]:
@@ -124,7 +128,7 @@ def _stands(entry: _Entry, tensor: torch.Tensor) -> bool:
     return (
         (entry.version < 0 or entry.version == tensor._version)
         and entry.address == tensor.data_ptr()
-        and not (_writes and _writes.get(storage_key(tensor), -1) > entry.serial)
+        and not (_latest_write > entry.serial and _writes.get(storage_key(tensor), -1) > entry.serial)
     )
 
 
@@ -135,8 +139,7 @@ def written(tensor: torch.Tensor, root: torch.Tensor | None = None) -> None:
     """
     if not is_plain(tensor):
         return
-    with _writing:
-        _writes[storage_key(tensor)] = next(_serial)
+    _note_write(tensor)
     for one in (tensor,) if root is None else (tensor, root):
         entry = _entries.get(id(one))
         if entry is not None and entry() is one:
@@ -148,8 +151,15 @@ def written(tensor: torch.Tensor, root: torch.Tensor | None = None) -> None:
 def written_unseen(tensor: torch.Tensor) -> None:
     """Somebody wrote to a tensor's storage, and moved no version on: nothing is known of it any more."""
     if is_plain(tensor):
-        with _writing:
-            _writes[storage_key(tensor)] = next(_serial)
+        _note_write(tensor)
+
+
+def _note_write(tensor: torch.Tensor) -> None:
+    global _latest_write
+    with _writing:
+        # The number of all is raised first: an interrupt may come between.
+        _latest_write = serial = next(_serial)
+        _writes[storage_key(tensor)] = serial
 
 
 def live_in(tensor: torch.Tensor) -> list[torch.Tensor]:

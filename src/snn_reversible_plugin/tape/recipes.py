@@ -18,7 +18,7 @@ from snn_reversible_plugin.ops.layouts import is_plain, storage_key
 from snn_reversible_plugin.tape.copies import known_of
 from snn_reversible_plugin.tape.handles import Handle, Kept
 from snn_reversible_plugin.tape.operators import Kind, Operator
-from snn_reversible_plugin.tape.origins import OUTSIDE, is_ended, look_up
+from snn_reversible_plugin.tape.origins import OUTSIDE, is_ended
 from snn_reversible_plugin.tape.packed import Packed
 from snn_reversible_plugin.tape.replayed import NO_PRODUCTS, PLAIN, Products, Replayed, number_in
 
@@ -66,6 +66,8 @@ MANY_PRODUCTS = 48  # parts of products are not told apart beyond
 
 NO_NAMES: dict[str, Any] = {}
 _Tensor, _STRIDED, _LISTS = torch.Tensor, torch.strided, frozenset((list, tuple))
+# Asked first of each argument: whether it is a tensor takes torch's classes five times as long to say.
+_NO_TENSORS = frozenset((int, bool, float, type(None), torch.dtype, torch.device, torch.layout, str))
 _serial = itertools.count()
 
 
@@ -96,10 +98,14 @@ def price(
     operator: Operator,
     operands: list[torch.Tensor],
     outputs: list[torch.Tensor],
+    known: dict[int, Any],
     work_limit: float,
     most_series: int = MAX_SERIES,
 ) -> Price | str:
-    """The price of a recipe, or why keeping the output is cheaper: one of :class:`Refused`."""
+    """The price of a recipe, or why keeping the output is cheaper: one of :class:`Refused`.
+
+    ``known``: what :func:`known_of` said of the operands, by their ids.
+    """
     size = 0
     for tensor in outputs:
         if tensor.layout is not _STRIDED:
@@ -108,9 +114,8 @@ def price(
             size = of_output
     depth, cheap, products = 0.0, operator.cheap, NO_PRODUCTS
     newly_kept = largest = series = 0
-    known: dict[int, Any] = {}
     for tensor in operands:
-        handle = known[id(tensor)] = known_of(tensor)
+        handle = known[id(tensor)]
         if tensor.layout is not _STRIDED:
             return Refused.LAYOUT
         if operator.atomic and tensor.is_cuda:
@@ -187,9 +192,10 @@ class Prices:
         self, operator: Operator, operands: list[torch.Tensor], outputs: list[torch.Tensor]
     ) -> Price | str:
         """See :func:`price`."""
-        cost = price(operator, operands, outputs, self._limit)
+        known = {id(tensor): known_of(tensor) for tensor in operands}
+        cost = price(operator, operands, outputs, known, self._limit)
         if operator.work and self._limit:
-            read = {storage_key(t) for t in operands if is_plain(t) and look_up(t) is OUTSIDE}
+            read = {storage_key(t) for t in operands if known[id(t)] is OUTSIDE and is_plain(t)}
             self._again = bool(read) and read <= self._seen
             self._seen |= read
         if cost is not Refused.WORK or not self._again:
@@ -197,7 +203,7 @@ class Prices:
         shape = outputs[0].shape
         passed = self._passed.get(shape, 0.0)
         limit = self._limit + math.isqrt(int(passed))
-        cost = price(operator, operands, outputs, limit, most_series=1)
+        cost = price(operator, operands, outputs, known, limit, most_series=1)
         if cost is Refused.WORK:
             self._passed[shape] = passed + limit
         return cost
@@ -276,10 +282,16 @@ def tensors_among(args: Iterable[Any], named: dict[str, Any] = NO_NAMES) -> list
     """The tensors among an operator's arguments, and in lists among them; ``named``: those by name."""
     found = []
     for arg in (*args, *named.values()) if named else args:
-        if isinstance(arg, _Tensor):
+        cls = arg.__class__
+        if cls is _Tensor:
             found.append(arg)
-        elif arg.__class__ in _LISTS and arg and not isinstance(arg[0], int):  # a list has one type
-            found += tensors_among(arg)
+        elif cls in _NO_TENSORS:
+            continue
+        elif cls in _LISTS:
+            if arg and not isinstance(arg[0], int):  # a list has one type
+                found += tensors_among(arg)
+        elif isinstance(arg, _Tensor):
+            found.append(arg)
     return found
 
 
@@ -287,9 +299,12 @@ def handles_for(args: Iterable[Any], known: dict[int, Any]) -> tuple[Any, ...]:
     """An operator's arguments with the handles of its tensors, by their ids, in place of these."""
     found: list[Any] = []
     for arg in args:
-        if isinstance(arg, _Tensor):
+        cls = arg.__class__
+        if cls in _NO_TENSORS:
+            found.append(arg)
+        elif isinstance(arg, _Tensor):
             found.append(known[id(arg)])
-        elif arg.__class__ in _LISTS and tensors_among(arg):
+        elif cls in _LISTS and tensors_among(arg):
             found.append(list(handles_for(arg, known)))
         else:
             found.append(arg)

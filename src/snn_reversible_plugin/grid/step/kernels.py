@@ -484,6 +484,45 @@ def unreset(v: Any, spikes: Any, theta: Any, unit: Any, out: Any) -> None:
 
 
 @compiled
+def charge_and_reset(
+    u: Any, current: Any, beta: Any, theta: Any, radix: int, each: int, scale: float, gain: float, h: Any,
+    lost: Any, threshold: float, inclusive: bool, fired: Any, bits: Any, to: float, soft: bool,
+    record: bool, out: Any,
+) -> Any:  # fmt: skip
+    """:func:`charge` and :func:`reset` in one call; returns the bytes of digits, both reaches, and what
+    the reset overshot where that is recorded."""
+    of_h = np.empty(0, np.uint8)
+    used, charged = charge(
+        u, current, of_h, beta, theta, radix, each, KEEP, scale, np.float32(gain), h, lost,
+        np.float32(threshold), inclusive, fired, bits,
+    )  # fmt: skip
+    after = reset(h, fired, theta, soft, np.float32(to), np.float32(1 / scale), out)
+    if record and not soft:
+        of_h = overshoot(h, bits, theta, scale)
+    return used, charged, after, of_h
+
+
+@compiled
+def undo_charge_and_reset(
+    after: Any, current: Any, bits: Any, beta: Any, inverse: Any, offset: Any, spare: Any, theta: Any,
+    radix: int, each: int, scale: float, gain: float, soft: bool, record: Any, overshot: Any, charged: Any,
+    out: Any,
+) -> None:  # fmt: skip
+    """Write both states that :func:`charge_and_reset` went through."""
+    if soft:
+        flags = np.empty(len(after), np.uint8)
+        unpack(bits, flags)
+        unreset(after, flags, theta, np.float32(1 / scale), charged)
+    else:
+        charged[:] = after
+        undo_overshoot(charged, bits, theta, scale, overshot)
+    undo(
+        charged, current, np.empty(0, np.uint8), beta, inverse, offset, spare, theta, radix, each, KEEP,
+        scale, np.float32(gain), record, out,
+    )  # fmt: skip
+
+
+@compiled
 def gate(g: Any, factor: Any, bits: Any, out: Any) -> None:
     """Write ``g * factor`` times 0 where neurons fired."""
     flags = np.empty(STRETCH, np.uint8)

@@ -123,6 +123,65 @@ def unreset(
     return out
 
 
+def charge_and_reset(
+    u: torch.Tensor,
+    current: torch.Tensor,
+    step: Step,
+    to: float | None,
+    record: Record | None,
+    out: tuple[torch.Tensor, torch.Tensor],
+    fires: tuple[float, bool, torch.Tensor],
+) -> tuple[list[Any], list[Any], float, Piece]:
+    """See :func:`.grid.step.on_triton.charge_and_reset`. One call."""
+    radix, each = _radix(step)
+    n, (h, after), (threshold, inclusive, spikes) = len(u), out, fires
+    digits, bits = _NO_BYTES, np.empty((n + 7) // 8, np.uint8)
+    if record is not None and radix > 1:
+        digits = np.empty(n // each + 2 if each else 2 * n, np.uint8)
+    soft, keeps = to is None, record is not None
+    used, charged, reach, overshot = kernels.charge_and_reset(
+        u.numpy(), current.numpy(), step.decay.beta, step.theta, radix, each, step.scale,
+        1.0 if step.gain is None else step.gain, h.numpy(), digits, threshold, inclusive, spikes.numpy(),
+        bits, to or 0.0, soft, keeps, after.numpy(),
+    )  # fmt: skip
+    # NaN is in range of nothing, and has to come through.
+    reach = charged if charged >= reach or charged != charged else reach
+    return [digits[:used]] if used else [], [overshot] if keeps and not soft else [], reach, bits
+
+
+def undo_charge_and_reset(
+    after: torch.Tensor, current: torch.Tensor, bits: Piece, step: Step, to: float | None, lost: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`.grid.step.on_triton.undo_charge_and_reset`. One call."""
+    radix, each = _radix(step)
+    charged, out = torch.empty_like(after), torch.empty_like(after)
+    kernels.undo_charge_and_reset(
+        after.numpy(), current.numpy(), bits, *step.decay.arrays, step.theta, radix, each, step.scale,
+        1.0 if step.gain is None else step.gain, to is None, *lost, charged.numpy(), out.numpy(),
+    )  # fmt: skip
+    return charged, out
+
+
+def gradient(
+    h: torch.Tensor,
+    given: tuple[torch.Tensor | None, torch.Tensor | None],
+    rule: Any,
+    surrogate: Any,
+    factors: tuple[Any, float | None],
+    made: tuple[torch.Tensor | None, torch.Tensor],
+) -> None:
+    """See :func:`.grid.step.on_triton.gradient`. One call."""
+    (beta, gain), (by_v, by_x) = factors, made
+    assert _COMPILED[surrogate.name] is atan, surrogate.name
+    ((_, alpha),) = surrogate.parameters
+    gs = [None if g is None else (g if len(g) == len(h) else g.expand(len(h)).contiguous()) for g in given]
+    gradients.step(
+        h.numpy(), *(None if g is None else g.numpy() for g in gs), None if by_v is None else by_v.numpy(),
+        by_x.numpy(), rule.v_threshold, rule.rest, float(beta), 1.0 if gain is None else gain,
+        math.pi / 2 * alpha, alpha / 2, rule.v_reset is None, rule.detach_reset,
+    )  # fmt: skip
+
+
 def gate(g: torch.Tensor, factor: Any, bits: Piece, out: torch.Tensor) -> None:
     """See :func:`.grid.step.reference.gate`."""
     kernels.gate(g.numpy(), _single(factor), bits, out.numpy())
@@ -154,16 +213,19 @@ def fast_sigmoid(
     gradients.fast_sigmoid(h.numpy(), _single(theta), grad.numpy(), np.float32(slope), out.numpy())
 
 
+_COMPILED: dict[str, Callable[..., None]] = {
+    "snntorch.atan": atan,
+    "snntorch.fast_sigmoid": fast_sigmoid,
+    "spikingjelly.ATan": atan,
+}
+
+
 def in_one_pass(name: str, parameters: dict[str, float]) -> Callable[..., None] | None:
     """``write(membrane, threshold, grad, out)`` of a surrogate's formula; None where nothing is compiled.
 
     Tensors are flat and float32.
     """
-    compiled: dict[str, Callable[..., None]] = {
-        "snntorch.atan": atan,
-        "snntorch.fast_sigmoid": fast_sigmoid,
-    }
-    return functools.partial(compiled[name], **parameters) if name in compiled else None
+    return functools.partial(_COMPILED[name], **parameters) if name in _COMPILED else None
 
 
 def _radix(step: Step) -> tuple[int, int]:

@@ -28,6 +28,7 @@ from snn_reversible_plugin.neurons.on_grid.step import Before, Charged, Constant
 from snn_reversible_plugin.neurons.on_grid.timeline import REMEDY, NewCharged
 from snn_reversible_plugin.neurons.rerun import differentiable_once
 from snn_reversible_plugin.neurons.surrogates import Surrogate, in_one_pass
+from snn_reversible_plugin.ops.devices import may_look
 from snn_reversible_plugin.ops.layouts import flat, like
 from snn_reversible_plugin.ops.outputs import on_its_own
 from snn_reversible_plugin.tape.final_membrane import FinalMembrane
@@ -141,6 +142,11 @@ class IntegrateFire(Constants):
         if write is None or self.surrogate.strict or in_one_pass(self.surrogate, h.device) is None:
             return None
         stride = h.stride()
+        if may_look(h.device):
+            # What is made of a gradient of another layout may have that one, and products round by it.
+            for g in (g_s, g_v):
+                if g is not None and g.stride() != stride and any(g.stride()):
+                    return None
         given = tuple(None if g is None else _flat_or_one(g, stride) for g in (g_s, g_v))
         by_v, by_x = like(h) if of_v else None, like(h)
         factors = (self.beta if beta is None else beta), self.step.gain
@@ -205,7 +211,7 @@ def integrate_fire(
 
 def _flat_or_one(g: Tensor, stride: tuple[int, ...]) -> Tensor:
     """A gradient, flat in the order of memory of a layout; of one number for all, that one."""
-    if g.dtype is torch.float32 and not any(g.stride()):
+    if g.dtype is torch.float32 and not any(g.stride()) and not g.is_neg():  # a kernel reads memory
         return g.detach().as_strided((1,), (1,))
     return flat(g, stride)
 
@@ -217,7 +223,8 @@ def _values(
     lost, fired, reaches = sinks
     stride = v.stride()
     h, s, after = like(v), like(v), like(v)
-    rows = [flat(one, stride) for one in (v, x, h, after, s)]
+    size = (v.numel(),)
+    rows = [flat(v, stride), flat(x, stride), *[new.as_strided(size, (1,)) for new in (h, after, s)]]
     digits, resets, bits = constants.write(rows, record, reaches)
     if constants.surrogate.users:
         check_spikes(constants.fire, h - constants.rule.v_threshold, s)

@@ -180,7 +180,9 @@ def step(
         stepped = constants.reference(current, state, parameters)
         _checked(constants, (reach(stepped.state),))
         return stepped
-    needs = any(tensor.requires_grad for tensor in (current, state, *parameters))
+    needs = current.requires_grad or state.requires_grad
+    for parameter in parameters:
+        needs = needs or parameter.requires_grad
     recorder = tape.current()
     recorded = needs and tape.is_recording(eagerly=True)
     timeline = handle = None

@@ -139,7 +139,7 @@ class Timeline:
         self.currents.append(current)
         if reach is not None and reach is not self.reach:
             self.reach = reach if self.reach is None else larger(self.reach, reach)
-        self._newest = self.length + 1, newest
+        self._newest = self._newest[0] + 1, newest
         self._whole = True
 
     def hold(self, newest: Handle) -> None:
@@ -219,9 +219,7 @@ def continued(u: Tensor, dynamics: Dynamics) -> Timeline | None:
     timeline = known.ref()
     if timeline is None or timeline.dynamics is not dynamics or known.t != timeline.length:
         return None
-    if not timeline.is_whole:
-        return None
-    return timeline
+    return timeline if timeline.is_whole else None
 
 
 def spikes_of(records: Remainders, t: int) -> Tensor:
@@ -333,7 +331,7 @@ class NewSpikes(_Newly):
     __slots__ = ("made",)
 
     def __init__(self, timeline: Timeline, t: int) -> None:
-        super().__init__(timeline, t)
+        self.ref, self.t = timeline.ref, t
         self.made: Callable[[], Spikes | None] | None = None
 
     def leads_to(self) -> Handle | None:
