@@ -24,7 +24,6 @@ from . import (
     drift,
     fits,
     freed_memory,
-    host_time,
     long_sequences,
     over_step,
     parallel,
@@ -111,7 +110,6 @@ EXPERIMENTS = {
         Experiment("reversal-time", reversal.short_loops, time.step_time, reversal.step_time),
         Experiment("coupled-times", coupled.layers, time.coupled_times, together=coupled.times),
         Experiment("coupled-held", coupled.small, time.coupled_held, coupled.held),
-        Experiment("host-time", host_time.works, time.host_time, together=host_time.together, threads=1),
         Experiment("sltt", sltt.works, time.sltt, together=sltt.together),
         Experiment(
             "long-sequences", long_sequences.works, time.long_sequences, long_sequences.measure, **_TRAINED

@@ -84,16 +84,6 @@ def compiled(entries: Entries) -> list[Table]:
     return [Table(headings, rows)]
 
 
-def host_time(entries: Entries) -> list[Table]:
-    """Steps at tiny shapes: time, and calls of the package's own functions."""
-    rows, last = [], ""
-    for key, e in entries.items():
-        work, method = key.split(" | ")
-        head, last = ("" if work == last else work, method), work
-        rows.append((*head, f"{1000 * e['seconds']:.1f}", times(e["time_ratio"]), f"{e['calls']:,}"))
-    return [Table(("network", "mode", "a step, ms", "time", "calls"), rows)]
-
-
 def parallel(entries: Entries) -> list[Table]:
     """Reversible blocks in sequence and in groups."""
     rows = [

@@ -32,7 +32,6 @@ SMALL = {
     "reversal-time": ["--only", "SpikingJelly, soft*"],
     "coupled-times": [],
     "coupled-held": [],
-    "host-time": ["--method", "stock", "--method", "speed"],
     "sltt": [],
     "long-sequences": ["--method", "reversible"],
     "time-accuracy": ["--method", "stock", "--method", "SLTT-5"],
