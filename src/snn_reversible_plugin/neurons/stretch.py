@@ -207,13 +207,16 @@ class _Alive(Handle):
 
 
 class NewMembrane(Passing):
-    """A state that a step of a stretch has left. Who relies on it keeps it."""
+    """A state that a step of a stretch has left. Who relies on it keeps it.
 
-    __slots__ = ("index", "ref", "which")
+    ``which`` of ``count`` states it is; ``is_charged``: it is that value of the step.
+    """
 
-    def __init__(self, stretch: Stretch, index: int, which: int) -> None:
+    __slots__ = ("count", "index", "is_charged", "ref", "which")
+
+    def __init__(self, stretch: Stretch, index: int, which: int, count: int, is_charged: bool) -> None:
         self.ref = weakref.ref(stretch)
-        self.index, self.which = index, which
+        self.index, self.which, self.count, self.is_charged = index, which, count, is_charged
 
     def leads_to(self) -> Handle | None:
         return None
@@ -250,17 +253,16 @@ class Place:
         enter(alive, _Alive(self._stretch))
         return alive
 
-    def left(self, *states: Tensor, sums: bool = True) -> None:
-        """Leave on the states after the step a way back to it.
+    def left(self, *states: Tensor, charged: bool = False) -> None:
+        """Leave on the states after the step a way back to it; ``charged``: they are its charged states.
 
-        Where no tape records, nobody would know of a write to them: the next step is an anchor. ``sums``:
-        the tape holds none of them.
+        Where no tape records, nobody would know of a write to them: the next step is an anchor.
         """
         if tape.current() is None:
             return
         for which, state in enumerate(states):
-            enter(state, NewMembrane(self._stretch, self._index, which))
-            if sums:
+            enter(state, NewMembrane(self._stretch, self._index, which, len(states), charged))
+            if not (charged and self.is_anchor):  # where the tape holds them, it knows
                 tape.returns(self._stretch.key(which), state, held=False)
 
 
@@ -269,7 +271,7 @@ def way_to(state: Tensor) -> Tensor:
     tensor with its values, on which there is a way to them."""
     known = look_up(state)
     stretch = known.ref() if isinstance(known, NewMembrane) else None
-    if stretch is None:
+    if stretch is None or not known.is_charged:
         return state
     alias = state.detach()
     enter(alias, stretch.way_to(known.index, known.which, state))
@@ -308,9 +310,11 @@ def place_of_step(
 def _goes_on(states: list[Tensor]) -> Stretch | None:
     """The stretch that has left exactly these, with its last step."""
     stretch = None
-    for state in states:
+    for at, state in enumerate(states):
         known = look_up(state)
         if not isinstance(known, NewMembrane) or not state.requires_grad:
+            return None
+        if (known.which, known.count) != (at, len(states)):
             return None
         one = known.ref()
         if one is None or known.index != one.length - 1 or (stretch is not None and one is not stretch):

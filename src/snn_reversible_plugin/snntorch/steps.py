@@ -129,7 +129,7 @@ def analytic(neuron: Any, spec: Spec, current: Tensor, given: tuple[Tensor | Non
         if place is None:
             tape.mark_opaque(*charged)
         else:
-            place.left(*charged, sums=not place.is_anchor)
+            place.left(*charged, charged=True)
             saved = [way_to(charged[-1]), place.alive(mem)] if place.is_anchor else [way_to(charged[-1])]
         if surrogate is not None and not neuron.inhibition:
             spikes = Firing.apply(surrogate, charged[-1], threshold, saved)
