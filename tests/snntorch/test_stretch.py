@@ -181,7 +181,7 @@ def test_states_of_other_neurons_and_in_another_order():
             self.node = spikingjelly_lif()
 
         def forward(self, x_seq):
-            one, found = [state for state in self.alpha.reset_mem()], []
+            one, found = list(self.alpha.reset_mem()), []
             for x in x_seq:
                 current = self.layer(x)
                 _, *one = self.alpha(current, *one)
