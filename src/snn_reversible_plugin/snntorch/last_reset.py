@@ -1,7 +1,7 @@
 """The attribute ``reset`` of a snnTorch neuron: the spikes that its last step reset.
 
 The one idea: stock leaves them there as float32, 4 bytes a neuron that hardly anybody reads, and they are
-zeros and ones; so bits are left, and spikes are made of them when somebody asks.
+zeros and ones; so less is left, and spikes are made of it when somebody asks.
 
 Source: ``forward`` of the classes in ``snntorch/_neurons``, version 1.0.
 """
@@ -10,11 +10,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from snn_reversible_plugin.modules.swap import LAST_RESET
-from snn_reversible_plugin.ops.bits import pack_bits, unpack_bits
 
 
 class LastReset:
@@ -22,10 +20,10 @@ class LastReset:
 
     @property
     def reset(self: Any) -> Tensor:
-        """The spikes that the last step reset, as stock has them; as bits until somebody asks."""
-        bits = LAST_RESET.of(self)
-        if bits is not None:
-            return bits.spikes()  # type: ignore[no-any-return]
+        """The spikes that the last step reset, as stock has them; as less until somebody asks."""
+        left = LAST_RESET.of(self)
+        if left is not None:
+            return left.spikes()  # type: ignore[no-any-return]
         if "reset" not in self.__dict__:
             raise AttributeError("reset")
         return self.__dict__["reset"]  # type: ignore[no-any-return]
@@ -36,27 +34,24 @@ class LastReset:
         self.__dict__["reset"] = spikes
 
 
-class _InOrder(NamedTuple):
-    """Spikes as bits, in the order of the elements."""
+class _Flags(NamedTuple):
+    """Spikes as a byte each: bits would take longer in every step, for one step's that stand at a time."""
 
-    bits: Tensor
-    size: torch.Size
+    flags: Tensor
 
     def spikes(self) -> Tensor:
-        out = torch.empty(self.size, device=self.bits.device)
-        unpack_bits(self.bits, out.view(-1))
-        return out
+        return self.flags.float()
 
 
-def leave_reset(neuron: Any, spikes: Tensor, as_bits: bool) -> None:
+def leave_reset(neuron: Any, spikes: Tensor, as_flags: bool) -> None:
     """Leave on a neuron the spikes that its step has reset."""
-    if as_bits and spikes.is_contiguous():
-        leave_bits(neuron, _InOrder(pack_bits(spikes.view(-1)), spikes.size()))
+    if as_flags:
+        leave_less(neuron, _Flags(spikes.bool()))
     else:
         neuron.reset = spikes
 
 
-def leave_bits(neuron: Any, bits: Any) -> None:
-    """Leave what gives these spikes when it is asked: ``bits.spikes()``."""
-    LAST_RESET.set(neuron, bits)
+def leave_less(neuron: Any, left: Any) -> None:
+    """Leave what gives these spikes when it is asked: ``left.spikes()``."""
+    LAST_RESET.set(neuron, left)
     neuron.__dict__.pop("reset", None)

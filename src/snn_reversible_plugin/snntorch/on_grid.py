@@ -32,7 +32,7 @@ from snn_reversible_plugin.neurons.on_grid.step import Parameters, Stepped, step
 from snn_reversible_plugin.neurons.surrogates import of_users
 from snn_reversible_plugin.ops.devices import may_look
 from snn_reversible_plugin.snntorch import neurons
-from snn_reversible_plugin.snntorch.last_reset import LastReset, leave_bits
+from snn_reversible_plugin.snntorch.last_reset import LastReset, leave_less
 from snn_reversible_plugin.snntorch.steps import (
     Spec,
     fires_its_own_way,
@@ -209,7 +209,7 @@ def _check_dtypes(spec: Spec, settings: Settings, input_: Tensor, states: dict[s
 def _keep(neuron: Any, spec: Spec, states: list[Tensor], fired: Any) -> None:
     """Leave on the neuron what stock leaves there: its states, and the spikes that were reset."""
     if isinstance(fired, Fired):
-        leave_bits(neuron, fired)
+        leave_less(neuron, fired)
     else:
         neuron.reset = fired
     for name, state in zip(spec.states[-len(states) :], states, strict=True):
