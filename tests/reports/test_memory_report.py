@@ -1,11 +1,15 @@
 """Whose bytes a report's rows are, and what it says of times."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 
 import snn_reversible_plugin as srp
+from snn_reversible_plugin.tape.findings import REMEDIES, KeptInFull
+from snn_reversible_plugin.tape.recipes import Refused
 
 
 @pytest.fixture(scope="module")
@@ -41,3 +45,18 @@ def test_a_time_is_never_that_of_one_step(report, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     report.print()
     assert "stock (median of 3)" in capsys.readouterr().out
+
+
+def test_what_cannot_matter_is_not_printed(report, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    held = report.converted.held
+
+    def kept(size, remedy):
+        return KeptInFull("6", "rand", (size // 4,), size, "it draws random numbers", remedy)
+
+    lines = [kept(held, "use less"), kept(held, REMEDIES[Refused.SMALL]), kept(held // 200, "use fewer")]
+    replace(report, kept=lines).print()
+    printed = capsys.readouterr().out
+    assert "use less" in printed
+    assert "nothing to change" not in printed
+    assert "use fewer" not in printed

@@ -42,7 +42,7 @@ STRICT: Mark[bool] = Mark("strict")  # of a neuron that the user wants on the gr
 FUSED: Mark[bool] = Mark("fused")  # of a neuron whose states the user wants in float32, whatever comes in
 ON_GRID: Mark[Any] = Mark("on_grid")  # of a neuron on the grid: what was fixed at the conversion
 WRAPPED_CHAIN: Mark[Any] = Mark("wrapped_chain")  # of a residual block: the chain that it is part of
-LAST_RESET: Mark[Any] = Mark("reset")  # of a snnTorch neuron: the spikes that its last step reset, as bits
+LAST_RESET: Mark[Any] = Mark("reset")  # of a snnTorch neuron: what its last reset is made of
 # A class made by swapped_class says itself what it stands in front of. A public neuron type looks the
 # same whether the user or the converter chose it, so there the instance carries a mark.
 _STOCK_TYPE: Mark[type[nn.Module]] = Mark("stock_type")

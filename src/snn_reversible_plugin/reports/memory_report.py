@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 
 MOST_CAUSES = 5  # of a peak that are printed
-LEAST_PART = 0.01  # of what is held, for a tensor to be printed
 ROUNDS = 3  # that a step is timed in: one says nothing
 OUTSIDE = "(outputs, loss)"  # the row of what is held beyond what the modules' forward saves
 
@@ -126,9 +125,7 @@ class MemoryReport:
         table.add_row("[bold]time of a training step", "", about, "", "", "")
         console = Console()
         console.print(table)
-        for one in self.kept[:MOST_CAUSES]:
-            if one.bytes < self.converted.held * LEAST_PART:
-                break
+        for one in [one for one in self.kept if one.matters(self.converted.held)][:MOST_CAUSES]:
             console.print(f"kept in full in {one.module}: {one}")
         for label, run in (("stock", self.stock_over_step), ("converted", self.converted_over_step)):
             if run is not None:

@@ -144,7 +144,7 @@ class Verification:
             table.add_row("replay", "", self.replay_error)
         for found in [one for one in self.bits if one.operation != OF_NEURON][:MOST_CAUSES]:
             table.add_row(f"bits in {found.module}", "", str(found))
-        for one in self.kept[:MOST_CAUSES]:
+        for one in [one for one in self.kept if one.matters(self.converted.held)][:MOST_CAUSES]:
             table.add_row(f"kept in full in {one.module}", "", str(one))
         for idiom in self.unseen:
             table.add_row(f"not seen in {idiom.module}", "", f"{idiom.operation}. {idiom.remedy}")

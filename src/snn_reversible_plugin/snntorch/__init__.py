@@ -56,7 +56,7 @@ __all__ = [
 
 
 _NEURON_TYPES = (RevLeaky, RevLapicque, RevSynaptic, RevAlpha, RevRLeaky, RevRSynaptic)
-_reversible: dict[type, type[nn.Module]] = {cls.__bases__[0]: cls for cls in _NEURON_TYPES}
+_reversible: dict[type, type[nn.Module]] = {cls.__bases__[-1]: cls for cls in _NEURON_TYPES}
 
 
 @functools.cache

@@ -22,6 +22,7 @@ from snn_reversible_plugin.neurons.leaky.reference import (
     LeakyCharge,
     SynapticCharge,
 )
+from snn_reversible_plugin.snntorch.last_reset import LastReset
 from snn_reversible_plugin.snntorch.steps import Spec, analytic, anchored
 
 
@@ -93,7 +94,7 @@ RSYNAPTIC = SYNAPTIC._replace(
 )
 
 
-class RevLeaky(snntorch.Leaky):
+class RevLeaky(LastReset, snntorch.Leaky):
     """snnTorch's ``Leaky`` that holds its membrane and nothing else.
 
     ``mem[t] = clamp(beta, 0, 1) * mem[t-1] + input_[t] - spk[t-1] * threshold``, with the other reset
@@ -132,7 +133,7 @@ class RevLeaky(snntorch.Leaky):
         return anchored(self, LEAKY, super().forward(input_, mem)) if result is None else result
 
 
-class RevLapicque(snntorch.Lapicque):
+class RevLapicque(LastReset, snntorch.Lapicque):
     """snnTorch's ``Lapicque`` (an RC circuit) that holds its membrane and nothing else.
 
     ``mem[t] = input_ * R * (1 / RC) * dt + (1 - dt / RC) * mem[t-1]``, and the reset. Signature, shapes,
@@ -157,7 +158,7 @@ class RevLapicque(snntorch.Lapicque):
         return anchored(self, LAPICQUE, super().forward(input_, mem)) if result is None else result
 
 
-class RevSynaptic(snntorch.Synaptic):
+class RevSynaptic(LastReset, snntorch.Synaptic):
     """snnTorch's ``Synaptic`` (a decaying input current) that holds its membrane and nothing else.
 
     ``syn[t] = clamp(alpha, 0, 1) * syn[t-1] + input_``, ``mem[t] = clamp(beta, 0, 1) * mem[t-1] + syn[t]``,
@@ -183,7 +184,7 @@ class RevSynaptic(snntorch.Synaptic):
         return anchored(self, SYNAPTIC, super().forward(input_, syn, mem)) if result is None else result
 
 
-class RevAlpha(snntorch.Alpha):
+class RevAlpha(LastReset, snntorch.Alpha):
     """snnTorch's ``Alpha`` that holds its membrane; its two currents where ``beta`` is learned.
 
     Signature, shapes, errors and guarantee as :class:`RevLeaky`'s, against ``snntorch.Alpha``; returns
@@ -216,7 +217,7 @@ class RevAlpha(snntorch.Alpha):
         return result
 
 
-class RevRLeaky(snntorch.RLeaky):
+class RevRLeaky(LastReset, snntorch.RLeaky):
     """snnTorch's ``RLeaky``: as :class:`RevLeaky`, its recurrent layer an ordinary one, fed with spikes.
 
     Example:
@@ -238,7 +239,7 @@ class RevRLeaky(snntorch.RLeaky):
         return anchored(self, RLEAKY, super().forward(input_, spk, mem)) if result is None else result
 
 
-class RevRSynaptic(snntorch.RSynaptic):
+class RevRSynaptic(LastReset, snntorch.RSynaptic):
     """snnTorch's ``RSynaptic``: as :class:`RevSynaptic`, its recurrent layer an ordinary one.
 
     Example:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.grid.decays import AFTER, BEFORE, NONE, SUBTRACT
-from snn_reversible_plugin.modules.swap import LAST_RESET
 from snn_reversible_plugin.neurons.leaky.reference import AlphaCharge
 from snn_reversible_plugin.neurons.on_grid import switches
 from snn_reversible_plugin.neurons.on_grid.alpha import membrane
@@ -33,6 +32,7 @@ from snn_reversible_plugin.neurons.on_grid.step import Parameters, Stepped, step
 from snn_reversible_plugin.neurons.surrogates import of_users
 from snn_reversible_plugin.ops.devices import may_look
 from snn_reversible_plugin.snntorch import neurons
+from snn_reversible_plugin.snntorch.last_reset import LastReset, leave_less
 from snn_reversible_plugin.snntorch.steps import (
     Spec,
     fires_its_own_way,
@@ -120,7 +120,7 @@ _NEVER = FireAndReset(Leaky, NONE, None, None)
 _BY_GIVEN = FireAndReset(ResetByGiven, AFTER, None, None)
 
 
-class NeuronOnGrid(OnGrid):
+class NeuronOnGrid(OnGrid, LastReset):
     """In front of a neuron of the leaky family: its steps are reversible in time."""
 
     def grid_settings(self: Any) -> Any:
@@ -164,21 +164,6 @@ class NeuronOnGrid(OnGrid):
         if spec.recurrent:
             self.spk = spikes
         return (spikes, *found) if self.output or not self.init_hidden else spikes
-
-    @property
-    def reset(self: Any) -> Tensor:
-        """The spikes that the last step reset, as stock has them; as bits until somebody asks."""
-        fired: Fired | None = LAST_RESET.of(self)
-        if fired is not None:
-            return fired.spikes()
-        if "reset" not in self.__dict__:
-            raise AttributeError("reset")
-        return self.__dict__["reset"]  # type: ignore[no-any-return]
-
-    @reset.setter
-    def reset(self: Any, spikes: Tensor) -> None:
-        LAST_RESET.clear(self)
-        self.__dict__["reset"] = spikes
 
 
 def _given(neuron: Any, spec: Spec, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
@@ -227,8 +212,7 @@ def _check_dtypes(spec: Spec, settings: Settings, input_: Tensor, states: dict[s
 def _keep(neuron: Any, spec: Spec, states: list[Tensor], fired: Any) -> None:
     """Leave on the neuron what stock leaves there: its states, and the spikes that were reset."""
     if isinstance(fired, Fired):
-        LAST_RESET.set(neuron, fired)
-        neuron.__dict__.pop("reset", None)
+        leave_less(neuron, fired)
     else:
         neuron.reset = fired
     for name, state in zip(spec.states[-len(states) :], states, strict=True):

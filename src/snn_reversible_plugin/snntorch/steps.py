@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.grid.decays import AFTER, NONE, SUBTRACT
-from snn_reversible_plugin.neurons.leaky.call import Charging, Firing, fired, kind_of
+from snn_reversible_plugin.neurons.leaky.call import Before, Charging, Firing, Kind, fired, kind_of
+from snn_reversible_plugin.neurons.leaky.call import charged as charged_values
 from snn_reversible_plugin.neurons.leaky.reference import (
     Charge,
     LapicqueCharge,
@@ -29,9 +30,11 @@ from snn_reversible_plugin.neurons.leaky.reference import (
     SynapticCharge,
 )
 from snn_reversible_plugin.neurons.on_grid.neuron import value_of
+from snn_reversible_plugin.neurons.stretch import Values, place_of_step, way_to
 from snn_reversible_plugin.neurons.surrogates import Surrogate
 from snn_reversible_plugin.ops.devices import may_look
 from snn_reversible_plugin.ops.outputs import on_its_own
+from snn_reversible_plugin.snntorch.last_reset import leave_reset
 from snn_reversible_plugin.snntorch.surrogates import known_surrogate
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -105,33 +108,40 @@ def analytic(neuron: Any, spec: Spec, current: Tensor, given: tuple[Tensor | Non
             again = [neuron.recurrent(states[0]), current]
 
     spikes = None
+    recomputes = surrogate is not None and delayed
     with tape.paused():
+        place = None
+        if recomputes and not neuron.inhibition and currents is again:
+            held = states[spec.recurrent :]
+            advance = _Advance(spec, mechanism, mem.dtype)
+            fresh = all(_is_fresh(state, current) for state in held)
+            place = place_of_step(advance, None if fresh else held, currents, [*parameters, threshold])
         if reset is None:
             with torch.no_grad():
                 reset = fired(mem, threshold)
             if not delayed:
                 tape.mark_spikes(reset)
-        constants = [mem, reset]
-        kind = kind_of(spec.charge, mechanism, surrogate is not None and delayed)
-        if spec.charge is SynapticCharge and mechanism != AFTER:
-            alpha, beta = parameters
-            leaky = kind_of(LeakyCharge, mechanism, kind.recompute)
-            syn = Charging.apply(_SYN, constants, threshold, *currents, states[-2], alpha)
-            charged = [syn, Charging.apply(leaky, constants, threshold, syn, mem, beta)]
+        before = Before(mem, reset, way_to)
+        streams = _Streams(currents, again, states, parameters)
+        kind = kind_of(spec.charge, mechanism, recomputes)
+        charged = _charged(_applied, spec, kind, before, threshold, streams)
+        saved: list[Tensor] = [charged[-1]]
+        if place is None:
+            tape.mark_opaque(*charged)
         else:
-            x = spec.arrange(currents, states, parameters)
-            if mechanism == AFTER:
-                x = spec.arrange(again, states, parameters) + x
-            result = Charging.apply(kind, constants, threshold, *x)
-            charged = [result] if isinstance(result, Tensor) else [on_its_own(state) for state in result]
-        tape.mark_opaque(*charged)
+            place.left(*charged, charged=True)
+            saved = [way_to(charged[-1]), place.alive(mem)] if place.is_anchor else [way_to(charged[-1])]
         if surrogate is not None and not neuron.inhibition:
-            spikes = Firing.apply(surrogate, charged[-1], threshold)
+            spikes = Firing.apply(surrogate, charged[-1], threshold, saved)
             tape.mark_spikes(spikes)
         ungraded = is_ungraded(neuron)
-    if mechanism in (NONE, SUBTRACT) and not any(one.requires_grad for one in (threshold, *parameters)):
+    if (
+        (place is None or place.is_anchor)
+        and mechanism in (NONE, SUBTRACT)
+        and not any(one.requires_grad for one in (threshold, *parameters))
+    ):
         tape.returns(neuron, charged[-1])  # no charge keeps it, so a copy for the spikes costs nothing
-    neuron.reset = reset
+    leave_reset(neuron, reset, place is not None)
     _set_states(neuron, spec.states[-len(charged) :], charged)
     if neuron.inhibition:
         spikes = neuron.fire_inhibition(mem.size(0), charged[-1])
@@ -153,6 +163,78 @@ def _set_states(neuron: Any, names: tuple[str, ...], states: list[Tensor]) -> No
 
 
 _SYN = kind_of(LeakyCharge, NONE, True)
+
+
+class _Streams(NamedTuple):
+    """What a step charges with; ``again``: the currents of a second charge, where a reset makes one."""
+
+    currents: list[Tensor]
+    again: list[Tensor]
+    states: list[Tensor]
+    parameters: list[Tensor]
+
+
+def _charged(
+    run: Callable[..., list[Tensor]],
+    spec: Spec,
+    kind: Kind,
+    before: Before,
+    threshold: Tensor,
+    streams: _Streams,
+) -> list[Tensor]:
+    """The states after the charge and the reset; ``run(kind, before, threshold, *x)`` is a charge."""
+    currents, again, states, parameters = streams
+    if kind.charge is SynapticCharge and kind.reset != AFTER:
+        alpha, beta = parameters
+        leaky = kind_of(LeakyCharge, kind.reset, kind.recompute)
+        (syn,) = run(_SYN, before, threshold, *currents, states[-2], alpha)
+        return [syn, *run(leaky, before, threshold, syn, states[-1], beta)]
+    x = spec.arrange(currents, states, parameters)
+    if kind.reset == AFTER:
+        x = spec.arrange(again, states, parameters) + x
+    return run(kind, before, threshold, *x)
+
+
+def _applied(kind: Kind, before: Before, threshold: Tensor, *x: Tensor) -> list[Tensor]:
+    result = Charging.apply(kind, before, threshold, *x)
+    return [result] if isinstance(result, Tensor) else [on_its_own(state) for state in result]
+
+
+def _in_values(kind: Kind, before: Before, threshold: Tensor, *x: Tensor) -> list[Tensor]:
+    return charged_values(kind, before, threshold, x)
+
+
+class _Advance(NamedTuple):
+    """A step of a stretch; ``dtype``: of the states."""
+
+    spec: Spec
+    mechanism: str
+    dtype: torch.dtype
+
+    def charge(self, left: Values | None, currents: list[Tensor], others: list[Tensor]) -> Values:
+        *parameters, threshold = others
+        if left is None:
+            zeros = torch.zeros_like(currents[-1], dtype=self.dtype)
+            left = (zeros,) * (len(self.spec.states) - self.spec.recurrent)
+        before = Before(left[-1], fired(left[-1], threshold), _as_it_is)
+        streams = _Streams(currents, currents, list(left), parameters)
+        kind = kind_of(self.spec.charge, self.mechanism, True)
+        return tuple(_charged(_in_values, self.spec, kind, before, threshold, streams))
+
+    def leave(self, values: Values, others: list[Tensor]) -> Values:
+        return values
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _is_fresh(state: Tensor, current: Tensor) -> bool:
+    """Whether a state is the zeros that a fresh neuron starts from, as far as a look costs nothing."""
+    if state.requires_grad or not may_look(state.device) or state.stride() != current.stride():
+        return False
+    bits = torch.int32 if state.dtype is torch.float32 else torch.int64
+    return not bool(state.detach().view(bits).any())
 
 
 def mechanism_of(neuron: Any, spec: Spec) -> str | None:

@@ -30,8 +30,8 @@ from snn_reversible_plugin.neurons.integrate_fire.reference import (
     single_step_vjp,
     step,
 )
-from snn_reversible_plugin.neurons.integrate_fire.stretch import Place
 from snn_reversible_plugin.neurons.rerun import differentiable_once
+from snn_reversible_plugin.neurons.stretch import Place
 from snn_reversible_plugin.neurons.surrogates import Surrogate
 from snn_reversible_plugin.tape.final_membrane import FinalMembrane, LastOfAll, Memories, OfFirstStep
 

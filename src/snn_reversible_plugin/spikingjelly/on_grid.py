@@ -21,7 +21,6 @@ from snn_reversible_plugin import tape
 from snn_reversible_plugin.modules.kinds import is_multi_step
 from snn_reversible_plugin.modules.swap import ON_GRID
 from snn_reversible_plugin.neurons.integrate_fire.reference import Rule
-from snn_reversible_plugin.neurons.integrate_fire.stretch import is_free
 from snn_reversible_plugin.neurons.on_grid import switches
 from snn_reversible_plugin.neurons.on_grid.integrate_fire import (
     IntegrateFire,
@@ -30,6 +29,7 @@ from snn_reversible_plugin.neurons.on_grid.integrate_fire import (
 )
 from snn_reversible_plugin.neurons.on_grid.neuron import OffGrid, OnGrid, constants_of, value_of
 from snn_reversible_plugin.neurons.on_grid.step import step
+from snn_reversible_plugin.neurons.stretch import is_free
 from snn_reversible_plugin.neurons.surrogates import Surrogate, of_users
 from snn_reversible_plugin.ops.devices import may_look
 from snn_reversible_plugin.spikingjelly.calls import leave, stepped_neurons

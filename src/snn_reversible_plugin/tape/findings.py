@@ -27,12 +27,13 @@ UNSEEN = "made inside of an autograd function, where a kernel that torch doesn't
 OF_NEURON = "a neuron's spikes"
 LIFTED = "made from numbers of Python's or numpy's, which nobody can ask for again"
 FROM_ELSEWHERE = ("lift_fresh", "lift", "lift_fresh_copy")
+_NOTHING = "nothing to change"
 REMEDIES = {
     LIFTED: "make it once, and keep it as a buffer",
     Refused.WORK: 'mode="memory" computes more again than "speed"; neurons between layers make it bits',
-    Refused.DEPTH: "one step of a long loop in many is kept: nothing to change",
+    Refused.DEPTH: f"one step of a long loop in many is kept: {_NOTHING}",
     Refused.OPERANDS: "compute it from what is stored anyway, in fewer operations on new tensors",
-    Refused.SMALL: "it is small: nothing to change",
+    Refused.SMALL: f"it is small: {_NOTHING}",
     Refused.ATOMIC: "on a GPU the order of its additions changes: use an operation without atomics",
     Refused.LAYOUT: "sparse and other special layouts are kept",
     OPAQUE: "draw masks by torch.bernoulli or compare random numbers: those are bits",
@@ -67,6 +68,9 @@ class FoundBits:
         return f"the output of {self.operation}, {self.tensors} times: {each:.2g} bits an element"
 
 
+LEAST_PART = 0.01  # of what is held, for a tensor to be worth a line
+
+
 @dataclass(frozen=True)
 class KeptInFull:
     """A tensor that is stored as it is: the operation that made it, why, and what one may change."""
@@ -77,6 +81,17 @@ class KeptInFull:
     bytes: int
     why: str
     remedy: str
+
+    def matters(self, held: int) -> bool:
+        """Whether a reader could want to know: it is a part of the bytes held that shows, and can be
+        changed.
+
+        Example:
+            >>> one = KeptInFull("fc", "rand", (8,), 32, "it draws", "draw masks")
+            >>> one.matters(1000), one.matters(1_000_000)
+            (True, False)
+        """
+        return self.bytes >= LEAST_PART * held and not self.remedy.endswith(_NOTHING)
 
     def __str__(self) -> str:
         made = f"the output of {self.operation}" if self.operation else "a tensor"

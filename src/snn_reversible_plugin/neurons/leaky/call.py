@@ -12,7 +12,7 @@ Source: ``forward``, ``fire`` and ``mem_reset`` of ``snntorch/_neurons``, versio
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -61,33 +61,50 @@ def fired(mem: Tensor, threshold: Tensor) -> Tensor:
     return shift.gt_(0) if shift.dtype is torch.float32 else shift.gt(0).float()
 
 
-class Charging(torch.autograd.Function):
-    """``Charging.apply(kind, [mem, reset], threshold, *x)`` -> the charged and reset states.
+class Before(NamedTuple):
+    """What a step starts from that carries no gradient.
 
-    ``mem`` is the earlier membrane and ``reset`` its spikes, in a list because they carry no gradient.
+    ``mem`` is the earlier membrane, ``reset`` its spikes; ``saved``: what is saved in place of a state.
     """
+
+    mem: Tensor
+    reset: Tensor
+    saved: Callable[[Tensor], Tensor]
+
+
+def charged(kind: Kind, before: Before, threshold: Tensor, xs: Sequence[Tensor]) -> list[Tensor]:
+    """The charged and reset states, in buffers that nobody else holds."""
+    charge, (mem, reset, _), x = kind.charge, before, list(xs)
+    if kind.reset == AFTER:
+        x = x[len(x) // 2 :]
+    if kind.reset == BEFORE:
+        assert charge.membrane is not None
+        x[charge.membrane] = (1 - reset) * mem
+    states = charge.states(x)
+    if kind.reset == SUBTRACT:
+        states[-1].sub_(reset * threshold)
+    elif kind.reset == AFTER:
+        # Only a recurrent layer can have given the second charge other tensors.
+        same = all(a is b for a, b in zip(xs, x, strict=False))
+        again = states if same else charge.states(xs[: len(x)])
+        for index in charge.zeroed:
+            states[index].sub_(again[index] * reset)
+    return states
+
+
+class Charging(torch.autograd.Function):
+    """``Charging.apply(kind, before, threshold, *x)`` -> the charged and reset states."""
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, kind: Kind, constants: list[Tensor], threshold: Tensor, *xs: Tensor
+        ctx: Any, kind: Kind, before: Before, threshold: Tensor, *xs: Tensor
     ) -> Any:
         charge = kind.charge
-        mem, reset = constants
-        x = list(xs)
-        if kind.reset == AFTER:
-            x = x[len(x) // 2 :]
+        mem, reset, saved = before
+        states = charged(kind, before, threshold, xs)
+        x = list(xs[len(xs) // 2 :] if kind.reset == AFTER else xs)
         if kind.reset == BEFORE:
-            assert charge.membrane is not None
-            x[charge.membrane] = (1 - reset) * mem
-        states = charge.states(x)
-        if kind.reset == SUBTRACT:
-            states[-1].sub_(reset * threshold)
-        elif kind.reset == AFTER:
-            # Only a recurrent layer can have given the second charge other tensors.
-            same = all(a is b for a, b in zip(xs, x, strict=False))
-            again = states if same else charge.states(xs[: len(x)])
-            for index in charge.zeroed:
-                states[index].sub_(again[index] * reset)
+            x[charge.membrane] = mem  # type: ignore[call-overload]
 
         of_threshold = ctx.needs_input_grad[2] and kind.reset == SUBTRACT
         needs = ctx.needs_input_grad[3 : 3 + len(x)]
@@ -98,6 +115,7 @@ class Charging(torch.autograd.Function):
             assert charge.membrane is not None
             kept[charge.membrane] = mem
         saved_reset = reset if uses_reset and not recompute else None
+        kept = [None if one is None else saved(one) for one in kept]
         ctx.save_for_backward(saved_reset, threshold if uses_reset else None, *kept)
         ctx.kind = kind
         ctx.set_materialize_grads(False)
@@ -144,13 +162,16 @@ class Charging(torch.autograd.Function):
 
 
 class Firing(torch.autograd.Function):
-    """``Firing.apply(surrogate, mem, threshold)`` -> spikes, float32 as snnTorch's are."""
+    """``Firing.apply(surrogate, mem, threshold, saved)`` -> spikes, float32 as snnTorch's are.
+
+    ``saved``: what is saved in place of ``mem``, and what has to be saved beside it.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, surrogate: Surrogate, mem: Tensor, threshold: Tensor
+        ctx: Any, surrogate: Surrogate, mem: Tensor, threshold: Tensor, saved: Sequence[Tensor]
     ) -> Tensor:
-        ctx.save_for_backward(mem, threshold)
+        ctx.save_for_backward(threshold, *saved)
         ctx.surrogate = surrogate
         return fired(mem, threshold)
 
@@ -158,8 +179,8 @@ class Firing(torch.autograd.Function):
     @one_by_one
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        mem, threshold = ctx.saved_tensors
+        threshold, mem, *_ = ctx.saved_tensors
         of_mem = ctx.surrogate.vjp(grad, mem - threshold).to(mem.dtype)
-        _, to_mem, to_threshold = ctx.needs_input_grad
+        _, to_mem, to_threshold, _ = ctx.needs_input_grad
         of_threshold = (-of_mem).sum_to_size(threshold.shape) if to_threshold else None
-        return None, of_mem if to_mem else None, of_threshold
+        return None, of_mem if to_mem else None, of_threshold, None
