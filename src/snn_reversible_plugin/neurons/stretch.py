@@ -244,7 +244,8 @@ class Place:
                 enter(pull, self._stretch.member(self._index, 1))
             return None
         if self._stretch.is_anchored:
-            enter(h, *self._stretch.hold(h))
+            (anchor,) = self._stretch.hold(h)
+            enter(h, anchor)
         return self.alive(h)
 
     def alive(self, like: Tensor) -> Tensor:

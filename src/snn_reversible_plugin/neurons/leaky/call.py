@@ -104,7 +104,7 @@ class Charging(torch.autograd.Function):
         states = charged(kind, before, threshold, xs)
         x = list(xs[len(xs) // 2 :] if kind.reset == AFTER else xs)
         if kind.reset == BEFORE:
-            x[charge.membrane] = mem  # type: ignore[call-overload]
+            x[charge.membrane] = mem  # type: ignore[index]
 
         of_threshold = ctx.needs_input_grad[2] and kind.reset == SUBTRACT
         needs = ctx.needs_input_grad[3 : 3 + len(x)]
