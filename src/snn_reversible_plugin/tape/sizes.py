@@ -36,7 +36,8 @@ from snn_reversible_plugin.tape.replayed import Replayed
 #    one on its way out; what the layers of other products made that lead to it, which is rebuilt with it
 #    and may wait for its own turn; gradients of what was made before the layer and is used after it; and
 #    for the product its input, gradients and a kernel's workspace, measured as twice the larger of input
-#    and result (oneDNN, 3x3 convolutions).
+#    and result (oneDNN, 3x3 convolutions). Where a convolution has few pixels, each thread of a CPU takes
+#    some sizes of the weights too: four, with AVX2, for 512 channels of 2x2 pixels.
 # 3. The gradient of a parameter stands from the layer on that uses it last. In each other layer that uses
 #    it, another one is made beside it, and at most their sum. Such layers, a loop's, keep no products:
 #    one of a loop over 20 steps that was kept raised the peak by its own size, all bounds in spite.
@@ -49,6 +50,7 @@ from snn_reversible_plugin.tape.replayed import Replayed
 # results, spikes) + 2 n.
 
 WORKSPACE = 2  # of a product's backward, in sizes of the larger of its input and result
+OF_WEIGHTS = 4  # and of a convolution's on a CPU, in sizes of its weights, a thread
 
 
 @dataclass(slots=True)
@@ -191,6 +193,9 @@ class Sizes:
             one_input = len(activations) == 1
             layer.least = result + (gradients + rebuilt * learns if one_input else 0)
             layer.most = result + inputs + gradients + WORKSPACE * max(inputs, result)
+            if "conv" in operator.name and not outputs[0].is_cuda:
+                weights = sum(one.nbytes for one in operands) - inputs
+                layer.most += OF_WEIGHTS * torch.get_num_threads() * weights
         self._layers.append(layer)
 
     def _end_layer(self) -> None:
