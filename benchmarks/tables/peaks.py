@@ -54,10 +54,10 @@ def budgets(entries: Entries) -> list[Table]:
         memory = methods.pop("memory", None)
         if memory is None:
             continue
-        least = next((one["least"] for one in methods.values() if one["least"] is not None), None)
+        least = next((one["least"] for one in methods.values() if one.get("least") is not None), None)
         cells = [_off(least, memory["whole"], off)]
         for one in methods.values():
-            cells.append(_off(one["foreseen"], one["whole"], off))
+            cells.append(_off(one.get("foreseen"), one["whole"], off))
             over.append(one["whole"] / one["budget"])
         some = methods.get("1.25 x")
         part = "" if some is None else f"{some['whole'] / some['budget']:.2f}"

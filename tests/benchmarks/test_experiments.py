@@ -25,6 +25,7 @@ SMALL = {
     "parallel": [],
     "published": ["--only", "TET"],
     "peaks": ["--only", "vgg", "--only", "TET"],
+    "budgets": ["--only", "vgg", "--only", "TET"],
     "freed-memory": ["--only", "spikformer"],
     "surgery": ["--only", "SEW*", "--method", "wrapped, converted"],
     "reversal-rebuilt": ["--only", "*beta 0.9,*"],
