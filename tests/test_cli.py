@@ -218,6 +218,11 @@ def test_a_shape_that_does_not_fit_is_refused_before_anything_is_searched(models
     assert "does not take an input of 4x2x2x9x9" in result.output
 
 
+def test_time_steps_without_a_number_are_asked_for(models):
+    result = run("fit", "own_models:build", "--shape", "T,N,2,8,8", "--budget", "1MiB")
+    assert result.exit_code == 2 and "say how many, as in --steps 8" in result.output
+
+
 def test_a_file_is_a_module_too_and_its_neighbours_are_found(models):
     (models / "train.py").write_text(
         "from own_models import build\nassert __name__ == 'train'\nbuild_it = build\n"

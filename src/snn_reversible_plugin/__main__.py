@@ -214,6 +214,10 @@ def fit(
 
     if not all("N" in text.split(",") for text in shape):
         raise typer.BadParameter("it needs N where the batch goes, as in 8,N,2,32,32", param_hint="--shape")
+    if not steps and any("T" in text.split(",") for text in shape):
+        raise typer.BadParameter(
+            "a shape has T for the time steps: say how many, as in --steps 8", param_hint="--steps"
+        )
     model, console, found = _on(device, _build(factory)), Console(), Fits()
     counts: list[int | None] = [*steps] if steps else [None]
     for count in counts:
