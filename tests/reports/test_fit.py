@@ -66,7 +66,7 @@ def test_layers_that_are_sliced_only_in_large_batches():
     )  # fmt: skip
     functional.set_step_mode(model, "m")
     srp.convert_to_reversible(model, mode="minimal")
-    found = fit(model, lambda batch: torch.rand(4, batch, 3, 16, 16), "16MiB")
+    found = fit(model, lambda batch: torch.rand(4, batch, 3, 8, 8), "16MiB")
     assert 0.85 * found.budget < found.peak <= found.budget < 0.85 * found.predicted
 
 
