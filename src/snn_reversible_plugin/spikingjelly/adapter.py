@@ -21,26 +21,31 @@ from snn_reversible_plugin.modules.registry import (
 from snn_reversible_plugin.modules.swap import swapped_class
 from snn_reversible_plugin.spikingjelly import on_grid
 from snn_reversible_plugin.spikingjelly.analytic import Analytic, Reversible
+from snn_reversible_plugin.spikingjelly.claims import claim_of
 from snn_reversible_plugin.spikingjelly.copies import copy_at, copy_of, installed
 from snn_reversible_plugin.spikingjelly.exports import teach_exporter
 from snn_reversible_plugin.spikingjelly.replayed import Replayed
 from snn_reversible_plugin.spikingjelly.types import add_rows, equations_of, own_entries
+from snn_reversible_plugin.spikingjelly.written_out import why_not_same
 
 
 def _choose(module: nn.Module) -> type[nn.Module]:
     if isinstance(module, Analytic):
         return type(module)  # type: ignore[return-value]
+    known = equations_of(module) is not None
+    why = "" if known else why_not_same(module)
+    if not known and not why:
+        return swapped_class(Reversible, type(module))
     if own := own_entries(type(module)):
         copy = copy_of(type(module))
         functions = copy is not None and copy.has_operators
         remedy = "single_step_functional_forward" if functions else "neuronal_charge and neuronal_reset"
         raise StaysStock(
             f"it has a {min(own)} of its own, which may do more than its equations; write them as "
-            f"{remedy} to have it replayed"
+            f"{remedy} to have it replayed{f' ({why})' if claim_of(type(module)) else ''}"
         )
     if any(isinstance(child, nn.modules.batchnorm._BatchNorm) for child in module.modules()):
         raise StaysStock("its forward updates batch-norm statistics")
-    known = equations_of(module) is not None
     return swapped_class(Reversible if known else Replayed, type(module))
 
 
@@ -63,7 +68,7 @@ def load(root: str) -> None:
             register_reversible(cls, subclasses=True)(stays_stock(row.stays))
         elif row.family or row.equations:
             register_reversible(cls, subclasses=True)(_choose)
-        if row.on_grid:
+        if row.on_grid or row.name in ("BaseNode", "SimpleBaseNode"):
             register_on_grid(cls)(_on_grid)
     teach_exporter(root)
     if root.partition(".")[0] == "spikingjelly" and installed() is copy_at(root):

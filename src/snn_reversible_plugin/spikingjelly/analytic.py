@@ -45,7 +45,13 @@ from snn_reversible_plugin.spikingjelly.surrogates import (
     proved,
     surrogate_of,
 )
-from snn_reversible_plugin.spikingjelly.types import equations_of, states_beside_v, stores_v_seq
+from snn_reversible_plugin.spikingjelly.types import (
+    equations_of,
+    own_entries,
+    states_beside_v,
+    stores_v_seq,
+)
+from snn_reversible_plugin.spikingjelly.written_out import Same, equations_here
 from snn_reversible_plugin.tape.final_membrane import Memories, OfFirstStep
 
 # -- how a call is run ---------------------------------------------------------------------------------
@@ -71,10 +77,16 @@ class ByStock(NamedTuple):
     reason: str
 
 
-How = ByFormula | ByReplay | ByStock
-_TEXTS = {ByReplay: "generic replay", ByStock: "stock"}
+class ByTape(NamedTuple):
+    """By a forward that may do more than its equations, so that it can't run twice, and why."""
+
+    reason: str
+
+
+How = ByFormula | ByReplay | ByStock | ByTape
+_TEXTS = {ByReplay: "generic replay", ByStock: "stock", ByTape: "the tape"}
 # What ran last in place of the formulas, for reports; nothing of a neuron that runs by them.
-_instead: weakref.WeakKeyDictionary[Any, ByReplay | ByStock] = weakref.WeakKeyDictionary()
+_instead: weakref.WeakKeyDictionary[Any, ByReplay | ByStock | ByTape] = weakref.WeakKeyDictionary()
 # Those whose last call had membranes that are wider than stock's.
 _ran_wide: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -93,7 +105,7 @@ class Analytic:
     def may_fuse(self) -> bool:
         """Whether ``arithmetic="fused"`` means something to it."""
         copy = copy_of(type(self))
-        return copy is not None and copy.has_operators
+        return copy is not None and copy.has_operators and equations_of(self) is not None  # type: ignore[arg-type]
 
     @property
     def treatment(self) -> str:
@@ -139,6 +151,8 @@ class Analytic:
             with InTorch(self):  # type: ignore[arg-type]
                 return super().forward(*args, **kwargs)  # type: ignore[misc]
         _instead[self] = chosen
+        if isinstance(chosen, ByTape):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
         run = replayed if isinstance(chosen, ByReplay) else as_stock
         return run(self, Analytic, args, kwargs)  # type: ignore[arg-type]
 
@@ -151,7 +165,7 @@ class Analytic:
 
 
 class Reversible(Analytic, SwappedClass):
-    """In front of a subclass that has one of the three neurons' dynamics."""
+    """In front of a subclass that has one of the three neurons' dynamics, inherited or proved."""
 
 
 def how(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> How:
@@ -183,7 +197,7 @@ def how(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> How:
         return ByStock("neither its input nor anything of its own has a gradient")
     if _has_no_surrogate(module, copy):
         return ByStock("in evaluation this release runs code without a surrogate gradient")
-    return ByReplay(found)
+    return ByTape(found) if own_entries(type(module)) else ByReplay(found)
 
 
 def is_wide(module: Any, x: Any) -> bool:
@@ -237,15 +251,17 @@ def _by_formula(module: Any, copy: Copy, x: Tensor) -> ByFormula | str:
         return f"its membrane is a {type(v).__name__}"
     elif not copy.has_step_modes and v != (module.v_reset or 0.0):
         return "its membrane starts as another number than it rests at"
-    equations = equations_of(module)
-    w = module.w if equations == "PLIF" else None
+    same = equations_here(module, x, v)
+    if isinstance(same, str):
+        return same
+    w = module.w if same.equations == "PLIF" else None
     if torch.is_grad_enabled() and not (
         x.requires_grad
         or (isinstance(v, Tensor) and v.requires_grad)
         or (isinstance(w, Tensor) and w.requires_grad)
     ):
         return "what learns in it is neither its input nor its state"
-    call = _call(module, copy, x, v, w)
+    call = _call(module, copy, x, v, same)
     return call if isinstance(call, str) else ByFormula(call, v, w)
 
 
@@ -300,19 +316,22 @@ def _run(module: Any, x: Tensor, chosen: ByFormula) -> Tensor:
     return s
 
 
-def _call(module: Any, copy: Copy, x: Tensor, v: Tensor | float, w: Tensor | None) -> Call | str:
+def _call(module: Any, copy: Copy, x: Tensor, v: Tensor | float, same: Same) -> Call | str:
     """What the formulas need of a neuron, or why they are not stock's arithmetic as it is set."""
-    equations = equations_of(module)
-    rule = _rule(module, equations, copy, x, w)
+    equations, w = same.equations, module.w if same.equations == "PLIF" else None
+    is_stocks = equations_of(module) is not None
+    rule = _rule(module, same, copy, x, w)
     if isinstance(rule, str):
         return rule
     function = surrogate_of(module)
     wide = is_wide(module, x)
-    known = fused(function) if copy.has_operators and (wide or x.dtype is torch.float32) else None
+    known = None
+    if copy.has_operators and is_stocks and (wide or x.dtype is torch.float32):
+        known = fused(function)
     if w is not None and w.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         known = None
     is_fused = known is not None
-    runs = stock_runs(equations, copy, x.device, is_fused)
+    runs = stock_runs(equations, copy, x.device, is_fused) if is_stocks else "torch"
     if wide and known is not None:  # where no kernel is, it is computed as on a CPU
         runs = "triton" if on_device.takes(Neuron(rule, known), x.device) else "torch"
     launched = runs == "triton" and known is not None and is_multi_step(module)
@@ -324,7 +343,7 @@ def _call(module: Any, copy: Copy, x: Tensor, v: Tensor | float, w: Tensor | Non
         return "its input is laid out neither step by step nor channels-last"
     name = None if known is None else known.name.rpartition(".")[2]  # type: ignore[union-attr]
     case = Case(equations, rule.decay_input, rule.v_reset is None, rule.detach_reset, name)
-    if not agrees(copy, case, x.device if launched else None):
+    if is_stocks and not agrees(copy, case, x.device if launched else None):
         return "the installed SpikingJelly computes it in another order"
     if known is None and not copy.has_operators and is_heaviside(function):
         known = as_autograd(function, x.dtype)
@@ -340,20 +359,17 @@ def _call(module: Any, copy: Copy, x: Tensor, v: Tensor | float, w: Tensor | Non
     )
 
 
-def _rule(module: Any, equations: Any, copy: Copy, x: Tensor, w: Tensor | None) -> Rule | str:
-    tau, decay_input = None, False
+def _rule(module: Any, same: Same, copy: Copy, x: Tensor, w: Tensor | None) -> Rule | str:
+    tau, equations = None, same.equations
     if equations == "LIF":
-        tau, decay_input = module.tau, bool(module.decay_input)
+        tau = module.tau
         if not isinstance(tau, float):
             return f"its tau is a {type(tau).__name__}"
     elif equations == "PLIF":
-        decay_input = bool(module.decay_input)
         if not isinstance(w, Tensor) or w.dim() or w.device != x.device:
             return "its w is not one number on the input's device"
         if not copy.has_operators and w.dtype != x.dtype:
             return f"its w is {w.dtype}, its input {x.dtype}"
-    elif equations != "IF":
-        return "its dynamics are its own"
     v_threshold, v_reset = module.v_threshold, module.v_reset
     if not isinstance(v_threshold, float):
         return f"its v_threshold is a {type(v_threshold).__name__}"
@@ -361,4 +377,4 @@ def _rule(module: Any, equations: Any, copy: Copy, x: Tensor, w: Tensor | None) 
         return f"its v_reset is a {type(v_reset).__name__}"
     if getattr(module, "_neuron_precision", None) is not None:
         return "it has a precision of its own"
-    return Rule(tau, decay_input, v_threshold, v_reset, bool(module.detach_reset), copy.order(equations))
+    return Rule(tau, same.decay_input, v_threshold, v_reset, bool(module.detach_reset), same.order)

@@ -35,6 +35,7 @@ from snn_reversible_plugin.ops.devices import may_look
 from snn_reversible_plugin.spikingjelly.calls import leave, stepped_neurons
 from snn_reversible_plugin.spikingjelly.surrogates import as_autograd, hooks_of, is_heaviside, surrogate_of
 from snn_reversible_plugin.spikingjelly.types import equations_of, row_of, states_beside_v, stores_v_seq
+from snn_reversible_plugin.spikingjelly.written_out import equations_here, of_sample, why_not_same
 from snn_reversible_plugin.tape.final_membrane import OfFirstStep
 from snn_reversible_plugin.tape.origins import look_up
 
@@ -43,7 +44,7 @@ def why_not(module: Any) -> str | None:
     """Why a neuron, as it is set now, has no step on the grid, or None."""
     if is_multi_step(module):
         return "it runs all time steps in one call"
-    if not row_of(module).on_grid:
+    if not row_of(module).on_grid and why_not_same(module):
         return "its equations are not written for the grid"
     function = surrogate_of(module)
     if not is_heaviside(function) and isinstance(reason := of_users(function), str):
@@ -53,12 +54,20 @@ def why_not(module: Any) -> str | None:
     if (
         not (module.v_reset is None or _is_finite(module.v_reset))
         or getattr(module, "_neuron_precision", None) is not None
-        or (equations_of(module) == "LIF" and not _is_finite(module.tau))
+        or (_equations(module)[0] == "LIF" and not _is_finite(module.tau))
         or stores_v_seq(module)
         or states_beside_v(module)
     ):
         return "it has settings that are not written for the grid"
     return None
+
+
+def _equations(node: Any) -> tuple[Any, bool]:
+    """Which of the three's equations a node has, and whether its input decays."""
+    if (equations := equations_of(node)) is not None:
+        return equations, bool(getattr(node, "decay_input", False))
+    same = of_sample(node)
+    return (None, False) if isinstance(same, str) else (same.equations, same.decay_input)
 
 
 def _is_finite(value: Any) -> bool:
@@ -67,8 +76,8 @@ def _is_finite(value: Any) -> bool:
 
 def _settings(node: Any) -> tuple[Any, ...]:
     """What a node's constants follow from, but a learned decay's value; the last: if it has one."""
-    function, equations = surrogate_of(node), equations_of(node)
-    leak = (node.tau, bool(node.decay_input)) if equations == "LIF" else None
+    function, (equations, decay_input) = surrogate_of(node), _equations(node)
+    leak = (equations, node.tau if equations == "LIF" else None, decay_input)
     return (
         node.v_threshold, node.v_reset, bool(node.detach_reset), leak, function,
         getattr(function, "alpha", None), switches.bits_of(node), equations == "PLIF",
@@ -167,6 +176,8 @@ class NodeOnGrid(OnGrid):
             # Stock gives spikes and membranes the input's dtype.
             raise OffGrid(f"A step on the grid takes float32, not {x.dtype}.")
         v, fresh = self._memories["v"], None
+        if equations_of(self) is None and isinstance(why := equations_here(self, x, v), str):
+            raise OffGrid(f"Of this call {why}.")
         if not isinstance(v, Tensor) or v.shape != x.shape:
             start = v if isinstance(v, float) else (self.v_reset or 0.0)
             v, fresh = torch.full_like(x, start, dtype=torch.float32), start
@@ -195,30 +206,30 @@ def _promise(node: Any, constants: IntegrateFire, start: float, current: Tensor)
 
 def _current(node: Any, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """What is added to the decayed membrane, up to the constants' gain; and the decay, if it is learned."""
-    equations, rest = equations_of(node), node.v_reset or 0.0
+    (equations, decay_input), rest = _equations(node), node.v_reset or 0.0
     if equations == "PLIF":
         q = node.w.float().sigmoid()
-        if node.decay_input:
+        if decay_input:
             x = (x + rest if rest else x) * q
         elif rest:
             x = x + rest * q
         return x, (1 - q,)
     if equations == "LIF" and rest:
-        x = x + (rest if node.decay_input else rest / node.tau)
+        x = x + (rest if decay_input else rest / node.tau)
     return x, ()
 
 
 def _constants(node: Any, parameters: tuple[Tensor, ...]) -> IntegrateFire:
     """Made of a node as it is set now."""
     beta: Any = 1.0
-    gain, held = None, parameters
+    (equations, decay_input), gain, held = _equations(node), None, parameters
     if parameters:
         beta, held = parameters[0].detach(), (node.w,)
         smallest = switches.smallest_decay(node, "v")
         beta = float(beta) if may_look(beta.device) else (beta, smallest)
-    elif equations_of(node) == "LIF":
+    elif equations == "LIF":
         beta = _single(1 - 1 / node.tau)
-        gain = _single(1 / node.tau) if node.decay_input else None
+        gain = _single(1 / node.tau) if decay_input else None
     function = surrogate_of(node)
     return integrate_fire(
         f"{switches.name_of(node)}.v",

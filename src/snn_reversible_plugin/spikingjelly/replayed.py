@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.modules.kinds import is_multi_step
 from snn_reversible_plugin.modules.swap import SwappedClass
+from snn_reversible_plugin.neurons.own.reads import behind
 from snn_reversible_plugin.neurons.rerun import (
     Rerun,
     differentiable_once,
@@ -30,10 +31,12 @@ from snn_reversible_plugin.ops.autocast import Autocast
 from snn_reversible_plugin.ops.chunks import cuts
 from snn_reversible_plugin.ops.layouts import is_contiguous_in
 from snn_reversible_plugin.ops.outputs import on_its_own
+from snn_reversible_plugin.spikingjelly.claims import claim_of
 from snn_reversible_plugin.spikingjelly.copies import Copy, InTorch, copy_of, why_not_as_set
 from snn_reversible_plugin.spikingjelly.scripted import same_graph
 from snn_reversible_plugin.spikingjelly.surrogates import is_heaviside, is_known, is_uniform
 from snn_reversible_plugin.spikingjelly.types import row_of
+from snn_reversible_plugin.spikingjelly.written_out import why_not_same
 
 
 class Replayed(SwappedClass):
@@ -44,8 +47,9 @@ class Replayed(SwappedClass):
 
     @property
     def treatment_reason(self) -> str:
-        """What is done otherwise than it is set, for reports."""
-        return why_not_as_set(self)  # type: ignore[arg-type]
+        """What is done otherwise than it is set, and why it has no written-out backward, for reports."""
+        unproved = why_not_same(self) if claim_of(behind(type(self))) else ""
+        return "; ".join(filter(None, (why_not_as_set(self), unproved)))  # type: ignore[arg-type]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not tape.may_record():

@@ -118,8 +118,18 @@ _dynamics: dict[type, type | None] = {}
 
 
 def _dynamics_of(cls: type) -> type | None:
+    return None if overridden(cls) else origin_of(cls)
+
+
+def origin_of(cls: type) -> type | None:
+    """The SpikingJelly class that a class is or derives from; None for any other."""
+    return _origin_of(cls)[0]
+
+
+def overridden(cls: type) -> set[str]:
+    """What a user's classes define anew of the dynamics of the SpikingJelly class that they derive from."""
     base, own = _origin_of(cls)
-    return None if base is None or own & (set(dir(base)) - _HARMLESS) else base
+    return set() if base is None else own & (set(dir(base)) - _HARMLESS)
 
 
 def own_entries(cls: type) -> set[str]:

@@ -25,7 +25,7 @@ from snn_reversible_plugin.modules.registry import StaysStock, reversible_type
 from snn_reversible_plugin.modules.swap import SwappedClass, swapped_class
 from snn_reversible_plugin.neurons.own.code import Unprovable
 from snn_reversible_plugin.neurons.own.graph import Function, Kind, Programs, Recording, name_of
-from snn_reversible_plugin.neurons.own.reads import Reads
+from snn_reversible_plugin.neurons.own.reads import Reads, behind
 from snn_reversible_plugin.neurons.own.rows import Rows, along
 from snn_reversible_plugin.neurons.rerun import differentiable_once, shadow
 from snn_reversible_plugin.ops.autocast import Autocast
@@ -219,7 +219,7 @@ def _proof(module: nn.Module, x: Tensor) -> Proof | Unprovable:
     proofs = _known.get(module)
     if proofs is None or not proofs.reads.hold():
         try:
-            proofs = _Proofs(module, Reads(module, _stock_class(module)))
+            proofs = _Proofs(module, Reads(module, behind(type(module))))
         except Unprovable as why:
             _known.pop(module, None)
             return Unprovable(str(why))
@@ -231,7 +231,7 @@ def _proof(module: nn.Module, x: Tensor) -> Proof | Unprovable:
     if key not in proofs.of:
         if len(proofs.of) >= MOST_KINDS:
             return Unprovable("its input is of another shape in every call")
-        proofs.of[key] = _proved(proofs, (_stock_class(module), proofs.reads.key, *key), kind)
+        proofs.of[key] = _proved(proofs, (behind(type(module)), proofs.reads.key, *key), kind)
     return proofs.of[key]
 
 
@@ -251,16 +251,8 @@ def _proved(proofs: _Proofs, key: Any, kind: Kind) -> Proof | Unprovable:
     return _shared[key][1]
 
 
-def _stock_class(module: nn.Module) -> type[nn.Module]:
-    return next(
-        base
-        for base in type(module).__mro__
-        if issubclass(base, nn.Module) and not issubclass(base, SwappedClass)
-    )
-
-
 def _stock_forward(twin: nn.Module, x: Tensor) -> Tensor:
-    return _stock_class(twin).forward(twin, x)  # type: ignore[no-any-return]
+    return behind(type(twin)).forward(twin, x)  # type: ignore[no-any-return]
 
 
 def own_neurons(model: nn.Module, left: set[int]) -> list[tuple[nn.Module, type[nn.Module]]]:
@@ -275,7 +267,7 @@ def own_neurons(model: nn.Module, left: set[int]) -> list[tuple[nn.Module, type[
         if id(module) in left | inside or not _is_candidate(module):
             continue
         try:
-            Reads(module, _stock_class(module))
+            Reads(module, behind(type(module)))
         except Unprovable as why:
             _last[module] = str(why)
             continue

@@ -77,7 +77,7 @@ class Recording:
             raise Unprovable(f"it has {len(self.nodes)} operations")
         for node in self.nodes:
             if node.op == "call_function":
-                _check(node)
+                check_operator(node)
         if not all(isinstance(node, fx.Node) for node in (self.y, self.g_x)):
             raise Unprovable("its output is not what it computed")
         self.out, self.grad = (Kind.of(node.meta["val"]) for node in (self.y, self.g_x))
@@ -154,7 +154,12 @@ def name_of(node: fx.Node) -> str:
     return node.target._schema.name.partition("::")[2] if hasattr(node.target, "_schema") else ""
 
 
-def _check(node: fx.Node) -> None:
+def check_operator(node: fx.Node) -> None:
+    """Refuse an operation that is not torch's, draws, or writes to a tensor.
+
+    Raises:
+        Unprovable: saying which.
+    """
     if node.target is operator.getitem:
         return
     schema = getattr(node.target, "_schema", None)

@@ -46,6 +46,8 @@ class Reads:
         False
     """
 
+    states: frozenset[str] = frozenset()  # of the module: read as they were handed in, and may be set
+
     def __init__(self, module: nn.Module, cls: type[nn.Module]) -> None:
         self._looks: list[tuple[Callable[[], Any], Any]] = []
         self._seen: set[Any] = set()
@@ -129,7 +131,7 @@ class Reads:
         if not isinstance(function, types.FunctionType):
             raise Unprovable(f"its {name} is a {type(found).__name__}")
         self._looks.append((lambda: module.__dict__.get(name, MISSING), MISSING))
-        self._looks.append((lambda: in_class(_stock(type(module)), name), found))
+        self._looks.append((lambda: in_class(behind(type(module)), name), found))
         owner = None if isinstance(found, staticmethod) else (module, cls)
         self._function(function, owner, f"its {name}")
 
@@ -145,7 +147,7 @@ class Reads:
             self._method(module, cls, name)
             return getattr(found, "__func__", found)
         self._looks.append((lambda: module.__dict__.get(name, MISSING), MISSING))
-        return self.read(lambda: in_class(_stock(type(module)), name), f"self.{name}")
+        return self.read(lambda: in_class(behind(type(module)), name), f"self.{name}")
 
     def _autograd_function(self, function: type) -> None:
         if function in self._seen:
@@ -182,9 +184,11 @@ class Reads:
             ).walk()
 
 
-def _stock(cls: type) -> type:
+def behind(cls: type[nn.Module]) -> type[nn.Module]:
     """The class behind the package's own."""
-    return next(base for base in cls.__mro__ if not issubclass(base, SwappedClass))
+    return next(
+        base for base in cls.__mro__ if issubclass(base, nn.Module) and not issubclass(base, SwappedClass)
+    )
 
 
 def _same(a: Any, b: Any) -> bool:
