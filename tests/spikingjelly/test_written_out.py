@@ -1,7 +1,9 @@
 """Subclasses that write out what a neuron does: the fast path where that is proved, and only there."""
 
 import copy
+import gc
 import itertools
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -360,6 +362,19 @@ def wrong(sj):
         def neuronal_charge(self, x):
             self.v = self.v + x * self.level
 
+    @case("it reads self.tau, a property")
+    class APropertyBeforeANumber(base_class):
+        def __init__(self, **settings):
+            super().__init__(**settings)
+            self.__dict__["tau"] = 1.0
+
+        @property
+        def tau(self):
+            return self.__dict__["tau"] + float(self.v_threshold > 2.0)
+
+        def neuronal_charge(self, x):
+            self.v = self.v + x / self.tau
+
     @case("it can't be recorded")
     class LooksAtValues(base_class):
         def neuronal_charge(self, x):
@@ -525,6 +540,16 @@ def test_a_step_that_stays_stock_says_why():
     net = srp.convert_to_reversible(nn.Sequential(nn.Linear(5, 5), made(Counts, old)))
     report = {row.name: row.neuron for row in srp.memory_report(net, X).modules}
     assert "sets an attribute, calls" in report["1"]
+
+
+def test_what_was_proved_does_not_keep_a_neuron(sj):
+    node = srp.convert_to_reversible(made(charges(sj), sj), arithmetic="stock")
+    outcome(node, X)
+    assert node.treatment != "generic replay"
+    gone = weakref.ref(node)
+    del node
+    gc.collect()
+    assert gone() is None
 
 
 def test_two_steps_with_one_forward_are_told_apart():

@@ -10,6 +10,7 @@ Source: ``BaseNode`` and ``SimpleBaseNode`` of SpikingJelly 2.0, 0.0.0.0.14 and 
 from __future__ import annotations
 
 import functools
+import weakref
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -96,8 +97,10 @@ class StepReads(Reads):
         cls = behind(type(module))
         for name in claim.own:
             self._method(module, cls, name)
-        self.look(lambda: tuple(module._memories), tuple(module._memories))
-        self.look(lambda: own_sequences(behind(type(module)), copy), own_sequences(cls, copy))
+        ref, tables = weakref.ref(module), module.__dict__
+        self.look(lambda: tuple(tables["_memories"]), tuple(module._memories))
+        self.look(lambda: own_sequences(behind(type(ref())), copy), own_sequences(cls, copy))
+        self._seen.clear()
 
     def attribute(self, module: nn.Module, cls: type[nn.Module], name: str) -> Any:
         tables = module.__dict__
@@ -118,9 +121,7 @@ class StepReads(Reads):
             raise Unprovable(f"it calls {self.claim.base.__name__}'s {name}")
         if name in ("neuronal_charge", "neuronal_reset") and self.is_scripted:
             raise Unprovable(f"its step calls {name}, which is scripted")
-        found = in_class(cls, name)
-        self.look(lambda: in_class(behind(type(module)), name), found)
-        self.look(lambda: module.__dict__.get(name, MISSING), MISSING)
+        self.in_class_alone(module, name, in_class(cls, name))
 
 
 def written_by(cls: type, base: type) -> set[str]:

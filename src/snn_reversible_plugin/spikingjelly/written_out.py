@@ -62,7 +62,6 @@ from snn_reversible_plugin.spikingjelly.types import equations_of, origin_of, st
 # 5. Equations of the right form with a constant that differs are another recording: `h / 2.0` is none of a
 #    neuron whose tau is 2.1.
 MOST = 64  # proofs
-MOST_MODULES = 1024  # that are known: beyond, all are looked through again
 
 
 class Same(NamedTuple):
@@ -193,8 +192,8 @@ def _whole(twin: Any, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
 # -- the proof ---------------------------------------------------------------------------------------
 
 _known: weakref.WeakKeyDictionary[nn.Module, StepReads] = weakref.WeakKeyDictionary()
-# By all that a proof rests on, for layers that are alike. What is looked at is held, so no id is reused.
-_shared: OrderedDict[Any, tuple[StepReads, Same | str]] = OrderedDict()
+# By all that a proof rests on, for layers that are alike. What was read is held, so no id is reused.
+_shared: OrderedDict[Any, tuple[list[Any], Same | str]] = OrderedDict()
 
 
 def proved(module: nn.Module, x: Tensor, v: Tensor | float) -> Same | str:
@@ -211,8 +210,6 @@ def proved(module: nn.Module, x: Tensor, v: Tensor | float) -> Same | str:
             reads = StepReads(module, claim, copy)
         except Unprovable as why:
             return f"its dynamics are its own: {why}"
-        if len(_known) >= MOST_MODULES:  # what is looked at leads to the module, which would never go
-            _known.clear()
         _known[module] = reads
     one = (x[0] if is_multi_step(module) else x).detach()
     if not isinstance(v, Tensor) and _fills_a_tensor(copy, claim):
@@ -228,7 +225,7 @@ def proved(module: nn.Module, x: Tensor, v: Tensor | float) -> Same | str:
             found: Same | str = _prove(module, claim, copy, kinds)
         except Unprovable as why:
             found = f"its dynamics are its own: {why}"
-        _shared[key] = reads, found
+        _shared[key] = reads.values, found
         while len(_shared) > MOST:
             _shared.popitem(last=False)
     return _shared[key][1]

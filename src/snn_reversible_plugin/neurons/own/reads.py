@@ -10,6 +10,7 @@ Source: guards as in Ansel et al., "PyTorch 2", ASPLOS 2024.
 from __future__ import annotations
 
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -52,6 +53,7 @@ class Reads:
         self._looks: list[tuple[Callable[[], Any], Any]] = []
         self._seen: set[Any] = set()
         self._module(module, cls, called=False)
+        self._seen.clear()  # what is looked at must not keep the module, which it is known by
 
     def hold(self) -> bool:
         """Whether everything is as it was read."""
@@ -66,6 +68,11 @@ class Reads:
         return tuple(
             (type(v), repr(v)) if isinstance(v, (*SCALARS, tuple)) else id(v) for _, v in self._looks
         )
+
+    @property
+    def values(self) -> list[Any]:
+        """What was read."""
+        return [value for _, value in self._looks]
 
     def look(self, look: Callable[[], Any], value: Any) -> None:
         """Remember to look at something again."""
@@ -101,8 +108,9 @@ class Reads:
         if any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
             raise Unprovable("it has parameters or buffers")
         if called:  # with what is hung on it
+            ref = weakref.ref(module)
             for table in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-                self._looks.append((lambda table=table: len(getattr(module, table)), 0))  # type: ignore[misc]
+                self._looks.append((lambda table=table: len(getattr(ref(), table)), 0))  # type: ignore[misc]
             if not self.hold():
                 raise Unprovable(f"its {cls.__name__} has hooks")
         if cls.__module__.startswith("torch.nn."):
@@ -120,34 +128,42 @@ class Reads:
         """torch's own modules read no more than their numbers."""
         if module._modules:
             raise Unprovable(f"its {type(module).__name__} has parts")
-        self._looks.append((lambda: module.__dict__.get("forward", MISSING), MISSING))
-        for name, value in module.__dict__.items():
+        tables = module.__dict__
+        self._looks.append((lambda: tables.get("forward", MISSING), MISSING))
+        for name, value in tables.items():
             if is_number(value):
-                self._looks.append((lambda name=name: module.__dict__.get(name, MISSING), value))  # type: ignore[misc]
+                self._looks.append((lambda name=name: tables.get(name, MISSING), value))  # type: ignore[misc]
 
     def _method(self, module: nn.Module, cls: type, name: str) -> None:
         found = in_class(cls, name)
         function = getattr(found, "__func__", found)
         if not isinstance(function, types.FunctionType):
             raise Unprovable(f"its {name} is a {type(found).__name__}")
-        self._looks.append((lambda: module.__dict__.get(name, MISSING), MISSING))
-        self._looks.append((lambda: in_class(behind(type(module)), name), found))
+        self.in_class_alone(module, name, found)
         owner = None if isinstance(found, staticmethod) else (module, cls)
         self._function(function, owner, f"its {name}")
 
     def attribute(self, module: nn.Module, cls: type, name: str) -> Any:
         """``self.name``, read by code."""
+        found = in_class(cls, name)
+        if hasattr(type(found), "__set__"):  # it comes before what the module has
+            raise Unprovable(f"it reads self.{name}, a {type(found).__name__}")
         for table in (module.__dict__, module.__dict__.get("_modules", {})):
             if name in table:
                 return self.read(lambda table=table: table.get(name, MISSING), f"self.{name}")  # type: ignore[misc]
-        found = in_class(cls, name)
         if found is MISSING:
             raise Unprovable(f"it reads self.{name}, which it does not have yet")
         if isinstance(found, (types.FunctionType, staticmethod)):
             self._method(module, cls, name)
             return getattr(found, "__func__", found)
-        self._looks.append((lambda: module.__dict__.get(name, MISSING), MISSING))
-        return self.read(lambda: in_class(behind(type(module)), name), f"self.{name}")
+        self.in_class_alone(module, name, found)
+        return self.read(lambda: found, f"self.{name}")
+
+    def in_class_alone(self, module: nn.Module, name: str, found: Any) -> None:
+        """Remember that a name stands for what the class has under it."""
+        ref, tables = weakref.ref(module), module.__dict__
+        self.look(lambda: tables.get(name, MISSING), MISSING)
+        self.look(lambda: in_class(behind(type(ref())), name), found)  # type: ignore[arg-type]
 
     def _autograd_function(self, function: type) -> None:
         if function in self._seen:
