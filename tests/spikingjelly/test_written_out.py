@@ -317,8 +317,9 @@ def wrong(sj):
     class CutsTheGradient(base_class):
         """The forward is the same."""
 
-        def neuronal_charge(self, x):
-            self.v = (self.v.detach() if isinstance(self.v, torch.Tensor) else self.v) + x
+        def neuronal_reset(self, spike):
+            s = spike.detach()
+            self.v = (1.0 - s) * self.v + s * self.v_reset
 
     @case(OTHER)
     class NoSurrogate(base_class):
