@@ -100,7 +100,7 @@ class StepReads(Reads):
         ref, tables = weakref.ref(module), module.__dict__
         self.look(lambda: tuple(tables["_memories"]), tuple(module._memories))
         self.look(lambda: own_sequences(behind(type(ref())), copy), own_sequences(cls, copy))
-        self._seen.clear()
+        self.finish()
 
     def attribute(self, module: nn.Module, cls: type[nn.Module], name: str) -> Any:
         tables = module.__dict__

@@ -53,7 +53,17 @@ class Reads:
         self._looks: list[tuple[Callable[[], Any], Any]] = []
         self._seen: set[Any] = set()
         self._module(module, cls, called=False)
+        self.finish()
+
+    def finish(self) -> None:
+        """Once all was read.
+
+        Raises:
+            Unprovable: the module has something in place of what its class has.
+        """
         self._seen.clear()  # what is looked at must not keep the module, which it is known by
+        if not self.hold():
+            raise Unprovable("a part of its code was replaced")
 
     def hold(self) -> bool:
         """Whether everything is as it was read."""
@@ -148,7 +158,8 @@ class Reads:
         found = in_class(cls, name)
         if hasattr(type(found), "__set__"):  # it comes before what the module has
             raise Unprovable(f"it reads self.{name}, a {type(found).__name__}")
-        for table in (module.__dict__, module.__dict__.get("_modules", {})):
+        parts = (module.__dict__.get(kind, {}) for kind in ("_modules", "_parameters", "_buffers"))
+        for table in (module.__dict__, *parts):
             if name in table:
                 return self.read(lambda table=table: table.get(name, MISSING), f"self.{name}")  # type: ignore[misc]
         if found is MISSING:
