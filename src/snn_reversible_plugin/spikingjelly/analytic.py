@@ -48,6 +48,7 @@ from snn_reversible_plugin.spikingjelly.surrogates import (
 from snn_reversible_plugin.spikingjelly.types import (
     equations_of,
     own_entries,
+    replaced_methods,
     states_beside_v,
     stores_v_seq,
 )
@@ -197,7 +198,8 @@ def how(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> How:
         return ByStock("neither its input nor anything of its own has a gradient")
     if _has_no_surrogate(module, copy):
         return ByStock("in evaluation this release runs code without a surrogate gradient")
-    return ByTape(found) if own_entries(type(module)) else ByReplay(found)
+    once = own_entries(type(module)) or replaced_methods(module)
+    return ByTape(found) if once else ByReplay(found)
 
 
 def is_wide(module: Any, x: Any) -> bool:
@@ -215,6 +217,8 @@ def _has_no_surrogate(module: Any, copy: Copy) -> bool:
 def _unusual(module: Any, copy: Copy, x: Any) -> str | None:
     """What is not covered of an input, or of what the neuron is set to do with it."""
     multi = is_multi_step(module)
+    if replaced := replaced_methods(module):
+        return f"the instance has a {min(replaced)} of its own"
     if type(x) not in (Tensor, nn.Parameter):
         return f"its input is a {type(x).__name__} and no plain tensor"
     if x.dim() < 1 + multi or (multi and x.shape[0] == 0):

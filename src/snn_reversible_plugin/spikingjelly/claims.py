@@ -1,7 +1,7 @@
 """What a user's class writes itself of a neuron, and all that this reads.
 
-The one idea: of a class that writes the charge, the fire, the reset or the whole step itself, and nothing else
-of what it derives from, something can be proved (:mod:`.written_out`), if that code reads numbers, the
+The one idea: of a class that writes the charge, the fire, the reset or the whole step itself, and nothing
+else of what it derives from, something can be proved (:mod:`.written_out`), if that code reads numbers, the
 membrane, ``w`` and the surrogate, and sets the membrane.
 
 Source: ``BaseNode`` and ``SimpleBaseNode`` of SpikingJelly 2.0, 0.0.0.0.14 and 0.0.0.0.12.
@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from snn_reversible_plugin.neurons.own.code import MISSING, Unprovable, in_class
-from snn_reversible_plugin.neurons.own.reads import Reads, behind
+from snn_reversible_plugin.neurons.own.reads import Reads, behind, entry
 from snn_reversible_plugin.spikingjelly.copies import Copy, copy_of
 from snn_reversible_plugin.spikingjelly.types import origin_of, overridden
 
@@ -55,8 +56,14 @@ _BASES = {"BaseNode": None, "SimpleBaseNode": None, "SimpleIFNode": "IF", "Simpl
           "IFNode": "IF", "LIFNode": "LIF", "ParametricLIFNode": "PLIF"}  # fmt: skip
 
 
-@functools.cache
-def claim_of(cls: type) -> Claim | None:
+# What a neuron has in tables, which a class would come before.
+_IN_TABLES = ("v", "surrogate_function", "w")
+# What its step is called by, and calls.
+_CALLED = (*PHASES, "single_step_functional_forward", "multi_step_functional_forward",
+           "single_step_forward", "multi_step_forward", "forward")  # fmt: skip
+
+
+def find_claim(cls: type) -> Claim | None:
     """What a user's class writes itself; None where nothing could be proved of it, whatever it writes."""
     base, copy = origin_of(cls), copy_of(cls)
     own = overridden(cls)
@@ -72,12 +79,17 @@ def claim_of(cls: type) -> Claim | None:
             own.discard("multi_step_functional_forward")
     else:
         step, phases = "single_step_forward" if copy.has_step_modes else "forward", {*PHASES}
+    if not own:  # sequences that are steps, which are the release's
+        return None
     if step in own and name == base.__name__:
         own -= phases  # those that it calls are looked through with it
         phases = {step}
     elif claim.equations is None and "neuronal_charge" not in own:
         return None
     return claim._replace(own=tuple(sorted(own))) if own <= phases else None
+
+
+claim_of: Callable[[Any], Claim | None] = functools.cache(find_claim)
 
 
 def own_sequences(cls: type, copy: Copy) -> bool:
@@ -89,20 +101,30 @@ def own_sequences(cls: type, copy: Copy) -> bool:
 class StepReads(Reads):
     """What the step of a neuron reads beside its current and its membrane."""
 
-    states = frozenset({"v"})
-
-    def __init__(self, module: Any, claim: Claim, copy: Copy) -> None:
+    def __init__(self, module: Any, copy: Copy) -> None:
+        cls: Any = behind(type(module))
+        claim = find_claim(cls)  # anew: a class may have got more since
+        if claim is None:
+            raise Unprovable("more than its step is its own")
         self._looks, self._seen = [], set()
-        self.claim, self.is_scripted = claim, copy.is_scripted
-        cls = behind(type(module))
+        self._neuron, self.claim, self.is_scripted = weakref.ref(module), claim, copy.is_scripted
+        for name in _IN_TABLES:
+            if in_class(cls, name) is not MISSING:
+                raise Unprovable(f"its class has a {name}")
+            self.in_class_alone(module, name, MISSING)
+        for name in _CALLED:
+            self.look_in_class(module, name, in_class(cls, name))
         for name in claim.own:
             self._method(module, cls, name)
-        ref, tables = weakref.ref(module), module.__dict__
-        self.look(lambda: tuple(tables["_memories"]), tuple(module._memories))
-        self.look(lambda: own_sequences(behind(type(ref())), copy), own_sequences(cls, copy))
+        self.look(lambda: tuple(self._neuron()._memories), tuple(module._memories))
         self.finish()
 
+    def is_state(self, module: nn.Module, name: str) -> bool:
+        return name == "v" and module is self._neuron()
+
     def attribute(self, module: nn.Module, cls: type[nn.Module], name: str) -> Any:
+        if module is not self._neuron():  # a part of it
+            return super().attribute(module, cls, name)
         tables = module.__dict__
         if name == "surrogate_function" and name in tables["_modules"]:
             # Any one, for another stands in its place; how it is set now is its own proof's part.
@@ -112,8 +134,9 @@ class StepReads(Reads):
         if name in (*PHASES, "v_float_to_tensor") and name not in written_by(cls, self.claim.base):
             self._stocks(module, cls, name)
             return MISSING
-        if name in tables["_memories"]:
-            return self.read(lambda: tables["_memories"].get(name, MISSING), f"self.{name}")
+        if name in tables["_memories"] and in_class(cls, name) is MISSING:
+            self.look_in_class(module, name, MISSING)
+            return self.read(entry(module, name, "_memories"), f"self.{name}")
         return super().attribute(module, cls, name)
 
     def _stocks(self, module: nn.Module, cls: type, name: str) -> None:

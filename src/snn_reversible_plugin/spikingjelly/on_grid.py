@@ -34,7 +34,13 @@ from snn_reversible_plugin.neurons.surrogates import Surrogate, of_users
 from snn_reversible_plugin.ops.devices import may_look
 from snn_reversible_plugin.spikingjelly.calls import leave, stepped_neurons
 from snn_reversible_plugin.spikingjelly.surrogates import as_autograd, hooks_of, is_heaviside, surrogate_of
-from snn_reversible_plugin.spikingjelly.types import equations_of, row_of, states_beside_v, stores_v_seq
+from snn_reversible_plugin.spikingjelly.types import (
+    equations_of,
+    replaced_methods,
+    row_of,
+    states_beside_v,
+    stores_v_seq,
+)
 from snn_reversible_plugin.spikingjelly.written_out import equations_here, of_sample, why_not_same
 from snn_reversible_plugin.tape.final_membrane import OfFirstStep
 from snn_reversible_plugin.tape.origins import look_up
@@ -176,8 +182,14 @@ class NodeOnGrid(OnGrid):
             # Stock gives spikes and membranes the input's dtype.
             raise OffGrid(f"A step on the grid takes float32, not {x.dtype}.")
         v, fresh = self._memories["v"], None
-        if equations_of(self) is None and isinstance(why := equations_here(self, x, v), str):
-            raise OffGrid(f"Of this call {why}.")
+        if replaced := replaced_methods(self):
+            raise OffGrid(f"The instance has a {min(replaced)} of its own.")
+        if equations_of(self) is None:
+            here = equations_here(self, x, v)
+            if isinstance(here, str):
+                raise OffGrid(f"Of this call {here}.")
+            if here[:2] != _equations(self):
+                raise OffGrid("What is proved of this call is another step than a small input's.")
         if not isinstance(v, Tensor) or v.shape != x.shape:
             start = v if isinstance(v, float) else (self.v_reset or 0.0)
             v, fresh = torch.full_like(x, start, dtype=torch.float32), start

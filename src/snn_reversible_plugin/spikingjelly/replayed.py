@@ -48,8 +48,9 @@ class Replayed(SwappedClass):
     @property
     def treatment_reason(self) -> str:
         """What is done otherwise than it is set, and why it has no written-out backward, for reports."""
-        unproved = why_not_same(self) if claim_of(behind(type(self))) else ""
-        return "; ".join(filter(None, (why_not_as_set(self), unproved)))  # type: ignore[arg-type]
+        module: Any = self
+        unproved = why_not_same(module) if claim_of(behind(type(module))) else ""
+        return "; ".join(filter(None, (why_not_as_set(module), unproved)))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not tape.may_record():

@@ -7,6 +7,7 @@ have too. A row holds in every release that has a type of its name. Source: the 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import nn
@@ -72,6 +73,9 @@ _HARMLESS = {
     "__static_attributes__", "__dict__", "__weakref__", "__repr__", "__str__", "__annotate_func__",
     "__annotations_cache__", "__reduce_ex__", "__reduce__", "extra_repr", "reset",
 }  # fmt: skip
+# What a step reads of a neuron, and an instance has.
+_SETTINGS = {"v", "v_threshold", "v_reset", "detach_reset", "tau", "decay_input", "w", "surrogate_function",
+             "training"}  # fmt: skip
 # Through these a neuron is called; a functional forward has no side effects by SpikingJelly's contract.
 _ENTRIES = {"__call__", "forward", "functional_forward", "single_step_forward", "multi_step_forward"}
 
@@ -129,7 +133,30 @@ def origin_of(cls: type) -> type | None:
 def overridden(cls: type) -> set[str]:
     """What a user's classes define anew of the dynamics of the SpikingJelly class that they derive from."""
     base, own = _origin_of(cls)
-    return set() if base is None else own & (set(dir(base)) - _HARMLESS)
+    if base is None:
+        return set()
+    return (own & (set(dir(base)) - _HARMLESS)) | {name for name in own & _SETTINGS if _computes(cls, name)}
+
+
+def _computes(cls: type, name: str) -> bool:
+    """Whether an attribute is a property of a user's: another value at each step, for all that is known."""
+    found = next((base for base in cls.__mro__ if name in vars(base)), cls)
+    is_torchs = found.__module__.startswith("torch.")  # a parametrization, which computes it the same way
+    return hasattr(type(vars(found).get(name)), "__set__") and not is_torchs
+
+
+def replaced_methods(module: nn.Module) -> set[str]:
+    """The methods that an instance has in place of its class's: what they do is not known, and to whom."""
+    methods = _methods_of(type(module))
+    return set() if methods.isdisjoint(module.__dict__) else methods & module.__dict__.keys()
+
+
+@functools.cache
+def _methods_of(cls: type) -> frozenset[str]:
+    """But for those that say nothing of its steps; a ``forward`` of an instance's own runs before ours."""
+    origin = origin_of(cls)
+    methods = {name for name in dir(origin) if callable(getattr(origin, name))}
+    return frozenset(methods - _HARMLESS - set(dir(nn.Module)))
 
 
 def own_entries(cls: type) -> set[str]:

@@ -98,6 +98,19 @@ class _FireModule(nn.Module):
         return _Fire.apply(u, self.number)  # type: ignore[no-any-return]
 
 
+class _Given(NamedTuple):
+    """What a step gets: its current, the membrane before it or the number that this starts as, and w."""
+
+    x: Kind
+    v: Kind | float
+    w: Kind | None
+
+    @property
+    def start(self) -> float | None:
+        """The number, if it is one."""
+        return None if isinstance(self.v, Kind) else self.v
+
+
 class _Writing(NamedTuple):
     """One way to write the three down that some release, or somebody, takes."""
 
@@ -133,16 +146,16 @@ def _rule(module: Any, writing: _Writing) -> Rule:
     return Rule(tau, writing.decay_input, *settings, Order(scales=writing.scales))
 
 
-def _phase(twin: Any, name: str, writing: _Writing, *given: Tensor) -> Any:
+def _phase(twin: Any, name: str, writing: _Writing, given: Any = None) -> Any:
     """A phase as it is written here, of a neuron that has its state in ``v``."""
     if name == "neuronal_charge":
         q = twin.w.sigmoid() if writing.equations == "PLIF" else None
         silent = Surrogate(lambda grad, u: grad)
-        twin.v, _ = charge(*given, twin.v, Neuron(_rule(twin, writing), silent, q))
+        twin.v, _ = charge(given, twin.v, Neuron(_rule(twin, writing), silent, q))
         return None
     if name == "neuronal_fire":
         return twin.surrogate_function(twin.v - twin.v_threshold)
-    s = given[0].detach() if twin.detach_reset else given[0]
+    s = given.detach() if twin.detach_reset else given
     if twin.v_reset is None:
         twin.v = twin.v - s * twin.v_threshold
     elif writing.v_reset_first:
@@ -200,29 +213,34 @@ def proved(module: nn.Module, x: Tensor, v: Tensor | float) -> Same | str:
     """Whose equations a neuron has that writes its own, for a step from v to which x is given; or why it
     has nobody's. In multi-step mode x is the sequence."""
     cls = behind(type(module))
-    claim, copy = claim_of(cls), copy_of(cls)
-    if claim is None or copy is None:
+    copy = copy_of(cls)
+    if claim_of(cls) is None or copy is None:
         return "its dynamics are its own"
     reads = _known.get(module)
     if reads is None or not reads.hold():
         _known.pop(module, None)
         try:
-            reads = StepReads(module, claim, copy)
+            reads = StepReads(module, copy)
         except Unprovable as why:
             return f"its dynamics are its own: {why}"
         _known[module] = reads
+    claim = reads.claim
+    if not isinstance(module.v_threshold, float) or not isinstance(module.v_reset, (float, type(None))):
+        return "its dynamics are its own, and its threshold or its reset is no number"
     one = (x[0] if is_multi_step(module) else x).detach()
     if not isinstance(v, Tensor) and _fills_a_tensor(copy, claim):
         v = torch.full_like(one, v)
     w = module._parameters.get("w")
-    kinds = tuple(Kind.of(each) if isinstance(each, Tensor) else each for each in (one, v, w))
+    w = None if w is None else Kind.of(w)
+    given = _Given(Kind.of(one), Kind.of(v) if isinstance(v, Tensor) else v, w)
     key = (
-        cls, reads.key, kinds, is_multi_step(module), *(repr(getattr(module, name, None)) for name in _SET),
+        cls, reads.key, given, repr(v) if isinstance(v, float) else None, is_multi_step(module),
+        *(repr(getattr(module, name, None)) for name in _SET),
         *Autocast().dtypes.items(), torch.get_default_dtype(),
     )  # fmt: skip
     if key not in _shared:
         try:
-            found: Same | str = _prove(module, claim, copy, kinds)
+            found: Same | str = _prove(module, claim, copy, given)
         except Unprovable as why:
             found = f"its dynamics are its own: {why}"
         _shared[key] = reads.values, found
@@ -261,8 +279,7 @@ def _fills_a_tensor(copy: Copy, claim: Claim) -> bool:
     return copy.has_step_modes and not claim.is_simple and claim.own != ("single_step_forward",)
 
 
-def _prove(module: Any, claim: Claim, copy: Copy, kinds: tuple[Any, ...]) -> Same | str:
-    x, v, w = kinds
+def _prove(module: Any, claim: Claim, copy: Copy, given: _Given) -> Same | str:
     if copy.is_scripted and not module.training:
         return "in evaluation this release runs other code than in training"
     if (
@@ -272,29 +289,38 @@ def _prove(module: Any, claim: Claim, copy: Copy, kinds: tuple[Any, ...]) -> Sam
         and not own_sequences(behind(type(module)), copy)
     ):
         return "its steps are its own, and its sequences not"
-    if not isinstance(module.v_threshold, float) or not isinstance(module.v_reset, (float, type(None))):
-        return "its threshold or its reset is no number"
     if stores_v_seq(module) and (copy.has_step_modes or claim.is_step):
         return "it stores v_seq, and writes its own step"
-    start = None if isinstance(v, Kind) else v
-    if start is not None and x.dtype.itemsize < 4:
+    if given.start is not None and given.x.dtype.itemsize < 4:
         return "its membrane starts as a number, which half precision rounds"
-    given = [one for one in (x, v, w) if isinstance(one, Kind)]
-    record, fire = Expressions(given, Autocast()), _FireModule()
     stocks = _stocks_order(claim, copy, claim.equations or "IF")
-    theirs = record.of(_step(module, fire, claim.own, _stocks_writing(module, claim, stocks), start))
-    for writing in _writings(module, claim, stocks):
-        if theirs == record.of(_step(module, fire, (), writing, start)):
-            stocks = _stocks_order(claim, copy, writing.equations)
-            order = _order(claim, stocks, writing, start is not None)
-            same = Same(writing.equations, writing.decay_input, order)
-            agrees = _agrees(module, copy, same, start, x.dtype)
-            return (
-                same
-                if agrees
-                else "a sample gives other bits than the equations that it was proved to have"
-            )
-    return "its step is none of IFNode's, LIFNode's or ParametricLIFNode's, operation by operation"
+    writings = [*_writings(module, claim, stocks)]
+    seen: list[_Given] = []
+    at = given
+    while at not in seen:  # a sequence's later steps, whose membrane is what the step before has left
+        seen.append(at)
+        writings, after = _alike(module, claim, at, _stocks_writing(module, claim, stocks), writings)
+        if not writings:
+            return "its step is none of IFNode's, LIFNode's or ParametricLIFNode's, operation by operation"
+        at = given._replace(v=after) if is_multi_step(module) else given
+    writing = writings[0]
+    stocks = _stocks_order(claim, copy, writing.equations)
+    order = _order(claim, stocks, writing, given.start is not None)
+    same = Same(writing.equations, writing.decay_input, order)
+    if _agrees(module, copy, same, given.start, given.x.dtype):
+        return same
+    return "a sample gives other bits than the equations that it was proved to have"
+
+
+def _alike(
+    module: Any, claim: Claim, given: _Given, stocks: _Writing, writings: list[_Writing]
+) -> tuple[list[_Writing], Kind]:
+    """Those of the writings that a step is the same operations as; and the membrane's kind after it."""
+    kinds = [one for one in given if isinstance(one, Kind)]
+    record, fire = Expressions(kinds, Autocast()), _FireModule()
+    theirs = record.of(_step(module, fire, claim.own, stocks, given.start))
+    alike = [one for one in writings if theirs == record.of(_step(module, fire, (), one, given.start))]
+    return alike, theirs.outputs[1]
 
 
 def _stocks_order(claim: Claim, copy: Copy, equations: str) -> Order:
@@ -321,7 +347,7 @@ def _agrees(module: Any, copy: Copy, same: Same, start: float | None, dtype: tor
         module.v_reset, bool(module.detach_reset), order,
     )  # fmt: skip
     function = copy.surrogate.ATan()
-    w = module._parameters.get("w")
+    w = module._parameters.get("w") if same.equations == "PLIF" else None
 
     def sample() -> tuple[Tensor, Tensor | float, OutputGradients]:
         grid = torch.arange(60, dtype=torch.float64, device="cpu")

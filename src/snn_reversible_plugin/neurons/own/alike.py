@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -28,10 +28,25 @@ from snn_reversible_plugin.ops.autocast import Autocast
 #    order in which gradients arrive, which decides where a third one is added: there they don't.
 # 3. A detached tensor has the values of the tensor. That no gradient goes through it shows elsewhere.
 # 4. The gradients of the outputs come first: whatever uses an output is made after it.
-_IDENTITY = {"detach", "alias"}
+# 5. Where a value lies is part of it: the next layer's kernel, and so its rounding, depends on that.
+_IDENTITY = {"detach", "alias", "clone"}
 _NEUTRAL = {"sub": "0.0", "mul": "1.0", "div": "1.0"}
 
 Step = Callable[..., tuple[Tensor, ...]]
+
+
+class Written(NamedTuple):
+    """A function's outputs, and the gradients of its inputs, as numbers of expressions; equal, if the same.
+
+    Attributes:
+        learns: of each output, whether it has a gradient.
+        values: the outputs' numbers and the gradients', None for a gradient that there is none of.
+        outputs: the kinds of the outputs.
+    """
+
+    learns: tuple[bool, ...]
+    values: tuple[int | None, ...]
+    outputs: tuple[Kind, ...]
 
 
 class Expressions:
@@ -57,7 +72,7 @@ class Expressions:
         # By what an expression is: expressions written out would double with each use of a value.
         self._numbers: dict[Any, int] = {}
 
-    def of(self, function: Step) -> tuple[Any, ...]:
+    def of(self, function: Step) -> Written:
         """Of one function.
 
         Raises:
@@ -85,24 +100,34 @@ class Expressions:
             values[node] = (
                 key if isinstance(key, int) else self._numbers.setdefault(key, len(self._numbers))
             )
-        return learns, *(None if one is None else values[one] for one in node.args[0])
+        results = node.args[0]
+        if not all(isinstance(one, (fx.Node, type(None))) for one in results):
+            raise Unprovable("its output is not what it computed")
+        return Written(
+            learns,
+            tuple(None if one is None else values[one] for one in results),
+            tuple(Kind.of(one.meta["val"]) for one in results[: len(learns)]),
+        )
 
 
 def _expression(node: fx.Node, values: dict[fx.Node, int], of_gradients: bool) -> Any:
     """What tells one operation from another; of one that does nothing, the number of its operand."""
     name = name_of(node)
     args = [_written(one, values) for one in node.args]
-    dtype = getattr(node.meta.get("val"), "dtype", None)
-    same_dtype = bool(node.all_input_nodes) and node.all_input_nodes[0].meta["val"].dtype == dtype
-    if name in _IDENTITY or (name == "clone" and not node.kwargs):
-        return values[node.args[0]]  # type: ignore[index]
-    if len(args) == 2 and not node.kwargs and same_dtype and args[1] == _NEUTRAL.get(name):
+    lies, first = _lies(node), next(iter(node.args), None)
+    is_neutral = name in _IDENTITY or (len(args) == 2 and args[1] == _NEUTRAL.get(name))
+    if is_neutral and isinstance(first, fx.Node) and not node.kwargs and lies == _lies(first):
         return args[0]
     if name == "mul" or (name == "add" and not node.kwargs and not of_gradients):
         args.sort(key=repr)
     kwargs = tuple((key, _written(value, values)) for key, value in sorted(node.kwargs.items()))
     target = "item" if node.target is operator.getitem else str(node.target)
-    return target, tuple(args), kwargs, dtype
+    return target, tuple(args), kwargs, lies
+
+
+def _lies(node: fx.Node) -> Any:
+    value = node.meta.get("val")
+    return Kind.of(value) if isinstance(value, Tensor) else None
 
 
 def _written(value: Any, values: dict[fx.Node, int]) -> Any:
@@ -127,7 +152,8 @@ def _recorded(
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    like, learns = given[0], []
+    like = given[0]
+    learns: list[bool] = []
 
     def both(inputs: list[Tensor], grad: list[Tensor]) -> tuple[Any, ...]:
         with autocast.again():

@@ -29,7 +29,7 @@ from snn_reversible_plugin.neurons.witness import element_wise
 #    anything else it has to be one of `_METHODS`: what a tensor, a list or a context has, and is harmless.
 # 3. Set: entries of what it made itself, and attributes of an autograd function's context. Nothing else:
 #    no attribute, no global. So a counter, a stored spike, a state in the module are refused, but for the
-#    states (`Reads.states`) that whoever records it hands in and takes out.
+#    states (`Reads.is_state`) that whoever records it hands in and takes out.
 # 4. Catch nothing, for a recording that fails is an exception; no `with`, which is the same bytecode.
 # 5. Random numbers, and what depends on values, show in the recording (`graph`).
 SCALARS = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.memory_format)
@@ -116,7 +116,7 @@ class Code:
 
     def _set(self, one: dis.Instruction, before: dis.Instruction | None) -> None:
         on_first = before is not None and _last_local(before) == self.first
-        is_state = self.owner is not None and one.argval in self.reads.states
+        is_state = self.owner is not None and self.reads.is_state(self.owner[0], one.argval)
         if not (on_first and (self.context or is_state)) or one.is_jump_target:
             raise Unprovable(f"{self.where} sets an attribute, {one.argval}")
 
@@ -126,7 +126,8 @@ class Code:
     def _self(self, one: dis.Instruction, later: list[dis.Instruction]) -> None:
         if _last_local(one) != self.first or len(_locals(one)) != len({*_locals(one)}):
             raise Unprovable(f"{self.where} hands itself on")
-        if later and later[0].opname in ("STORE_ATTR", *_DOTS) and later[0].argval in self.reads.states:
+        is_named = bool(later) and later[0].opname in ("STORE_ATTR", *_DOTS)
+        if is_named and self.reads.is_state(self.owner[0], later[0].argval):
             return
         if later and later[0].opname in ("STORE_ATTR", "COPY"):  # the latter of `self.x += 1`
             name = next((one.argval for one in later if one.opname == "STORE_ATTR"), "")

@@ -28,6 +28,8 @@ from snn_reversible_plugin.neurons.own.code import (
     is_torchs,
 )
 
+_TABLES = ("_modules", "_parameters", "_buffers")
+
 
 class Reads:
     """All that the forward of a module reads beside its input.
@@ -46,8 +48,6 @@ class Reads:
         >>> reads.hold()
         False
     """
-
-    states: frozenset[str] = frozenset()  # of the module: read as they were handed in, and may be set
 
     def __init__(self, module: nn.Module, cls: type[nn.Module]) -> None:
         self._looks: list[tuple[Callable[[], Any], Any]] = []
@@ -71,6 +71,10 @@ class Reads:
             return all(_same(look(), value) for look, value in self._looks)
         except (AttributeError, IndexError, TypeError, ValueError):  # it isn't there any more
             return False
+
+    def is_state(self, module: nn.Module, name: str) -> bool:
+        """Whether an attribute is read as it was handed in, and may be set."""
+        return False
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -138,11 +142,10 @@ class Reads:
         """torch's own modules read no more than their numbers."""
         if module._modules:
             raise Unprovable(f"its {type(module).__name__} has parts")
-        tables = module.__dict__
-        self._looks.append((lambda: tables.get("forward", MISSING), MISSING))
-        for name, value in tables.items():
+        self.look(entry(module, "forward"), MISSING)
+        for name, value in module.__dict__.items():
             if is_number(value):
-                self._looks.append((lambda name=name: tables.get(name, MISSING), value))  # type: ignore[misc]
+                self.look(entry(module, name), value)
 
     def _method(self, module: nn.Module, cls: type, name: str) -> None:
         found = in_class(cls, name)
@@ -158,10 +161,12 @@ class Reads:
         found = in_class(cls, name)
         if hasattr(type(found), "__set__"):  # it comes before what the module has
             raise Unprovable(f"it reads self.{name}, a {type(found).__name__}")
-        parts = (module.__dict__.get(kind, {}) for kind in ("_modules", "_parameters", "_buffers"))
-        for table in (module.__dict__, *parts):
-            if name in table:
-                return self.read(lambda table=table: table.get(name, MISSING), f"self.{name}")  # type: ignore[misc]
+        # What a class has comes before the tables that `nn.Module.__getattr__` looks in.
+        for table in ("", *(_TABLES if found is MISSING else ())):
+            look = entry(module, name, table)
+            if look() is not MISSING:
+                self.look_in_class(module, name, found)
+                return self.read(look, f"self.{name}")
         if found is MISSING:
             raise Unprovable(f"it reads self.{name}, which it does not have yet")
         if isinstance(found, (types.FunctionType, staticmethod)):
@@ -172,8 +177,12 @@ class Reads:
 
     def in_class_alone(self, module: nn.Module, name: str, found: Any) -> None:
         """Remember that a name stands for what the class has under it."""
-        ref, tables = weakref.ref(module), module.__dict__
-        self.look(lambda: tables.get(name, MISSING), MISSING)
+        self.look(entry(module, name), MISSING)
+        self.look_in_class(module, name, found)
+
+    def look_in_class(self, module: nn.Module, name: str, found: Any) -> None:
+        """Remember what the class has under a name."""
+        ref = weakref.ref(module)
         self.look(lambda: in_class(behind(type(ref())), name), found)  # type: ignore[arg-type]
 
     def _autograd_function(self, function: type) -> None:
@@ -209,6 +218,17 @@ class Reads:
             Code(
                 self, function, part, owner if part is code else None, where, context and part is code
             ).walk()
+
+
+def entry(module: nn.Module, name: str, table: str = "") -> Callable[[], Any]:
+    """What looks for an entry of a module's attributes, or of a table among them, and doesn't keep it."""
+    ref = weakref.ref(module)
+
+    def look() -> Any:
+        own: dict[str, Any] = ref().__dict__
+        return (own.get(table, {}) if table else own).get(name, MISSING)
+
+    return look
 
 
 def behind(cls: type[nn.Module]) -> type[nn.Module]:
