@@ -216,7 +216,13 @@ class InEvaluation(Parts):
 class Tuple(Parts):
     def forward(self, x):
         out = self.membrane(x)
-        return x + out, out
+        return out, x + out
+
+
+class InAList(Parts):
+    def forward(self, x):
+        out = self.membrane(x)
+        return [x + out, out]
 
 
 class InPlace(Parts):
@@ -256,6 +262,7 @@ WHY = {
     Parallel: "its shortcut is not the identity",
     InEvaluation: "it computes otherwise in evaluation than in training",
     Tuple: "it gives more than its sum",
+    InAList: "it gives more than its sum",
     InPlace: "it writes in place into what may be used again",
     IntoItsInput: "its branch writes into what it is given",
     ReadsABuffer: "it reads offset, which is no parameter",

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from snn_reversible_plugin.blocks.beside import Beside
 from snn_reversible_plugin.blocks.sample import differs_on_a_sample
 from snn_reversible_plugin.blocks.structure import Sums, calls_in_a_row, sums_of
 from snn_reversible_plugin.blocks.wrapped import Branch
@@ -44,8 +45,10 @@ _METHOD = "residual_branches"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def find_branches(block: nn.Module, name: str, matcher: Matcher | None) -> tuple[list[Branch], str] | None:
-    """The residual branches of a block, and how wrapping changes them.
+def find_branches(
+    block: nn.Module, name: str, matcher: Matcher | None
+) -> tuple[list[Branch], str, Beside] | None:
+    """The residual branches of a block, how wrapping changes them, and what is given beside their sum.
 
     Args:
         block: any module.
@@ -80,7 +83,7 @@ def find_branches(block: nn.Module, name: str, matcher: Matcher | None) -> tuple
                 raise StaysStock(f"on a sample it is not {sums.expression}, of summands of one shape")
             branches, remark = _found_branches(name, sums)
     _check_nothing_else(block, branches, None if sums is None else sums.touched)
-    return branches, remark
+    return branches, remark, None if sums is None else sums.beside
 
 
 def consecutive_lists(model: nn.Module) -> list[nn.Module]:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
+from snn_reversible_plugin.blocks.beside import Beside, beside_in
 from snn_reversible_plugin.blocks.graphs import Tracer, TracerOfCalls, graph_of, is_of_a_user
 from snn_reversible_plugin.modules.kinds import is_spiking
 from snn_reversible_plugin.modules.registry import StaysStock
@@ -37,6 +38,9 @@ from snn_reversible_plugin.modules.registry import StaysStock
 #    attribute, writes into what it goes on using, reads a buffer, resets a neuron or turns gradients off
 #    for a part of it stays stock.
 # 6. A neuron behind the sum, sn(x + b(x)), forgets it. The branch fires instead: x + sn(b(x)).
+# 7. A block may give a tuple, its sum first: the Spike-driven Transformers hand an attention map and a
+#    dictionary on. The branches are those of the sum; what is beside it nobody computes in a chain, so
+#    who looks at it gets an error (`beside`).
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 _WRITE = (operator.iadd, operator.imul, operator.isub, operator.itruediv, operator.setitem)
@@ -51,13 +55,15 @@ _LONGEST = 160  # characters of an expression in a report
 class Sums(NamedTuple):
     """The branches of a block in order, what it computes as text, and whether a neuron follows the sum.
 
-    ``touched``: names of the parts and parameters that the forward has anything to do with.
+    ``touched``: names of the parts and parameters that the forward has anything to do with; ``beside``:
+    what stands beside the sum where a tuple is given.
     """
 
     branches: list[fx.GraphModule]
     expression: str
     fires_after: bool
     touched: frozenset[str]
+    beside: Beside = None
 
 
 class _Unfit(Exception):
@@ -105,7 +111,10 @@ def sums_of(block: nn.Module) -> Sums | None:
 
 
 def calls_in_a_row(owner: nn.Module, blocks: nn.ModuleList) -> bool:
-    """Whether a forward calls all modules of a list in order, each with the output of the one before."""
+    """Whether a forward calls all modules of a list in order, each with the output of the one before.
+
+    Of tuples the first is that output, and nobody takes what else is computed.
+    """
     graph = graph_of(owner, True, TracerOfCalls(opens=False))
     names = {name for name, module in owner.named_modules() if any(module is block for block in blocks)}
     if graph is None or len(names) != len(blocks):
@@ -114,15 +123,55 @@ def calls_in_a_row(owner: nn.Module, blocks: nn.ModuleList) -> bool:
     calls = [node for node in graph.nodes if node.op == "call_module" and node.target in names]
     if not calls or [node.target for node in calls] != order * (len(calls) // len(order)):
         return False
+    is_none = _IsNone(owner)
     for index, node in enumerate(calls):
-        if len(node.args) != 1 or node.kwargs:
+        if len(node.args) != 1 or not all(map(is_none, node.kwargs.values())):
+            return False
+        if not all(map(is_none, (one for one in _beside_the_first(node) if one.users))):
             return False
         if index % len(order):
-            before = calls[index - 1]
-            users = [user for user in before.users if not _reads_the_shape(user)]
-            if node.args[0] is not before or users != [node]:
+            total = _first_of(calls[index - 1])
+            users = [user for user in total.users if not _reads_the_shape(user)]
+            if node.args[0] is not total or users != [node]:
                 return False
     return True
+
+
+def _is_entry(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is operator.getitem and isinstance(node.args[1], int)
+
+
+def _first_of(call: fx.Node) -> fx.Node:
+    """What a block gives, or the first of its tuple."""
+    firsts = [user for user in call.users if _is_entry(user) and user.args[1] == 0]
+    return firsts[0] if len(firsts) == 1 and all(map(_is_entry, call.users)) else call
+
+
+def _beside_the_first(call: fx.Node) -> list[fx.Node]:
+    first = _first_of(call)
+    return [] if first is call else [user for user in call.users if user is not first]
+
+
+class _IsNone:
+    """Whether a value in a graph of calls is None: what a part hands on that is given None itself."""
+
+    def __init__(self, owner: nn.Module) -> None:
+        self._owner = owner
+        self._known: dict[fx.Node, bool] = {}
+
+    def __call__(self, value: Any) -> bool:
+        if not isinstance(value, fx.Node):
+            return value is None
+        if value not in self._known:
+            self._known[value] = _is_entry(value) and self._of_call(*value.args)  # type: ignore[arg-type]
+        return self._known[value]
+
+    def _of_call(self, call: fx.Node, at: int) -> bool:
+        if call.op != "call_module" or len(call.args) != 1 or not all(map(self, call.kwargs.values())):
+            return False
+        graph = graph_of(self._owner.get_submodule(str(call.target)), True, TracerOfCalls(opens=True))
+        given = None if graph is None else next(n for n in graph.nodes if n.op == "output").args[0]
+        return isinstance(given, tuple) and -len(given) <= at < len(given) and given[at] is None
 
 
 # -- sums --------------------------------------------------------------------------------------------------
@@ -131,10 +180,16 @@ def calls_in_a_row(owner: nn.Module, blocks: nn.ModuleList) -> bool:
 def _taken_apart(block: nn.Module, graph: fx.Graph) -> Sums | None:
     given = next(node for node in graph.nodes if node.op == "placeholder")
     result = next(node for node in graph.nodes if node.op == "output").args[0]
+    beside = None
+    if isinstance(result, tuple) and result:
+        total, beside = result[0], beside_in(result)
+        if beside is None or not isinstance(total, fx.Node) or not _operands(total):
+            if any(isinstance(one, fx.Node) and _operands(one) for one in result):
+                raise _Unfit("it gives more than its sum")
+            return None
+        result = total
     if not isinstance(result, fx.Node):
-        if isinstance(result, (tuple, list)) and any(
-            isinstance(one, fx.Node) and _operands(one) for one in result
-        ):
+        if isinstance(result, list) and any(isinstance(one, fx.Node) and _operands(one) for one in result):
             raise _Unfit("it gives more than its sum")
         return None
     same = _Same(block)
@@ -156,7 +211,7 @@ def _taken_apart(block: nn.Module, graph: fx.Graph) -> Sums | None:
         branches.append(_module(block, branch, earlier, follows))
     text = _Text(same, given)(result)
     touched = frozenset(str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))
-    return Sums(branches, text, after is not None, touched)
+    return Sums(branches, text, after is not None, touched, beside)
 
 
 class _Same:

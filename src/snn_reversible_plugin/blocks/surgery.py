@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from snn_reversible_plugin.blocks.beside import Beside
 from snn_reversible_plugin.blocks.chain import check_states
 from snn_reversible_plugin.blocks.coupling import ADDITIVE, LEAPFROG
 from snn_reversible_plugin.blocks.residual import NO_SHORTCUT, Matcher, consecutive_lists, find_branches
@@ -135,7 +136,8 @@ def wrap_residual_blocks(
     (which then fires before the addition, not after it), Spikformer, QKFormer and MaxFormer, multi-step or
     stepped one time step at a time; and blocks of your own, whatever they are called, by the graph of their
     forward: where it is a sum of its one input and a branch, or several such sums one after another, before
-    or after a neuron of a known framework, the same in training and in evaluation. The report says which
+    or after a neuron of a known framework, the same in training and in evaluation; also the first of a
+    tuple, if nobody uses what is beside it (in a chain it raises). The report says which
     expression was found. Where the graph doesn't show it, a method ``residual_branches()`` of the block, or
     ``matcher``, gives the module b where the block computes ``x + b(x)``, or a list of modules.
 
@@ -200,7 +202,7 @@ def wrap_residual_blocks(
             "forward. Give your blocks a method residual_branches, or wrap_residual_blocks a matcher."
         )
     for run in runs:
-        WrappedChain(run.blocks, run.branches, bits, states, coupling=coupling).install()
+        WrappedChain(run.blocks, run.branches, run.beside, bits, states, coupling).install()
     return report
 
 
@@ -236,6 +238,7 @@ class _Run:
 
     blocks: list[nn.Module]
     branches: list[Branch]
+    beside: list[Beside]
 
 
 @dataclass
@@ -246,6 +249,7 @@ class _Candidate:
     block: nn.Module
     branches: list[Branch]
     remark: str
+    beside: Beside
 
 
 class _Plan:
@@ -337,8 +341,9 @@ class _Plan:
         for candidate in row[start:stop]:
             self._decide(candidate.block, "wrapped", candidate.remark)
         if stop:
-            blocks = [candidate.block for candidate in row[start:stop]]
-            yield _Run(blocks, [branch for c in row[start:stop] for branch in c.branches])
+            taken = row[start:stop]
+            branches = [branch for one in taken for branch in one.branches]
+            yield _Run([one.block for one in taken], branches, [one.beside for one in taken])
 
     def _decide(self, block: nn.Module, outcome: str, why: str) -> None:
         kind = without_wrapping(type(block)).__name__

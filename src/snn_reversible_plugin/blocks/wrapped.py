@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from snn_reversible_plugin.blocks.beside import Beside, check_alone, with_beside
 from snn_reversible_plugin.blocks.chain import RevSBlock, RevSSequence
 from snn_reversible_plugin.blocks.coupling import ADDITIVE, LEAPFROG, Streams
 from snn_reversible_plugin.blocks.inner_backward import sharded_modules
@@ -68,6 +69,7 @@ class WrappedChain:
 
     Attributes:
         blocks: the blocks, in order.
+        beside: what each of them gives beside its sum.
         chain: the :class:`RevSSequence` of their branches; its ``reversible`` and ``check`` may be set.
         by_conversion: ``convert_to_reversible(blocks=True)`` made it, so ``restore`` undoes it.
     """
@@ -76,13 +78,14 @@ class WrappedChain:
         self,
         blocks: Sequence[nn.Module],
         branches: Sequence[Branch],
+        beside: Sequence[Beside],
         bits: int = 16,
         states: str = "carry",
-        by_conversion: bool = False,
         coupling: str = ADDITIVE,
     ) -> None:
         pairs = zip(branches[::2], branches[1::2], strict=True)
-        self.blocks, self.by_conversion, self.coupling = tuple(blocks), by_conversion, coupling
+        self.blocks, self.by_conversion, self.coupling = tuple(blocks), False, coupling
+        self.beside = tuple(beside)
         for branch in branches[1:]:
             branch.weight = 2 if coupling == LEAPFROG else 1
         self.chain = RevSSequence([RevSBlock(f, g, bits=bits) for f, g in pairs], states=states)
@@ -108,14 +111,18 @@ class WrappedChain:
         """F and G of each pair in turn."""
         return [branch for block in self.chain.blocks for branch in (block.f, block.g)]  # type: ignore[misc]
 
-    def run(self, block: nn.Module, x: Tensor) -> Tensor:
-        """A block's forward."""
+    def run(self, block: nn.Module, x: Tensor, others: tuple[Any, ...]) -> Any:
+        """A block's forward; ``others``: what it is given beside its input."""
         place = next((i for i, member in enumerate(self.blocks) if member is block), None)
         if place is None:
             raise RuntimeError(
                 f"{self.label()}: called through a shallow copy of the blocks, as DataParallel makes them. "
                 "Use DistributedDataParallel, or copy.deepcopy."
             )
+        check_alone(others, self.label())
+        return with_beside(self._run_at(place, x), self.beside[place])
+
+    def _run_at(self, place: int, x: Tensor) -> Tensor:
         compiling = torch.compiler.is_compiling()
         if place:
             if not compiling:
@@ -126,7 +133,7 @@ class WrappedChain:
         self._check_modules()
         self._check_sharding()
         if self._pass is not None and (problem := self._pass.problem()):
-            warnings.warn(problem, RuntimeWarning, stacklevel=4)  # or the pass broke off by an exception
+            warnings.warn(problem, RuntimeWarning, stacklevel=5)  # or the pass broke off by an exception
         out = self._output(x)
         self._pass = _Pass(self.label(), len(self.blocks), out)
         if out.requires_grad:
@@ -203,10 +210,10 @@ class Wrapped(SwappedClass):
 
     is_architecture = True
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *others: Any, **named: Any) -> Any:
         chain = wrapped_chain(self)  # type: ignore[arg-type]
         assert chain is not None
-        return chain.run(self, x)  # type: ignore[arg-type]
+        return chain.run(self, x, (*others, *named.values()))  # type: ignore[arg-type]
 
 
 def wrapped_chain(module: nn.Module) -> WrappedChain | None:
