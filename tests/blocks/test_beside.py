@@ -68,6 +68,12 @@ class Block(nn.Module):
         return x, attn, hook
 
 
+class Plain(MLP):
+    def forward(self, x):
+        T, B, C, H, W = x.shape
+        return x + self.bn(self.conv(self.lif(x).flatten(0, 1))).reshape(T, B, C, H, W)
+
+
 class Embed(nn.Module):
     def __init__(self):
         super().__init__()
@@ -118,6 +124,33 @@ class HandsAttentionOn(Net):
         for blk in self.block:
             x, attention, _ = blk(x, hook=attention)
         return self.head(x.flatten(3).mean(3).mean(0)), None
+
+
+class TakesTheFirstRow(Net):
+    """Of a tensor the first entry is no block's output."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = nn.ModuleList([Plain() for _ in range(3)])
+
+    def forward(self, x):
+        x, _, _ = self.patch_embed(x)
+        for blk in self.block:
+            x = blk(x)[0].unsqueeze(0)
+        return self.head(x.flatten(3).mean(3).mean(0)), None
+
+
+class InASequence(Net):
+    """Somebody else takes the tuple of the last one."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Sequential(Plain(), Block())
+
+    def forward(self, x):
+        x, _, _ = self.patch_embed(x)
+        x, attention, _ = self.block(x)
+        return self.head(x.flatten(3).mean(3).mean(0)) + attention.mean(), None
 
 
 class GivesADictionary(Net):
@@ -180,7 +213,7 @@ def test_what_a_chain_does_not_compute_raises():
     assert hook is None
     for use in (
         lambda: attention.mean(), lambda: attention + 1, lambda: out * attention, lambda: attention[0],
-        lambda: torch.stack([attention, attention]), lambda: torch.sum(attention),
+        lambda: attention == 0, lambda: torch.stack([attention, attention]), lambda: torch.sum(attention),
     ):  # fmt: skip
         with pytest.raises((RuntimeError, TypeError), match=r"computes its sum alone|NotComputed"):
             use()
@@ -194,7 +227,9 @@ def test_a_dictionary_is_refused():
         net(x, hook={})
 
 
-@pytest.mark.parametrize("cls", [UsesAttention, HandsAttentionOn, GivesADictionary])
+@pytest.mark.parametrize(
+    "cls", [UsesAttention, HandsAttentionOn, GivesADictionary, TakesTheFirstRow, InASequence]
+)
 def test_where_more_than_the_sum_is_used_it_stays_stock(cls):
     net, x = made(cls)
     report = srp.wrap_residual_blocks(net, dry_run=True)

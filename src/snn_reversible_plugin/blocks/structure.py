@@ -123,16 +123,18 @@ def calls_in_a_row(owner: nn.Module, blocks: nn.ModuleList) -> bool:
     calls = [node for node in graph.nodes if node.op == "call_module" and node.target in names]
     if not calls or [node.target for node in calls] != order * (len(calls) // len(order)):
         return False
-    is_none = _IsNone(owner)
+    tuples = _Tuples(owner)
     for index, node in enumerate(calls):
-        if len(node.args) != 1 or not all(map(is_none, node.kwargs.values())):
+        if len(node.args) != 1 or not all(map(tuples.is_none, node.kwargs.values())):
             return False
-        if not all(map(is_none, (one for one in _beside_the_first(node) if one.users))):
+        total = tuples.first_of(node)
+        beside = [] if total is node else [user for user in node.users if user is not total and user.users]
+        if not all(map(tuples.is_none, beside)):
             return False
         if index % len(order):
-            total = _first_of(calls[index - 1])
-            users = [user for user in total.users if not _reads_the_shape(user)]
-            if node.args[0] is not total or users != [node]:
+            before = tuples.first_of(calls[index - 1])
+            users = [user for user in before.users if not _reads_the_shape(user)]
+            if node.args[0] is not before or users != [node]:
                 return False
     return True
 
@@ -141,37 +143,48 @@ def _is_entry(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is operator.getitem and isinstance(node.args[1], int)
 
 
-def _first_of(call: fx.Node) -> fx.Node:
-    """What a block gives, or the first of its tuple."""
-    firsts = [user for user in call.users if _is_entry(user) and user.args[1] == 0]
-    return firsts[0] if len(firsts) == 1 and all(map(_is_entry, call.users)) else call
-
-
-def _beside_the_first(call: fx.Node) -> list[fx.Node]:
-    first = _first_of(call)
-    return [] if first is call else [user for user in call.users if user is not first]
-
-
-class _IsNone:
-    """Whether a value in a graph of calls is None: what a part hands on that is given None itself."""
+class _Tuples:
+    """In a graph of calls, the tuples that parts give, by the parts' own graphs."""
 
     def __init__(self, owner: nn.Module) -> None:
         self._owner = owner
-        self._known: dict[fx.Node, bool] = {}
+        self._given: dict[str, Any] = {}
+        self._none: dict[fx.Node, bool] = {}
 
-    def __call__(self, value: Any) -> bool:
+    def first_of(self, call: fx.Node) -> fx.Node:
+        """What a part gives, or the first of its tuple."""
+        firsts = [user for user in call.users if _is_entry(user) and user.args[1] == 0]
+        # Of a tensor the first entry is a row.
+        is_tuple = (
+            len(firsts) == 1 and all(map(_is_entry, call.users)) and isinstance(self._of(call), tuple)
+        )
+        return firsts[0] if is_tuple else call
+
+    def is_none(self, value: Any) -> bool:
+        """Whether a value is None: what a part hands on that is given None itself."""
         if not isinstance(value, fx.Node):
             return value is None
-        if value not in self._known:
-            self._known[value] = _is_entry(value) and self._of_call(*value.args)  # type: ignore[arg-type]
-        return self._known[value]
+        if value not in self._none:
+            self._none[value] = _is_entry(value) and self._gives_none(*value.args)  # type: ignore[arg-type]
+        return self._none[value]
 
-    def _of_call(self, call: fx.Node, at: int) -> bool:
-        if call.op != "call_module" or len(call.args) != 1 or not all(map(self, call.kwargs.values())):
+    def _gives_none(self, call: fx.Node, at: int) -> bool:
+        if (
+            call.op != "call_module"
+            or len(call.args) != 1
+            or not all(map(self.is_none, call.kwargs.values()))
+        ):
             return False
-        graph = graph_of(self._owner.get_submodule(str(call.target)), True, TracerOfCalls(opens=True))
-        given = None if graph is None else next(n for n in graph.nodes if n.op == "output").args[0]
+        given = self._of(call)
         return isinstance(given, tuple) and -len(given) <= at < len(given) and given[at] is None
+
+    def _of(self, call: fx.Node) -> Any:
+        name = str(call.target)
+        if name not in self._given:
+            graph = graph_of(self._owner.get_submodule(name), True, TracerOfCalls(opens=True))
+            output = None if graph is None else next(node for node in graph.nodes if node.op == "output")
+            self._given[name] = None if output is None else output.args[0]
+        return self._given[name]
 
 
 # -- sums --------------------------------------------------------------------------------------------------

@@ -279,7 +279,10 @@ class _Plan:
             row: list[_Candidate] = []
             for block in _children(container):
                 candidate = self._candidate(block)
-                if candidate is not None:
+                if candidate is not None and candidate.beside and container not in self.lists:
+                    # Who takes a Sequential's tuple, nobody has seen.
+                    self._decide(block, "stock", "it gives more than its sum")
+                elif candidate is not None:
                     row.append(candidate)
                     continue
                 yield from self._paired(row)

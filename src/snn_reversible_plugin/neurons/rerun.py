@@ -201,10 +201,13 @@ def _no_second_backward(_packed: Any) -> Tensor:
     raise AssertionError("this graph is only built, never run")
 
 
-def shadow(module: nn.Module) -> nn.Module:
-    """An instance with the module's attributes and tensors, but attribute tables of its own."""
+def shadow(module: nn.Module, **instead: Any) -> nn.Module:
+    """An instance with the module's attributes and tensors, but attribute tables of its own.
+
+    ``instead``: attributes that it has in place of the module's, which are not read.
+    """
     twin: nn.Module = object.__new__(type(module))
-    attributes = dict(module.__dict__)
+    attributes = {**module.__dict__, **instead}
     for key, value in attributes.items():
         if isinstance(value, (dict, list, set)):
             attributes[key] = copy.copy(value)

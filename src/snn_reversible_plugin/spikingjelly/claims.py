@@ -116,7 +116,8 @@ class StepReads(Reads):
             self.look_in_class(module, name, in_class(cls, name))
         for name in claim.own:
             self._method(module, cls, name)
-        self.look(lambda: tuple(self._neuron()._memories), tuple(module._memories))
+        memories = entry(module, "_memories")
+        self.look(lambda: tuple(memories()), tuple(module._memories))
         self.finish()
 
     def is_state(self, module: nn.Module, name: str) -> bool:

@@ -8,6 +8,7 @@ have too. A row holds in every release that has a type of its name. Source: the 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -148,15 +149,17 @@ def _computes(cls: type, name: str) -> bool:
 def replaced_methods(module: nn.Module) -> set[str]:
     """The methods that an instance has in place of its class's: what they do is not known, and to whom."""
     methods = _methods_of(type(module))
-    return set() if methods.isdisjoint(module.__dict__) else methods & module.__dict__.keys()
+    return {name for name in module.__dict__ if name in methods}
 
 
-@functools.cache
-def _methods_of(cls: type) -> frozenset[str]:
+def _find_methods(cls: type) -> set[str]:
     """But for those that say nothing of its steps; a ``forward`` of an instance's own runs before ours."""
     origin = origin_of(cls)
     methods = {name for name in dir(origin) if callable(getattr(origin, name))}
-    return frozenset(methods - _HARMLESS - set(dir(nn.Module)))
+    return methods - _HARMLESS - set(dir(nn.Module))
+
+
+_methods_of: Callable[[Any], set[str]] = functools.cache(_find_methods)
 
 
 def own_entries(cls: type) -> set[str]:

@@ -30,7 +30,7 @@ from snn_reversible_plugin.neurons.integrate_fire.reference import (
     charge,
 )
 from snn_reversible_plugin.neurons.own.alike import Expressions
-from snn_reversible_plugin.neurons.own.code import Unprovable
+from snn_reversible_plugin.neurons.own.code import Unprovable, is_number
 from snn_reversible_plugin.neurons.own.graph import Kind
 from snn_reversible_plugin.neurons.own.reads import behind
 from snn_reversible_plugin.neurons.rerun import shadow
@@ -174,9 +174,9 @@ def _step(
     theirs = written_by(cls, origin_of(cls)) if is_whole else own  # type: ignore[arg-type]
 
     def step(x: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
-        twin: Any = shadow(module)
+        twin: Any = shadow(module, _memories=_constants(module))
         given = list(others)
-        memories = twin.__dict__["_memories"] = dict(twin.__dict__["_memories"])
+        memories = twin.__dict__["_memories"]
         memories["v"] = given.pop(0) if start is None else start
         twin._modules["surrogate_function"] = fire
         if given:
@@ -192,6 +192,12 @@ def _step(
         return s, memories["v"]
 
     return step
+
+
+def _constants(module: nn.Module) -> dict[str, Any]:
+    """A table of states with the numbers in it; what a membrane is promised to be is not read for that."""
+    states = dict.items(module.__dict__["_memories"])
+    return {name: value if is_number(value) else None for name, value in states}
 
 
 def _whole(twin: Any, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,8 +237,11 @@ def proved(module: nn.Module, x: Tensor, v: Tensor | float) -> Same | str:
     if not isinstance(v, Tensor) and _fills_a_tensor(copy, claim):
         v = torch.full_like(one, v)
     w = module._parameters.get("w")
-    w = None if w is None else Kind.of(w)
-    given = _Given(Kind.of(one), Kind.of(v) if isinstance(v, Tensor) else v, w)
+    given = _Given(
+        Kind.of(one),
+        Kind.of(v) if isinstance(v, Tensor) else v,
+        Kind.of(w) if isinstance(w, Tensor) else None,
+    )
     key = (
         cls, reads.key, given, repr(v) if isinstance(v, float) else None, is_multi_step(module),
         *(repr(getattr(module, name, None)) for name in _SET),
@@ -356,9 +365,9 @@ def _agrees(module: Any, copy: Copy, same: Same, start: float | None, dtype: tor
         return x_seq, v if start is None else start, OutputGradients(g_s, g_v)
 
     def theirs() -> list[Tensor]:
-        twin: Any = shadow(module)
+        twin: Any = shadow(module, _memories=_constants(module))
         twin.__class__ = behind(type(module))
-        memories = twin.__dict__["_memories"] = dict(twin.__dict__["_memories"])
+        memories = twin.__dict__["_memories"]
         twin._modules["surrogate_function"] = function
         if w is not None:
             twin._parameters["w"] = nn.Parameter(w.detach().cpu().clone())
