@@ -259,6 +259,7 @@ def test_a_surrogate_that_is_exchanged(sj):
 
     for change in (to_another, to_a_users):
         assert assert_like_stock(node, X, change=change).treatment == "analytic"
+    node = made(type("Mine", (Plain, simple(sj)), {}), sj)
     assert assert_like_stock(node, X, change=to_a_function).treatment == "generic replay"
 
 

@@ -1,6 +1,7 @@
 """SpikingJelly 0.0.0.0.12 and 0.0.0.0.14 themselves, inside other packages: bit for bit, sign for sign."""
 
 import copy
+import functools
 import itertools
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from snn_reversible_plugin.convert import settings_of
 from snn_reversible_plugin.modules.kinds import FRAMEWORKS, framework_of, is_multi_step, is_spiking
 from snn_reversible_plugin.reports.measure import count_step
 from snn_reversible_plugin.reports.memory_report import _about_neuron
+from snn_reversible_plugin.spikingjelly.copies import InTorch
 
 THREE = {"IFNode": {}, "LIFNode": {"tau": 1.7}, "ParametricLIFNode": {"init_tau": 1.7}}
 RESETS = (0.0, None, -0.2)
@@ -146,6 +148,41 @@ def test_what_is_set_to_cupy_computes_as_torch(old, kind, monkeypatch):
     with torch.no_grad():
         node.reset(), in_cupy.reset()
         assert torch.equal(node(x), in_cupy(x))
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["the release's", "with a method of its own"])
+def test_what_is_set_to_cupy_is_verified_against_torch(old, own, monkeypatch):
+    """cupy's kernels are stood in for by something that differs, and by a count of how often they ran."""
+    cls = old.neuron.MultiStepLIFNode if old.version == "0.0.0.0.12" else old.neuron.LIFNode
+    name = "forward" if old.version == "0.0.0.0.12" else "multi_step_forward"
+    in_torch, ran = getattr(cls, name), []
+
+    def as_set(self, x_seq):
+        if self.backend == "torch":
+            return in_torch(self, x_seq)
+        ran.append(self)
+        with InTorch(self):
+            return in_torch(self, x_seq * 1.25)
+
+    for module in (old.base, old.neuron):
+        monkeypatch.setattr(module, "cupy", object(), raising=False)
+    monkeypatch.setattr(cls, name, as_set)
+    node = make(old, "LIFNode")
+    if own:
+        node.neuronal_fire = functools.partial(cls.neuronal_fire, node)
+    node.backend = "cupy"
+    net = srp.convert_to_reversible(nn.Sequential(nn.Flatten(2), node))
+    x = (torch.rand(4, 3, 5) * 2).requires_grad_()
+    net(x).sum().backward()
+    assert not ran
+    found = srp.verify(net, x)
+    assert found.ok
+    assert ran  # for what stock costs
+    assert found.served == {"1": 'its backend "cupy" is served by the equations of "torch"'}
+    assert node.backend == "cupy"
+    reason = srp.memory_report(net, x).modules[0].neuron
+    assert '"cupy" is served by the equations of "torch"' in reason
+    assert ("neuronal_fire of its own" in reason) == own
 
 
 def network(old, multi=True):

@@ -9,6 +9,7 @@ with a checksum that the forward left.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -51,6 +52,8 @@ class Verification:
     can see, with module, operation and remedy; they are no fault by themselves. ``bits`` and ``kept`` are
     those of :func:`memory_report`: the tensors of which a few bits an element are stored, and those that
     are stored in full, the largest first, with the operation that made each, why, and what one may change.
+    ``served`` says of a neuron that is set to compute in another way than it does (SpikingJelly's
+    ``backend="cupy"``) what it does, and what stock was held to here.
     ``sliced`` is whether gradients are equal to rounding, in mode "minimal", which promises that and no
     more; else None.
 
@@ -83,6 +86,7 @@ class Verification:
     bits: list[FoundBits] = field(default_factory=list)
     kept: list[KeptInFull] = field(default_factory=list)
     sliced: bool | None = None
+    served: dict[str, str] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -138,6 +142,8 @@ class Verification:
             table.add_row(f"multiples of 2^-{bits}", "", ", ".join(names))
         for name, reason in self.stays_stock.items():
             table.add_row(f"{name} stays stock", "", reason)
+        for name, reason in self.served.items():
+            table.add_row(name or "model", "", reason)
         for name, reason in self.off_grid.items():
             table.add_row(f"{name or 'model'} off the grid", "", reason)
         if self.replay_error is not None:
@@ -189,7 +195,7 @@ def verify(
     if look_of(model) is not None:
         return verify_compiled(step, repeats)
     with as_converted(model) as settings:
-        with convert.stock(model):
+        with _as_served(model), convert.stock(model):
             expected, repeated = _settled(step)
         actual = _run(step)
         as_autograd, expected_gradients = None, expected.gradients
@@ -210,6 +216,9 @@ def verify(
             name: reason
             for name, module in model.named_modules()
             if is_spiking(module) and (reason := convert.off_grid_reason(name, module, settings))
+        }
+        served = {
+            name: how for name, module in model.named_modules() if (how := getattr(module, "served", ""))
         }
         grid_bits = {
             name: bits
@@ -241,8 +250,18 @@ def verify(
         unseen=idioms.idioms(),
         bits=found_bits,
         kept=kept,
+        served=served,
         sliced=_equal_to_rounding(expected_gradients, actual.gradients) if sliced else None,
     )
+
+
+def _as_served(model: nn.Module) -> ExitStack:
+    """Inside, neurons that compute otherwise than they are set do so by their own code, too."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            if as_served := getattr(module, "as_served", None):
+                stack.enter_context(as_served())
+        return stack.pop_all()
 
 
 def _checked(step: Step, settings: convert.Settings) -> tuple[str | None, Idioms]:

@@ -36,7 +36,7 @@ from snn_reversible_plugin.spikingjelly.calls import (
     promises_of,
     stepped_neurons,
 )
-from snn_reversible_plugin.spikingjelly.copies import Copy, InTorch, copy_of, why_not_as_set
+from snn_reversible_plugin.spikingjelly.copies import Copy, InTorch, ServedInTorch, copy_of
 from snn_reversible_plugin.spikingjelly.replayed import as_stock, is_learning, replayed
 from snn_reversible_plugin.spikingjelly.surrogates import (
     as_autograd,
@@ -92,7 +92,7 @@ _instead: weakref.WeakKeyDictionary[Any, ByReplay | ByStock | ByTape] = weakref.
 _ran_wide: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-class Analytic:
+class Analytic(ServedInTorch):
     """Mixin in front of one of the three neurons."""
 
     lean = True
@@ -118,7 +118,7 @@ class Analytic:
     def treatment_reason(self) -> str:
         """Why the last call's backward was not the written-out one, for reports."""
         instead = _instead.get(self)
-        return why_not_as_set(self) if instead is None else instead.reason  # type: ignore[arg-type]
+        return self.why("" if instead is None else instead.reason)
 
     @property
     def v_seq(self) -> Any:
@@ -153,7 +153,8 @@ class Analytic:
                 return super().forward(*args, **kwargs)  # type: ignore[misc]
         _instead[self] = chosen
         if isinstance(chosen, ByTape):
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            with InTorch(self):  # type: ignore[arg-type]
+                return super().forward(*args, **kwargs)  # type: ignore[misc]
         run = replayed if isinstance(chosen, ByReplay) else as_stock
         return run(self, Analytic, args, kwargs)  # type: ignore[arg-type]
 

@@ -151,11 +151,23 @@ class InTorch:
             self._table[self._key] = self._set_to
 
 
-def why_not_as_set(module: nn.Module) -> str:
-    """What :class:`InTorch` does to a neuron, for reports; empty for most."""
-    if getattr(module, "backend", "") != "cupy":
-        return ""
-    return 'its backend "cupy" is served by the equations of "torch"'
+class ServedInTorch:
+    """Mixin of what stands in for a neuron: it computes in torch where that is set to compute in cupy."""
+
+    def as_served(self) -> InTorch:
+        """Inside, stock computes what it is held to."""
+        return InTorch(self)  # type: ignore[arg-type]
+
+    @property
+    def served(self) -> str:
+        """What it does otherwise than it is set, for reports; empty for most."""
+        if getattr(self, "backend", "") != "cupy":
+            return ""
+        return 'its backend "cupy" is served by the equations of "torch"'
+
+    def why(self, *reasons: str) -> str:
+        """For reports: that, and reasons that there are."""
+        return "; ".join(filter(None, (self.served, *reasons)))
 
 
 @functools.cache

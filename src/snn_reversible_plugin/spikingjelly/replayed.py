@@ -32,14 +32,14 @@ from snn_reversible_plugin.ops.chunks import cuts
 from snn_reversible_plugin.ops.layouts import is_contiguous_in
 from snn_reversible_plugin.ops.outputs import on_its_own
 from snn_reversible_plugin.spikingjelly.claims import claim_of
-from snn_reversible_plugin.spikingjelly.copies import Copy, InTorch, copy_of, why_not_as_set
+from snn_reversible_plugin.spikingjelly.copies import Copy, InTorch, ServedInTorch, copy_of
 from snn_reversible_plugin.spikingjelly.scripted import same_graph
 from snn_reversible_plugin.spikingjelly.surrogates import is_heaviside, is_known, is_uniform
-from snn_reversible_plugin.spikingjelly.types import row_of
+from snn_reversible_plugin.spikingjelly.types import replaced_methods, row_of
 from snn_reversible_plugin.spikingjelly.written_out import why_not_same
 
 
-class Replayed(SwappedClass):
+class Replayed(ServedInTorch, SwappedClass):
     """In front of a stock neuron class: its forward is run again in the backward."""
 
     treatment = "generic replay"
@@ -49,11 +49,13 @@ class Replayed(SwappedClass):
     def treatment_reason(self) -> str:
         """What is done otherwise than it is set, and why it has no written-out backward, for reports."""
         module: Any = self
-        unproved = why_not_same(module) if claim_of(behind(type(module))) else ""
-        return "; ".join(filter(None, (why_not_as_set(module), unproved)))
+        return self.why(why_not_same(module) if claim_of(behind(type(module))) else "")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not tape.may_record():
+            with InTorch(self):  # type: ignore[arg-type]
+                return super().forward(*args, **kwargs)  # type: ignore[misc]
+        if replaced_methods(self):  # type: ignore[arg-type]
             with InTorch(self):  # type: ignore[arg-type]
                 return super().forward(*args, **kwargs)  # type: ignore[misc]
         learns = is_learning(self, args, kwargs)  # type: ignore[arg-type]
