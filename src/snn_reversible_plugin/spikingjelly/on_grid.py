@@ -189,7 +189,7 @@ class NodeOnGrid(OnGrid):
             if isinstance(here, str):
                 raise OffGrid(f"Of this call {here}.")
             if here[:2] != _equations(self):
-                raise OffGrid("What is proved of this call is another step than a small input's.")
+                raise OffGrid("Of this call another step than of a small input is proved.")
         if not isinstance(v, Tensor) or v.shape != x.shape:
             start = v if isinstance(v, float) else (self.v_reset or 0.0)
             v, fresh = torch.full_like(x, start, dtype=torch.float32), start

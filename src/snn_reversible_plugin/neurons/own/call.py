@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from snn_reversible_plugin import tape
-from snn_reversible_plugin.modules.kinds import framework_of
+from snn_reversible_plugin.modules.kinds import framework_of, is_spiking
 from snn_reversible_plugin.modules.registry import StaysStock, reversible_type
 from snn_reversible_plugin.modules.swap import SwappedClass, swapped_class
 from snn_reversible_plugin.neurons.own.code import Unprovable
@@ -264,6 +264,8 @@ def own_neurons(model: nn.Module, left: set[int]) -> list[tuple[nn.Module, type[
     found: list[tuple[nn.Module, type[nn.Module]]] = []
     inside: set[int] = set()
     for module in model.modules():
+        if is_spiking(module):  # whose surrogate it is, is known: it asks what that does
+            inside |= {id(inner) for inner in module.modules()}
         if id(module) in left | inside or not _is_candidate(module):
             continue
         try:
