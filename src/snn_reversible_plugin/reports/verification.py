@@ -218,7 +218,9 @@ def verify(
             if is_spiking(module) and (reason := convert.off_grid_reason(name, module, settings))
         }
         served = {
-            name: how for name, module in model.named_modules() if (how := getattr(module, "served", ""))
+            name: how
+            for name, module in model.named_modules()
+            if (how := getattr(module, "served_otherwise", ""))
         }
         grid_bits = {
             name: bits

@@ -118,7 +118,8 @@ class Analytic(ServedInTorch):
     def treatment_reason(self) -> str:
         """Why the last call's backward was not the written-out one, for reports."""
         instead = _instead.get(self)
-        return self.why("" if instead is None else instead.reason)
+        reasons = self.served_otherwise, "" if instead is None else instead.reason
+        return "; ".join(filter(None, reasons))
 
     @property
     def v_seq(self) -> Any:

@@ -159,15 +159,11 @@ class ServedInTorch:
         return InTorch(self)  # type: ignore[arg-type]
 
     @property
-    def served(self) -> str:
+    def served_otherwise(self) -> str:
         """What it does otherwise than it is set, for reports; empty for most."""
         if getattr(self, "backend", "") != "cupy":
             return ""
         return 'its backend "cupy" is served by the equations of "torch"'
-
-    def why(self, *reasons: str) -> str:
-        """For reports: that, and reasons that there are."""
-        return "; ".join(filter(None, (self.served, *reasons)))
 
 
 @functools.cache

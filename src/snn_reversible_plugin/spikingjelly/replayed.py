@@ -49,7 +49,8 @@ class Replayed(ServedInTorch, SwappedClass):
     def treatment_reason(self) -> str:
         """What is done otherwise than it is set, and why it has no written-out backward, for reports."""
         module: Any = self
-        return self.why(why_not_same(module) if claim_of(behind(type(module))) else "")
+        unproved = why_not_same(module) if claim_of(behind(type(module))) else ""
+        return "; ".join(filter(None, (self.served_otherwise, unproved)))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not tape.may_record():

@@ -453,6 +453,23 @@ class NotBits(Base):
         return v * (1 - s), s * 2.0
 
 
+class APropertyBeforeANumber(Base):
+    """The number that is stored under its name is another."""
+
+    def __init__(self):
+        super().__init__()
+        self.__dict__["leak"] = 0.5
+
+    @property
+    def leak(self):
+        return self.__dict__["leak"] / 2
+
+    def step(self, v, x):
+        v = v * self.leak + x
+        s = Fire.apply(v - 1.0)
+        return v * (1 - s), s
+
+
 # The same operations, if all rows are taken at a time.
 UNCUT = {
     Normalizes: "its mean does not leave the rows of a batch apart",
@@ -472,6 +489,7 @@ NEVER = {
     HandsItselfOn: "its step reads getattr",
     InAClosure: "its step hands itself to a function inside",
     ReadsTheGraph: "Asks.backward reads .next_functions of something",
+    APropertyBeforeANumber: "it reads self.leak, a property",
     NotBits: "its output is not zeros and ones by construction",
 }
 
