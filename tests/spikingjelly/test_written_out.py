@@ -297,18 +297,18 @@ def wrong(sj):
         def neuronal_charge(self, x):
             self.v = self.v + x * self.level
 
-    @case("it reads self.tau, a property")
+    @case("it reads self.leak, a property")
     class APropertyBeforeANumber(base_class):
         def __init__(self, **settings):
             super().__init__(**settings)
-            self.__dict__["tau"] = 1.0
+            self.__dict__["leak"] = 1.0
 
         @property
-        def tau(self):
-            return self.__dict__["tau"] + float(self.v_threshold > 2.0)
+        def leak(self):
+            return self.__dict__["leak"] + float(self.v_threshold > 2.0)
 
         def neuronal_charge(self, x):
-            self.v = self.v + x / self.tau
+            self.v = self.v + x / self.leak
 
     @case("it can't be recorded")
     class LooksAtValues(base_class):
@@ -504,5 +504,5 @@ def test_two_steps_with_one_forward_are_told_apart():
     for cls in (First, Last):
         node = made(cls, old, v_reset=0.1)
         assert assert_like_stock(node, x).treatment == "analytic"
-        found.append(outcome(node, x)[2])
+        found.append(outcome(node, x)[4])
     assert not torch.equal(*found)
