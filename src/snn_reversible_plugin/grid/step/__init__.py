@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from snn_reversible_plugin.grid.decays import Step
 from snn_reversible_plugin.ops.forms import GRID_STEP, form_of
 
 
@@ -16,6 +17,21 @@ class Record(NamedTuple):
     """
 
     reach: torch.Tensor | None = None
+
+
+class Undo(NamedTuple):
+    """How a step that reset at once is undone: its input, and all that it wrote down, flat.
+
+    ``bits`` are its spikes, ``planes`` what its reset lost, ``digits`` what its charge did. ``current`` and
+    ``before``, the place for the state before the step, are None where only the reset is to be undone.
+    """
+
+    step: Step
+    bits: Any
+    planes: Any
+    digits: Any
+    current: torch.Tensor | None
+    before: torch.Tensor | None
 
 
 def steps_on(device: torch.device) -> Any:

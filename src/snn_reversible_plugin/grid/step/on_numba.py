@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from snn_reversible_plugin.grid.decays import AFTER, BEFORE, SUBTRACT, Step, digits_a_byte
-from snn_reversible_plugin.grid.step import Record, kernels
+from snn_reversible_plugin.grid.step import Record, Undo, kernels
 from snn_reversible_plugin.grid.step import gradient_kernels as gradients
 
 Piece = np.ndarray[Any, Any]
@@ -162,6 +162,16 @@ def undo_charge_and_reset(
     return charged, out
 
 
+def _charged(after: torch.Tensor, undo: Undo, to: float | None) -> torch.Tensor:
+    step, bits, planes, digits, current, before = undo
+    if current is None:
+        return unreset(after, bits, step.theta, to, step.scale, planes)
+    charged, state = undo_charge_and_reset(after, current, bits, step, to, (digits, planes))
+    assert before is not None
+    before.copy_(state)
+    return charged
+
+
 def gradient(
     h: torch.Tensor,
     given: tuple[torch.Tensor | None, torch.Tensor | None],
@@ -169,8 +179,11 @@ def gradient(
     surrogate: Any,
     factors: tuple[Any, float | None],
     made: tuple[torch.Tensor | None, torch.Tensor],
+    undo: Undo | None = None,
 ) -> None:
-    """See :func:`.grid.step.on_triton.gradient`. One call."""
+    """See :func:`.grid.step.on_triton.gradient`. One call, and one that undoes."""
+    if undo is not None:
+        h = _charged(h, undo, rule.v_reset)
     (beta, gain), (by_v, by_x) = factors, made
     assert _COMPILED[surrogate.name] is atan, surrogate.name
     ((_, alpha),) = surrogate.parameters
