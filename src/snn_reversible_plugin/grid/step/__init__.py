@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -34,9 +36,8 @@ class Undo(NamedTuple):
     before: torch.Tensor | None
 
 
-def steps_on(device: torch.device) -> Any:
-    """The form that computes steps on this device."""
-    return form_of(GRID_STEP, device)
+steps_on: Callable[[torch.device], Any] = functools.partial(form_of, GRID_STEP)
+"""The form that computes steps on a device."""
 
 
 def as_pieces(chunk: torch.Tensor) -> Any:

@@ -158,7 +158,11 @@ class IntegrateFire(Constants):
         back.
         """
         stride = h.stride()
-        given = tuple(None if g is None else _flat_or_one(g, stride) for g in grads)
+        g_s, g_v = grads
+        given = (
+            None if g_s is None else _flat_or_one(g_s, stride),
+            None if g_v is None else _flat_or_one(g_v, stride),
+        )
         by_v, by_x = like(h) if of_v else None, like(h)
         factors = (self.beta if beta is None else beta), self.step.gain
         made = None if by_v is None else flat(by_v, stride), flat(by_x, stride)

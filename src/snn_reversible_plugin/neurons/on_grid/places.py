@@ -208,11 +208,16 @@ def rests_on_a_state(handle: Any) -> bool:
         return handle.rests
     for_good = handle.__class__ in PLAIN  # a stream of residual blocks gets other operands later
     for operand in handle.operands():
-        if rests_on_a_state(operand):
+        if isinstance(operand, Replayed):
+            rests = operand.rests
+            rests = rests_on_a_state(operand) if rests is None else rests
+            if operand.rests is None:
+                for_good = False
+        else:
+            rests = isinstance(operand, OfTimelines)
+        if rests:
             handle.rests = True
             return True
-        if isinstance(operand, Replayed) and operand.rests is None:
-            for_good = False
     if for_good:
         handle.rests = False
     return False
