@@ -316,7 +316,7 @@ def works(run: Run) -> list[tuple[str, str, tuple[int, ...], torch.dtype | None]
 
 FIRST = ("stock", "memory", "speed")
 # What searches or compiles takes long, and comes with the time that is left.
-LATER = ("memopt 1", "memopt 2", "compiled", "srp.compile", "memopt 3", "memopt 4")
+LATER = ("memopt 1", "memopt 2", "compiled", "memopt 3", "memopt 4")
 LOOPS = ("leaky-loop", "lif-loop")
 CONVERTED: dict[str, dict[str, Any]] = {"default": {}, "fused": {"arithmetic": "fused"}}
 
@@ -334,9 +334,6 @@ def train(run: Run) -> None:
         if method == "compiled":
             compiled = torch.compile(model)
             training = Training(model, lambda x: workload.loss_of(compiled, x))
-        elif method == "srp.compile":
-            ours = srp.compile(model)
-            training = Training(model, lambda x: workload.loss_of(ours, x))
         elif method in CONVERTED:
             srp.convert_to_reversible(model, **CONVERTED[method])
             training = Training(model, lambda x: workload.loss_of(model, x))
@@ -361,7 +358,7 @@ def train(run: Run) -> None:
             x = torch.rand(shape, device=run.device)
             of_work = methods
             if name in LOOPS:  # on the grid is the default there; memopt wants multi-step modules
-                of_work = (*FIRST, "default") if methods is FIRST else ("compiled", "srp.compile")
+                of_work = (*FIRST, "default") if methods is FIRST else ("compiled",)
             elif dtype is not None and methods is FIRST:  # membranes in float32, as stock's have no kernel
                 of_work = (*FIRST, "fused")
             for method in of_work:
