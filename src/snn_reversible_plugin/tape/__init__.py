@@ -54,6 +54,7 @@ from snn_reversible_plugin.tape.mode import Rule
 from snn_reversible_plugin.tape.off_stack import OffStack, set_compiler
 from snn_reversible_plugin.tape.on_stack import OnThread
 from snn_reversible_plugin.tape.origins import OUTSIDE, enter, look_up
+from snn_reversible_plugin.tape.outlived import forget_spent_graphs
 from snn_reversible_plugin.tape.packed import Packed, PackedLevels
 from snn_reversible_plugin.tape.plans import Plans
 from snn_reversible_plugin.tape.recipes import WORK_LIMIT
@@ -147,6 +148,7 @@ class recording(Restoring):
         if current() is not None or not may_record():
             return current()
         look_again()
+        forget_spent_graphs()
         # A block that a backward rebuilds is no forward of the model's.
         planned = self.plans is not None and torch._C._current_graph_task_id() == -1
         self._following = self.plans.begin() if planned and self.plans is not None else None
