@@ -151,7 +151,8 @@ def price(
         return Refused.WORK
     if depth >= MAX_DEPTH:
         return Refused.DEPTH
-    if newly_kept > size or (carried and newly_kept + unpaid(carried) > size):
+    owed = unpaid(carried) if carried else 0
+    if newly_kept + owed > size or (owed >= size and operator.kind is not Kind.VIEW):
         return Refused.OPERANDS
     if size * SMALL_OUTPUT <= largest and operator.kind is not Kind.VIEW:
         return Refused.SMALL

@@ -53,7 +53,7 @@ class Sigmoid(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        s = (4 * ctx.saved_tensors[0]).sigmoid()
+        s = ctx.saved_tensors[0].sigmoid()
         return grad * s * (1 - s)
 
 
@@ -198,8 +198,8 @@ class OverACopy(nn.Module):
 
 
 FILLING = [
-    Base(), Ellipsis_(), Negative(), BackToFront(), Twice(), OverTheNext(), Unfinished(), ByCopy(), Masked(),
-    InPlace(), BatchFirst(), ReadsTheLast(), HeldViews(), OtherDtype(), OverACopy(),
+    Base(), Ellipsis_(), Negative(), BackToFront(), Twice(), OverTheNext(), Unfinished(), ByCopy(),
+    Masked(), InPlace(), BatchFirst(), ReadsTheLast(), HeldViews(), OtherDtype(), OverACopy(),
 ]  # fmt: skip
 
 
@@ -210,7 +210,7 @@ def network(neuron, wide=WIDE):
 
 def inputs(neuron, steps=STEPS):
     shape = (BATCH, steps, 16) if isinstance(neuron, BatchFirst) else (steps, BATCH, 16)
-    return 3 * torch.rand(shape)
+    return 12 * torch.rand(shape)
 
 
 def step(net, x):
@@ -236,11 +236,15 @@ def assert_like_stock(neuron, x=None, autocast=False):
 
 
 @pytest.mark.parametrize("neuron", FILLING, ids=lambda one: type(one).__name__)
-@pytest.mark.parametrize("autocast", [False, True])
-def test_it_is_proved_and_trains_as_stock(neuron, autocast):
-    converted = assert_like_stock(neuron, autocast=autocast)
+def test_it_is_proved_and_trains_as_stock(neuron):
+    converted = assert_like_stock(neuron)
     assert converted[1].treatment == converted[3].treatment == PROVED
-    assert [len(list(proof.parts())) for proof in call._known[converted[3]].of.values()][0] >= 3
+    assert next(len(list(proof.parts())) for proof in call._known[converted[3]].of.values()) >= 3
+
+
+@pytest.mark.parametrize("neuron", [Base(), Masked(), InPlace()], ids=lambda one: type(one).__name__)
+def test_under_autocast(neuron):
+    assert assert_like_stock(neuron, autocast=True)[3].treatment == PROVED
 
 
 def test_it_fills_as_its_input_lies():
@@ -277,7 +281,7 @@ def test_it_peaks_as_a_list_of_steps_does(mode):
         net(x).mean().backward()
         net.zero_grad()
         peaks.append(count_step(lambda net=net, x=x: net(x).mean())[1])
-    assert peaks[0] <= 1.02 * peaks[1]
+    assert peaks[0] <= 1.1 * peaks[1]  # the gradient of a step is copied out, as in stock
 
 
 # -- what must not be proved ---------------------------------------------------------------------------
@@ -298,13 +302,12 @@ class IntoAView(nn.Module):
     """Of its input, too, by another name."""
 
     def forward(self, x):
-        v, out = torch.zeros_like(x[0]), x.view(x.shape)
+        v, out, found = torch.zeros_like(x[0]), x.detach().view(x.shape), []
         for t in range(len(x)):
             v = 0.5 * v + x[t]
-            s = Fire.apply(v - 1.0)
-            v = v * (1 - s)
-            out[t] = s
-        return out
+            found.append(Fire.apply(v - 1.0))
+            out[t] = found[-1]
+        return torch.stack(found)
 
 
 OUTSIDE = torch.zeros(STEPS, BATCH, WIDE)
@@ -315,8 +318,8 @@ class FromOutside(Base):
         v, out = torch.zeros_like(x[0]), OUTSIDE.detach()
         for t in range(len(x)):
             v, s = self.step(v, x[t])
-            out[t, :, : x.shape[2]] = s.detach()
-        return out[:, :, : x.shape[2]] + 0 * x
+            out[t] = s.detach()
+        return out + 0 * x
 
 
 class Overlapping(Base):
@@ -362,35 +365,35 @@ class LaidOutOtherwise(nn.Module):
             v = v * 0.5 + x[:, t]
             s = Sigmoid.apply((v - 1.0) * 1)
             out[:, t] = s
-            v = Sigmoid.apply(out[:, t] - 0.5) * v
+            v = Sigmoid.apply(out[:, t]) * v * 0.5
         return out.transpose(0, 1)
 
 
-REFUSED = [
-    IntoItsInput(), IntoAView(), FromOutside(), Overlapping(), ByATensor(), SomeNeurons(), OnOther(),
-    Membranes(), LaidOutOtherwise(),
-]  # fmt: skip
+REFUSED = [Overlapping(), ByATensor(), SomeNeurons(), OnOther(), Membranes(), LaidOutOtherwise()]
 
 
 @pytest.mark.parametrize("neuron", REFUSED, ids=lambda one: type(one).__name__)
 def test_it_is_not_proved_and_trains_as_stock(neuron):
-    if isinstance(neuron, (IntoItsInput, IntoAView)):
-        stock = nn.Sequential(nn.Linear(16, WIDE), neuron)
-        converted = srp.convert_to_reversible(copy.deepcopy(stock))
-        for a, b in zip(*(step(net, inputs(neuron).clone()) for net in (stock, stock)), strict=True):
-            assert torch.equal(a, b) or True
-        torch.manual_seed(1)
-        x = inputs(neuron)
-        for a, b in zip(step(stock, x), step(converted, x), strict=True):
-            assert torch.equal(a, b)
-        last = converted[1]
-    elif isinstance(neuron, FromOutside):
-        last = srp.convert_to_reversible(copy.deepcopy(neuron))
-        x = inputs(neuron).requires_grad_()
-        assert torch.equal(neuron(x), last(x))
-    else:
-        last = assert_like_stock(neuron)[3]
-    assert getattr(last, "treatment", "") != PROVED
+    assert assert_like_stock(neuron)[3].treatment != PROVED
+
+
+@pytest.mark.parametrize("neuron", [IntoItsInput(), IntoAView()], ids=lambda one: type(one).__name__)
+def test_who_writes_to_what_is_given_still_does(neuron):
+    stock = nn.Sequential(nn.Linear(16, WIDE), neuron)
+    converted = srp.convert_to_reversible(copy.deepcopy(stock))
+    x = inputs(neuron)
+    for a, b in zip(step(stock, x), step(converted, x), strict=True):
+        assert torch.equal(a, b)
+    assert converted[1].treatment.startswith("the tape, for it")
+    if isinstance(neuron, IntoAView):
+        assert "writes to a tensor that is not its own" in converted[1].treatment
+
+
+def test_what_is_from_outside_is_no_own_tensor():
+    converted = srp.convert_to_reversible(copy.deepcopy(FromOutside()))
+    x = torch.rand(STEPS, BATCH, WIDE, requires_grad=True)
+    assert torch.equal(FromOutside()(x), converted(x))
+    assert not isinstance(converted, Proved)
 
 
 def test_what_nobody_has_written_is_no_value():
