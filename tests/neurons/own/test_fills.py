@@ -43,20 +43,6 @@ class Rectangle(torch.autograd.Function):
         return grad * mask
 
 
-class Sigmoid(torch.autograd.Function):
-    """Whose last bits hang on where an element lies."""
-
-    @staticmethod
-    def forward(ctx, v):
-        ctx.save_for_backward(v)
-        return (v >= 0).to(v)
-
-    @staticmethod
-    def backward(ctx, grad):
-        s = ctx.saved_tensors[0].sigmoid()
-        return grad * s * (1 - s)
-
-
 class Base(nn.Module):
     """A loop around a step and a write that can be anything."""
 
@@ -356,16 +342,15 @@ class Membranes(Base):
 
 
 class LaidOutOtherwise(nn.Module):
-    """A surrogate with an exponential, of a membrane that is laid out as what it fills."""
+    """An exponential of what was read from a view: its last bits hang on where an element lies."""
 
     def forward(self, x):
         x = x.transpose(0, 1).contiguous()
         v, out = 0.0, torch.zeros_like(x)
         for t in range(x.shape[1]):
             v = v * 0.5 + x[:, t]
-            s = Sigmoid.apply((v - 1.0) * 1)
-            out[:, t] = s
-            v = Sigmoid.apply(out[:, t]) * v * 0.5
+            out[:, t] = Fire.apply(v - 1.0)
+            v = v * out[:, t].sigmoid()
         return out.transpose(0, 1)
 
 
