@@ -32,7 +32,7 @@ _FEW = 4096
 _by_storage: ByStorage = {}
 _count = 0
 _many = _FEW
-_past: list[tuple[weakref.ref[Any], int, int]] = []  # tapes, and between which moments they recorded
+_past: list[tuple[weakref.ref[Any], int, int]] = []  # graphs, and between which moments
 
 
 def outlive(by_storage: ByStorage) -> None:
@@ -65,9 +65,9 @@ def end_histories(func: Any, tensors: Iterable[torch.Tensor], began: int) -> Non
                 enter(tensor, None, ended=True)
 
 
-def is_over(tape: Any, began: int) -> None:
-    """A tape that began then records no more; it lives as long as something that it gave to autograd."""
-    _past.append((weakref.ref(tape), began, now()))
+def is_over(graph: Any, began: int) -> None:
+    """A recording that began then is over; ``graph`` lives as long as what autograd saved in it."""
+    _past.append((weakref.ref(graph), began, now()))
 
 
 def forget_spent_graphs() -> None:

@@ -141,10 +141,11 @@ class Tape(Recording):
         self._last_product = None
         return OffStack(self)
 
-    def finish(self, of_loops: set[int]) -> None:
-        """Forget what only a forward needs: whatever autograd saved keeps its tape alive.
+    def finish(self, of_loops: set[int], unpack: Any) -> None:
+        """Forget what only a forward needs.
 
-        ``of_loops``: the storages of states that loops left in the user's hands.
+        ``of_loops``: the storages of states that loops left in the user's hands. ``unpack``: the hook,
+        which lives as long as anything that autograd saved.
         """
         self._outsiders.clear()
         self._just_kept.clear()
@@ -152,7 +153,7 @@ class Tape(Recording):
         if not self.in_backward:
             look_after(self.kept_by_storage, of_loops)
         outlive(self.kept_by_storage)
-        is_over(self, self._began)
+        is_over(unpack, self._began)
         self.kept_by_storage.clear()
         self._parts.clear()
         if self._last_product is not None:  # of a block that is rebuilt; see recipes, note 9
