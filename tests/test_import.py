@@ -29,7 +29,7 @@ loss.backward()
 @pytest.mark.parametrize("framework", ["spikingjelly", "snntorch"])
 def test_a_missing_framework_names_its_extra(framework):
     result = python(f"import snn_reversible_plugin.{framework}", framework)
-    assert f"pip install snn-reversible-plugin[{framework}]" in result.stderr
+    assert f"pip install 'snn-reversible-plugin[{framework}]'" in result.stderr
 
 
 def test_register_without_any_framework():
@@ -37,4 +37,4 @@ def test_register_without_any_framework():
     result = python(
         code + "import snn_reversible_plugin as srp; srp.register()", "spikingjelly", "snntorch"
     )
-    assert "pip install snn-reversible-plugin[spikingjelly]" in result.stderr
+    assert "pip install 'snn-reversible-plugin[spikingjelly]'" in result.stderr

@@ -70,7 +70,7 @@ def _framework(extra: str, package: str) -> Callable[[str], Any]:
         importlib.import_module(package)
     except ImportError as error:
         raise ImportError(
-            f"this neuron needs {extra}: pip install snn-reversible-plugin[{extra}]"
+            f"this neuron needs {extra}: pip install 'snn-reversible-plugin[{extra}]'"
         ) from error
     return lambda name: importlib.import_module(f"{package}.{name}")
 

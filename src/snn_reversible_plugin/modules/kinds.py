@@ -297,7 +297,7 @@ def register() -> list[str]:
     if not found:
         raise ImportError(
             "neither SpikingJelly nor snnTorch is installed; "
-            "pip install snn-reversible-plugin[spikingjelly] or [snntorch]"
+            "pip install 'snn-reversible-plugin[spikingjelly]', or [snntorch]"
         )
     for framework in found:
         importlib.import_module(f"snn_reversible_plugin.{framework}").register()

@@ -16,7 +16,7 @@ except ModuleNotFoundError as error:
     if error.name != "snntorch":
         raise
     raise ImportError(
-        "snn_reversible_plugin.snntorch needs snnTorch: pip install snn-reversible-plugin[snntorch]"
+        "snn_reversible_plugin.snntorch needs snnTorch: pip install 'snn-reversible-plugin[snntorch]'"
     ) from error
 
 import torch

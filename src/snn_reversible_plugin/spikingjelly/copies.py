@@ -174,5 +174,5 @@ def installed() -> Copy:
                 raise
     raise ImportError(
         "snn_reversible_plugin.spikingjelly needs SpikingJelly, which is not installed: "
-        "pip install snn-reversible-plugin[spikingjelly]"
+        "pip install 'snn-reversible-plugin[spikingjelly]'"
     )
