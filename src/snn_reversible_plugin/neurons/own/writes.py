@@ -141,8 +141,10 @@ class Unwritten:
         name = node.target._schema.name  # type: ignore[union-attr]
         written, *others = node.args
         writes = [arg.alias_info is not None and arg.alias_info.is_write for arg in _arguments(node)]
-        place = self._places[written] if isinstance(written, fx.Node) else None
-        if place is None or not writes[0] or any(writes[1:]) or place.root.op != "call_function":
+        if not isinstance(written, fx.Node) or not writes[0] or any(writes[1:]):
+            raise Unprovable(f"it writes to a tensor ({name})")
+        place = self._places[written]
+        if place.root.op != "call_function":
             raise Unprovable(f"it writes to a tensor that is not its own ({name})")
         values, at = self._values[place.root], _index(place.views)
         if place.views and at is None:
@@ -250,8 +252,9 @@ def _is_all_of(node: fx.Node) -> bool:
     """Whether it is a slice of everything."""
     if _name(node) != "slice":
         return False
-    first = node.args[0]
-    return node.meta["val"].shape == first.meta["val"].shape and (*node.args[4:5], 1)[0] == 1  # type: ignore[union-attr]
+    before: Tensor = node.args[0].meta["val"]  # type: ignore[union-attr]
+    after: Tensor = node.meta["val"]
+    return before.shape == after.shape and (*node.args[4:5], 1)[0] == 1
 
 
 def _index(views: tuple[fx.Node, ...]) -> tuple[int, int] | None:
