@@ -254,7 +254,7 @@ def _is_all_of(node: fx.Node) -> bool:
         return False
     before: Tensor = node.args[0].meta["val"]  # type: ignore[union-attr]
     after: Tensor = node.meta["val"]
-    return before.shape == after.shape and (*node.args[4:5], 1)[0] == 1
+    return before.shape == after.shape and node.args[4:5] in ((), (1,))
 
 
 def _index(views: tuple[fx.Node, ...]) -> tuple[int, int] | None:
