@@ -13,7 +13,10 @@ from snn_reversible_plugin.neurons.own import call
 from snn_reversible_plugin.neurons.own.call import Proved
 from snn_reversible_plugin.reports.measure import count_step
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*has no spiking neuron that the converter knows")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*has no spiking neuron that the converter knows"),
+    pytest.mark.filterwarnings("error:Accessing the data pointer of FakeTensor"),  # a tape saw a recording
+]
 PROVED = "proved: its recorded operations, a few rows at a time"
 STEPS, BATCH, WIDE = 4, 12, 128
 

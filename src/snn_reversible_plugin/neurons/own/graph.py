@@ -71,7 +71,9 @@ class Recording:
 
     def __init__(self, function: Function, kind: Kind, autocast: Autocast) -> None:
         self.kind = kind
-        unwritten = Unwritten(_recorded(function, kind, autocast))
+        recorded = _recorded(function, kind, autocast)
+        with alone():
+            unwritten = Unwritten(recorded)
         self.graph = unwritten.graph
         self.nodes = [node for node in self.graph.graph.nodes if node.op != "output"]
         (output,) = (node for node in self.graph.graph.nodes if node.op == "output")
