@@ -191,6 +191,9 @@ def check_steps(run: Run) -> None:
         )
 
 
+NAMES = ("Sigmoid", "ATan", "PiecewiseQuadratic", "PiecewiseExp", "SoftSign", "SuperSpike", "Erf")
+
+
 def check_gradients(run: Run) -> None:
     import snntorch
     from spikingjelly.activation_based import surrogate
@@ -199,9 +202,9 @@ def check_gradients(run: Run) -> None:
     from snn_reversible_plugin.snntorch.surrogates import known_surrogate
     from snn_reversible_plugin.spikingjelly.surrogates import as_autograd
 
-    kinds = surrogate.ATan, surrogate.PiecewiseQuadratic, surrogate.SoftSign, surrogate.SuperSpike
-    known = [as_autograd(kind()) for kind in kinds]
-    known += [known_surrogate(getattr(snntorch.surrogate, name)()) for name in ("atan", "fast_sigmoid")]
+    known = [as_autograd(getattr(surrogate, name)()) for name in NAMES]
+    of_snntorch = "atan", "fast_sigmoid", "sigmoid"
+    known += [known_surrogate(getattr(snntorch.surrogate, name)()) for name in of_snntorch]
     for one in known:
         # A formula is compiled only where it gives the bits of torch's; a CPU has forms for some.
         run.check(
@@ -234,11 +237,10 @@ def check_networks(run: Run) -> None:
         return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
     x_seq = torch.randn(5, 3, 1031, device=run.device).mul(1.5).add(0.4)
-    names = ("Sigmoid", "ATan", "PiecewiseQuadratic", "PiecewiseExp", "SoftSign", "SuperSpike", "Erf")
     for cls in (neuron.IFNode, neuron.LIFNode, neuron.ParametricLIFNode):
 
         def sequences(cls: Any = cls) -> bool:
-            for name in names:
+            for name in NAMES:
                 for v_reset in (None, 0.0, -0.3):
                     for detach in (False, True):
                         stock = cls(
@@ -253,8 +255,8 @@ def check_networks(run: Run) -> None:
             return True
 
         def loops(cls: Any = cls) -> bool:
-            for v_reset in (None, 0.0, -0.3):
-                function = surrogate.ATan()
+            for number, name in enumerate(NAMES):
+                function, v_reset = getattr(surrogate, name)(), (None, 0.0, -0.3)[number % 3]
                 node = cls(v_reset=v_reset, step_mode="s", surrogate_function=function).to(run.device)
                 srp.convert_to_reversible(node)
                 with srp.reversible(node):

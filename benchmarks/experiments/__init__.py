@@ -24,6 +24,7 @@ from . import (
     drift,
     fits,
     freed_memory,
+    host_time,
     long_sequences,
     over_step,
     parallel,
@@ -93,6 +94,7 @@ EXPERIMENTS = {
         Experiment(
             "freed-memory", freed_memory.works, of_peaks.freed_memory, together=freed_memory.together
         ),
+        Experiment("host-time", host_time.works, time.host_time, together=host_time.together, threads=1),
         Experiment("drift", drift.works, time.drift, drift.measure),
         *(
             Experiment(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import median
+
 from ..experiment import Entries, Entry
 from . import Table, mib, times
 
@@ -82,6 +84,18 @@ def compiled(entries: Entries) -> list[Table]:
         "",
     )
     return [Table(headings, rows)]
+
+
+def host_time(entries: Entries) -> list[Table]:
+    """Of steps at tiny shapes; calls of the package's own functions in one of them."""
+    rows, last = [], ""
+    for key, e in entries.items():
+        network, method = key.split(" | ")
+        head, last = "" if network == last else network, network
+        shape = "x".join(map(str, e["shape"]))
+        milliseconds = f"{1e3 * median(e['seconds']):.2f} ms"
+        rows.append((head, shape, method, milliseconds, times(e["time_ratio"]), f"{e['calls']:,}"))
+    return [Table(("network", "shape", "mode", "step", "time", "own calls"), rows)]
 
 
 def parallel(entries: Entries) -> list[Table]:

@@ -19,6 +19,7 @@ SMALL = {
     "steps": ["--only", "chain-8", "--only", "leaky-loop", "--method", "memory", "--fits"],
     "over-step": ["--only", "vgg"],
     "fits": ["--only", "tutorial-6", "--method", "stock", "--method", "grid"],
+    "host-time": ["--only", "*loop", "--only", "VGG"],
     "drift": ["--only", "8", "--method", "float", "--method", "grid"],
     "compiled": ["--method", "stock", "--method", "tape, memory"],
     "columns": ["--method", "published", "--method", "grid"],
@@ -101,6 +102,13 @@ def test_what_the_figures_have_to_be(invoke):
     gradients = {entry["node"]: entry["gradient"] for entry in invoke("coupled-times").values()}
     assert set(gradients.values()) == {"equal", ""} and gradients["autograd"] == "equal"
     assert invoke("sltt")["6 | through time, stock"]["cosine"] == pytest.approx(1)
+
+
+def test_own_calls_are_counted(invoke):
+    found = invoke("host-time")
+    assert {entry["calls"] for key, entry in found.items() if key.endswith("| stock")} == {0}
+    for network in ("SpikingJelly loop", "snnTorch loop", "VGG"):
+        assert all(found[f"{network} | {mode}"]["calls"] > 100 for mode in ("memory", "speed"))
 
 
 def test_what_networks_learn(invoke):

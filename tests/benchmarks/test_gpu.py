@@ -43,7 +43,7 @@ def test_a_difference_is_said(run):
 def test_kernels_of_this_device(run):
     gpu.check_steps(run)
     gpu.check_gradients(run)
-    assert len(run.checks) == 4 + 6 and set(run.checks.values()) == {"equal"}
+    assert len(run.checks) == 4 + 10 and set(run.checks.values()) == {"equal"}
 
 
 def test_a_training_step_is_measured(run):

@@ -94,5 +94,6 @@ def as_cuda(device: str = "cpu") -> Iterator[None]:
 
 def _forget() -> None:
     """What was found out on another device."""
+    forms.form_of.cache_clear()
     agreement.agrees.cache_clear()
     in_one_pass.cache_clear()

@@ -28,7 +28,7 @@ except (ImportError, AttributeError, RuntimeError) as error:
     pytest.skip(f"this Triton compiles no kernel ahead of time: {error}", allow_module_level=True)
 
 from snn_reversible_plugin.grid import decays
-from snn_reversible_plugin.grid.step import Record
+from snn_reversible_plugin.grid.step import Record, Undo
 from snn_reversible_plugin.grid.step import on_triton as steps
 from snn_reversible_plugin.neurons.integrate_fire import on_triton as sequences
 from snn_reversible_plugin.neurons.integrate_fire.reference import Rule
@@ -158,12 +158,14 @@ def at_once_there_and_back(to: float | None, radix: int, beta: Any, theta: Any) 
 
 
 def check_integers(launch: Launch, capability: int) -> None:
-    """No double precision, nothing fused, and nothing spilled."""
+    """No double precision, nothing spilled, and nothing fused but in the library's exponentials."""
     assert not launch.fusion
     compiled = launch.compiled(capability)
     found = instructions(compiled)
-    assert not any("f64" in one or one.startswith(("fma", "mad")) for one in found), found
-    assert not any("ftz" in one for one in found), found
+    assert not any("f64" in one for one in found), found
+    exponentials = sum(times for one, times in found.items() if one.startswith("ex2"))
+    assert sum(found[one] for one in found if one.startswith(("fma", "mad"))) == 4 * exponentials, found
+    assert sum(found[one] for one in found if "ftz" in one) == 6 * exponentials, found
     check_resources(compiled)
 
 
@@ -200,12 +202,16 @@ def test_every_kernel_of_a_step(launches, capability):
         steps.reset(floats(N), spikes, 1.0, 0.0, 2.0**16, True, floats(N))
         steps.unreset(floats(N), fired, 1.0, 0.0, 2.0**16, planes)
         for name in steps._FORMULAS:
-            parameter = "slope" if name.endswith("fast_sigmoid") else "alpha"
+            parameter = "slope" if name.endswith("sigmoid") else "alpha"
             steps.in_one_pass(name, {parameter: 2.0})(floats(N), 1.0, floats(N), floats(N))
         known, rule = as_autograd(surrogate.ATan()), Rule(None, False, 1.0, 0.25, False)
         given, made = (floats(N), floats(1)), (floats(N), floats(N))
         steps.gradient(floats(N), given, rule, known, (floats(), 0.5), made)
-    assert len(launches) == 10 + 6 + 1
+        for current in (floats(N), None):
+            before, step = None if current is None else floats(N), step_of(decays.NONE, floats(), 1.0, 2)
+            undo = Undo(step, fired, planes, fired, current, before)
+            steps.gradient(floats(N), given, rule, known, (floats(), 0.5), made, undo)
+    assert len(launches) == 10 + 10 + 3
     for launch in launches[2:]:
         # A comparison has nothing to fuse.
         check_integers(launch._replace(fusion=False), capability)

@@ -10,6 +10,7 @@ Networks", NeurIPS 2018, and Maclaurin et al., ICML 2015, without their integer 
 
 from __future__ import annotations
 
+import ctypes
 import math
 from typing import Any
 
@@ -66,6 +67,16 @@ def snap(z: Tensor, bits: int = 16) -> Tensor:
     """
     check_bits(bits, stream_dtype(z.dtype))
     return _Snap.apply(z, bits)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def snap_number(z: float, bits: int) -> float:
+    """What :func:`snap` makes of a float32 tensor that is full of a finite number.
+
+    Example:
+        >>> snap_number(0.3, bits=2)
+        0.25
+    """
+    return round(ctypes.c_float(z).value * 2.0**bits) / 2.0**bits
 
 
 def add_snapped(x: Tensor, z: Tensor, bits: int) -> Tensor:

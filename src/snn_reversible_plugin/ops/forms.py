@@ -44,6 +44,7 @@ FORMS = (
 )
 
 
+@functools.cache  # asked several times a step
 def form_of(operation: str, device: torch.device) -> ModuleType | None:
     """The module that computes an operation on a device; None where it has no form there.
 
@@ -57,7 +58,6 @@ def form_of(operation: str, device: torch.device) -> ModuleType | None:
     return _first(operation, device.type)
 
 
-@functools.cache
 def _first(operation: str, device: str) -> ModuleType | None:
     return next(forms_of(operation, device), None)
 

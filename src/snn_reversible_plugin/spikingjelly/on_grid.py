@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from snn_reversible_plugin import tape
+from snn_reversible_plugin.grid import snap_number
 from snn_reversible_plugin.modules.kinds import is_multi_step
 from snn_reversible_plugin.modules.swap import ON_GRID
 from snn_reversible_plugin.neurons.integrate_fire.reference import Rule
@@ -188,8 +189,7 @@ def _promise(node: Any, constants: IntegrateFire, start: float, current: Tensor)
         return None
     if not is_free(look_up(current)):
         return None
-    scale = 2.0**constants.bits
-    run = partial(first_membrane, constants, round(start * scale) / scale)
+    run = partial(first_membrane, constants, snap_number(start, constants.bits))
     return OfFirstStep(partial(stepped_neurons.add, node), run, tape.handle_of(current))
 
 

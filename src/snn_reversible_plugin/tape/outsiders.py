@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from snn_reversible_plugin.ops.layouts import is_plain, storage_key
 from snn_reversible_plugin.tape.handles import Kept
+
+_STRIDED = torch.strided
 
 
 class Outsiders:
@@ -58,15 +59,23 @@ class Outsiders:
 
 
 def _key(tensor: torch.Tensor) -> Any:
-    if tensor.is_leaf or not is_plain(tensor):
+    if tensor.is_leaf or tensor.layout is not _STRIDED:
         return id(tensor)
     bits = tensor.is_conj(), tensor.is_neg()
-    return storage_key(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, bits
+    # The storage's key, as this is asked for each operand of each step: without another call.
+    return (
+        tensor.untyped_storage()._cdata,
+        tensor.storage_offset(),
+        tensor.shape,
+        tensor.stride(),
+        tensor.dtype,
+        bits,
+    )
 
 
 def _same(kept: torch.Tensor, tensor: torch.Tensor) -> bool:
     """Whether what is kept is this view, and was not copied away since."""
-    if not is_plain(tensor):
+    if tensor.layout is not _STRIDED:
         return kept is tensor
     return kept.data_ptr() == tensor.data_ptr()
 

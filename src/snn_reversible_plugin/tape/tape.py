@@ -376,7 +376,9 @@ class Tape(Recording):
         if self.where is not None:
             kept.where = self.where
         if kept.tensor.layout is torch.strided:
-            self.kept_by_storage.setdefault(storage_key(kept.tensor), []).append(weakref.ref(kept))
+            self.kept_by_storage.setdefault(kept.tensor.untyped_storage()._cdata, []).append(
+                weakref.ref(kept)
+            )
 
     def _enter(
         self,

@@ -90,9 +90,14 @@ def no_looking(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
         patch.setattr(devices, "HOSTS", frozenset())
         patch.setattr(forms, "_first", first)
-        in_one_pass.cache_clear()
+        forget()
         yield
+    forget()
+
+
+def forget() -> None:
     in_one_pass.cache_clear()
+    forms.form_of.cache_clear()
 
 
 def train(net: nn.Module, x_seq: Tensor) -> list[Any]:

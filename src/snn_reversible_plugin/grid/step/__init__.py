@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
+from snn_reversible_plugin.grid.decays import Step
 from snn_reversible_plugin.ops.forms import GRID_STEP, form_of
 
 
@@ -18,9 +21,23 @@ class Record(NamedTuple):
     reach: torch.Tensor | None = None
 
 
-def steps_on(device: torch.device) -> Any:
-    """The form that computes steps on this device."""
-    return form_of(GRID_STEP, device)
+class Undo(NamedTuple):
+    """How a step that reset at once is undone: its input, and all that it wrote down, flat.
+
+    ``bits`` are its spikes, ``planes`` what its reset lost, ``digits`` what its charge did. ``current`` and
+    ``before``, the place for the state before the step, are None where only the reset is to be undone.
+    """
+
+    step: Step
+    bits: Any
+    planes: Any
+    digits: Any
+    current: torch.Tensor | None
+    before: torch.Tensor | None
+
+
+steps_on: Callable[[torch.device], Any] = functools.partial(form_of, GRID_STEP)
+"""The form that computes steps on a device."""
 
 
 def as_pieces(chunk: torch.Tensor) -> Any:

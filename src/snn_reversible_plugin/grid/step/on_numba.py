@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from snn_reversible_plugin.grid.decays import AFTER, BEFORE, SUBTRACT, Step, digits_a_byte
-from snn_reversible_plugin.grid.step import Record, kernels
+from snn_reversible_plugin.grid.step import Record, Undo, kernels
 from snn_reversible_plugin.grid.step import gradient_kernels as gradients
 
 Piece = np.ndarray[Any, Any]
@@ -150,16 +150,34 @@ def charge_and_reset(
 
 
 def undo_charge_and_reset(
-    after: torch.Tensor, current: torch.Tensor, bits: Piece, step: Step, to: float | None, lost: Any
+    after: torch.Tensor,
+    current: torch.Tensor,
+    bits: Piece,
+    step: Step,
+    to: float | None,
+    lost: Any,
+    before: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`.grid.step.on_triton.undo_charge_and_reset`. One call."""
+    """See :func:`.grid.step.on_triton.undo_charge_and_reset`. One call. ``before``: a place for it."""
     radix, each = _radix(step)
-    charged, out = torch.empty_like(after), torch.empty_like(after)
+    charged, out = torch.empty_like(after), torch.empty_like(after) if before is None else before
     kernels.undo_charge_and_reset(
         after.numpy(), current.numpy(), bits, *step.decay.arrays, step.theta, radix, each, step.scale,
         1.0 if step.gain is None else step.gain, to is None, *lost, charged.numpy(), out.numpy(),
     )  # fmt: skip
     return charged, out
+
+
+def _of_each(g: torch.Tensor, h: torch.Tensor) -> Any:
+    """A gradient for each neuron, of one for all."""
+    return (g if g.numel() == h.numel() else g.expand(len(h)).contiguous()).numpy()
+
+
+def _charged(after: torch.Tensor, undo: Undo, to: float | None) -> torch.Tensor:
+    step, bits, planes, digits, current, before = undo
+    if current is None:
+        return unreset(after, bits, step.theta, to, step.scale, planes)
+    return undo_charge_and_reset(after, current, bits, step, to, (digits, planes), before)[0]
 
 
 def gradient(
@@ -169,15 +187,19 @@ def gradient(
     surrogate: Any,
     factors: tuple[Any, float | None],
     made: tuple[torch.Tensor | None, torch.Tensor],
+    undo: Undo | None = None,
 ) -> None:
-    """See :func:`.grid.step.on_triton.gradient`. One call."""
+    """See :func:`.grid.step.on_triton.gradient`. One call, and one that undoes."""
+    if undo is not None:
+        h = _charged(h, undo, rule.v_reset)
     (beta, gain), (by_v, by_x) = factors, made
     assert _COMPILED[surrogate.name] is atan, surrogate.name
     ((_, alpha),) = surrogate.parameters
-    gs = [None if g is None else (g if len(g) == len(h) else g.expand(len(h)).contiguous()) for g in given]
+    g_s, g_v = given
     gradients.step(
-        h.numpy(), *(None if g is None else g.numpy() for g in gs), None if by_v is None else by_v.numpy(),
-        by_x.numpy(), rule.v_threshold, rule.rest, float(beta), 1.0 if gain is None else gain,
+        h.numpy(), None if g_s is None else _of_each(g_s, h), None if g_v is None else _of_each(g_v, h),
+        None if by_v is None else by_v.numpy(), by_x.numpy(), rule.v_threshold, rule.rest, float(beta),
+        1.0 if gain is None else gain,
         math.pi / 2 * alpha, alpha / 2, rule.v_reset is None, rule.detach_reset,
     )  # fmt: skip
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from snn_reversible_plugin.grid.decays import AFTER, BEFORE, NONE, SUBTRACT, Step
-from snn_reversible_plugin.grid.step import Record
+from snn_reversible_plugin.grid.step import Record, Undo
 from snn_reversible_plugin.grid.step import triton_gradient_kernels as gradients
 from snn_reversible_plugin.grid.step import triton_kernels as kernels
 from snn_reversible_plugin.ops import devices
@@ -255,6 +255,12 @@ _FORMULAS: dict[str, Callable[..., _Formula]] = {
         gradients.SOFT_SIGN.value, 2 * alpha, 1 / alpha
     ),
     "spikingjelly.SuperSpike.backward": lambda alpha: _Formula(gradients.SUPER_SPIKE.value, alpha),
+    "snntorch.sigmoid": lambda slope: _Formula(gradients.SIGMOID_BY_EXP.value, slope, -slope),
+    "spikingjelly.Sigmoid.backward": lambda alpha: _Formula(gradients.SIGMOID.value, alpha),
+    "spikingjelly.PiecewiseExp": lambda alpha: _Formula(gradients.PIECEWISE_EXP.value, -alpha, alpha / 2),
+    "spikingjelly.Erf.backward": lambda alpha: _Formula(
+        gradients.ERF.value, alpha, alpha / math.sqrt(math.pi)
+    ),
 }
 
 
@@ -283,30 +289,38 @@ def gradient(
     surrogate: Any,
     factors: tuple[Any, float | None],
     made: tuple[Tensor | None, Tensor],
+    undo: Undo | None = None,
 ) -> None:
     """Write the gradients of a step that resets at once, by a surrogate of :func:`in_one_pass`. One launch.
 
     Args:
-        h: the charged membrane.
+        h: the charged membrane; the membrane after the step where that is to be undone with it.
         given: the gradients of the spikes and of the membrane after, not both None: [n], or [1] of all.
         rule: the threshold, the reset and whether that is detached.
         surrogate: its name and parameters.
         factors: the decay, a number or a tensor, and the current's gain.
         made: places for the gradients of the membrane before, if wanted, and of the current.
+        undo: how the step is undone, where it isn't yet.
     """
     n = len(h)
     if not n:
         return
+    kind_of_h, scale, digit_bits = gradients.CHARGED.value, 1.0, 0
+    x = bits = digits = planes = before = None
+    if undo is not None:
+        step, bits, planes, digits, x, before = undo
+        scale, digit_bits = step.scale, _digit_bits(step)
+        kind_of_h = (gradients.AFTER if before is None else gradients.TO_BEFORE).value
     (g_s, g_v), (beta, gain), (by_v, by_x) = given, factors, made
     kind, *numbers = _FORMULAS[surrogate.name](**dict(surrogate.parameters))
     strides = (int(g is not None and len(g) == n and n > 1) for g in given)
     with torch.cuda.device_of(h):
         value, where = _parameter(beta)
         gradients.step[programs(n)](
-            h, g_s, g_v, by_v, by_x, n, *strides, rule.v_threshold, rule.rest, value,
-            1.0 if gain is None else gain, *numbers, where, g_s is not None, g_v is not None,
-            by_v is not None, gain is not None, rule.v_reset is None, rule.detach_reset, kind, SIZE,
-            enable_fp_fusion=False,
+            h, x, bits, digits, planes, before, g_s, g_v, by_v, by_x, n, *strides, rule.v_threshold,
+            rule.rest, value, 1.0 if gain is None else gain, scale, 1 / scale, *numbers, where,
+            g_s is not None, g_v is not None, by_v is not None, gain is not None, rule.v_reset is None,
+            rule.detach_reset, kind, kind_of_h, digit_bits, GROUPS, enable_fp_fusion=False,
         )  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """What Triton compiles of gradients on the grid: through a surrogate and a reset, one launch a step.
 
+That launch undoes the step, too, where nobody has yet: the charged membrane is in registers only.
+
 The one idea: the operations of autograd in autograd's order, an element at a time, rounded as torch rounds
 each, so that their bits are its bits and memory is read once.
 """
@@ -8,21 +10,38 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
-from snn_reversible_plugin.grid.step.triton_kernels import parameter
+from snn_reversible_plugin.grid.step.triton_kernels import (
+    MINUS_THETA_AT_ONCE,
+    VALUE_AT_ONCE,
+    before_reset,
+    parameter,
+    rounded,
+    undone,
+)
 from snn_reversible_plugin.ops.bits.triton_kernels import load_flags, tile
 
 # NOTE [Surrogates of a kernel]
 #
 # 1. Products, sums and quotients are correctly rounded in torch on every device, and so are they here: `/`
 #    is not on a GPU, so it is `div_rn`, and a tensor below a number is its reciprocal times that number.
-# 2. What takes an exponential is left to torch, whose rounding of it is not Triton's.
+# 2. Triton's own exponential is an approximation of the device's. CUDA's, which torch is compiled with, is
+#    libdevice's. Triton links it so that it takes denormal numbers for zeros: their exponential is 1 either
+#    way, and what it gives may be denormal, as torch's.
 # 3. A number that torch multiplies with is float32 where it is used: a, b and c come so from the host.
 ATAN = tl.constexpr(0)  # b / (1 + (a u)^2)
 FAST_SIGMOID = tl.constexpr(1)  # 1 / (a |u| + 1)^2
 PIECEWISE_QUADRATIC = tl.constexpr(2)  # b - a |u|, 0 beyond c
 SOFT_SIGN = tl.constexpr(3)  # 1 / (a (b + |u|)^2)
 SUPER_SPIKE = tl.constexpr(4)  # a / (1 + |u|)^2
+SIGMOID = tl.constexpr(5)  # a s (1 - s), s = 1 / (1 + exp(-a u))
+PIECEWISE_EXP = tl.constexpr(6)  # b exp(a |u|)
+ERF = tl.constexpr(7)  # b exp(-(a u)^2)
+SIGMOID_BY_EXP = tl.constexpr(8)  # a e / (1 + e)^2, e = exp(b u)
+CHARGED = tl.constexpr(0)  # which membrane a step's gradient starts from: the charged one,
+AFTER = tl.constexpr(1)  # or the one after, whose reset is to be undone,
+TO_BEFORE = tl.constexpr(2)  # and its charge as well
 
 
 @triton.jit
@@ -40,10 +59,22 @@ def _through(g, u, a, b, c, SURROGATE: tl.constexpr):
     elif SURROGATE == SOFT_SIGN:
         far = tl.abs(u) + b
         return tl.div_rn(g, far * far * a)
-    else:
-        tl.static_assert(SURROGATE == SUPER_SPIKE)
+    elif SURROGATE == SUPER_SPIKE:
         far = tl.abs(u) + 1.0
         return tl.div_rn(g * a, far * far)
+    elif SURROGATE == SIGMOID:
+        s = tl.div_rn(1.0, 1.0 + libdevice.exp(-(u * a)))
+        return g * (1.0 - s) * s * a
+    elif SURROGATE == PIECEWISE_EXP:
+        return libdevice.exp(tl.abs(u) * a) * b * g
+    elif SURROGATE == ERF:
+        scaled = u * a
+        return g * libdevice.exp(-(scaled * scaled)) * b
+    else:
+        tl.static_assert(SURROGATE == SIGMOID_BY_EXP)
+        e = libdevice.exp(u * b)
+        far = e + 1.0
+        return tl.div_rn(g * a * e, far * far)
 
 
 @triton.jit
@@ -60,17 +91,29 @@ def surrogate(
 
 @triton.jit
 def step(
-    h, g_s, g_v, by_v, by_x, n, s_next, v_next, threshold, to, beta, gain, a, b, c, BETA: tl.constexpr,
-    OF_SPIKES: tl.constexpr, OF_V: tl.constexpr, TO_V: tl.constexpr, GAINS: tl.constexpr,
-    SOFT: tl.constexpr, DETACH: tl.constexpr, SURROGATE: tl.constexpr, SIZE: tl.constexpr,
+    h, x, bits, digits, planes, before, g_s, g_v, by_v, by_x, n, s_next, v_next, threshold, to, beta, gain,
+    scale, unit, a, b, c, BETA: tl.constexpr, OF_SPIKES: tl.constexpr, OF_V: tl.constexpr,
+    TO_V: tl.constexpr, GAINS: tl.constexpr, SOFT: tl.constexpr, DETACH: tl.constexpr,
+    SURROGATE: tl.constexpr, UNDO: tl.constexpr, DIGIT_BITS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the membrane before a step, and of its current, from those after it.
 
-    OF_SPIKES, OF_V: which are given; TO_V: the first is wanted; GAINS: the current was multiplied.
+    OF_SPIKES, OF_V: which are given; TO_V: the first is wanted; GAINS: the current was multiplied. UNDO:
+    what ``h`` is; with TO_BEFORE, the membrane before the step is written to ``before``.
     """
-    index = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    groups, index = tile(ROWS)
     mask = index < n
+    betas = parameter(beta, index, mask, BETA)
     charged = tl.load(h + index, mask=mask, other=0.0)
+    if UNDO != CHARGED:
+        s = load_flags(bits, groups, n)
+        theta = tl.cast(threshold, tl.float32) * scale
+        RESET: tl.constexpr = MINUS_THETA_AT_ONCE if SOFT else VALUE_AT_ONCE
+        charged = before_reset(charged, s, planes, theta, unit, index, mask, n, RESET)
+    if UNDO == TO_BEFORE:
+        w = charged * scale - rounded(tl.load(x + index, mask=mask, other=0.0) * gain * scale)
+        whole = undone(w, betas, digits, groups, index, mask, n, DIGIT_BITS)
+        tl.store(before + index, whole.to(tl.float32) * unit, mask=mask)
     u = charged - threshold
     if OF_SPIKES:
         of_s = tl.load(g_s + index * s_next, mask=mask, other=0.0)
@@ -97,7 +140,7 @@ def step(
     else:
         g = _through(of_s, u, a, b, c, SURROGATE)
     if TO_V:
-        tl.store(by_v + index, g * parameter(beta, index, mask, BETA), mask=mask)
+        tl.store(by_v + index, g * betas, mask=mask)
     if GAINS:
         g = g * gain
     tl.store(by_x + index, g, mask=mask)

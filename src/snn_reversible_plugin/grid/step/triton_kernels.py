@@ -107,7 +107,21 @@ def _lowest(v, p, e):
 
 
 @triton.jit
-def _rounded(x):
+def undone(w, beta, digits, groups, index, mask, n, DIGIT_BITS: tl.constexpr):
+    """The units before a decay that made w of them, both whole."""
+    whole = w.to(tl.int32)
+    if DIGIT_BITS > 0:
+        p, e, _ = _factor(beta)
+        whole = _lowest(whole, p, e)
+        if DIGIT_BITS == 1:
+            whole = whole + load_flags(digits, groups, n)
+        else:
+            whole = whole + load_bits(digits, index, mask, DIGIT_BITS)
+    return whole
+
+
+@triton.jit
+def rounded(x):
     """The nearest integer, halves to even: of what is below 2^23, adding 2^23 leaves it."""
     size = tl.abs(x)
     near = (size + 8388608.0) - 8388608.0
@@ -170,7 +184,7 @@ def _store_overshoot(to, h, s, theta, scale, index, mask, n):
 
 
 @triton.jit
-def _before_reset(v, s, planes, theta, unit, index, mask, n, RESET: tl.constexpr):
+def before_reset(v, s, planes, theta, unit, index, mask, n, RESET: tl.constexpr):
     """The state that :func:`_reset_at_once` changed to v."""
     if RESET == MINUS_THETA_AT_ONCE:
         return v + s.to(tl.float32) * (theta * unit)
@@ -219,7 +233,7 @@ def charge(
     w = tl.where(integer, v.to(tl.float32), units)
     if RESET == MINUS_THETA:
         w = w - before.to(tl.float32) * thetas
-    w = w + _rounded(tl.load(x + index, mask=mask, other=0.0) * gain * scale)
+    w = w + rounded(tl.load(x + index, mask=mask, other=0.0) * gain * scale)
     if RESET == ZERO_AFTER:
         w = tl.where(before != 0, 0.0, w)
     h = w * unit
@@ -253,24 +267,19 @@ def undo(
     if RESET != KEEP:
         s = load_flags(bits, groups, n)
     if RESET > KEEP and RESET < MINUS_THETA:
-        h = _before_reset(h, s, planes, thetas, unit, index, mask, n, RESET)
+        h = before_reset(h, s, planes, thetas, unit, index, mask, n, RESET)
         tl.store(charged + index, h, mask=mask)
-    w = h * scale - _rounded(tl.load(x + index, mask=mask, other=0.0) * gain * scale)
+    w = h * scale - rounded(tl.load(x + index, mask=mask, other=0.0) * gain * scale)
     if RESET == MINUS_THETA:
         w = w + s.to(tl.float32) * thetas
-    p, e, _ = _factor(parameter(beta, index, mask, BETA))
+    betas = parameter(beta, index, mask, BETA)
     if RESET >= ZERO_BEFORE:
+        p, e, _ = _factor(betas)
         kept = _load_planes(planes, index, mask, n)
         w = tl.where(s != 0, 0.0, w)
         whole = tl.where(s != 0, kept + thetas.to(tl.int32), _lowest(w.to(tl.int32), p, e) + kept)
-    elif DIGIT_BITS == 0:
-        whole = w.to(tl.int32)
     else:
-        whole = _lowest(w.to(tl.int32), p, e)
-        if DIGIT_BITS == 1:
-            whole = whole + load_flags(digits, groups, n)
-        else:
-            whole = whole + load_bits(digits, index, mask, DIGIT_BITS)
+        whole = undone(w, betas, digits, groups, index, mask, n, DIGIT_BITS)
     tl.store(out + index, whole.to(tl.float32) * unit, mask=mask)
 
 
@@ -316,5 +325,5 @@ def unreset(
     thetas = parameter(theta, index, mask, THETA)
     value = tl.load(v + index, mask=mask, other=0.0)
     s = load_flags(bits, groups, n)
-    h = _before_reset(value, s, planes, thetas, unit, index, mask, n, RESET)
+    h = before_reset(value, s, planes, thetas, unit, index, mask, n, RESET)
     tl.store(out + index, h, mask=mask)

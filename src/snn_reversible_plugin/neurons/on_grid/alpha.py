@@ -19,8 +19,8 @@ from torch.autograd.function import once_differentiable
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.neurons.on_grid import switches
 from snn_reversible_plugin.neurons.on_grid.neuron import check_spikes
+from snn_reversible_plugin.neurons.on_grid.places import NewState, OfTimelines, State
 from snn_reversible_plugin.neurons.on_grid.step import Stepped
-from snn_reversible_plugin.neurons.on_grid.timeline import NewState, OfTimelines, State
 from snn_reversible_plugin.neurons.surrogates import Surrogate
 from snn_reversible_plugin.ops.batched import one_by_one
 from snn_reversible_plugin.tape.handles import Handle, Passing

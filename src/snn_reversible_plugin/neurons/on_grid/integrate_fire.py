@@ -21,11 +21,12 @@ from torch import Tensor
 from snn_reversible_plugin.grid import decay, snap
 from snn_reversible_plugin.grid.decays import NONE, Step, decay_of
 from snn_reversible_plugin.grid.range import check_step, reach
-from snn_reversible_plugin.grid.step import Record, steps_on
+from snn_reversible_plugin.grid.step import Record, Undo, steps_on
 from snn_reversible_plugin.neurons.integrate_fire.reference import Rule, fire_reset_vjp
 from snn_reversible_plugin.neurons.on_grid.neuron import check_spikes
+from snn_reversible_plugin.neurons.on_grid.places import NewCharged, saved_and_way_back
 from snn_reversible_plugin.neurons.on_grid.step import Before, Charged, Constants, Parameters, Stepped
-from snn_reversible_plugin.neurons.on_grid.timeline import REMEDY, NewCharged
+from snn_reversible_plugin.neurons.on_grid.timeline import REMEDY, WayBack
 from snn_reversible_plugin.neurons.rerun import differentiable_once
 from snn_reversible_plugin.neurons.surrogates import Surrogate, in_one_pass
 from snn_reversible_plugin.ops.devices import may_look
@@ -33,6 +34,9 @@ from snn_reversible_plugin.ops.layouts import flat, like
 from snn_reversible_plugin.ops.outputs import on_its_own
 from snn_reversible_plugin.tape.final_membrane import FinalMembrane
 from snn_reversible_plugin.tape.origins import enter
+
+Pair = tuple[Tensor | None, Tensor | None]
+"""Gradients of the spikes and of the membrane after, not both None."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,24 +138,43 @@ class IntegrateFire(Constants):
         form.add_past_reset(flat_h, rule.v_threshold, flat_g_v, flat(g, stride))
         return g
 
-    def gradients_at_once(
-        self, h: Tensor, g_s: Tensor | None, g_v: Tensor | None, beta: Tensor | None, of_v: bool
-    ) -> tuple[Tensor | None, Tensor] | None:
-        """Those of the membrane before, if wanted, and of the current; None where no form computes them."""
-        write = getattr(steps_on(h.device), "gradient", None)
-        if write is None or self.surrogate.strict or in_one_pass(self.surrogate, h.device) is None:
-            return None
-        stride = h.stride()
+    def has_gradients_at_once(self, h: Tensor, g_s: Tensor | None, g_v: Tensor | None) -> bool:
+        """Whether a form there has :meth:`gradients_at_once`, of gradients laid out as these are."""
+        if self.surrogate.strict or not hasattr(steps_on(h.device), "gradient"):
+            return False
         if may_look(h.device):
             # What is made of a gradient of another layout may have that one, and products round by it.
             for g in (g_s, g_v):
-                if g is not None and g.stride() != stride and any(g.stride()):
-                    return None
-        given = tuple(None if g is None else _flat_or_one(g, stride) for g in (g_s, g_v))
+                if g is not None and g.stride() != h.stride() and any(g.stride()):
+                    return False
+        return in_one_pass(self.surrogate, h.device) is not None
+
+    def gradients_at_once(
+        self, h: Tensor, back: WayBack | None, grads: Pair, beta: Tensor | None, of_v: bool
+    ) -> tuple[Tensor | None, Tensor]:
+        """Those of the membrane before, if wanted, and of the current.
+
+        ``h``: the charged membrane, or the one after the step, which is undone with it if there is a way
+        back.
+        """
+        stride = h.stride()
+        g_s, g_v = grads
+        given = (
+            None if g_s is None else _flat_or_one(g_s, stride),
+            None if g_v is None else _flat_or_one(g_v, stride),
+        )
         by_v, by_x = like(h) if of_v else None, like(h)
         factors = (self.beta if beta is None else beta), self.step.gain
         made = None if by_v is None else flat(by_v, stride), flat(by_x, stride)
-        write(flat(h, stride), given, self.rule, self.surrogate, factors, made)
+        rows, undo = flat(h, stride), None
+        if back is not None:
+            before = None if back.current is None else torch.empty_like(rows)
+            end = (len(rows) + 7) // 8
+            bits, planes = back.record[:end], back.record[end:]
+            undo = Undo(self.step, bits, planes, back.lost, back.current, before)
+        steps_on(h.device).gradient(rows, given, self.rule, self.surrogate, factors, made, undo)
+        if back is not None and undo is not None and undo.before is not None:
+            back.arrived(undo.before)
         return by_v, by_x
 
     def reference(self, current: Tensor, state: Tensor, parameters: Parameters) -> Stepped:
@@ -269,16 +292,23 @@ class Stepping(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, g_s: Tensor | None, g_v: Tensor | None) -> Any:
         constants: IntegrateFire = ctx._forward_cls.constants
-        h, beta, v = ctx.saved_tensors
-        if (of_first := getattr(ctx, "first", None)) is not None:
-            _keep(of_first(), constants, h)
-        if g_s is None and g_v is None:
-            return None, None, None, None
         _, of_v, of_x, of_beta = ctx.needs_input_grad
-        if not of_beta and of_x and not hasattr(ctx, "dtype"):
-            at_once = constants.gradients_at_once(h, g_s, g_v, beta, of_v)
-            if at_once is not None:
-                return None, *at_once, None
+        of_first, is_given = getattr(ctx, "first", None), not (g_s is None and g_v is None)
+        at_once, back = is_given and of_x and not of_beta and not hasattr(ctx, "dtype"), None
+        if at_once and of_first is None:
+            (h, beta, v), back = saved_and_way_back(ctx)
+        else:
+            h, beta, v = ctx.saved_tensors
+        if at_once and constants.has_gradients_at_once(h, g_s, g_v):
+            if of_first is not None:
+                _keep(of_first(), constants, h)
+            return None, *constants.gradients_at_once(h, back, (g_s, g_v), beta, of_v), None
+        if back is not None:
+            h = back.charged().as_strided(h.size(), h.stride())
+        if of_first is not None:
+            _keep(of_first(), constants, h)
+        if not is_given:
+            return None, None, None, None
         g = constants.gradient(h, g_s, g_v)
         by_v = by_x = by_beta = None
         if of_v:

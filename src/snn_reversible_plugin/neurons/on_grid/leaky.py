@@ -23,8 +23,8 @@ from snn_reversible_plugin.grid.decays import AFTER, BEFORE, NONE, SUBTRACT, Ste
 from snn_reversible_plugin.grid.step import Record, as_pieces, steps_on
 from snn_reversible_plugin.neurons.leaky.reference import through_clamp
 from snn_reversible_plugin.neurons.on_grid.neuron import check_spikes
+from snn_reversible_plugin.neurons.on_grid.places import NewBits, NewSpikes
 from snn_reversible_plugin.neurons.on_grid.step import Before, Charged, Constants, Parameters, Stepped
-from snn_reversible_plugin.neurons.on_grid.timeline import NewBits, NewSpikes
 from snn_reversible_plugin.neurons.surrogates import Surrogate, in_one_pass
 from snn_reversible_plugin.ops.batched import one_by_one
 from snn_reversible_plugin.ops.devices import may_look

@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from snn_reversible_plugin import tape
-from snn_reversible_plugin.neurons.on_grid.timeline import NewState, Timeline
+from snn_reversible_plugin.neurons.on_grid.places import NewState
+from snn_reversible_plugin.neurons.on_grid.timeline import Timeline
 from snn_reversible_plugin.tape.final_membrane import FinalMembrane
 from snn_reversible_plugin.tape.handles import Handle, Kept
 from snn_reversible_plugin.tape.origins import enter

@@ -23,8 +23,9 @@ from snn_reversible_plugin.grid.decays import SUBTRACT
 from snn_reversible_plugin.grid.range import check_step
 from snn_reversible_plugin.grid.step import steps_on
 from snn_reversible_plugin.neurons.on_grid.leaky import Fired, Leaky, unpacked
+from snn_reversible_plugin.neurons.on_grid.places import NewCharged, NewSpikes
 from snn_reversible_plugin.neurons.on_grid.step import Before, Charged, Parameters, Stepped
-from snn_reversible_plugin.neurons.on_grid.timeline import REMEDY, NewCharged, NewSpikes
+from snn_reversible_plugin.neurons.on_grid.timeline import REMEDY
 from snn_reversible_plugin.ops.batched import one_by_one
 from snn_reversible_plugin.ops.devices import may_look
 from snn_reversible_plugin.ops.layouts import flat, like

@@ -12,25 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from snn_reversible_plugin import tape
-from snn_reversible_plugin.grid import snap
+from snn_reversible_plugin.grid import snap, snap_number
 from snn_reversible_plugin.grid.decays import NONE, Step
 from snn_reversible_plugin.grid.range import check_step, larger, reach
 from snn_reversible_plugin.neurons.on_grid import switches
+from snn_reversible_plugin.neurons.on_grid.places import NewSpikes, NewState, continued, rests_on_a_state
 from snn_reversible_plugin.neurons.on_grid.promised import Left, Promised
-from snn_reversible_plugin.neurons.on_grid.timeline import (
-    REMEDY,
-    NewSpikes,
-    NewState,
-    Timeline,
-    continued,
-    rests_on_a_state,
-)
+from snn_reversible_plugin.neurons.on_grid.timeline import REMEDY, Timeline
 from snn_reversible_plugin.ops.layouts import is_dense
 from snn_reversible_plugin.tape.final_membrane import OfFirstStep
 from snn_reversible_plugin.tape.operators import aten
@@ -219,13 +214,18 @@ def _before(constants: Constants, state: Tensor, timeline: Timeline | None, reco
     if timeline is not None:
         return Before(state, timeline.newest_fired, timeline, timeline.length + 1)
     number = number_in(look_up(state))
-    state = snap(state, constants.bits)
-    if not is_dense(state):
-        state = state.contiguous()
-    tape.mark_opaque(state)
-    if number is not None and recorded:
-        on_grid = round(number * 2.0**constants.bits) / 2.0**constants.bits
-        enter(state, constant(aten.full_like.default, (state, on_grid), state))
+    if number is None or state.requires_grad or state.dtype is not torch.float32 or not isfinite(number):
+        state = snap(state, constants.bits)
+        if not is_dense(state):
+            state = state.contiguous()
+        tape.mark_opaque(state)
+    else:
+        number = snap_number(number, constants.bits)
+        state = torch.full_like(state, number, dtype=torch.float32)
+        if recorded:
+            enter(state, constant(aten.full_like.default, (state, number), state))
+        else:
+            tape.mark_opaque(state)
     fired = constants.start(state)
     if recorded:
         timeline = Timeline(constants, state, fired)

@@ -11,7 +11,7 @@ NeurIPS 2018.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,15 +19,11 @@ from torch import Tensor
 
 from snn_reversible_plugin.grid import watch
 from snn_reversible_plugin.grid.range import larger
-from snn_reversible_plugin.grid.step import Record, steps_on
+from snn_reversible_plugin.grid.step import Record
 from snn_reversible_plugin.neurons.on_grid.dynamics import Dynamics
 from snn_reversible_plugin.neurons.on_grid.remainders import Remainders
-from snn_reversible_plugin.ops.devices import may_look
 from snn_reversible_plugin.ops.layouts import flat
-from snn_reversible_plugin.tape.handles import Handle, Passing
-from snn_reversible_plugin.tape.origins import look_up
-from snn_reversible_plugin.tape.packed import Packed
-from snn_reversible_plugin.tape.replayed import PLAIN, Replayed
+from snn_reversible_plugin.tape.handles import Handle
 
 # NOTE [Who keeps a timeline alive]
 #
@@ -47,9 +43,10 @@ from snn_reversible_plugin.tape.replayed import PLAIN, Replayed
 # 3. A step back needs the current of that step. A current computed from a membrane is kept, not replayed:
 #    rebuilding it could ask for the very state that is being rebuilt.
 # 4. No state is changed in place: somebody may hold what a cursor handed out.
-# 5. On a device each of these is a launch. There a reset at once is undone together with its charge, and a
-#    step's spikes, which the next layer's current and its weight's gradient ask for one after the other,
-#    stand from the first time to the second.
+# 5. On a device each of these is a launch. There a reset at once is undone together with its charge, and
+#    both with the gradient, whose backward says beforehand that it will: it is handed the state after, and
+#    the way back, instead of the charged state. A step's spikes, which the next layer's current and its
+#    weight's gradient ask for one after the other, stand from the first time to the second.
 CURSORS = 4
 REMEDY = (
     "Lower the weights or the gain of the input, set grid_bits of the neuron to fewer (each one less "
@@ -63,6 +60,40 @@ _FIRST = Record()
 class _Cursor(NamedTuple):
     t: int
     state: Tensor
+
+
+class WayBack(NamedTuple):
+    """A step that is the next to be undone, by whoever asked for its charged state.
+
+    Attributes:
+        timeline, t: whose step, and which.
+        state: after it, flat.
+        current: its input, flat; None for a timeline's first step, of which only the reset is undone: the
+            state before is seldom asked for, and the current takes work to get.
+        record, lost: what its spikes and reset wrote down, and what its charge did.
+    """
+
+    timeline: Timeline
+    t: int
+    state: Tensor
+    current: Tensor | None
+    record: Any
+    lost: Any
+
+    def charged(self) -> Tensor:
+        """The state before the reset, flat."""
+        timeline, dynamics = self.timeline, self.timeline.dynamics
+        if self.current is None:
+            charged = timeline.unreset(self.t, self.state)
+            timeline.charged = _Cursor(self.t, charged)
+            return charged
+        charged, before = dynamics.back_to_both(self.state, self.current, self.record, self.lost)
+        self.arrived(before)
+        return charged
+
+    def arrived(self, before: Tensor) -> None:
+        """The walk goes on from the state before the step."""
+        self.timeline.cursors[-1] = _Cursor(self.t - 1, before)
 
 
 class Timeline:
@@ -169,17 +200,17 @@ class Timeline:
 
     def charged_state(self, t: int) -> Tensor:
         """The state before the reset at the end of step t, flat."""
-        state = self.state(t)
-        # The state that a timeline starts from is seldom asked for, and takes a current to get.
-        if t > 1 and self.dynamics.undoes_at_once(self.records.device):
-            current = flat(self.currents[t - 1].unpack(), self.records.stride)
-            record, lost = self.records.record(2 * t), self.records.record(2 * t - 1)
-            charged, before = self.dynamics.back_to_both(state, current, record, lost)
-            self.cursors[-1] = _Cursor(t - 1, before)
-            return charged
-        charged = self._unreset(t, state)
+        if self.dynamics.undoes_at_once(self.records.device):
+            return self.way_back(t).charged()
+        charged = self.unreset(t, self.state(t))
         self.charged = _Cursor(t, charged)
         return charged
+
+    def way_back(self, t: int) -> WayBack:
+        """Of step t, whose reset and charge are undone together."""
+        state, records = self.state(t), self.records
+        current = flat(self.currents[t - 1].unpack(), records.stride) if t > 1 else None
+        return WayBack(self, t, state, current, records.record(2 * t), records.record(2 * t - 1))
 
     def fired(self, t: int) -> Any:
         """The spikes of step t as they were written down."""
@@ -191,11 +222,12 @@ class Timeline:
         current = flat(self.currents[t - 1].unpack(), self.records.stride)
         if dynamics.resets_at_once:
             known, self.charged = self.charged, None
-            state = known.state if known is not None and known.t == t else self._unreset(t, state)
+            state = known.state if known is not None and known.t == t else self.unreset(t, state)
         fired = self.fired(t - 1) if dynamics.resets_in_charge else None
         return dynamics.back(state, current, fired, self.records.record(2 * t - 1))
 
-    def _unreset(self, t: int, state: Tensor) -> Tensor:
+    def unreset(self, t: int, state: Tensor) -> Tensor:
+        """The state before the reset at the end of step t, from the one after it, flat."""
         record, end = self.records.record(2 * t), self._bytes()
         return self.dynamics.unreset(state, record[:end], record[end:])
 
@@ -209,177 +241,3 @@ class Timeline:
         if task == -1 or task != self.watched_in:
             self.watched_in = task
             watch(self.dynamics.name, reach, self.dynamics.bits, REMEDY)
-
-
-def continued(u: Tensor, dynamics: Dynamics) -> Timeline | None:
-    """The timeline whose newest state ``u`` is, if the next step goes on with it."""
-    known = look_up(u)
-    if not isinstance(known, NewState) or not u.requires_grad:
-        return None
-    timeline = known.ref()
-    if timeline is None or timeline.dynamics is not dynamics or known.t != timeline.length:
-        return None
-    return timeline if timeline.is_whole else None
-
-
-def spikes_of(records: Remainders, t: int) -> Tensor:
-    """The spikes of step t of a timeline with these records, flat."""
-    record = records.record(2 * t)
-    spikes = torch.empty(records.size.numel(), device=records.device)
-    steps_on(spikes.device).fired(record[: (len(spikes) + 7) // 8], spikes)
-    return spikes
-
-
-class OfTimelines:
-    """Marks what leads to a value that rests on states of timelines."""
-
-    __slots__ = ()
-
-
-class State(OfTimelines, Handle):
-    """The state after step ``t`` of a timeline."""
-
-    treatment = "reversed"
-    __slots__ = ("t", "timeline")
-
-    def __init__(self, timeline: Timeline, t: int) -> None:
-        self.timeline, self.t = timeline, t
-
-    def get(self, last: bool) -> tuple[Tensor, bool]:
-        flat, records = self.timeline.state(self.t), self.timeline.records
-        return self.verified(flat.as_strided(records.size, records.stride), "rebuilding its state"), False
-
-    def stored(self, seen: set[int]) -> int:
-        return self.timeline.records.stored(seen)
-
-    def relies_on(self) -> Iterable[Handle]:
-        newest = self.timeline.newest
-        return self.timeline.currents if newest is None else (*self.timeline.currents, newest)
-
-
-class Charged(State):
-    """The state of step ``t`` of a timeline before the reset at its end."""
-
-    __slots__ = ()
-
-    def get(self, last: bool) -> tuple[Tensor, bool]:
-        flat, records = self.timeline.charged_state(self.t), self.timeline.records
-        charged = flat.as_strided(records.size, records.stride)
-        return self.verified(charged, "rebuilding its membrane"), False
-
-
-class Spikes(Handle):
-    """The spikes of a step, out of the records."""
-
-    treatment = "packed"
-    __slots__ = ("records", "t")
-
-    def __init__(self, records: Remainders, t: int) -> None:
-        self.records, self.t = records, t
-
-    def get(self, last: bool) -> tuple[Tensor, bool]:
-        records, owned = self.records, True
-        known, records.unpacked = records.unpacked, None
-        if known is not None and known[0] == self.t:
-            spikes, owned = known[1], False
-        else:
-            spikes = spikes_of(records, self.t).as_strided(records.size, records.stride)
-            if not may_look(records.device):
-                records.unpacked, owned = (self.t, spikes), False
-        return self.verified(spikes, "unpacking its spikes"), owned
-
-    def stored(self, seen: set[int]) -> int:
-        return self.records.stored(seen)
-
-
-class Bits(Spikes):
-    """The same as they were written down, uint8."""
-
-    __slots__ = ()
-
-    def get(self, last: bool) -> tuple[Tensor, bool]:
-        end = (self.records.size.numel() + 7) // 8
-        bits = torch.as_tensor(self.records.record(2 * self.t)[:end])
-        return self.verified(bits, "reading its spikes"), False
-
-
-class _Newly(Passing):
-    """What a tensor that a neuron just made is: a state or spikes of a timeline."""
-
-    __slots__ = ("ref", "t")
-
-    def __init__(self, timeline: Timeline, t: int) -> None:
-        self.ref: Callable[[], Timeline | None] = timeline.ref
-        self.t = t
-
-
-class NewState(OfTimelines, _Newly):
-    """Leads to a :class:`State`."""
-
-    __slots__ = ()
-
-    is_state = True
-
-    def leads_to(self) -> Handle | None:
-        timeline = self.ref()
-        return None if timeline is None else State(timeline, self.t)
-
-
-class NewSpikes(_Newly):
-    """Leads to :class:`Spikes`, the same for all who ask."""
-
-    __slots__ = ("made",)
-
-    def __init__(self, timeline: Timeline, t: int) -> None:
-        self.ref, self.t = timeline.ref, t
-        self.made: Callable[[], Spikes | None] | None = None
-
-    def leads_to(self) -> Handle | None:
-        timeline = self.ref()
-        if timeline is None:
-            return Packed()
-        spikes = None if self.made is None else self.made()
-        if spikes is None:
-            spikes = Spikes(timeline.records, self.t)
-            self.made = weakref.ref(spikes)
-        return spikes
-
-
-class NewBits(_Newly):
-    """Leads to :class:`Bits`."""
-
-    __slots__ = ()
-
-    def leads_to(self) -> Handle | None:
-        timeline = self.ref()
-        return None if timeline is None else Bits(timeline.records, self.t)
-
-
-class NewCharged(Passing):
-    """Leads to a :class:`Charged` of a timeline that is about to take step ``t``."""
-
-    __slots__ = ("t", "timeline")
-
-    def __init__(self, timeline: Timeline, t: int) -> None:
-        self.timeline, self.t = timeline, t
-
-    def leads_to(self) -> Charged:
-        return Charged(self.timeline, self.t)
-
-
-def rests_on_a_state(handle: Any) -> bool:
-    """Whether rebuilding a handle's value may ask for a state of some timeline."""
-    if not isinstance(handle, Replayed):
-        return isinstance(handle, OfTimelines)
-    if handle.rests is not None:
-        return handle.rests
-    for_good = handle.__class__ in PLAIN  # a stream of residual blocks gets other operands later
-    for operand in handle.operands():
-        if rests_on_a_state(operand):
-            handle.rests = True
-            return True
-        if isinstance(operand, Replayed) and operand.rests is None:
-            for_good = False
-    if for_good:
-        handle.rests = False
-    return False
