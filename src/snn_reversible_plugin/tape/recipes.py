@@ -152,7 +152,9 @@ def price(
     if depth >= MAX_DEPTH:
         return Refused.DEPTH
     owed = unpaid(carried) if carried else 0
-    if newly_kept + owed > size or (owed >= size and operator.kind is not Kind.VIEW):
+    # Where products are kept, what stands for one is as good as the product, and takes no rebuild.
+    stands_for_it = not work_limit and owed >= size and operator.kind is not Kind.VIEW
+    if newly_kept + owed > size or stands_for_it:
         return Refused.OPERANDS
     if size * SMALL_OUTPUT <= largest and operator.kind is not Kind.VIEW:
         return Refused.SMALL
