@@ -40,6 +40,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,6 +55,7 @@ from snn_reversible_plugin.tape.mode import Rule
 from snn_reversible_plugin.tape.off_stack import OffStack, set_compiler
 from snn_reversible_plugin.tape.on_stack import OnThread
 from snn_reversible_plugin.tape.origins import OUTSIDE, enter, look_up
+from snn_reversible_plugin.tape.outlived import forget_spent_graphs
 from snn_reversible_plugin.tape.packed import Packed, PackedLevels
 from snn_reversible_plugin.tape.plans import Plans
 from snn_reversible_plugin.tape.recipes import WORK_LIMIT
@@ -127,7 +129,7 @@ class recording(Restoring):
         ValueError: an unknown mode.
     """
 
-    __slots__ = ("_following", "_tape", "check", "mode", "observer", "plans")
+    __slots__ = ("_following", "_look", "_tape", "check", "mode", "observer", "plans")
 
     def __init__(
         self,
@@ -143,18 +145,23 @@ class recording(Restoring):
 
     def __enter__(self) -> Tape | None:
         self._tape: Tape | None = None
+        self._look: Any = None
         put_back_interrupted()
         if current() is not None or not may_record():
             return current()
         look_again()
+        forget_spent_graphs()
         # A block that a backward rebuilds is no forward of the model's.
         planned = self.plans is not None and torch._C._current_graph_task_id() == -1
         self._following = self.plans.begin() if planned and self.plans is not None else None
         tape = Tape(self.mode, self.check, self.observer, self._following)
         following = self._following
         measured = None if following is None else following.measure()
-        look = unpack_in_slices if self.mode == "minimal" else unpack
-        on_thread = OnThread(tape, (tape.pack, look if measured is None else measured.unpacking(look)))
+        look: Any = unpack_in_slices if self.mode == "minimal" else unpack
+        if measured is not None:
+            look = measured.unpacking(look)
+        look = self._look = partial(look)  # this recording's own, which what autograd saves keeps alive
+        on_thread = OnThread(tape, (tape.pack, look))
 
         def put_back(how: Left) -> None:
             _local.tape = None
@@ -175,8 +182,8 @@ class recording(Restoring):
     def __exit__(self, *exc: object) -> None:
         if self._tape is not None:
             self.put_back(exc[0] is not None)
-            self._tape.finish(_let_go(self._tape))
-            self._tape = None
+            self._tape.finish(_let_go(self._tape), self._look)
+            self._tape = self._look = None
             if self._following is not None:
                 self._following.finish(failed=exc[0] is not None)
 

@@ -154,7 +154,7 @@ class Kept(Handle):
     treatment = "kept"
     __slots__ = (
         "anchored", "ended", "exposure", "for_stock", "outside", "parameter", "statistic", "tensor",
-        "version",
+        "unpaid", "version",
     )  # fmt: skip
 
     def __init__(self, tensor: torch.Tensor) -> None:
@@ -162,6 +162,7 @@ class Kept(Handle):
         self.version = -1 if tensor.is_inference() else tensor._version
         self.anchored = False  # something relies on it, so that holding it costs nothing more
         self.outside = self.parameter = False  # whether it came from outside, and whether to be learned
+        self.unpaid = 0.0  # bytes held for recipes of which autograd has saved none yet
         self.ended = False  # whether it is a state whose history is no longer wanted
         self.statistic = False  # whether a batch norm counts in it, which moves no version
         self.exposure: Exposure | None = None  # how it is known, where somebody may write to it unseen

@@ -169,6 +169,12 @@ def live_in(tensor: torch.Tensor) -> list[torch.Tensor]:
     return [one for one in live if storage_key(one) == storage]
 
 
+def entered_between(began: int, ended: int) -> list[torch.Tensor]:
+    """The live tensors that were written down between two moments. Slow: it goes through the table."""
+    found = (entry() for entry in list(_entries.values()) if began <= entry.serial < ended)
+    return [tensor for tensor in found if tensor is not None]
+
+
 def tidy() -> None:
     """Sweep what no live tensor will be looked up for, where that has become much."""
     global _many

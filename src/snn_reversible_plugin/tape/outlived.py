@@ -16,7 +16,15 @@ import torch
 from snn_reversible_plugin.tape.as_stock import ByStorage, Followed
 from snn_reversible_plugin.tape.handles import Kept
 from snn_reversible_plugin.tape.operators import aten
-from snn_reversible_plugin.tape.origins import enter, is_ended, look_up, older_among
+from snn_reversible_plugin.tape.origins import (
+    enter,
+    entered_between,
+    is_ended,
+    look_up,
+    now,
+    older_among,
+)
+from snn_reversible_plugin.tape.own_functions import is_from_bits
 from snn_reversible_plugin.tape.recipes import SHORT
 from snn_reversible_plugin.tape.replayed import Replayed
 
@@ -24,6 +32,7 @@ _FEW = 4096
 _by_storage: ByStorage = {}
 _count = 0
 _many = _FEW
+_past: list[tuple[weakref.ref[Any], int, int]] = []  # graphs, and between which moments
 
 
 def outlive(by_storage: ByStorage) -> None:
@@ -54,6 +63,25 @@ def end_histories(func: Any, tensors: Iterable[torch.Tensor], began: int) -> Non
             is_long = isinstance(handle, Replayed) and (handle.products or handle.depth > SHORT)
             if handle is None or is_long:
                 enter(tensor, None, ended=True)
+
+
+def is_over(graph: Any, began: int) -> None:
+    """A recording that began then is over; ``graph`` lives as long as what autograd saved in it."""
+    _past.append((weakref.ref(graph), began, now()))
+
+
+def forget_spent_graphs() -> None:
+    """Let go of what states are rebuilt from that have outlived their graph: they live anyway.
+
+    All but bits: a state of a neuron that goes backward at each time step would hold a second tensor.
+    """
+    spent = [one for one in _past if one[0]() is None]
+    for one in spent:
+        _past.remove(one)
+        for tensor in entered_between(*one[1:]):
+            handle = look_up(tensor)
+            if isinstance(handle, Replayed) and not is_from_bits(handle, tensor.nbytes):
+                enter(tensor, None)
 
 
 def pass_on_the_end(tensors: Iterable[torch.Tensor], out: torch.Tensor, base: torch.Tensor | None) -> None:

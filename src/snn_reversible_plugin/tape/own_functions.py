@@ -89,10 +89,10 @@ class OwnFunctions:
         """Whether a tensor that has this handle, and is saved from this frame, is to be kept as it is."""
         if not self.calls or caller is None or not isinstance(handle, Replayed):
             return False
-        return (id(caller), caller.f_lasti) in self.calls and not _is_from_bits(handle, tensor.nbytes)
+        return (id(caller), caller.f_lasti) in self.calls and not is_from_bits(handle, tensor.nbytes)
 
 
-def _is_from_bits(handle: Replayed, size: int) -> bool:
+def is_from_bits(handle: Replayed, size: int) -> bool:
     """Whether a value is rebuilt by no product, and from nothing large that is not bits."""
     waiting: list[Handle] = [handle]
     seen: set[Handle] = {handle}

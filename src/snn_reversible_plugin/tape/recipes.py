@@ -9,14 +9,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from snn_reversible_plugin.ops.layouts import is_plain, storage_key
+from snn_reversible_plugin.tape.carried import NOTHING, Carried, is_free, together, unpaid
 from snn_reversible_plugin.tape.copies import known_of
-from snn_reversible_plugin.tape.handles import Handle, Kept
+from snn_reversible_plugin.tape.handles import Handle
 from snn_reversible_plugin.tape.operators import Kind, Operator
 from snn_reversible_plugin.tape.origins import OUTSIDE, is_ended
 from snn_reversible_plugin.tape.packed import Packed
@@ -28,7 +29,8 @@ from snn_reversible_plugin.tape.replayed import NO_PRODUCTS, PLAIN, Products, Re
 # 2. A truth value is one bit by construction: the outputs of comparisons, `bernoulli_`, and the spikes
 #    that a neuron of ours vouches for. That is the only way to be packed.
 # 3. A recipe may not cost more memory than it saves: the tensors that it would newly keep alive must not be
-#    larger than its output, and a small output of a large input is kept.
+#    larger than its output, and a small output of a large input is kept. Nor may a chain of them, since
+#    something was last saved (`carried`).
 # 4. A recipe may not run ever more. `products` are the convolutions and matrix products down to something
 #    stored, each counted once however many paths lead to it; their number is bounded by the mode, so a long
 #    chain gets an anchor now and then by itself. So does a chain of cheaper operations, by its `depth`: one
@@ -92,6 +94,7 @@ class Price:
     known: dict[int, Any]
     newly_kept: int = 0
     series: int = 0
+    carried: Carried = field(default_factory=dict)
 
 
 def price(
@@ -114,6 +117,7 @@ def price(
             size = of_output
     depth, cheap, products = 0.0, operator.cheap, NO_PRODUCTS
     newly_kept = largest = series = 0
+    carried = NOTHING
     for tensor in operands:
         handle = known[id(tensor)]
         if tensor.layout is not _STRIDED:
@@ -134,7 +138,10 @@ def price(
                 series = handle.series
             if handle.products and handle.products is not products:
                 products = _together(products, handle.products, part)
-        elif handle is None or (isinstance(handle, Kept) and not handle.anchored):
+            if handle.carried:
+                seen = size / of_operand if operator.kind is Kind.VIEW and size < of_operand else 1.0
+                carried = together(carried, handle.carried, seen)
+        elif is_free(handle):
             newly_kept += tensor.untyped_storage().nbytes()
             if not torch.is_grad_enabled() and is_ended(tensor):
                 newly_kept += 1
@@ -144,11 +151,14 @@ def price(
         return Refused.WORK
     if depth >= MAX_DEPTH:
         return Refused.DEPTH
-    if newly_kept > size:
+    owed = unpaid(carried) if carried else 0
+    # Where products are kept, what stands for one is as good as the product, and takes no rebuild.
+    stands_for_it = not work_limit and owed >= size and operator.kind is not Kind.VIEW
+    if newly_kept + owed > size or stands_for_it:
         return Refused.OPERANDS
     if size * SMALL_OUTPUT <= largest and operator.kind is not Kind.VIEW:
         return Refused.SMALL
-    return Price(products, depth + 1, cheap, known, 0, series)
+    return Price(products, depth + 1, cheap, known, newly_kept, series, carried)
 
 
 def view_of(
@@ -161,20 +171,24 @@ def view_of(
     x = args[0]
     if out.layout is not _STRIDED or x.layout is not _STRIDED:
         return None
-    depth, cheap, products, series = 0.0, True, NO_PRODUCTS, 0
+    depth, cheap, products, series, carried = 0.0, True, NO_PRODUCTS, 0, NOTHING
     if handle.__class__ in PLAIN:
         cheap, products, series = handle.cheap, handle.products, handle.series
         size, of_x = out.numel() * out.element_size(), x.numel() * x.element_size()
         if products and (of_x < size or series > MAX_SERIES or sum(products.values()) > work_limit):
             return None
         depth = handle.depth * (of_x / size) if of_x < size else handle.depth
+        if handle.carried:
+            carried = together(NOTHING, handle.carried, min(size / of_x, 1.0))
         if depth >= MAX_DEPTH:
             return None
     elif isinstance(handle, Packed):
         handle.materialize(x)
     else:
         return None
-    return Replayed(func, (handle, *args[1:]), NO_NAMES, products, depth + 1, False, cheap, series)
+    recipe = Replayed(func, (handle, *args[1:]), NO_NAMES, products, depth + 1, False, cheap, series)
+    recipe.carried = carried
+    return recipe
 
 
 class Prices:
@@ -246,7 +260,7 @@ def price_of_part(
             of_operands = max(of_operands, handle.depth)
             series = max(series, handle.series)
             products = _together(products, handle.products, part)
-        elif handle is None or (isinstance(handle, Kept) and not handle.anchored):
+        elif is_free(handle):
             newly_kept += tensor.untyped_storage().nbytes()
         cheap = cheap and is_cheap(handle)
     if operator.work:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from snn_reversible_plugin.tape.carried import NOTHING, Carried
 from snn_reversible_plugin.tape.handles import Handle, labelled, note_ownership, storage_once
 from snn_reversible_plugin.tape.operators import aten
 
@@ -50,16 +51,16 @@ class Replayed(Handle):
 
     ``products`` are the convolutions and matrix products that a rebuild runs, by serial number, each with
     the part of one that this value accounts for (see recipes), ``series`` how many run one after another.
-    ``depth`` is the longest chain of operations down to something stored, in operations as large as this
-    one. ``cheap`` says that a rebuild is hardly more than a copy. ``standing`` is the value, with its
-    version, where the forward left it standing.
+    ``carried`` is what is kept for it, see :mod:`.carried`. ``depth`` is the longest chain of operations
+    down to something stored, in operations as large as this one. ``cheap`` says that a rebuild is hardly
+    more than a copy. ``standing`` is the value, with its version, where the forward left it standing.
     """
 
     treatment = "replayed"
     counts = True
     __slots__ = (
-        "args", "awaited", "cache", "cheap", "claiming", "depth", "func", "inplace", "kwargs", "needs",
-        "products", "rests", "series", "standing", "uses", "walk",
+        "args", "awaited", "cache", "carried", "cheap", "claiming", "depth", "func", "inplace", "kwargs",
+        "needs", "products", "rests", "series", "standing", "uses", "walk",
     )  # fmt: skip
 
     index: int | None = None
@@ -79,6 +80,7 @@ class Replayed(Handle):
         self.func, self.args, self.kwargs = func, args, kwargs
         self.products, self.depth, self.inplace, self.cheap = products, depth, inplace, cheap
         self.series = series
+        self.carried: Carried = NOTHING
         self.uses = self.needs = 0
         self.walk: int | None = None
         self.claiming = False
@@ -91,6 +93,7 @@ class Replayed(Handle):
         """The same recipe for one of several outputs; ``siblings`` collects those of one call."""
         one = _OneOfSeveral(self.func, self.args, self.kwargs, self.products, self.depth, self.inplace)
         one.index, one.siblings, one.series = index, siblings, self.series
+        one.carried = self.carried
         siblings.append(weakref.ref(one))
         return one
 

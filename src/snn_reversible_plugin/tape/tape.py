@@ -22,6 +22,7 @@ import torch
 from snn_reversible_plugin.ops.layouts import is_plain, storage_key
 from snn_reversible_plugin.tape.as_stock import ByStorage, by_reference, follow, is_stocks
 from snn_reversible_plugin.tape.by_values import packed_by_values
+from snn_reversible_plugin.tape.carried import is_free, owe, pay
 from snn_reversible_plugin.tape.checked import about_to_write, compared
 from snn_reversible_plugin.tape.exposed import leave_alone, look_after
 from snn_reversible_plugin.tape.few_bits import few_bits
@@ -40,7 +41,7 @@ from snn_reversible_plugin.tape.origins import (
     written,
     written_unseen,
 )
-from snn_reversible_plugin.tape.outlived import end_histories, outlive, outlived, pass_on_the_end
+from snn_reversible_plugin.tape.outlived import end_histories, is_over, outlive, outlived, pass_on_the_end
 from snn_reversible_plugin.tape.outsiders import Outsiders, alias
 from snn_reversible_plugin.tape.own_functions import OwnFunctions, enter_unknown, may_be_filled
 from snn_reversible_plugin.tape.packed import Packed
@@ -99,8 +100,12 @@ class Tape(Recording):
         if self._own_functions.calls and self._own_functions.keeps(tensor, known, caller):
             known = None
         handle = self.relied_on(tensor, known)
-        if isinstance(handle, Kept) and is_stocks(caller):
-            handle = by_reference(handle)
+        if isinstance(handle, Kept):
+            handle.unpaid = 0.0
+            if is_stocks(caller):
+                handle = by_reference(handle)
+        elif isinstance(handle, Replayed) and handle.carried and not handle.uses:
+            pay(handle.carried, tensor.nbytes)
         handle.need()
         if torch._C._current_graph_task_id() != self._graph_task:
             return handle  # what a backward saves for one of its own
@@ -136,10 +141,11 @@ class Tape(Recording):
         self._last_product = None
         return OffStack(self)
 
-    def finish(self, of_loops: set[int]) -> None:
-        """Forget what only a forward needs: whatever autograd saved keeps its tape alive.
+    def finish(self, of_loops: set[int], unpack: Any) -> None:
+        """Forget what only a forward needs.
 
-        ``of_loops``: the storages of states that loops left in the user's hands.
+        ``of_loops``: the storages of states that loops left in the user's hands. ``unpack``: the hook,
+        which lives as long as anything that autograd saved.
         """
         self._outsiders.clear()
         self._just_kept.clear()
@@ -147,6 +153,7 @@ class Tape(Recording):
         if not self.in_backward:
             look_after(self.kept_by_storage, of_loops)
         outlive(self.kept_by_storage)
+        is_over(unpack, self._began)
         self.kept_by_storage.clear()
         self._parts.clear()
         if self._last_product is not None:  # of a block that is rebuilt; see recipes, note 9
@@ -323,6 +330,7 @@ class Tape(Recording):
         if isinstance(cost, str):
             self._refused = cost
             return None
+        free = [one for one in operands if is_free(cost.known[id(one)])] if cost.newly_kept else ()
         known = self.operands(operands, cost.known)
         positional, by_name = handles_for(args, known), kwargs
         if kwargs:
@@ -330,7 +338,9 @@ class Tape(Recording):
         if self._check and operator.kind is not Kind.VIEW:
             compared(self, [(known[id(one)], one) for one in operands])
         options = cost.products, cost.depth, operator.inplace, cost.cheap, cost.series
-        return Replayed(func, positional, by_name, *options)
+        recipe = Replayed(func, positional, by_name, *options)
+        recipe.carried = owe([known[id(one)] for one in free], cost.carried) if free else cost.carried
+        return recipe
 
     def operands(self, tensors: Iterable[torch.Tensor], known: dict[int, Any]) -> dict[int, Handle]:
         """The handles to store for operands, by id, given what :func:`look_up` said of them."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from snn_reversible_plugin.neurons.own.code import Unprovable
+from snn_reversible_plugin.neurons.own.writes import Unwritten
 from snn_reversible_plugin.neurons.witness import MOVING, alone, element_wise, is_uniform
 from snn_reversible_plugin.ops.autocast import Autocast
 
@@ -27,7 +28,8 @@ _aten = torch.ops.aten
 # 1. Its tensors have shapes, strides and no values: a forward that asks for a value raises. What it reads
 #    beside its input is `reads`' part.
 # 2. It is of one shape, one layout, one dtype, one state of autocast. Others are other recordings.
-# 3. Nothing that is drawn, and nothing that writes to a tensor it was given or made.
+# 3. Nothing that is drawn, and nothing that writes to a tensor it was given. What it writes to its own is
+#    values that follow one another (`writes`).
 # 4. The output has to be zeros and ones by construction: other values would be held in full, where the tape
 #    computes them again.
 # 5. `x[t]` leaves T gradients, zeros but for one step, to be added up. In each element that is one value
@@ -69,7 +71,10 @@ class Recording:
 
     def __init__(self, function: Function, kind: Kind, autocast: Autocast) -> None:
         self.kind = kind
-        self.graph = _recorded(function, kind, autocast)
+        recorded = _recorded(function, kind, autocast)
+        with alone():
+            unwritten = Unwritten(recorded)
+        self.graph = unwritten.graph
         self.nodes = [node for node in self.graph.graph.nodes if node.op != "output"]
         (output,) = (node for node in self.graph.graph.nodes if node.op == "output")
         self.y, self.g_x = output.args[0]
@@ -78,9 +83,7 @@ class Recording:
         for node in self.nodes:
             if node.op == "call_function":
                 check_operator(node)
-        if not all(isinstance(node, fx.Node) for node in (self.y, self.g_x)):
-            raise Unprovable("its output is not what it computed")
-        self.out, self.grad = (Kind.of(node.meta["val"]) for node in (self.y, self.g_x))
+        self.out, self.grad = map(Kind.of, unwritten.results)
         if (self.grad.shape, self.grad.dtype) != (kind.shape, kind.dtype):
             raise Unprovable("its gradient is not laid out like its input")
         if not _is_binary(self.y):
@@ -184,6 +187,11 @@ def _is_binary(node: Any) -> bool:
             return all(map(_is_binary, node.args[0]))
         elif name in MOVING and node.args and isinstance(node.args[0], fx.Node):
             node = node.args[0]
+        elif name == "where":
+            return all(map(_is_binary, node.args[1:]))
+        elif name == "lift_fresh_copy":
+            number = getattr(node.graph.owning_module, str(node.args[0].target))
+            return bool(((number == 1) | ((number == 0) & ~number.signbit())).all())
         else:
             return name in ("zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones")
 
