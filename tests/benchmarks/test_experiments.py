@@ -43,7 +43,16 @@ SMALL = {
     "compiled-deep": ["--method", "stock", "--method", "tape, memory"],
     "block-accuracy": [argument for arm in ARMS for argument in ("--method", arm)],
 }
-SLOW = ("reversal-bytes", "long-sequences", "freed-memory")
+SLOW = (
+    "over-step",
+    "fits",
+    "peaks",
+    "budgets",
+    "freed-memory",
+    "host-time",
+    "reversal-bytes",
+    "long-sequences",
+)
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +95,6 @@ def test_what_the_figures_have_to_be(invoke):
         assert steps[f"{work} | memory"]["gradient_difference"] == 0
         assert steps[f"{work} | memory"]["held"] < steps[f"{work} | stock"]["held"]
     assert steps["leaky-loop | memory"]["largest"] >= steps["leaky-loop | stock"]["largest"] > 0
-    fits = invoke("fits")
-    batches = [fits[f"tutorial-6 | {method}"]["fits"]["8"] for method in ("stock", "grid")]
-    assert 0 < 5 * batches[0] < batches[1]
-    assert all(abs(entry["off"]) < 0.1 for entry in fits.values())
     drift = invoke("drift")
     assert drift["8 | float"]["max_error"] > 0 == drift["8 | grid"]["max_error"]
     assert drift["8 | grid"]["flipped_spikes"] == 0 < drift["8 | grid"]["spikes"]
@@ -109,6 +114,14 @@ def test_own_calls_are_counted(invoke):
     assert {entry["calls"] for key, entry in found.items() if key.endswith("| stock")} == {0}
     for network in ("SpikingJelly loop", "snnTorch loop", "VGG"):
         assert all(found[f"{network} | {mode}"]["calls"] > 100 for mode in ("memory", "speed"))
+
+
+@pytest.mark.slow
+def test_what_fits_is_foreseen(invoke):
+    fits = invoke("fits")
+    batches = [fits[f"tutorial-6 | {method}"]["fits"]["8"] for method in ("stock", "grid")]
+    assert 0 < 5 * batches[0] < batches[1]
+    assert all(abs(entry["off"]) < 0.1 for entry in fits.values())
 
 
 def test_what_networks_learn(invoke):
@@ -137,7 +150,7 @@ def test_what_columns_and_wrapped_networks_learn(invoke):
 
 
 def test_pictures_are_drawn(invoke, tmp_path):
-    for name in ("steps", "over-step", "block-accuracy", "time-accuracy"):
+    for name in ("steps", "block-accuracy", "time-accuracy"):
         drawn = EXPERIMENTS[name].draw(invoke(name), tmp_path, "cpu")
         assert drawn and all(path.stat().st_size > 1000 for path in drawn)
 
@@ -265,6 +278,7 @@ def test_results_are_json_a_line_an_entry():
         assert path.read_text().count("\n") == len(entries) + max(len(contexts), 1) + 3
 
 
+@pytest.mark.slow
 def test_peaks_are_of_every_mode_and_say_how_far_a_budget_was_off(invoke):
     found = invoke("peaks")
     for name in ("vgg", "TET"):

@@ -352,21 +352,21 @@ def test_two_hundred_blocks_are_rebuilt_exactly_and_floats_are_not():
 
 def test_held_memory_of_snntorch_neurons_is_flat_in_depth():
     held = {}
-    for depth in (8, 100):
+    for depth in (8, 32):
         torch.manual_seed(0)
         chain = srp.RevSSequence([srp.RevSBlock(Loop(), Loop()) for _ in range(depth)], states="reset")
         x = torch.randn(4, 4096, 6, requires_grad=True)
         chain(x).sum().backward()  # what a first call leaves, a second one may keep
         held[depth] = count_step(lambda chain=chain, x=x: chain(x).sum())[0]
-    assert held[100] <= 1.02 * held[8]
+    assert held[32] <= 1.02 * held[8]
 
 
 def test_held_memory_is_flat_in_depth():
     held = {}
-    for depth in (8, 200):
+    for depth in (8, 32):
         model, x = chain(depth, states="reset"), torch.randn(2, 1, 4, 8, 8)
         held[depth] = count_step(lambda model=model, x=x: model(x).sum())[0]
-    assert held[200] <= 1.02 * held[8]
+    assert held[32] <= 1.02 * held[8]
     assert held[8] < 2 * 2 * 4 * 8 * 8 * 4
 
 

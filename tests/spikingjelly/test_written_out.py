@@ -195,17 +195,18 @@ def test_in_loops_they_run_on_the_grid(sj):
 def test_it_holds_what_the_known_one_holds(sj):
     def held(cls):
         node = made(cls, sj, multi=sj.version != "0.0.0.0.12", detach_reset=True)
-        net = srp.convert_to_reversible(nn.Sequential(nn.Linear(5, 256), node, nn.Linear(256, 3)))
+        net = srp.convert_to_reversible(nn.Sequential(nn.Linear(5, 50_000), node, nn.Linear(50_000, 3)))
 
         def step():
             node.reset()
             return (net(X) if sj.version != "0.0.0.0.12" else sum(net(x) for x in X)).mean()
 
+        step().backward()  # in which it is proved
         return count_step(step)
 
     ours, known = held(charges(sj)), held(sj.neuron.LIFNode)
     assert ours[0] <= 1.02 * known[0]
-    assert ours[1] <= 1.1 * known[1]
+    assert ours[1] <= 1.25 * known[1]  # a kernel of its own, and what it works in
 
 
 # -- what must not be proved ---------------------------------------------------------------------------
@@ -365,7 +366,7 @@ class ByTheSteps:
     """What it does hangs on a number that is not in its operations at the first look."""
 
     def neuronal_charge(self, x):
-        self.v = self.v + (x if x.shape[0] < 6 else 2 * x)
+        self.v = self.v + (x if x.numel() < 60 else 2 * x)
 
 
 class InTraining:
@@ -457,7 +458,7 @@ def test_on_the_grid_a_branch_is_seen_too(sj):
     assert net[1].arithmetic == "grid"
     net[1].reset()
     with pytest.warns(UserWarning, match="operation by operation"):
-        net(torch.rand(8, 5))
+        net(torch.rand(20, 5))
     assert net[1].arithmetic == "stock"
 
 

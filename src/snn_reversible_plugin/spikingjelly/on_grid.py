@@ -77,6 +77,22 @@ def _equations(node: Any) -> tuple[Any, bool]:
     return (None, False) if isinstance(same, str) else (same.equations, same.decay_input)
 
 
+def _equations_here(node: Any, x: Tensor, v: Any) -> tuple[Any, bool]:
+    """The same for a call.
+
+    Raises:
+        OffGrid: they are not those that its constants were made of.
+    """
+    if (equations := equations_of(node)) is not None:
+        return equations, bool(getattr(node, "decay_input", False))
+    here = equations_here(node, x, v)
+    if isinstance(here, str):
+        raise OffGrid(f"Of this call {here}.")
+    if here[:2] != _equations(node):
+        raise OffGrid("Of this call another step than of a small input is proved.")
+    return here.equations, here.decay_input
+
+
 def _is_finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
@@ -185,16 +201,11 @@ class NodeOnGrid(OnGrid):
         v, fresh = self._memories["v"], None
         if replaced := replaced_methods(self):
             raise OffGrid(f"The instance has a {min(replaced)} of its own.")
-        if equations_of(self) is None:
-            here = equations_here(self, x, v)
-            if isinstance(here, str):
-                raise OffGrid(f"Of this call {here}.")
-            if here[:2] != _equations(self):
-                raise OffGrid("Of this call another step than of a small input is proved.")
+        equations = _equations_here(self, x, v)
         if not isinstance(v, Tensor) or v.shape != x.shape:
             start = v if isinstance(v, float) else (self.v_reset or 0.0)
             v, fresh = torch.full_like(x, start, dtype=torch.float32), start
-        current, parameters = _current(self, x)
+        current, parameters = _current(self, x, *equations)
         constants = constants_of(self, "v", settings, _constants, self, parameters)
         first = None if fresh is None else _promise(self, constants, fresh, current)
         stepped = step(constants, current, v, parameters, first=first)
@@ -216,9 +227,9 @@ def _promise(node: Any, constants: IntegrateFire, start: float, current: Tensor)
     return OfFirstStep(partial(stepped_neurons.add, node), run, tape.handle_of(current))
 
 
-def _current(node: Any, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _current(node: Any, x: Tensor, equations: str, decay_input: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
     """What is added to the decayed membrane, up to the constants' gain; and the decay, if it is learned."""
-    (equations, decay_input), rest = _equations(node), node.v_reset or 0.0
+    rest = node.v_reset or 0.0
     if equations == "PLIF":
         q = node.w.float().sigmoid()
         if decay_input:

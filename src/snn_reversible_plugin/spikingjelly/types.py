@@ -148,8 +148,7 @@ def _computes(cls: type, name: str) -> bool:
 
 def replaced_methods(module: nn.Module) -> set[str]:
     """The methods that an instance has in place of its class's: what they do is not known, and to whom."""
-    methods = _methods_of(type(module))
-    return {name for name in module.__dict__ if name in methods}
+    return _methods_of(type(module)) & module.__dict__.keys()
 
 
 def _find_methods(cls: type) -> set[str]:

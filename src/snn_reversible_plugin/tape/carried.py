@@ -11,7 +11,6 @@ second would keep x as well, two tensors for the one that autograd saves. So u i
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from snn_reversible_plugin.tape.handles import Handle, Kept
 
@@ -32,11 +31,6 @@ def together(some: Carried, more: Carried, part: float = 1.0) -> Carried:
     if not some or not owed:
         return owed or some
     return {**owed, **{kept: max(size, owed.get(kept, 0.0)) for kept, size in some.items()}}
-
-
-def is_free(handle: Any) -> bool:
-    """Whether nothing relies yet on a tensor of which :func:`look_up` said this."""
-    return handle is None or (isinstance(handle, Kept) and not handle.anchored)
 
 
 def owe(handles: Iterable[Handle], carried: Carried) -> Carried:

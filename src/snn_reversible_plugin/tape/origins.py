@@ -171,8 +171,8 @@ def live_in(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 def entered_between(began: int, ended: int) -> list[torch.Tensor]:
     """The live tensors that were written down between two moments. Slow: it goes through the table."""
-    found = (entry() for entry in list(_entries.values()) if began <= entry.serial < ended)
-    return [tensor for tensor in found if tensor is not None]
+    found = [entry for entry in list(_entries.values()) if began <= entry.serial < ended]
+    return [tensor for entry in found if (tensor := entry()) is not None]
 
 
 def tidy() -> None:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from snn_reversible_plugin.ops.layouts import is_plain, storage_key
-from snn_reversible_plugin.tape.carried import NOTHING, Carried, is_free, together, unpaid
+from snn_reversible_plugin.tape.carried import NOTHING, Carried, together, unpaid
 from snn_reversible_plugin.tape.copies import known_of
-from snn_reversible_plugin.tape.handles import Handle
+from snn_reversible_plugin.tape.handles import Handle, Kept
 from snn_reversible_plugin.tape.operators import Kind, Operator
 from snn_reversible_plugin.tape.origins import OUTSIDE, is_ended
 from snn_reversible_plugin.tape.packed import Packed
@@ -86,15 +86,17 @@ class Refused:
 
 @dataclass(slots=True)
 class Price:
-    """What a rebuild takes, see :class:`Replayed`; ``known``: what :func:`look_up` said, by tensor's id."""
+    """What a rebuild takes, see :class:`Replayed`; ``known``: what :func:`look_up` said, by tensor's id;
+    ``free``: the operands that nothing relies on yet."""
 
     products: Products
     depth: float
     cheap: bool
     known: dict[int, Any]
-    newly_kept: int = 0
     series: int = 0
     carried: Carried = field(default_factory=dict)
+    free: Sequence[torch.Tensor] = ()
+    newly_kept: int = 0
 
 
 def price(
@@ -117,7 +119,7 @@ def price(
             size = of_output
     depth, cheap, products = 0.0, operator.cheap, NO_PRODUCTS
     newly_kept = largest = series = 0
-    carried = NOTHING
+    carried, free = NOTHING, []
     for tensor in operands:
         handle = known[id(tensor)]
         if tensor.layout is not _STRIDED:
@@ -141,7 +143,8 @@ def price(
             if handle.carried:
                 seen = size / of_operand if operator.kind is Kind.VIEW and size < of_operand else 1.0
                 carried = together(carried, handle.carried, seen)
-        elif is_free(handle):
+        elif handle is None or (isinstance(handle, Kept) and not handle.anchored):
+            free.append(tensor)
             newly_kept += tensor.untyped_storage().nbytes()
             if not torch.is_grad_enabled() and is_ended(tensor):
                 newly_kept += 1
@@ -158,7 +161,7 @@ def price(
         return Refused.OPERANDS
     if size * SMALL_OUTPUT <= largest and operator.kind is not Kind.VIEW:
         return Refused.SMALL
-    return Price(products, depth + 1, cheap, known, newly_kept, series, carried)
+    return Price(products, depth + 1, cheap, known, series, carried, free)
 
 
 def view_of(
@@ -260,7 +263,7 @@ def price_of_part(
             of_operands = max(of_operands, handle.depth)
             series = max(series, handle.series)
             products = _together(products, handle.products, part)
-        elif is_free(handle):
+        elif handle is None or (isinstance(handle, Kept) and not handle.anchored):
             newly_kept += tensor.untyped_storage().nbytes()
         cheap = cheap and is_cheap(handle)
     if operator.work:
@@ -272,7 +275,7 @@ def price_of_part(
     too_much = newly_kept > size or 2 * (kept + newly_kept) > whole
     if depth >= MAX_DEPTH or too_much or sum(products.values()) > work_limit + 1e-3:
         return None
-    return Price(products, depth, cheap, known, newly_kept, series)
+    return Price(products, depth, cheap, known, series, newly_kept=newly_kept)
 
 
 def is_cheap(handle: Any) -> bool:

@@ -22,7 +22,7 @@ import torch
 from snn_reversible_plugin.ops.layouts import is_plain, storage_key
 from snn_reversible_plugin.tape.as_stock import ByStorage, by_reference, follow, is_stocks
 from snn_reversible_plugin.tape.by_values import packed_by_values
-from snn_reversible_plugin.tape.carried import is_free, owe, pay
+from snn_reversible_plugin.tape.carried import owe, pay
 from snn_reversible_plugin.tape.checked import about_to_write, compared
 from snn_reversible_plugin.tape.exposed import leave_alone, look_after
 from snn_reversible_plugin.tape.few_bits import few_bits
@@ -330,7 +330,6 @@ class Tape(Recording):
         if isinstance(cost, str):
             self._refused = cost
             return None
-        free = [one for one in operands if is_free(cost.known[id(one)])] if cost.newly_kept else ()
         known = self.operands(operands, cost.known)
         positional, by_name = handles_for(args, known), kwargs
         if kwargs:
@@ -339,7 +338,9 @@ class Tape(Recording):
             compared(self, [(known[id(one)], one) for one in operands])
         options = cost.products, cost.depth, operator.inplace, cost.cheap, cost.series
         recipe = Replayed(func, positional, by_name, *options)
-        recipe.carried = owe([known[id(one)] for one in free], cost.carried) if free else cost.carried
+        recipe.carried = (
+            owe([known[id(one)] for one in cost.free], cost.carried) if cost.free else cost.carried
+        )
         return recipe
 
     def operands(self, tensors: Iterable[torch.Tensor], known: dict[int, Any]) -> dict[int, Handle]:
