@@ -4,6 +4,7 @@ import os
 import platform
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from importlib import metadata
 
@@ -32,9 +33,16 @@ def pytest_report_header() -> str:
     return "versions: " + ", ".join(f"{name} {version}" for name, version in found.items())
 
 
+@pytest.hookimpl(tryfirst=True)  # before those that are slow are left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what a release of snnTorch gets wrong itself."""
+    """Leave cases of large products to `make full`; skip what a release of snnTorch gets wrong itself."""
+    seen: Counter[str] = Counter()
     for item in items:
+        if (mark := item.get_closest_marker("one_in")) is not None:
+            name = item.nodeid.partition("[")[0]
+            if seen[name] % mark.args[0]:
+                item.add_marker(pytest.mark.slow)
+            seen[name] += 1
         if "snntorch" in sys.modules and _FAULTY.search(item.name) and _swaps_states():
             item.add_marker(pytest.mark.skip(reason="a fault of this release of snnTorch's own"))
 

@@ -66,6 +66,7 @@ def test_the_search_finds_the_last_size_that_fits(slope, offset, bend, budget, s
     assert largest_within(peak, budget, start, 300) == expected
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ["checkpoint", "memopt 1", "speed", "memory", "blocks", "blocks + tape"])
 def test_gradients_on_a_reversible_chain_are_stocks(name):
     found = by_method(tiny(), ["stock", name])

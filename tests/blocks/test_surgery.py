@@ -108,6 +108,7 @@ def against_plain(model, x, **settings):
     assert_same(train(model, x, **settings), train(plain, x, **settings))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("name", "converted"),
     [*((name, False) for name in TRAINED), *((name, True) for name in TRAINED if name in CONVERTED)],
@@ -409,6 +410,7 @@ def test_several_branches_of_one_block_and_a_list_of_blocks():
     against_plain(model, torch.randn(3, 6))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype):
     model, x = make("sew_resnet18 ADD LIF"), torch.rand(2, 2, 3, 32, 32)

@@ -45,6 +45,7 @@ CONFIGURATIONS = [
 ]
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(("cls", "settings", "reset", "detach"), CONFIGURATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("device", DEVICES)
@@ -62,6 +63,7 @@ def test_every_configuration(cls, settings, reset, detach, dtype, device):
         check(node, x.detach(), carried)
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("name", ZOO)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_every_surrogate(name, dtype):

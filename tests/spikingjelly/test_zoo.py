@@ -114,6 +114,7 @@ ZOO = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", ZOO)
 @pytest.mark.parametrize("mode", ["memory", "speed"])
 def test_spikingjelly_models(name, mode):
@@ -182,6 +183,7 @@ def test_single_step_resnet_in_a_users_loop(arithmetic):
     ASSERT_ALIKE[arithmetic](Loop, (torch.rand(3, 2, 3, 32, 32) * 2,), arithmetic=arithmetic)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype):
     make, shape = ZOO["sew_resnet18 ADD LIF"]
