@@ -7,6 +7,7 @@ about to write asks here too.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -32,7 +33,16 @@ _FEW = 4096
 _by_storage: ByStorage = {}
 _count = 0
 _many = _FEW
-_past: list[tuple[weakref.ref[Any], int, int]] = []  # graphs, and between which moments
+
+
+class _Past(threading.local):
+    """The graphs that a thread has recorded, and between which moments."""
+
+    def __init__(self) -> None:
+        self.graphs: list[tuple[weakref.ref[Any], int, int]] = []
+
+
+_past = _Past()
 
 
 def outlive(by_storage: ByStorage) -> None:
@@ -67,7 +77,7 @@ def end_histories(func: Any, tensors: Iterable[torch.Tensor], began: int) -> Non
 
 def is_over(graph: Any, began: int) -> None:
     """A recording that began then is over; ``graph`` lives as long as what autograd saved in it."""
-    _past.append((weakref.ref(graph), began, now()))
+    _past.graphs.append((weakref.ref(graph), began, now()))
 
 
 def forget_spent_graphs() -> None:
@@ -75,9 +85,9 @@ def forget_spent_graphs() -> None:
 
     All but bits: a state of a neuron that goes backward at each time step would hold a second tensor.
     """
-    spent = [one for one in _past if one[0]() is None]
+    spent = [one for one in _past.graphs if one[0]() is None]
     for one in spent:
-        _past.remove(one)
+        _past.graphs.remove(one)
         for tensor in entered_between(*one[1:]):
             handle = look_up(tensor)
             if isinstance(handle, Replayed) and not is_from_bits(handle, tensor.nbytes):
