@@ -88,11 +88,11 @@ def calls(net, x):
 @pytest.mark.parametrize(
     ("make", "mode", "most"),
     [
-        (OfSpikingJelly, "memory", 243),
-        (OfSpikingJelly, "speed", 212),
-        (OfSpikingJelly, "auto", 246),
-        (OfSnnTorch, "memory", 248),
-        (OfSnnTorch, "speed", 218),
+        (OfSpikingJelly, "memory", 246),
+        (OfSpikingJelly, "speed", 214),
+        (OfSpikingJelly, "auto", 248),
+        (OfSnnTorch, "memory", 252),
+        (OfSnnTorch, "speed", 222),
     ],
 )
 def test_of_a_loop(make, mode, most):
