@@ -11,7 +11,7 @@ import copy
 import gc
 import statistics
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from itertools import product
 from typing import Any
 
@@ -68,10 +68,11 @@ def _spikes(out: Any) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
-def timelines() -> list[timeline.Timeline]:
-    """All that live."""
+def timelines(besides: Collection[int] = ()) -> list[timeline.Timeline]:
+    """All that live, but for those with these ids."""
     gc.collect()
-    return [one for one in gc.get_objects() if type(one) is timeline.Timeline]
+    found = [one for one in gc.get_objects() if type(one) is timeline.Timeline]
+    return [one for one in found if id(one) not in besides]
 
 
 def held(net: nn.Module, x_seq: Tensor) -> tuple[float, float]:
@@ -107,6 +108,7 @@ def lengths(options: Options) -> Iterator[Work]:
 def rebuilt(_grid: str, options: Options, _tick: Tick, soft: bool, beta: float, steps: int) -> Entry:
     """Bits that differ in membranes rebuilt from the last one, and how far plain float inversion gets."""
     torch.manual_seed(0)
+    before = [*map(id, timelines())]
     net = nn.Linear(8, 64)
     lif = snntorch.Leaky(beta, reset_mechanism="subtract" if soft else "zero")
     root = nn.ModuleList([net, lif]).to(options.device)
@@ -117,7 +119,7 @@ def rebuilt(_grid: str, options: Options, _tick: Tick, soft: bool, beta: float, 
         for _ in range(steps):
             spk, mem = lif(net(x), mem)
             seen.append((mem, spk))
-    (line,) = timelines()
+    (line,) = timelines(before)
     differ = sum(
         int((line.state(t).view_as(mem) != mem).sum()) for t, (mem, _) in reversed(list(enumerate(seen, 1)))
     )
@@ -162,8 +164,9 @@ def bytes_held(
     n = 2 * steps * batch * width
     stock = sum(held(net, x_seq))
     tensors, objects = held(twin, x_seq)
+    before = [*map(id, timelines())]
     out = twin(x_seq)
-    records = sum(line.records.nbytes for line in timelines())
+    records = sum(line.records.nbytes for line in timelines(before))
     spikes = 2 * (steps + 1) * -(-batch * width // 8)
     del out
     return {
