@@ -184,6 +184,7 @@ def test_slices_of_a_sequential():
     model[:2](torch.rand(3, 4)).sum().backward()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("skip", ["lif1", neuron.LIFNode, ("lif1", "conv2"), [nn.Conv2d]])
 def test_skip(x, skip):
     net = assert_trains_like_stock(Net, (x,), skip=skip)
@@ -337,6 +338,7 @@ def test_compiling_after_the_conversion(x, how):
         assert torch.equal(a.grad, b.grad)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("arithmetic", ["stock", "auto"])
 @pytest.mark.parametrize("how", ["in place", "torch.compile"])
 def test_compiling_a_neuron_after_the_conversion(arithmetic, how):

@@ -31,6 +31,7 @@ def run(group: str, interpreted: bool) -> None:
 GROUPS = ["interpreted_bits", "interpreted_steps", "interpreted_sequences", "interpreted_training"]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("group", GROUPS)
 def test_interpreted_kernels_give_the_bits_of_their_references(group):
     run(group, interpreted=True)

@@ -74,6 +74,7 @@ def test_trains_as_stock(family, autocast):
         assert_equal(expected, train(family, model, x, autocast))
 
 
+@pytest.mark.one_in(3)
 def test_trains_as_it_is_converted_by_default(family, monkeypatch):
     # What a step costs is measured in the benchmarks.
     monkeypatch.setattr(verification, "costs", lambda _step, _repeats: [StepCost(0, 0, 0.0)] * 2)

@@ -26,6 +26,7 @@ from snntorch_against_stock import (
 )
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("hidden", [False, True], ids=["explicit", "hidden"])
 @pytest.mark.parametrize("learned", [False, True], ids=["fixed", "learned"])
 @pytest.mark.parametrize("reset", RESETS)

@@ -74,6 +74,7 @@ def test_every_surrogate(name, dtype):
         check(node, x, v, calls=2, taped=(True,))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", PRIMITIVES)
 def test_surrogates_that_do_not_spike(name):
     x = current(3, 2, 7)
@@ -109,6 +110,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("cls", REV)
 def test_layouts(cls, layout):

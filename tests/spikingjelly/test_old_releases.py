@@ -67,6 +67,7 @@ def channels_last(x):
     return x.flatten(0, 1).contiguous(memory_format=torch.channels_last).view(x.shape)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", THREE)
 @pytest.mark.parametrize("multi", [True, False], ids=["sequences", "steps"])
 def test_the_three_are_analytic(old, kind, multi):
@@ -150,6 +151,7 @@ def test_what_is_set_to_cupy_computes_as_torch(old, kind, monkeypatch):
         assert torch.equal(node(x), in_cupy(x))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("own", [False, True], ids=["the release's", "with a method of its own"])
 def test_what_is_set_to_cupy_is_verified_against_torch(old, own, monkeypatch):
     """cupy's kernels are stood in for by something that differs, and by a count of how often they ran."""

@@ -25,6 +25,7 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("neuron", "least"), [(lif, 100), (scan, 70)])
 @pytest.mark.parametrize("steps", [4, 8, 16])
 def test_currents_of_one_layer_are_computed_once(neuron, least, steps):

@@ -404,6 +404,7 @@ def test_the_gradient_is_that_of_spikingjellys_slttlifnode():
     assert_gradients(model, [p.grad for p in peer.parameters()])
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("convert", [False, True], ids=["stock", "converted"])
 @pytest.mark.parametrize(

@@ -230,6 +230,7 @@ def test_each_remainder_is_needed():
 # -- the gradient -----------------------------------------------------------------------------------
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("beta", [1.0, 0.5, 0.125])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -106,6 +106,7 @@ def assert_same(x_seq, v, rule, surrogate, q, given_grads, owned=False):
             assert torch.equal(sum(found.q[1:], found.q[0]), grads[2])
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("surrogate", [BINARY, SMOOTH], ids=["binary", "smooth"])
 @pytest.mark.parametrize("learnable", [False, True], ids=["fixed", "learnable"])
@@ -216,6 +217,7 @@ def test_an_owned_current_becomes_its_gradient():
     assert grads.x is not overlapping
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_memory_beyond_the_results_is_a_few_chunks(rule, monkeypatch):
     monkeypatch.setattr(cuts, "chunk_size", lambda device: 1024)

@@ -63,6 +63,7 @@ def frames(steps, size=8):
     return torch.rand(steps, 2, 2, size, size) * 3
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("make", NEURONS.values(), ids=NEURONS)
 @pytest.mark.parametrize("steps", [2, 3, 4, 9, 17])
 def test_gradients_are_stocks(make, steps):

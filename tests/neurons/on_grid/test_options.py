@@ -108,6 +108,7 @@ def options() -> Iterator[tuple[str, dict[str, Any]]]:
             yield kind, {"learned": learned, "reset_mechanism": reset, **extra}
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.filterwarnings("ignore:Inhibition is an unstable feature")
 @pytest.mark.parametrize("kind", STATES)
 def test_options(kind: str) -> None:
@@ -159,6 +160,7 @@ def test_leaving_the_range_at_the_step_that_autograd_leaves_it(
     assert equal(actual, expected)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.filterwarnings("ignore:Inhibition is an unstable feature")
 @pytest.mark.parametrize(
     ("kind", "settings", "most"),

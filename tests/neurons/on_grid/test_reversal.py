@@ -514,6 +514,7 @@ def test_a_charged_membrane_out_of_range_is_seen_though_the_reset_brings_it_back
         net(torch.full((1, 3), 2050.0, requires_grad=True))
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("make", [leaky, lambda: Stepped(neuron.IFNode), lambda: Stepped(neuron.LIFNode)])
 @pytest.mark.parametrize("gain", [1e4, 1e30, float("nan"), float("inf")])
 def test_a_sequence_that_leaves_the_range_goes_on_in_stocks_arithmetic(make: Any, gain: float) -> None:
@@ -736,6 +737,7 @@ def test_verify_notices_a_wrong_step(monkeypatch: pytest.MonkeyPatch) -> None:
 # What it is for.
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("beta", [0.3, 0.5, 0.9, 0.99])
 @pytest.mark.parametrize("reset", ["subtract", "zero"])
 def test_a_thousand_steps_back(beta: float, reset: str) -> None:

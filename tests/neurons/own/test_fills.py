@@ -224,6 +224,7 @@ def assert_like_stock(neuron, x=None, autocast=False):
     return converted
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("neuron", FILLING, ids=lambda one: type(one).__name__)
 def test_it_is_proved_and_trains_as_stock(neuron):
     converted = assert_like_stock(neuron)
