@@ -319,7 +319,8 @@ def _differences(stock: Training, ours: Training, x: Tensor) -> Entry:
 
 def draw(name: str, entries: Entries, folder: Path, device: str) -> list[Path]:
     """Memory against time, of what was timed."""
-    if not any("time_ratio" in entry for entry in entries.values()):
+    timed = {key: entry for key, entry in entries.items() if "time_ratio" in entry}
+    if not timed:
         return []
     folder.mkdir(parents=True, exist_ok=True)
-    return [pictures.draw_points(entries, pictures.path_of(folder, name, device), STYLES)]
+    return [pictures.draw_points(timed, pictures.path_of(folder, name, device), STYLES)]
