@@ -140,7 +140,7 @@ def draw_points(entries: Entries, path: Path, methods: Mapping[str, Style] = MET
     names = names or list(dict.fromkeys(map(work_of, entries)))
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
-    figure = Figure(figsize=(3.1 * columns, 2.9 * rows + 0.5), layout="constrained")
+    figure = Figure(figsize=(max(3.1 * columns, 9), 2.9 * rows + 0.5), layout="constrained")
     for index, workload in enumerate(names):
         axes = figure.add_subplot(rows, columns, index + 1)
         for name, method in methods.items():
