@@ -9,7 +9,8 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Iterable
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -169,9 +170,14 @@ def live_in(tensor: torch.Tensor) -> list[torch.Tensor]:
     return [one for one in live if storage_key(one) == storage]
 
 
-def entered_between(began: int, ended: int) -> list[torch.Tensor]:
-    """The live tensors that were written down between two moments. Slow: it goes through the table."""
-    found = [entry for entry in list(_entries.values()) if began <= entry.serial < ended]
+def entered_between(began: Sequence[int], ended: Sequence[int]) -> list[torch.Tensor]:
+    """The live tensors that were written down in spans of time, one after another: when each began and
+    ended. Slow: it goes through the table, once for all spans."""
+    found = [
+        entry
+        for entry in list(_entries.values())
+        if (at := bisect_right(began, entry.serial)) and entry.serial < ended[at - 1]
+    ]
     return [tensor for entry in found if (tensor := entry()) is not None]
 
 

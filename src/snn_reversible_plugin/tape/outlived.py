@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterable
+from itertools import compress
 from typing import Any
 
 import torch
@@ -85,13 +86,16 @@ def forget_spent_graphs() -> None:
 
     All but bits: a state of a neuron that goes backward at each time step would hold a second tensor.
     """
-    spent = [one for one in _past.graphs if one[0]() is None]
-    for one in spent:
-        _past.graphs.remove(one)
-        for tensor in entered_between(*one[1:]):
-            handle = look_up(tensor)
-            if isinstance(handle, Replayed) and not is_from_bits(handle, tensor.nbytes):
-                enter(tensor, None)
+    graphs = _past.graphs
+    gone = [graph() is None for graph, _, _ in graphs]
+    if not any(gone):
+        return
+    _, began, ended = zip(*compress(graphs, gone), strict=True)
+    _past.graphs = [one for one, is_gone in zip(graphs, gone, strict=True) if not is_gone]
+    for tensor in entered_between(began, ended):  # a network called step by step leaves many at once
+        handle = look_up(tensor)
+        if isinstance(handle, Replayed) and not is_from_bits(handle, tensor.nbytes):
+            enter(tensor, None)
 
 
 def pass_on_the_end(tensors: Iterable[torch.Tensor], out: torch.Tensor, base: torch.Tensor | None) -> None:
