@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -71,7 +72,7 @@ def draw_over_steps(entries: Entries, titles: Mapping[str, str], folder: Path) -
         figure = Figure(figsize=(8, 3.4), layout="constrained", facecolor="none")
         title, both = next(iter(shown.items()))
         axes = figure.add_subplot(facecolor="none")
-        _over_step(axes, both, color)
+        _over_step(axes, both, color, f", {both['stock']['peak'] / both['converted']['peak']:.1f}x less")
         steps, batch, *_, size = both["stock"]["shape"]
         axes.set_title(
             f"{title}, one training step: T = {steps}, batch {batch}, {size} x {size} pixels",
@@ -89,24 +90,27 @@ def draw_over_steps(entries: Entries, titles: Mapping[str, str], folder: Path) -
     return drawn
 
 
-def _over_step(axes: Axes, both: Entries, color: str) -> None:
-    """Both curves, each named at its peak."""
-    for method, shade, label in (("stock", "#7d858e", "stock"), ("converted", "#2f81f7", "converted")):
+def _over_step(axes: Axes, both: Entries, color: str, less: str = "") -> None:
+    """Both curves, each named at its peak; a line parts forward and backward."""
+    for method, shade, remark in (("stock", "#7d858e", ""), ("converted", "#2f81f7", less)):
         places, alive = zip(*both[method]["curve"], strict=True)
         alive = [count / MIB for count in alive]
+        if method == "stock":  # no higher than its curve, where no label is
+            axes.vlines(
+                1, 0, np.interp(1, places, alive), color=color, linestyle=":", linewidth=1, alpha=0.6
+            )
         axes.fill_between(places, alive, color=shade, alpha=0.35, linewidth=0)
         axes.plot(places, alive, color=shade, linewidth=1.2)
         top = max(alive)
         place = min(max(places[alive.index(top)], 0.35), 1.9)
         axes.annotate(
-            f"{label}: {top:,.0f} MiB", (place, top), xytext=(0, 3), textcoords="offset points",
+            f"{method}: {top:,.0f} MiB{remark}", (place, top), xytext=(0, 3), textcoords="offset points",
             ha="right" if place > 1.5 else "center", color=shade, fontweight="bold",
         )  # fmt: skip
-    axes.axvline(1, color=color, linestyle=":", linewidth=1, alpha=0.6)
     axes.set_xlim(0, 2)
     axes.set_ylim(0, 1.15 * axes.get_ylim()[1])
     axes.set_xticks([0.5, 1.5], ["forward", "backward"], color=color)
-    axes.set_ylabel("MiB alive", color=color)
+    axes.set_ylabel("memory, MiB", color=color)
     axes.tick_params(axis="y", colors=color)
     axes.tick_params(axis="x", length=0)
     axes.spines[["top", "right"]].set_visible(False)

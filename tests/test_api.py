@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,12 @@ def test_a_public_name_is_in_the_reference(path):
     # A name that several rooms hand on stands once.
     shown = {id(named(one)) for one in documented()}
     assert id(named(path)) in shown, f"{path} is on no page of docs/api"
+
+
+def test_roles_of_docstrings_are_links_of_the_site():
+    shown = runpy.run_path(str(PAGES.parents[1] / "tools" / "roles.py"))["shown"]
+    page = "<p>:func:<code>~a.verify</code>, :mod:<code>.grid.products</code>, :math:<code>x.y</code>::</p>"
+    assert shown(page, {"verify": "srp.verify"}) == (
+        '<p><autoref optional identifier="srp.verify"><code>verify</code></autoref>, '
+        "<code>products</code>, <code>x.y</code>:</p>"
+    )

@@ -14,6 +14,7 @@ import snn_reversible_plugin as srp
 from snn_reversible_plugin import demo
 from snn_reversible_plugin.__main__ import app
 from snn_reversible_plugin.convert import settings_of
+from snn_reversible_plugin.reports import fit
 
 SMALL = {"epochs": 2, "steps": 8, "batch_size": 8, "width": 8, "size": 16, "limit": 24}
 ARGUMENTS = [
@@ -99,6 +100,18 @@ def test_the_demo_refuses_to_take_no_step():
         demo.compare(**SMALL | {"batch_size": 25})
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--limit", "4", "--batch", "8"), "give more epochs or recordings, or smaller batches"),
+        (("--device", "nowhere"), "--device"),
+    ],
+)
+def test_what_the_demo_refuses_is_no_traceback(arguments, message):
+    result = run("demo", "--epochs", "1", "--steps", "2", "--size", "16", *arguments)
+    assert result.exit_code == 2 and message in result.output and "Traceback" not in result.output
+
+
 @pytest.fixture
 def models(tmp_path, monkeypatch):
     """A module `own_models` that can be imported, with good and bad factories."""
@@ -182,13 +195,13 @@ class Silent:
         (":build", "8,4,2", "':build' names no factory"),
         ("absent_module:build", "8,4,2", "No module named 'absent_module'"),
         ("own_models:absent", "8,4,2", "own_models has no 'absent'"),
-        ("own_models:number", "8,4,2", "is a int"),
+        ("own_models:number", "8,4,2", "is of type int"),
         (
             "own_models:sized",
             "8,4,2",
             "does not work without arguments (missing a required argument: 'width')",
         ),
-        ("own_models:nothing", "8,4,2", "made a int"),
+        ("own_models:nothing", "8,4,2", "made something of type int"),
         ("own_models:build", "8,four", "'8,four' is no shape"),
         ("own_models:build", "8,0,2", "'8,0,2' is no shape"),
         ("own_models:build", "", "'' is no shape"),
@@ -218,6 +231,11 @@ def test_a_shape_that_does_not_fit_is_refused_before_anything_is_searched(models
     assert "does not take an input of 4x2x2x9x9" in result.output
 
 
+def test_a_budget_that_is_none_is_named(models):
+    result = run("fit", "own_models:build", "--shape", "4,N,2,8,8", "--budget", "40apples")
+    assert result.exit_code == 2 and "Invalid value for --budget: '40apples'" in result.output
+
+
 def test_time_steps_without_a_number_are_asked_for(models):
     result = run("fit", "own_models:build", "--shape", "T,N,2,8,8", "--budget", "1MiB")
     assert result.exit_code == 2 and "say how many, as in --steps 8" in result.output
@@ -240,7 +258,45 @@ def test_a_fit_is_a_table_and_a_picture(models):
     result = run("fit", "own_models:build", *arguments, "--plot", models / "fit.png")
     assert result.exit_code == 0, result.output
     assert all(mode in result.output for mode in ("stock", "memory", "speed", "auto"))
+    assert "Largest batches in 300KiB" in result.output  # as it was written
     assert matplotlib.image.imread(models / "fit.png").std() > 0.02
+
+
+def test_what_is_free_is_said_to_be():
+    one = fit.Fit(3, 900_000, 900_000, 0.1, 5_000_000)
+    assert fit.Fits(rows=[("stock", None, one)]).title == "Largest batches in 5.00 MB, which are free"
+
+
+@pytest.mark.parametrize(("budget", "peak"), [("1MiB", "0.86 MiB"), ("1MB", "0.90 MB"), (None, "0.90 MB")])
+def test_a_peak_is_in_the_unit_of_its_budget(budget, peak):
+    found = fit.Fits(budget, [("stock", None, fit.Fit(3, 900_000, 900_000, 0.1, 1_000_000))])
+    assert peak in list(found.table().columns[3].cells)
+
+
+@pytest.mark.parametrize("plot", ["report.nothing", "."])
+def test_a_picture_that_cannot_be_written_names_its_path(models, plot):
+    path = models / plot
+    result = run("report", "own_models:build", "--shape", "4,2,2,8,8", "--plot", path)
+    assert result.exit_code == 2 and "--plot" in result.output and str(path) in result.output
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("import spikingjelly.no_part", "install the release of spikingjelly that it was written for"),
+        (
+            "raise ModuleNotFoundError('none', name='snntorch')",
+            "pip install 'snn-reversible-plugin[snntorch]'",
+        ),
+        ("import no_such_library", "install what it needs"),
+        ("from .neighbour import Net", "name it as package.module:factory"),
+    ],
+)
+def test_a_script_that_cannot_be_imported_says_what_to_do(models, line, message):
+    (models / "script.py").write_text(line + "\n")
+    result = run("report", f"{models / 'script.py'}:Net", "--shape", "4,2,2,8,8")
+    sys.modules.pop("script", None)
+    assert result.exit_code == 2 and message in result.output, result.output
 
 
 def test_without_a_command_it_explains_itself():

@@ -116,23 +116,29 @@ def demo(
     """Train one network twice on event data, stock and converted, and compare the two."""
     import torch
 
-    from snn_reversible_plugin.demo import compare
-
+    try:
+        from snn_reversible_plugin.demo import NoStep, compare
+    except ModuleNotFoundError as error:
+        raise typer.BadParameter(str(error), param_hint="demo") from None
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    _on(device, torch.nn.Linear(1, 1))
     console = Console()
-    comparison = compare(
-        epochs=epochs,
-        steps=steps,
-        batch_size=batch,
-        width=width,
-        size=size,
-        limit=limit,
-        seed=seed,
-        mode=mode.value,
-        device=device,
-        console=console,
-    )
+    try:
+        comparison = compare(
+            epochs=epochs,
+            steps=steps,
+            batch_size=batch,
+            width=width,
+            size=size,
+            limit=limit,
+            seed=seed,
+            mode=mode.value,
+            device=device,
+            console=console,
+        )
+    except NoStep as error:
+        raise typer.BadParameter(str(error), param_hint="--epochs, --batch or --limit") from None
     console.print(comparison.table())
     _save(comparison, plot, console)
     console.print(NEXT, highlight=False)
@@ -206,7 +212,8 @@ def fit(
     import torch
 
     from snn_reversible_plugin.convert import convert_to_reversible, restore
-    from snn_reversible_plugin.reports.fit import Fits, fit
+    from snn_reversible_plugin.modules.checks import bytes_of
+    from snn_reversible_plugin.reports.fit import Fits, fit, free_memory
 
     def shapes(count: int | None, batch: int) -> list[tuple[int, ...]]:
         sizes = {"N": batch} | ({} if count is None else {"T": count})
@@ -218,7 +225,11 @@ def fit(
         raise typer.BadParameter(
             "a shape has T for the time steps: say how many, as in --steps 8", param_hint="--steps"
         )
-    model, console, found = _on(device, _build(factory)), Console(), Fits()
+    model, console, found = _on(device, _build(factory)), Console(), Fits(budget)
+    try:
+        limit = free_memory(torch.device(device)) if budget is None else bytes_of(budget)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--budget") from error
     counts: list[int | None] = [*steps] if steps else [None]
     for count in counts:
         _run_once(model, [torch.rand(sizes, device=device) for sizes in shapes(count, 2)])
@@ -230,9 +241,9 @@ def fit(
             with console.status(mode if count is None else f"{mode}, T={count}"):
                 try:
                     restore(model) if mode == "stock" else convert_to_reversible(model, mode=mode)
-                    found.rows.append((mode, count, fit(model, inputs, budget)))
+                    found.rows.append((mode, count, fit(model, inputs, limit)))
                 except (TypeError, ValueError) as error:
-                    raise typer.BadParameter(str(error), param_hint="FACTORY or --budget") from error
+                    raise typer.BadParameter(str(error), param_hint="FACTORY") from error
     console.print(found.table())
     if plot is not None:
         _save(found, plot, console)
@@ -245,8 +256,11 @@ def _save(result: Any, path: Path, console: Console) -> None:
     except ImportError as error:
         console.print(f"no picture: {error}", soft_wrap=True, markup=False)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+    except (OSError, ValueError) as error:  # a folder, or an ending that matplotlib does not know
+        raise typer.BadParameter(f"{path}: {error}", param_hint="--plot") from None
     console.print(f"picture: {path}", soft_wrap=True, markup=False)
 
 
@@ -322,6 +336,16 @@ def _script(file: str) -> Any:
     return module
 
 
+def _remedy(missing: str) -> str:
+    """What to do about a module that is not there."""
+    framework, _, part = missing.partition(".")
+    if framework not in ("spikingjelly", "snntorch"):
+        return "run in its folder, set PYTHONPATH, or install what it needs"
+    if part:
+        return f"install the release of {framework} that it was written for"
+    return f"pip install 'snn-reversible-plugin[{framework}]'"
+
+
 def _build(target: str) -> Any:
     """The model that ``package.module:factory`` makes."""
     from torch import nn
@@ -335,14 +359,18 @@ def _build(target: str) -> Any:
     try:
         module = (_script if module_name.endswith(".py") else importlib.import_module)(module_name)
     except ModuleNotFoundError as error:
-        raise refuse(f"cannot be imported ({error}): run in its folder, or set PYTHONPATH") from error
+        raise refuse(f"cannot be imported ({error}): {_remedy(error.name or '')}") from error
     except FileNotFoundError as error:
         raise refuse("is not there: give the file's path from here") from error
+    except ImportError as error:
+        if "relative import" not in str(error):
+            raise  # a mistake of its own, shown as it is
+        raise refuse(f"is a part of a package ({error}): name it as package.module:factory") from error
     if not hasattr(module, name):
         raise refuse(f"is not there: {module_name} has no {name!r}")
     factory = getattr(module, name)
     if not callable(factory):
-        raise refuse(f"is a {type(factory).__name__}: name something that makes a model when called")
+        raise refuse(f"is of type {type(factory).__name__}: name something that makes a model when called")
     if isinstance(factory, nn.Module):  # built already
         return factory
     try:
@@ -353,7 +381,7 @@ def _build(target: str) -> Any:
         ) from error
     model = factory()
     if not isinstance(model, nn.Module):
-        raise refuse(f"made a {type(model).__name__}: it has to make a torch.nn.Module")
+        raise refuse(f"made something of type {type(model).__name__}: it has to make a torch.nn.Module")
     return model
 
 

@@ -45,6 +45,10 @@ except ModuleNotFoundError as error:
     ) from error
 
 
+class NoStep(ValueError):
+    """The epochs, the recordings and the batch that were asked for are no training step."""
+
+
 def network(width: int = 32, size: int = 24) -> nn.Module:
     """A stock SpikingJelly network: three convolutional layers of neurons and a linear one.
 
@@ -233,7 +237,7 @@ def compare(
         console: where progress is shown; None shows it on stderr.
 
     Raises:
-        ValueError: there is no training step to take, with the arguments as they are.
+        NoStep: there is no training step to take, with the arguments as they are.
 
     Example:
         >>> from snn_reversible_plugin.demo import compare
@@ -256,7 +260,7 @@ def compare(
     recordings: Any = training.dataset
     total = epochs * len(training)
     if total < 1:
-        raise ValueError(
+        raise NoStep(
             f"{epochs} epochs of {len(recordings)} recordings in full batches of {batch_size} are no step "
             "at all: give more epochs or recordings, or smaller batches"
         )

@@ -75,5 +75,5 @@ def bytes_of(budget: int | str) -> int:
     except (KeyError, ValueError):
         size = 0
     if size < 1 or isinstance(budget, bool):
-        raise ValueError(f'{budget!r} is no number of bytes: give an int, or "10GiB", "500MB"')
+        raise ValueError(f'{budget!r} is no number of bytes: give one, or "10GiB", "500MB"')
     return size

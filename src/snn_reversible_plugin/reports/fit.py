@@ -194,14 +194,15 @@ def _what_helps(model: nn.Module) -> str:
 
 @dataclass
 class Fits:
-    """What :func:`fit` found, as ``(mode, time steps or None, Fit)``."""
+    """What :func:`fit` found, as ``(mode, time steps or None, Fit)``; the budget as it was written."""
 
+    asked: str | None = None
     rows: list[tuple[str, int | None, Fit]] = field(default_factory=list)
 
     @property
     def title(self) -> str:
-        budget = max((one.budget for _, _, one in self.rows), default=0)
-        return f"Largest batches in {megabytes(budget)}"
+        free = max((one.budget for _, _, one in self.rows), default=0)
+        return f"Largest batches in {self.asked or f'{megabytes(free)}, which are free'}"
 
     def table(self) -> Any:
         """As a table for the terminal."""
@@ -217,8 +218,13 @@ class Fits:
                 else ("", "")
             )
             batch = str(one.batch) if one.batch else "does not fit"
-            table.add_row(mode, "" if steps is None else str(steps), batch, megabytes(one.peak), *times)
+            table.add_row(mode, "" if steps is None else str(steps), batch, self._bytes(one.peak), *times)
         return table
+
+    def _bytes(self, count: int) -> str:
+        """In the budget's kind of unit: a peak of 41.7 MB would seem to be above 40 MiB."""
+        binary = self.asked is not None and "ib" in self.asked.lower()
+        return f"{count / 2**20:,.2f} MiB" if binary else megabytes(count)
 
     def plot(self) -> Figure:
         """As bars, a group for each number of time steps. Needs the extra ``plot``.
