@@ -84,7 +84,8 @@ EXPERIMENTS = {
             draw=pictures.draw_steps,
         ),
         Experiment(
-            "over-step", over_step.works, of_steps.over_step, over_step.measure, draw=draw_over_steps,
+            "over-step", over_step.works, partial(of_steps.over_step, titles=over_step.SHOWN),
+            over_step.measure, draw=draw_over_steps,
         ),
         Experiment(
             "fits", fits.works, of_steps.fits, fits.measure, more={"fits-tried": of_steps.fits_tried}

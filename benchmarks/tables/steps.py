@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from ..experiment import Entries, Entry, Render
 from ..methods import METHODS
@@ -74,8 +74,8 @@ def growth(series: str, figure: str) -> Render:
     return render
 
 
-def over_step(entries: Entries) -> list[Table]:
-    """The peak of a step as users have it, by the defaults of the conversion."""
+def over_step(entries: Entries, titles: Mapping[str, str]) -> list[Table]:
+    """The peak of a step by the defaults of the conversion, for readers of a first page."""
     rows = []
     for entry in entries.values():
         if entry["method"] != "stock":
@@ -83,7 +83,10 @@ def over_step(entries: Entries) -> list[Table]:
         ours = entries.get(f"{entry['workload']} | converted")
         if ours:
             less = f"{entry['peak'] / ours['peak']:.1f}x"
-            rows.append((_title(entry), mib(entry["peak"]), mib(ours["peak"]), less))
+            work, shape = WORKLOADS[entry["workload"]], entry["shape"]
+            steps = f"T = {shape[0]}, " if work.batch_dim else ""
+            title = f"{titles[work.name]}: {steps}batch {shape[work.batch_dim]}, {shape[-2]} x {shape[-1]}"
+            rows.append((title, mib(entry["peak"]), mib(ours["peak"]), less))
     headings = ("training step", "stock's peak, MiB", "converted, MiB", "less")
     return [Table(headings, rows)]
 
