@@ -141,7 +141,7 @@ def models(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("factory", ["build", "built"])
 def test_a_report_of_a_users_model(models, factory):
-    result = run("report", f"own_models:{factory}", "--shape", "8,4,2,8,8", "--plot", models / "report.png")
+    result = run("report", f"own_models:{factory}", "--shape", "8,4,2,8,8", "--plot", models / "report")
     assert result.exit_code == 0, result.output
     for piece in ("Conv2d", "LIFNode", "held", "peak", "report.png"):
         assert piece in result.output
@@ -273,7 +273,7 @@ def test_a_peak_is_in_the_unit_of_its_budget(budget, peak):
     assert peak in list(found.table().columns[3].cells)
 
 
-@pytest.mark.parametrize("plot", ["report.nothing", "."])
+@pytest.mark.parametrize("plot", ["report.nothing", "own_models.py/report.png"])
 def test_a_picture_that_cannot_be_written_names_its_path(models, plot):
     path = models / plot
     result = run("report", "own_models:build", "--shape", "4,2,2,8,8", "--plot", path)

@@ -50,12 +50,9 @@ def pages() -> list[str]:
     return ["" if one == "." else f"{one}/" for one in found]
 
 
-def look(browser: object, base: str, size: str, scheme: str) -> list[str]:
-    """What is wrong, a line each."""
-    width, height = WIDTHS[size]
-    context = browser.new_context(  # type: ignore[attr-defined]
-        viewport={"width": width, "height": height}, color_scheme=scheme
-    )
+def look(browser: object, base: str, scheme: str) -> list[str]:
+    """What is wrong, a line each. A page is loaded once, and seen at each width."""
+    context = browser.new_context(color_scheme=scheme)  # type: ignore[attr-defined]
     context.set_default_timeout(PATIENCE)
     page = context.new_page()
     said: list[str] = []
@@ -71,10 +68,12 @@ def look(browser: object, base: str, size: str, scheme: str) -> list[str]:
     for address in pages():
         page.goto(base + address, wait_until="load")
         name = address.strip("/").replace("/", "-") or "index"
-        said += page.evaluate(OVERFLOWS) + [f"no pixels: {one}" for one in page.evaluate(IMAGES)]
-        page.screenshot(path=PICTURES / f"{name}-{size}-{scheme}.png", full_page=False)
-        found += [f"{address or 'index'} ({size}, {scheme}): {one}" for one in said]
-        said.clear()
+        for size, (width, height) in WIDTHS.items():
+            page.set_viewport_size({"width": width, "height": height})
+            said += page.evaluate(OVERFLOWS) + [f"no pixels: {one}" for one in page.evaluate(IMAGES)]
+            page.screenshot(path=PICTURES / f"{name}-{size}-{scheme}.png", full_page=False)
+            found += [f"{address or 'index'} ({size}, {scheme}): {one}" for one in said]
+            said.clear()
     context.close()
     return found
 
@@ -99,9 +98,7 @@ def main() -> int:
     base = f"http://127.0.0.1:{server.server_port}/"
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        found = [
-            line for size in WIDTHS for scheme in SCHEMES for line in look(browser, base, size, scheme)
-        ]
+        found = [line for scheme in SCHEMES for line in look(browser, base, scheme)]
         browser.close()
     server.shutdown()
     print(

@@ -256,10 +256,11 @@ def _save(result: Any, path: Path, console: Console) -> None:
     except ImportError as error:
         console.print(f"no picture: {error}", soft_wrap=True, markup=False)
         return
+    path = path if path.suffix else path.with_suffix(".png")  # as matplotlib does
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
-    except (OSError, ValueError) as error:  # a folder, or an ending that matplotlib does not know
+    except (OSError, ValueError) as error:  # no place for it, or an ending that matplotlib does not know
         raise typer.BadParameter(f"{path}: {error}", param_hint="--plot") from None
     console.print(f"picture: {path}", soft_wrap=True, markup=False)
 
