@@ -83,6 +83,7 @@ def test_looking_at_loops_changes_nothing():
     net(torch.rand(2, 2, 4))
     v, random = net.lif.v.clone(), torch.get_rng_state()
     assert loops.is_too_long(net, (torch.rand(loops.MOST_UNROLLED, 2, 4),), {}) is None
+    assert f"Beyond {loops.MOST_UNROLLED} time" in (srp.compile.__doc__ or "")
     assert loops.is_too_long(net, (torch.rand(1000, 2, 4),), {}) in ("fc", "lif")
     assert torch.equal(net.lif.v, v) and not net.fc._forward_pre_hooks and not net.lif._forward_pre_hooks
     torch.set_rng_state(random)

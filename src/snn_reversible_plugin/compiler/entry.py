@@ -33,9 +33,9 @@ def compile(  # named as torch's
     stock or converted, of either framework, or with neurons of your own; parameters, ``state_dict``,
     optimizers and resets of states are as with ``torch.compile``.
 
-    The first call is run once without a graph, to see how long its loops over time are. Beyond
-    ``loops.MOST_UNROLLED`` time steps, and where this torch lacks a hook, nothing is compiled: the
-    model is converted and runs on the tape, and a warning says so.
+    The first call is run once without a graph, to see how long its loops over time are. Beyond 128 time
+    steps, and where this torch lacks a hook, nothing is compiled: the model is converted and runs on the
+    tape, and a warning says so.
 
     Args:
         model: an ``nn.Module``.
