@@ -352,3 +352,4 @@ def test_the_network_of_the_demo_is_stock():
     names = {type(module).__module__.partition(".")[0] for module in demo.network(4, 16).modules()}
     assert names == {"torch", "spikingjelly"}
     assert demo.network(4, 16)(torch.rand(3, 2, 2, 16, 16)).shape == (3, 2, 10)
+    assert {"conv1", "lif3", "linear"} <= {name for name, _ in demo.network(4, 16).named_modules()}

@@ -11,6 +11,7 @@ tutorial; the data are `snn_reversible_plugin.data.DigitSaccades`.
 import math
 import statistics
 import time
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,22 +66,23 @@ def network(width: int = 32, size: int = 24) -> nn.Module:
         torch.Size([5, 2, 10])
     """
 
-    def block(channels: int) -> list[nn.Module]:
-        return [
-            layer.Conv2d(channels, width, 3, padding=1, bias=False),
-            layer.BatchNorm2d(width),
-            neuron.LIFNode(detach_reset=True, surrogate_function=surrogate.ATan()),
-        ]
+    def block(number: int, channels: int) -> dict[str, nn.Module]:
+        return {
+            f"conv{number}": layer.Conv2d(channels, width, 3, padding=1, bias=False),
+            f"norm{number}": layer.BatchNorm2d(width),
+            f"lif{number}": neuron.LIFNode(detach_reset=True, surrogate_function=surrogate.ATan()),
+        }
 
-    model = nn.Sequential(
-        *block(2),
-        layer.MaxPool2d(2),
-        *block(width),
-        layer.MaxPool2d(2),
-        *block(width),
-        layer.Flatten(),
-        layer.Linear(width * (size // 4) ** 2, 10),
-    )
+    parts = {
+        **block(1, 2),
+        "pool1": layer.MaxPool2d(2),
+        **block(2, width),
+        "pool2": layer.MaxPool2d(2),
+        **block(3, width),
+        "flatten": layer.Flatten(),
+        "linear": layer.Linear(width * (size // 4) ** 2, 10),
+    }
+    model = nn.Sequential(OrderedDict(parts))
     functional.set_step_mode(model, "m")
     return model
 
