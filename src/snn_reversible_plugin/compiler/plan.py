@@ -50,6 +50,7 @@ from snn_reversible_plugin.compiler.peak import peak_of
 
 SMALLEST_PACKED = 64  # elements; below, a code saves nothing worth an operation
 PARTS = (2, 3, 4, 6, 8, 12, 16, 32, 64)  # into which a chain of products may be cut
+SHORTEST_PART = 3  # products; with shorter ones as much is held as is computed again
 NEAR_LOWEST = 1.2  # among plans whose peak is within this of the lowest, what holds least is taken
 SMALL_OUTPUT = 64  # a result this many times smaller than its largest input is stored
 
@@ -219,7 +220,7 @@ def anchors(joint: Joint, stored: set[fx.Node], codes: dict[fx.Node, Levels]) ->
     """Further values to store, so that the backward has fewer of them alive at once, see note 6."""
     _, longest = _cut(joint, stored, None)
     plans: list[tuple[int, set[fx.Node]]] = [(peak_of(joint, stored, codes), set())]
-    for distance in sorted({math.ceil((longest + 1) / parts) for parts in PARTS} - {1}):
+    for distance in sorted({max(math.ceil((longest + 1) / parts), SHORTEST_PART) for parts in PARTS}):
         found, _ = _cut(joint, stored, distance)
         plans.append((peak_of(joint, stored | found, codes), found))
     lowest = min(peak for peak, _ in plans)
