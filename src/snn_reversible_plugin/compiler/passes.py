@@ -9,7 +9,6 @@ that the partitioner puts it into the backward. The forward stays as it was, and
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -17,8 +16,8 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.utils.checkpoint import CheckpointPolicy
 
-from snn_reversible_plugin.compiler import gradients, levels, packing, peak, plan
 from snn_reversible_plugin.compiler import graph as graphs
+from snn_reversible_plugin.compiler import levels, packing, peak, plan
 from snn_reversible_plugin.compiler.graph import Joint, name_of, parent_of, size_of, tensor_of
 from snn_reversible_plugin.compiler.plan import Plan
 from snn_reversible_plugin.compiler.progress import tell
@@ -27,7 +26,7 @@ from snn_reversible_plugin.compiler.progress import tell
 @functools.cache
 def _hash_of_code() -> bytes:
     """Of the code that runs: files may be replaced while it does."""
-    files = (__file__, *(module.__file__ for module in (graphs, gradients, levels, packing, peak, plan)))
+    files = (__file__, *(module.__file__ for module in (graphs, levels, packing, peak, plan)))
     return get_hash_for_files(files)
 
 
@@ -115,16 +114,16 @@ def rewrite(joint: Joint, chosen: Plan) -> Region:
                 continue
             start = writer.behind
             again[node] = writer.unpack(codes[node]) if node in codes else writer.copy(node, again)
-            copies += _written(start, writer.behind)
-        for node in graph.nodes:
-            if node in joint.of_tangents or (node in wanted and node not in early):
-                for source in node.all_input_nodes:
-                    if source in again:
-                        node.replace_input_with(source, again[source])
-                if node in wanted:
-                    copies.append(node)
-        _unpack_for_gradients(joint, again, codes, writer, copies)
-        gradients.split_convolutions(joint, writer)
+            while start is not writer.behind:
+                start = start.next
+                copies.append(start)
+    for node in graph.nodes:
+        if node in joint.of_tangents or (node in wanted and node not in early):
+            for source in node.all_input_nodes:
+                if source in again:
+                    node.replace_input_with(source, again[source])
+            if node in wanted:
+                copies.append(node)
     _tag(copies, CheckpointPolicy.MUST_RECOMPUTE)
     # A value that is one of several is stored where the call that made it is, see the partitioner.
     _tag([*saved, *map(parent_of, saved)], CheckpointPolicy.MUST_SAVE)
@@ -134,39 +133,6 @@ def rewrite(joint: Joint, chosen: Plan) -> Region:
         kind = "codes" if node in packed else name_of(parent_of(node))
         region.stored[kind] = region.stored.get(kind, 0) + size_of(node)
     return region
-
-
-def _unpack_for_gradients(
-    joint: Joint,
-    again: dict[fx.Node, fx.Node],
-    codes: dict[fx.Node, packing.Code],
-    writer: packing.Writer,
-    copies: list[fx.Node],
-) -> None:
-    """Let gradients of products read codes that are unpacked for them alone, see :mod:`.gradients`."""
-    of_copy = {copy: node for node, copy in again.items()}
-    shared = Counter(code.stored for code in codes.values())
-    alone = {node for node, code in codes.items() if shared[code.stored] == 1}
-    for node in list(joint.graph.nodes):
-        if node not in joint.of_tangents or not gradients.is_gradient(node):
-            continue
-        for source in node.all_input_nodes:
-            if source not in of_copy or len(source.users) == 1:
-                continue
-            start = writer.behind = node.prev
-            value = gradients.unpacked_anew(of_copy[source], codes, alone, writer)
-            if value is not None:
-                node.replace_input_with(source, value)
-                copies += _written(start, writer.behind)
-
-
-def _written(start: fx.Node, end: fx.Node) -> list[fx.Node]:
-    """What stands behind a node, up to another."""
-    nodes = []
-    while start is not end:
-        start = start.next
-        nodes.append(start)
-    return nodes
 
 
 def _tag(nodes: list[fx.Node], policy: CheckpointPolicy) -> None:
