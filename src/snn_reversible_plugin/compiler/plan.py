@@ -7,6 +7,7 @@ Source: the treatments of ``docs/how-it-works.md``, carried over from the tape t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -41,12 +42,15 @@ from snn_reversible_plugin.compiler.peak import peak_of
 # 5. In mode "speed" convolutions and products.
 # 6. Anchors. A membrane that a loop over time carries along, a residual stream of floats: its last
 #    value brings all before it back at once, a product each, and they wait for their turn. So it is
-#    stored now and then, at the distance, in products, that holds least of those near the lowest guessed
-#    peak. No product is computed a third time at any distance. Example: T = 100 steps of one layer, its
-#    membrane stored every 16: 6 membranes are held, and the backward has at most 16 more, where it would
-#    begin with 100 without them.
+#    stored now and then: a chain of products is cut into parts of one length, as few as leave the guessed
+#    peak near the lowest. (At a given distance the last part may be short, and the peak is that of the
+#    others.) No product is computed a third time. Example: T = 100 steps of one layer, cut into four
+#    parts: 3 membranes are held, and the backward has at most 25 more, where it would begin with 100
+#    without them.
 
 SMALLEST_PACKED = 64  # elements; below, a code saves nothing worth an operation
+PARTS = (2, 3, 4, 6, 8, 12, 16, 32, 64)  # into which a chain of products may be cut
+SHORTEST_PART = 3  # products; with shorter ones as much is held as is computed again
 NEAR_LOWEST = 1.2  # among plans whose peak is within this of the lowest, what holds least is taken
 SMALL_OUTPUT = 64  # a result this many times smaller than its largest input is stored
 
@@ -214,19 +218,18 @@ def _is_small(node: fx.Node, parent: fx.Node) -> bool:
 
 def anchors(joint: Joint, stored: set[fx.Node], codes: dict[fx.Node, Levels]) -> set[fx.Node]:
     """Further values to store, so that the backward has fewer of them alive at once, see note 6."""
-    most = sum(is_product(node) for node in joint.wanted(stored))
+    _, longest = _cut(joint, stored, None)
     plans: list[tuple[int, set[fx.Node]]] = [(peak_of(joint, stored, codes), set())]
-    distance = 2
-    while distance < most and (found := _at_distance(joint, stored, distance)):
+    for distance in sorted({max(math.ceil((longest + 1) / parts), SHORTEST_PART) for parts in PARTS}):
+        found, _ = _cut(joint, stored, distance)
         plans.append((peak_of(joint, stored | found, codes), found))
-        distance *= 2
     lowest = min(peak for peak, _ in plans)
     near = [found for peak, found in plans if peak <= NEAR_LOWEST * lowest]
     return min(near, key=lambda found: sum(map(size_of, found)))
 
 
-def _at_distance(joint: Joint, stored: set[fx.Node], distance: int) -> set[fx.Node]:
-    """Values to store so that none is more than ``distance`` products away from stored ones.
+def _cut(joint: Joint, stored: set[fx.Node], distance: int | None) -> tuple[set[fx.Node], int]:
+    """Values to store so that each is fewer than ``distance`` products away from stored ones, and the most.
 
     A product counts once however many paths lead to it.
     """
@@ -234,15 +237,17 @@ def _at_distance(joint: Joint, stored: set[fx.Node], distance: int) -> set[fx.No
     number = {node: index for index, node in enumerate(n for n in joint.forward if is_product(n))}
     behind: dict[fx.Node, int] = {}  # products that a value takes, a bit each
     found: set[fx.Node] = set()
+    most = 0
     for node in joint.forward:
         if node not in wanted or node in stored:
             continue
         products = 1 << number[node] if node in number else 0
         for source in node.all_input_nodes:
             products |= behind.get(source, 0)
-        value = tensor_of(node)
-        if products.bit_count() > distance and value is not None and value.is_floating_point():
+        value, count = tensor_of(node), products.bit_count()
+        if distance and count >= distance and value is not None and value.is_floating_point():
             found.add(node)
             continue
         behind[node] = products
-    return found
+        most = max(most, count)
+    return found, most
