@@ -11,7 +11,7 @@ from snn_reversible_plugin import tape
 from snn_reversible_plugin.neurons.integrate_fire.in_slices import sequence_vjp_in_slices
 from snn_reversible_plugin.neurons.integrate_fire.reference import Neuron, OutputGradients, Rule, Wanted
 from snn_reversible_plugin.neurons.surrogates import Surrogate
-from snn_reversible_plugin.reports.measure import count_step
+from snn_reversible_plugin.reports.measure import AllocationCounter, count_step
 from snn_reversible_plugin.tape.handles import Kept
 from snn_reversible_plugin.tape.replayed import Replayed
 from snn_reversible_plugin.tape.sliced import cut, gradients, rows, stand_in
@@ -244,6 +244,17 @@ def test_the_peak_is_lower_than_in_mode_memory(monkeypatch):
         for _ in range(2):
             peaks[mode] = count_step(lambda net=net: forward(net, x))[1]
     assert peaks["minimal"] < 0.7 * peaks["memory"]
+
+
+def test_a_convolution_of_a_small_input_is_cut_for_its_gradients_sake():
+    net = nn.Sequential(nn.Conv2d(2, 64, 3, padding=1), nn.BatchNorm2d(64))
+    x, gradient = torch.rand(16, 2, 16, 16), torch.rand(16, 64, 16, 16)
+    for _ in range(2):
+        with tape.recording("minimal"):
+            out = net(x)
+        with AllocationCounter() as counter:
+            out.backward(gradient)
+    assert counter.peak < 1.4 * gradient.nbytes
 
 
 def test_a_whole_that_is_no_slices_is_nobody_elses():

@@ -89,7 +89,7 @@ def _convolution(
         raise Whole
     mask = how[-1]
     g_x, g_weight, g_bias = _Whole(x.size, spare), _Sum(), _Sum()
-    for part, found in parts_of(x):
+    for part, found in parts_of(x, nbytes=grad.nbytes):
         one, of_weight, of_bias = func(part.of(grad), x.rows(part, found), weight, *how)
         if mask[0]:
             g_x.put(part, one)
