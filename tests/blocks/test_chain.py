@@ -345,6 +345,20 @@ def test_gradients_of_a_block_do_not_wait_for_those_of_all():
     assert counter.peak < 3 * weight.nbytes
 
 
+def test_in_mode_minimal_the_first_run_takes_slices_too():
+    def convs():
+        return nn.Sequential(*(nn.Conv2d(64, 64, 3, padding=1, bias=False) for _ in range(2)))
+
+    peaks, x = {}, torch.randn(16, 128, 16, 16)
+    for mode in ("memory", "minimal"):
+        model = RevSSequence([RevSBlock(convs(), convs(), dim=1)], mode=mode, states="reset")
+        for _ in range(2):  # the first time of a shape as a whole
+            with AllocationCounter() as counter:
+                model(x)
+        peaks[mode] = counter.peak
+    assert peaks["minimal"] < peaks["memory"] - x.nbytes / 4
+
+
 def test_a_chain_in_segments_equals_the_plain_run(monkeypatch):
     monkeypatch.setattr(chain_nodes, "WAITING", 1)
     x = torch.randn(2, 2, 4, 3, 3)

@@ -257,6 +257,22 @@ def test_a_convolution_of_a_small_input_is_cut_for_its_gradients_sake():
     assert counter.peak < 1.4 * gradient.nbytes
 
 
+@pytest.mark.parametrize("make", [lambda: nn.Conv2d(256, 256, 3, padding=1), lambda: nn.Linear(512, 4096)])
+def test_no_slices_where_a_sum_of_weights_is_more_than_they_spare(make, sliced):
+    peaks, module = {}, make()
+    x = torch.rand((4, 256, 2, 2) if isinstance(module, nn.Conv2d) else (8, 512)).round()
+    for mode in ("memory", "minimal"):
+        for _ in range(2):
+            with tape.recording(mode):
+                loss = module(x * 1.5).square().mean()
+            with AllocationCounter() as counter:
+                loss.backward()
+            module.zero_grad()
+        peaks[mode] = counter.peak
+    assert peaks["minimal"] <= peaks["memory"]
+    assert not sliced
+
+
 def test_a_whole_that_is_no_slices_is_nobody_elses():
     """A view of what waits for somebody else: a neuron writes its gradient over what it is given."""
     aten, x = torch.ops.aten, torch.rand(4, 8)
