@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -94,7 +93,11 @@ class _Nodes:
         task = torch._C._current_graph_task_id()
         if task not in self.walks:
             self.walks[task] = deque()
-            when_over(partial(self.walks.pop, task, None))
+
+            def over() -> None:
+                self.walks.pop(task, None)
+
+            when_over(over)
         self.walks[task].append(walk)
 
     def backward(self, ctx: Any, walk: Walk) -> tuple[Tensor | None, ...]:
