@@ -98,7 +98,7 @@ LAYERS = {
         nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8, track_running_stats=False)
     ),
     "batch norm in evaluation": lambda: nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)).eval(),
-    "linear": lambda: nn.Sequential(nn.Flatten(), nn.Linear(8 * 81, 20)),
+    "linear": lambda: nn.Sequential(nn.Flatten(0, 1), nn.Flatten(), nn.Linear(81, 20)),
     "linear of many dimensions": lambda: nn.Linear(9, 7, bias=False),
     "attention": Attention,
     "product": Residual,
