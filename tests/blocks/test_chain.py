@@ -10,9 +10,9 @@ from torch import nn
 
 import snn_reversible_plugin as srp
 from snn_reversible_plugin import snntorch as snntorch_types
-from snn_reversible_plugin.blocks import RevSBlock, RevSSequence, second_run
+from snn_reversible_plugin.blocks import RevSBlock, RevSSequence, chain_nodes, second_run
 from snn_reversible_plugin.modules.states import reset_states
-from snn_reversible_plugin.reports.measure import count_step
+from snn_reversible_plugin.reports.measure import AllocationCounter, count_step
 from two_processes import together
 
 NEURONS = {
@@ -330,6 +330,62 @@ def test_accumulation_frozen_parameters_hooks_and_autograd_grad():
     first, second = (torch.autograd.grad(out, wanted, retain_graph=True) for wanted in [list(
         model.parameters())[3:5]] * 2)  # fmt: skip
     assert_same(first, second)
+
+
+def test_gradients_of_a_block_do_not_wait_for_those_of_all():
+    def fc():
+        return nn.Linear(512, 512, bias=False)
+
+    model = RevSSequence([RevSBlock(fc(), fc(), dim=1) for _ in range(4)])
+    srp.step_in_backward(torch.optim.SGD(model.parameters(), lr=1e-3))
+    with AllocationCounter() as counter:
+        model(torch.randn(1, 1024)).sum().backward()
+    weight = next(model.parameters())
+    assert isinstance(weight.grad, torch.Tensor)
+    assert counter.peak < 3 * weight.nbytes
+
+
+def test_in_mode_minimal_the_first_run_takes_slices_too():
+    def convs():
+        return nn.Sequential(*(nn.Conv2d(64, 64, 3, padding=1, bias=False) for _ in range(2)))
+
+    peaks, x = {}, torch.randn(16, 128, 16, 16)
+    for mode in ("memory", "minimal"):
+        model = RevSSequence([RevSBlock(convs(), convs(), dim=1)], mode=mode, states="reset")
+        for _ in range(2):  # the first time of a shape as a whole
+            with AllocationCounter() as counter:
+                model(x)
+        peaks[mode] = counter.peak
+    assert peaks["minimal"] < peaks["memory"] - x.nbytes / 4
+
+
+def test_a_chain_in_segments_equals_the_plain_run(monkeypatch):
+    monkeypatch.setattr(chain_nodes, "WAITING", 1)
+    x = torch.randn(2, 2, 4, 3, 3)
+    against_plain(chain(node="plif"), x, 2)
+    shared = RevSBlock(branch(), branch())
+    against_plain(RevSSequence([shared, RevSBlock(branch(), branch()), shared], check=True), x)
+    for frozen in (0, 1, 2):
+        model = chain(states="reset")
+        model.blocks[frozen].requires_grad_(False)
+        plain = copy.deepcopy(model)
+        plain.reversible = False
+        found = []
+        for m in (model, plain):
+            leaf, out = x.clone().requires_grad_(), None
+            last, first = list(m.blocks[-(frozen == 0)].parameters())[:2], list(m.parameters())
+            out = m(leaf)
+            some = (
+                torch.autograd.grad(out.sum(), last, retain_graph=True, allow_unused=True) if frozen else ()
+            )
+            both = torch.stack([torch.ones_like(out), out.detach()])
+            wanted = [leaf, *(p for p in first if p.requires_grad)]
+            batch = torch.autograd.grad(out, wanted, both, is_grads_batched=True, retain_graph=True)
+            out.square().sum().backward()
+            found.append([*some, *batch, leaf.grad, *(p.grad for p in m.parameters())])
+            m(x).sum().backward()
+            found[-1] += [p.grad for p in m.parameters()]
+        assert_same(*found)
 
 
 def test_two_hundred_blocks_are_rebuilt_exactly_and_floats_are_not():

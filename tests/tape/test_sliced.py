@@ -11,7 +11,7 @@ from snn_reversible_plugin import tape
 from snn_reversible_plugin.neurons.integrate_fire.in_slices import sequence_vjp_in_slices
 from snn_reversible_plugin.neurons.integrate_fire.reference import Neuron, OutputGradients, Rule, Wanted
 from snn_reversible_plugin.neurons.surrogates import Surrogate
-from snn_reversible_plugin.reports.measure import count_step
+from snn_reversible_plugin.reports.measure import AllocationCounter, count_step
 from snn_reversible_plugin.tape.handles import Kept
 from snn_reversible_plugin.tape.replayed import Replayed
 from snn_reversible_plugin.tape.sliced import cut, gradients, rows, stand_in
@@ -98,7 +98,7 @@ LAYERS = {
         nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8, track_running_stats=False)
     ),
     "batch norm in evaluation": lambda: nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)).eval(),
-    "linear": lambda: nn.Sequential(nn.Flatten(), nn.Linear(8 * 81, 20)),
+    "linear": lambda: nn.Sequential(nn.Flatten(0, 1), nn.Flatten(), nn.Linear(81, 20)),
     "linear of many dimensions": lambda: nn.Linear(9, 7, bias=False),
     "attention": Attention,
     "product": Residual,
@@ -244,6 +244,33 @@ def test_the_peak_is_lower_than_in_mode_memory(monkeypatch):
         for _ in range(2):
             peaks[mode] = count_step(lambda net=net: forward(net, x))[1]
     assert peaks["minimal"] < 0.7 * peaks["memory"]
+
+
+def test_a_convolution_of_a_small_input_is_cut_for_its_gradients_sake():
+    net = nn.Sequential(nn.Conv2d(2, 64, 3, padding=1), nn.BatchNorm2d(64))
+    x, gradient = torch.rand(16, 2, 16, 16), torch.rand(16, 64, 16, 16)
+    for _ in range(2):
+        with tape.recording("minimal"):
+            out = net(x)
+        with AllocationCounter() as counter:
+            out.backward(gradient)
+    assert counter.peak < 1.4 * gradient.nbytes
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Conv2d(256, 256, 3, padding=1), lambda: nn.Linear(512, 4096)])
+def test_no_slices_where_a_sum_of_weights_is_more_than_they_spare(make, sliced):
+    peaks, module = {}, make()
+    x = torch.rand((4, 256, 2, 2) if isinstance(module, nn.Conv2d) else (8, 512)).round()
+    for mode in ("memory", "minimal"):
+        for _ in range(2):
+            with tape.recording(mode):
+                loss = module(x * 1.5).square().mean()
+            with AllocationCounter() as counter:
+                loss.backward()
+            module.zero_grad()
+        peaks[mode] = counter.peak
+    assert peaks["minimal"] <= peaks["memory"]
+    assert not sliced
 
 
 def test_a_whole_that_is_no_slices_is_nobody_elses():

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from snn_reversible_plugin import tape
-from snn_reversible_plugin.blocks.chain_function import Update, run_reversibly
+from snn_reversible_plugin.blocks.chain_function import Update
+from snn_reversible_plugin.blocks.chain_nodes import run_reversibly
 from snn_reversible_plugin.blocks.coupling import Streams, entered, plain, split
 from snn_reversible_plugin.blocks.parallel import Group
 from snn_reversible_plugin.blocks.undo import Rebuild

@@ -1,4 +1,4 @@
-"""A chain of reversible blocks as one autograd function: what its backward needs, and how it walks.
+"""One run of a chain of reversible blocks: what its backward needs, and how it walks.
 
 The one idea: a run of the chain is an object that outlives the forward by as little as it can: its outputs,
 and how to run each branch again. Source: Zhang and Zhang, AAAI 2024 (arXiv 2312.07922); Gomez et al.,
@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.blocks.coupling import Streams, couple, entered
@@ -25,7 +24,6 @@ from snn_reversible_plugin.blocks.undo import Flips, Undo, difference, flipped
 from snn_reversible_plugin.grid import reach, watch
 from snn_reversible_plugin.modules.kinds import load_adapters
 from snn_reversible_plugin.modules.states import Key, state_tensors
-from snn_reversible_plugin.ops.batched import comes_again, one_by_one
 from snn_reversible_plugin.ops.layouts import with_strides
 from snn_reversible_plugin.tape.unseen import checksum
 
@@ -33,9 +31,9 @@ from snn_reversible_plugin.tape.unseen import checksum
 #
 # 1. From the last block to the first, G before F: x2 = y2 - snap(G(y1)), x1 = y1 - snap(F(x2)). One run of
 #    each branch, with a graph, gives the value to subtract and the gradient.
-# 2. Parameters, and states that have a gradient, are inputs of the one autograd function, their gradients
-#    its outputs, so that accumulation, DistributedDataParallel, hooks and `torch.autograd.grad` see what
-#    they see of any module.
+# 2. Parameters, and states that have a gradient, are inputs of autograd functions, their gradients its
+#    outputs, so that accumulation, DistributedDataParallel, hooks and `torch.autograd.grad` see what they
+#    see of any module (`chain_nodes`).
 # 3. Each rebuilt stream gets the strides of the forward's: a kernel may round by layout.
 # 4. The range is checked on what is rebuilt (grid, note 3), when the whole backward is over (grid.range).
 # 5. What the second run reads by reference (parameters, statistics of norms in evaluation) must be
@@ -44,39 +42,46 @@ from snn_reversible_plugin.tape.unseen import checksum
 Update = tuple[str, nn.Module, str]  # what errors call a branch, the block that runs it, the branch's name
 
 
-def run_reversibly(
-    chain: Any, updates: Sequence[Update], x1: Tensor, x2: Tensor, dim: int | None
-) -> tuple[Tensor, ...]:
-    """Run branches one after the other, keeping the outputs alone.
+class Walk:
+    """Where a walk back through a chain stands.
+
+    Args:
+        streams: the chain's last two.
+        kept: the entry states that are tensors, of each branch that is not undone yet.
+        g_streams: gradients of the streams, until the next branch is differentiated.
+        g_states: gradients of the states; at first at the chain's exit, in the end at its entry.
+        shared: ids of the parameters that several branches have.
+    """
+
+    def __init__(
+        self,
+        streams: Streams,
+        kept: list[list[Tensor]],
+        g_streams: Sequence[Tensor | None],
+        g_states: dict[Key, Tensor],
+        shared: set[int],
+    ) -> None:
+        self.a: Any
+        self.b: Any
+        (self.a, self.b), (self.g_a, self.g_b) = streams, g_streams
+        self.kept, self.g_states, self.totals = kept, g_states, Totals(shared)
+        self.flips: dict[str, Flips] = {}
+
+
+class ChainRun:
+    """One forward of a chain: what its backward needs besides tensors.
 
     Args:
         chain: the :class:`RevSSequence`, for its settings.
         updates: its branches in order.
-        x1, x2: the streams.
         dim: in which the output is put together; None for two streams.
+        parameters: those that get a gradient.
     """
-    parameters = [p for p in chain.parameters() if p.requires_grad]
-    run = _Run(chain, updates, dim, parameters)
-    inputs = (x1, x2, *parameters, *(state for _, state in run.states))
-    outs = _Chain.apply(run, *inputs)  # type: ignore[no-untyped-call]
-    streams = 2 if dim is None else 1
-    tape.mark_opaque(*outs)
-    for (table, key), state in zip(run.exits, outs[streams:], strict=True):
-        if (id(table), key) in run.promised.places:
-            run.promised.may_be_read((id(table), key), state)
-        else:
-            table[key] = state
-    run.promised.places.clear()
-    return outs[:streams]  # type: ignore[no-any-return]
-
-
-class _Run:
-    """One forward of a chain: what its backward needs besides tensors."""
 
     def __init__(
         self, chain: Any, updates: Sequence[Update], dim: int | None, parameters: list[nn.Parameter]
     ) -> None:
-        self.chain, self.dim, self.parameters = chain, dim, parameters
+        self.chain, self.dim, self.wanted = chain, dim, set(map(id, parameters))
         self.bits, self.check = chain.bits, chain.check
         self.carries = chain.states == "carry"
         load_adapters()
@@ -134,13 +139,13 @@ class _Run:
                 "RevSSequence: its parameters are not those that its forward ran with, so that the "
                 "membranes can't be computed any more. Read a membrane right after the forward."
             )
-        a, b = self._last(streams)
+        a, b = self.last(streams)
         for index in range(len(self.branches) - 1, -1, -1):
             undo = self._undo(index, b)
             undo(self.branches[index].without_graph((a,), kept[index]))
             a, b = undo.rebuilt, a
 
-    def _last(self, outs: Sequence[Tensor]) -> Streams:
+    def last(self, outs: Sequence[Tensor]) -> Streams:
         """The two streams in the order in which the walk takes them."""
         if self.dim is None:
             a, b = outs
@@ -171,99 +176,34 @@ class _Run:
                 "Make it deterministic, lower its gain, or set reversible=False."
             )
 
-    def backward(
-        self,
-        outs: list[Tensor],
-        kept: list[list[Tensor]],
-        g_streams: tuple[Tensor | None, Tensor | None],
-        g_states: dict[Key, Tensor],
-        wanted: set[int],
-    ) -> tuple[tuple[Tensor | None, Tensor | None], dict[int, Tensor]]:
-        """Walk back with a graph of one branch at a time.
-
-        Args:
-            outs: the outputs, emptied: their last use is soon over.
-            kept: the entry states of each branch that are tensors.
-            g_streams: gradients of the two last streams.
-            g_states: gradients of the states; in: at the chain's exit, out: at its entry.
-            wanted: ids of the parameters that get a gradient.
-
-        Returns:
-            Gradients of the two first streams, and of the parameters by their ids.
-        """
-        (a, b), (g_a, g_b) = self._last(outs), g_streams
-        outs.clear()
-        del g_streams
-        totals = Totals(self.shared)
-        for name, output in (("first", a), ("second", b)):
-            self.watch(f"the output's {name} stream", output)
-        flips: dict[str, Flips] = {}
-        for index in range(len(self.branches) - 1, -1, -1):
-            branch = self.branches[index]
-            # Forward: b = before + snap(branch(a)), where `before` and `a` were the streams.
-            parameters = list({id(p): p for p in branch.parameters() if id(p) in wanted}.values())
-            # Nobody reads the chain's first input stream.
-            undo = self._undo(index, b if index or self.check else None)
-            arrived = [g_b, g_a]
-            del b, g_a
-            leaf = a.detach().requires_grad_()
-            (g_total,), g_parameters, spikes = branch.again(
-                (leaf,), kept.pop(), parameters, undo, arrived, g_states
-            )
-            for parameter, g_p in zip(parameters, g_parameters, strict=True):
-                totals.add(parameter, g_p)
-            del g_parameters
-            a, b = undo.rebuilt, a
-            g_a, g_b = g_b, g_total
-            if self.check:
-                flips[branch.name] = flipped(branch.name, branch.spikes, spikes)
+    def walk_back(self, walk: Walk, first: int) -> None:
+        """Walk back to a branch, ``first`` included, with a graph of one branch at a time."""
+        if len(walk.kept) == len(self.branches):
+            for name, output in (("first", walk.a), ("second", walk.b)):
+                self.watch(f"the output's {name} stream", output)
+        for index in range(len(walk.kept) - 1, first - 1, -1):
+            self._step_back(walk, index)
+        if first:
+            return
         self.chain._inspected = True
         if self.original is not None:
-            self.chain.last_rebuild = difference((a, b), self.original, flips)
-        return (g_a, g_b), totals
+            self.chain.last_rebuild = difference((walk.a, walk.b), self.original, walk.flips)
 
-
-class _Chain(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, run: _Run, x1: Tensor, x2: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        with tape.paused(), tape.to_be_repeated():
-            streams, kept, undoing = run.forward(x1, x2)
-            outs = streams if run.dim is None else (torch.cat(streams, run.dim),)
-        if run.promised.places:
-            undoing.starts_from(outs, kept)
-        ctx.run, ctx.counts, ctx.dtype = run, [len(tensors) for tensors in kept], x1.dtype
-        ctx.save_for_backward(*outs, *(tensor for tensors in kept for tensor in tensors))
-        given = {id(tensor) for tensor in (*outs, x1, x2, *_)}
-        states = []
-        for table, key in run.exits:
-            place = run.promised.places.get((id(table), key))
-            state = table[key] if place is None else place
-            states.append(state.clone() if id(state) in given else state)
-            given.add(id(states[-1]))
-        return (*outs, *states)
-
-    @staticmethod
-    @one_by_one
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        run: _Run = ctx.run
-        if all(g is None for g in grads):  # reached through a state that nobody used
-            return (None,) * len(ctx.needs_input_grad)
-        run.unchanged.check()
-        count = 2 if run.dim is None else 1
-        outs, saved = list(ctx.saved_tensors[:count]), list(ctx.saved_tensors[count:])
-        g_outs, g_exits = grads[:count], grads[count:]
-        if run.dim is not None:
-            g_outs = (None, None) if g_outs[0] is None else g_outs[0].chunk(2, run.dim)
-        g_states: dict[Key, Tensor] = {
-            (id(table), key): g for (table, key), g in zip(run.exits, g_exits, strict=True) if g is not None
-        }
-        if hasattr(ctx, "maybe_clear_saved_tensors") and not comes_again():
-            ctx.maybe_clear_saved_tensors()
-        kept = [[saved.pop(0) for _ in range(count)] for count in ctx.counts]
-        wanted = {id(p) for p, on in zip(run.parameters, ctx.needs_input_grad[3:], strict=False) if on}
-        found, totals = run.backward(outs, kept, g_outs, g_states, wanted)  # type: ignore[arg-type]
-        g_streams = (None if g is None else g.to(ctx.dtype) for g in found)
-        g_inputs = [totals.get(id(p)) for p in run.parameters]
-        return (None, *g_streams, *g_inputs, *(g_states.get(key) for key, _ in run.states))
+    def _step_back(self, walk: Walk, index: int) -> None:
+        branch = self.branches[index]
+        # Forward: b = before + snap(branch(a)), where `before` and `a` were the streams.
+        parameters = list({id(p): p for p in branch.parameters() if id(p) in self.wanted}.values())
+        # Nobody reads the chain's first input stream.
+        undo = self._undo(index, walk.b if index or self.check else None)
+        arrived = [walk.g_b, walk.g_a]
+        walk.b = walk.g_a = None
+        leaf = walk.a.detach().requires_grad_()
+        (g_total,), g_parameters, spikes = branch.again(
+            (leaf,), walk.kept.pop(), parameters, undo, arrived, walk.g_states
+        )
+        for parameter, g_p in zip(parameters, g_parameters, strict=True):
+            walk.totals.add(parameter, g_p)
+        walk.a, walk.b = undo.rebuilt, walk.a
+        walk.g_a, walk.g_b = walk.g_b, g_total
+        if self.check:
+            walk.flips[branch.name] = flipped(branch.name, branch.spikes, spikes)

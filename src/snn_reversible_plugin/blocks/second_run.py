@@ -46,6 +46,8 @@ from snn_reversible_plugin.modules.states import (
 from snn_reversible_plugin.modules.swap import lent_classes
 from snn_reversible_plugin.ops.autocast import Autocast
 from snn_reversible_plugin.ops.interrupts import Left, PuttingBack
+from snn_reversible_plugin.tape.sliced.cut import step_of
+from snn_reversible_plugin.tape.sliced.forward import ConvolutionsInSlices
 
 # NOTE [What makes the second run the first one]
 #
@@ -135,7 +137,7 @@ class BranchRun:
         }
         self._modes = [module.training for module in self._modules]
         self._autocast = Autocast(inputs[0].device.type)
-        with self._observed() as self.spikes:
+        with self._observed() as self.spikes, self._unrecorded():
             out = self._call(inputs, cache=False)
         check_output(self.name, out, inputs, versions)
         if not random.unused():
@@ -176,6 +178,9 @@ class BranchRun:
         small = sum(x.numel() * x.element_size() for x in inputs) <= SMALL
         return nullcontext() if small and layers <= 1 else tape.recording(self._how.mode)
 
+    def _unrecorded(self) -> Any:
+        return ConvolutionsInSlices(step_of) if self._how.mode == "minimal" else nullcontext()
+
     def _observed(self) -> Any:
         return observed_spikes(self._modules) if self._how.observe else nullcontext([])
 
@@ -209,7 +214,7 @@ class BranchRun:
     def without_graph(self, inputs: Sequence[Tensor], states: Sequence[Tensor]) -> Tensor:
         """Run again as the first time, for the output and the states at exit."""
         random = nullcontext() if self._random is None else self._random.again()
-        with random, self._as_it_was(states, {}):
+        with random, self._as_it_was(states, {}), self._unrecorded():
             out = self._call(inputs, cache=False)
             self._tell()
         return out  # type: ignore[no-any-return]

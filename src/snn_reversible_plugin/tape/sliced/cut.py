@@ -85,9 +85,9 @@ class Cut(Handle):
         """Of the whole."""
         return self.size.numel() * self.dtype.itemsize
 
-    def is_large(self) -> bool:
-        """Whether slices lower the peak of the step that it is of."""
-        return SMALL * self.nbytes > self._slices.largest
+    def is_large(self, beside: int = 0) -> bool:
+        """Whether slices lower the peak of its step; ``beside``: bytes that are cut with it."""
+        return SMALL * max(self.nbytes, beside) > self._slices.largest
 
     @property
     def ways(self) -> tuple[tuple[int, int], ...]:
@@ -352,8 +352,9 @@ def _signature(handle: Any) -> Any:
     return repr(handle)
 
 
-def parts_of(*cuts: Cut) -> Iterator[tuple[Part, dict[Handle, Tensor]]]:
-    """Parts of tensors with one number of rows, with a place for what is found of each."""
+def parts_of(*cuts: Cut, nbytes: int = 0) -> Iterator[tuple[Part, dict[Handle, Tensor]]]:
+    """Parts of tensors with one number of rows, with a place for what is found of each; ``nbytes``: of
+    something larger that is cut with them."""
     coarsest = min(cuts, key=lambda cut: cut.groups[0] * cut.groups[1])
-    for part in coarsest.parts(nbytes=max(cut.nbytes for cut in cuts)):
+    for part in coarsest.parts(nbytes=max(nbytes, *(cut.nbytes for cut in cuts))):
         yield part, {}

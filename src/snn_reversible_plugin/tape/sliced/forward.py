@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from snn_reversible_plugin.ops.layouts import is_plain
 from snn_reversible_plugin.tape.operators import aten
 from snn_reversible_plugin.tape.sliced.rows import Part, Whole
+from snn_reversible_plugin.tape.surroundings import OwnMode
 
 
 class _Result(NamedTuple):
@@ -85,3 +87,18 @@ def _result(args: tuple[Any, ...], whole: Tensor, step_of: StepOf) -> _Result | 
     except Whole:
         return None
     return _Result(whole.size(), whole.stride(), whole.dtype, parts)
+
+
+class ConvolutionsInSlices(OwnMode, TorchDispatchMode):
+    """Inside, unrecorded convolutions run in slices; ``step_of`` as for :func:`convolution`."""
+
+    def __init__(self, step_of: StepOf) -> None:
+        super().__init__()
+        self._step_of = step_of
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is aten.convolution.default and not kwargs:
+            return convolution(args, self._step_of)
+        return func(*args, **(kwargs or {}))

@@ -22,7 +22,8 @@ from snn_reversible_plugin.tape.sliced.rows import Part, Whole
 #
 # Parameters' gradients are added up in float32 at least, in the order of the batch: slices of the batch
 # give another order of additions than the whole, and so another rounding. The rest of a gradient is what
-# the same kernel gives for the same samples.
+# the same kernel gives for the same samples. A sum stands beside each of its terms: where it is larger than
+# what slices could spare, there are none.
 #
 # NOTE [In place of what came in]
 #
@@ -63,6 +64,11 @@ class _Whole:
         part.put(rows, self.value)
 
 
+def _refuse_large_sum(nbytes: int, *cut: Cut | Tensor) -> None:
+    if nbytes > sum(one.nbytes for one in cut):
+        raise Whole
+
+
 class _Sum:
     """A parameter's gradient."""
 
@@ -88,8 +94,9 @@ def _convolution(
     if not isinstance(x, Cut) or not isinstance(weight, Tensor) or len(x.size) < 3:
         raise Whole
     mask = how[-1]
+    _refuse_large_sum(weight.nbytes if mask[1] else 0, x, grad)
     g_x, g_weight, g_bias = _Whole(x.size, spare), _Sum(), _Sum()
-    for part, found in parts_of(x):
+    for part, found in parts_of(x, nbytes=grad.nbytes):
         one, of_weight, of_bias = func(part.of(grad), x.rows(part, found), weight, *how)
         if mask[0]:
             g_x.put(part, one)
@@ -191,9 +198,11 @@ def _pool(func: Any, grad: Tensor, x: Cut, *how: Any) -> Tensor | None:
 def _mm(func: Any, one: Any, other: Any) -> Tensor | None:
     total = _Sum()
     if isinstance(one, Turned) and isinstance(other, Tensor):  # x^T g, over rows of both
+        _refuse_large_sum(one.cut.size[1] * other.shape[1] * other.itemsize, one.cut, other)
         for part, found in parts_of(one.cut):
             total.add(func(one.cut.rows(part, found).t(), part.of(other)))
     elif isinstance(other, Cut) and isinstance(one, Tensor):  # g^T x
+        _refuse_large_sum(one.shape[0] * other.size[1] * one.itemsize, one, other)
         for part, found in parts_of(other):
             total.add(func(part.of(one.t()).t(), other.rows(part, found)))
     else:

@@ -7,6 +7,7 @@ of ``__torch_dispatch__``.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -110,12 +111,20 @@ def unpack(handle: Handle) -> Tensor:
 def _is_taken(cut: Cut) -> bool:
     """Whether the node that asks can do with slices, and slices serve."""
     node: Any = torch._C._current_autograd_node()
-    if node is None or not cut.is_large():
+    if node is None or not cut.is_large(_laid_out(node)):
         return False
     function = getattr(node, "_forward_cls", None)
     if function is not None:
         return not isinstance(cut.handle, Kept) and getattr(function, "takes_slices", False)
     return node.name() in TAKERS
+
+
+def _laid_out(node: Any) -> int:
+    """The bytes of a gradient that a node's kernel may lay out anew."""
+    if node.name() != "ConvolutionBackward0":
+        return 0
+    of_output = node._input_metadata[0]
+    return math.prod(of_output.shape) * of_output.dtype.itemsize  # type: ignore[no-any-return]
 
 
 def cut_of(tensor: Tensor) -> Cut | None:
