@@ -2,13 +2,14 @@
 
 The one idea: the forward writes no charged membranes, since the backward makes them anew of the currents.
 Currents and states are rows of [T, n] views (:func:`.ops.layouts.as_rows`), whatever their strides. The
-arithmetic is that of SpikingJelly 2.0's own Triton kernels, bit for bit, and in :func:`backward_as_autograd`
-that of releases which are torch code. Nothing waits for the device, but once to see how torch divides there.
+arithmetic is that of SpikingJelly 2.0's own Triton kernels, bit for bit; of releases which are torch code,
+:func:`backward_as_autograd` has theirs. Nothing waits for the device, but once to see how torch divides.
 """
 
 from __future__ import annotations
 
 import functools
+from ctypes import c_float
 from typing import NamedTuple
 
 import torch
@@ -126,9 +127,10 @@ def backward(
     own, programs = _places(wanted.x, steps, n)
     with torch.cuda.device_of(x):
         kernels.backward[(programs,)](
-            x, v, _leak(rule, q, x.device), given.spikes, g_v, wanted.x, own, wanted.start, wanted.q, wanted.v_last,
-            steps, n, triton.cdiv(n, SIZE), *x.stride(), *_strides(given.spikes), *_strides(g_v),
-            wanted.x.stride(0), *_fires(rule), alpha, _leaks(rule, q), q is not None, rule.v_reset is None,
+            x, v, _leak(rule, q, x.device), given.spikes, g_v, wanted.x, own, wanted.start, wanted.q,
+            wanted.v_last, steps, n, triton.cdiv(n, SIZE), *x.stride(), *_strides(given.spikes),
+            *_strides(g_v), wanted.x.stride(0), *_fires(rule), alpha, _leaks(rule, q), q is not None,
+            rule.v_reset is None,
             rule.detach_reset, _SURROGATES[name], isinstance(v, Tensor), given.spikes is not None,
             0 if g_v is None else g_v.dim(), wanted.start is not None, wanted.q is not None,
             wanted.v_last is not None, own is not None, SIZE, enable_fp_fusion=False,
@@ -188,15 +190,9 @@ def backward_as_autograd(
 
 @functools.cache
 def divides(device: torch.device) -> bool:
-    """Whether torch divides by a number there, and doesn't multiply by its reciprocal; waits for it once."""
+    """Whether torch divides by a number there, and doesn't multiply by its reciprocal. Waits once."""
     some = torch.arange(1, 257, device=device, dtype=torch.float32)
     return torch.equal(some / 1.7, some / torch.full_like(some, 1.7))
-
-
-@functools.lru_cache(maxsize=256)
-def _reciprocal(tau: float) -> float:
-    one, by = (torch.full((), number, device="cpu", dtype=torch.float32) for number in (1.0, tau))
-    return float(one / by)
 
 
 def _multiplies(rule: Rule, q: Tensor | None, device: torch.device) -> bool:
@@ -209,7 +205,7 @@ def _leak(rule: Rule, q: Tensor | None, device: torch.device) -> Tensor | float:
         return 1.0 if q is None else q
     if rule.scales:
         return 1.0 - 1.0 / rule.tau
-    return _reciprocal(rule.tau) if _multiplies(rule, q, device) else rule.tau
+    return 1.0 / c_float(rule.tau).value if _multiplies(rule, q, device) else rule.tau
 
 
 def _leaks(rule: Rule, q: Tensor | None) -> int:

@@ -39,9 +39,7 @@ TOGETHER = tl.constexpr(2)  # or g_s + (g_v v_reset - g_v h)
 
 
 @triton.jit
-def _of_spikes(
-    g_s, g_v, h, threshold, to, SOFT: tl.constexpr, SUM: tl.constexpr, OF_SPIKES: tl.constexpr
-):
+def _of_spikes(g_s, g_v, h, threshold, to, SOFT: tl.constexpr, SUM: tl.constexpr, OF_SPIKES: tl.constexpr):
     """The gradient of spikes, their own and through the reset."""
     if SOFT:
         term = -g_v * threshold
@@ -143,7 +141,7 @@ def backward(
         if OF_V_SEQ:
             g_v_seq -= v_seq_step
             above = tl.load(g_v_seq + of_v_seq, mask=mask & (step + 1 < T), other=nothing)
-            if LEAKS == NO_LEAK or LEAKS == KEEP or V_SEQ_LAST:
+            if LEAKS == NO_LEAK or LEAKS == KEEP or V_SEQ_LAST:  # noqa: SIM109 - Triton knows no `in`
                 carry = carry + above
             else:
                 carry = (above + g_h) - leak

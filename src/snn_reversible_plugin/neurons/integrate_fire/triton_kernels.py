@@ -94,6 +94,7 @@ def reset(h, s, threshold, to, SOFT: tl.constexpr):
 
 @triton.jit
 def start(v, index, mask, EACH: tl.constexpr):
+    """The membranes before the first step, of a place or of one number."""
     if EACH:
         return tl.load(v + index, mask=mask, other=0.0)
     else:
