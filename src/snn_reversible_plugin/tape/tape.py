@@ -106,7 +106,8 @@ class Tape(Recording):
                 handle = by_reference(handle)
         elif isinstance(handle, Replayed) and handle.carried and not handle.uses:
             pay(handle.carried, tensor.nbytes)
-        handle.need()
+        if handle.counts:
+            handle.need()
         if torch._C._current_graph_task_id() != self._graph_task:
             return handle  # what a backward saves for one of its own
         if self.sizes is not None:
@@ -346,7 +347,9 @@ class Tape(Recording):
     def operands(self, tensors: Iterable[torch.Tensor], known: dict[int, Any]) -> dict[int, Handle]:
         """The handles to store for operands, by id, given what :func:`look_up` said of them."""
         for tensor in tensors:
-            known[id(tensor)] = self.relied_on(tensor, known[id(tensor)])
+            handle = known[id(tensor)]
+            if not isinstance(handle, Replayed):
+                known[id(tensor)] = self.relied_on(tensor, handle)
         return known
 
     def relied_on(self, tensor: torch.Tensor, handle: Any) -> Handle:
