@@ -347,9 +347,7 @@ class Tape(Recording):
     def operands(self, tensors: Iterable[torch.Tensor], known: dict[int, Any]) -> dict[int, Handle]:
         """The handles to store for operands, by id, given what :func:`look_up` said of them."""
         for tensor in tensors:
-            handle = known[id(tensor)]
-            if not isinstance(handle, Replayed):
-                known[id(tensor)] = self.relied_on(tensor, handle)
+            known[id(tensor)] = self.relied_on(tensor, known[id(tensor)])
         return known
 
     def relied_on(self, tensor: torch.Tensor, handle: Any) -> Handle:
