@@ -28,10 +28,10 @@ venv: $(STAMP)  ## make the environment with every extra
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or newer is needed, {sys.executable} is {v[0]}.{v[1]}: run make with PYTHON=python3.11")'
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[all,dev]'
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-compile -e '.[all,dev]'
 	@rm -rf $(VENV)/old
 	@for version in $(OLD_SPIKINGJELLY); do \
-		$(PY) -m pip install --quiet --disable-pip-version-check --no-deps \
+		$(PY) -m pip install --quiet --disable-pip-version-check --no-compile --no-deps \
 			--target $(VENV)/old/spikingjelly-$$version spikingjelly==$$version || exit 1; done
 	@rm -f $(VENV)/.installed-*
 	@touch $@

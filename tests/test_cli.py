@@ -37,6 +37,7 @@ def run(*arguments):
     return CliRunner().invoke(app, [str(part) for part in arguments], env={"COLUMNS": "250"})
 
 
+@pytest.mark.slow
 def test_the_demo_trains_twice_and_shows_it(tmp_path):
     picture = tmp_path / "new folder" / "demo.png"
     result = run("demo", *ARGUMENTS, "--plot", picture)
@@ -55,6 +56,7 @@ def test_the_demo_trains_twice_and_shows_it(tmp_path):
     assert pixels.std() > 0.05
 
 
+@pytest.mark.slow
 def test_the_demo_compares_what_it_says():
     both = demo.compare(**SMALL)
     assert both.equal_steps == len(both.stock.losses) == 6

@@ -184,7 +184,7 @@ def test_slices_of_a_sequential():
     model[:2](torch.rand(3, 4)).sum().backward()
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("skip", ["lif1", neuron.LIFNode, ("lif1", "conv2"), [nn.Conv2d]])
 def test_skip(x, skip):
     net = assert_trains_like_stock(Net, (x,), skip=skip)
@@ -554,6 +554,7 @@ def test_verify_finds_a_replay_that_differs():
     assert "written to past its version counter" in verification.replay_error
 
 
+@pytest.mark.slow
 def test_report_prints_and_plots(net, x, capsys):
     report = srp.memory_report(net, x)
     report.print()
@@ -564,6 +565,7 @@ def test_report_prints_and_plots(net, x, capsys):
     assert len(figure.axes) == 2  # the step, and bytes by module
 
 
+@pytest.mark.slow
 def test_converting_for_a_report_only(x):
     model = Net()
     assert srp.memory_report(model, x).converted.held > 0

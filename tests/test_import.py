@@ -27,6 +27,7 @@ loss.backward()
 
 
 @pytest.mark.parametrize("framework", ["spikingjelly", "snntorch"])
+@pytest.mark.one_in(2)
 def test_a_missing_framework_names_its_extra(framework):
     result = python(f"import snn_reversible_plugin.{framework}", framework)
     assert f"pip install 'snn-reversible-plugin[{framework}]'" in result.stderr

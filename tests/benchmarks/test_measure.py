@@ -32,6 +32,7 @@ def by_method(workload, methods, repeats=1):
     return {result.method: result for result in found}
 
 
+@pytest.mark.slow
 def test_earlier_networks_of_snntorch_are_not_counted():
     workload = WORKLOADS["tutorial-6"]
     x, peaks = workload.batch((2, 1, 28, 28), "cpu"), []
@@ -66,7 +67,7 @@ def test_the_search_finds_the_last_size_that_fits(slope, offset, bend, budget, s
     assert largest_within(peak, budget, start, 300) == expected
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", ["checkpoint", "memopt 1", "speed", "memory", "blocks", "blocks + tape"])
 def test_gradients_on_a_reversible_chain_are_stocks(name):
     found = by_method(tiny(), ["stock", name])

@@ -350,6 +350,7 @@ def test_two_hundred_blocks_are_rebuilt_exactly_and_floats_are_not():
     assert found[None].flipped_bits > 0 and found[None].max_error > 0.1  # a spike flipped, then more
 
 
+@pytest.mark.slow
 def test_held_memory_of_snntorch_neurons_is_flat_in_depth():
     held = {}
     for depth in (8, 32):

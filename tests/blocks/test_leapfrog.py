@@ -80,6 +80,7 @@ def test_state_dict_unwrapping_and_copies():
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.slow
 def test_deep_chains_are_rebuilt_exactly_and_held_memory_is_flat():
     held = {}
     for depth in (8, 100):

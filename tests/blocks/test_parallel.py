@@ -115,6 +115,7 @@ def test_it_is_the_equations():
     assert torch.equal(model(batch()), torch.cat((y1, y2), 2))
 
 
+@pytest.mark.slow
 def test_held_memory_is_flat_and_reset_and_copies_work():
     held = {}
     for depth in (8, 32):

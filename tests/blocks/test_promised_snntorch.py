@@ -217,6 +217,7 @@ def loses_sight(model, x):
         (loses_sight, "Leaky"),
     ],
 )
+@pytest.mark.one_in(5)
 def test_held_memory_is_flat_in_depth(before, kind, monkeypatch):
     if before is loses_sight:
         monkeypatch.setattr(starts, "may_look", lambda _device: False)

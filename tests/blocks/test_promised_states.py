@@ -227,6 +227,7 @@ def test_a_pair_of_streams_and_membranes():
     same(both, lambda: chain(depth=2))
 
 
+@pytest.mark.slow
 def test_held_memory_is_flat_in_depth():
     held = {}
     for depth in (8, 100):

@@ -229,6 +229,7 @@ def test_which_blocks_of_transformers_carry_a_membrane(device):
                    for block in getattr(floats, stage))  # fmt: skip
 
 
+@pytest.mark.slow
 def test_held_memory_does_not_grow_by_a_stream_a_block(device):
     def held(blocks, arithmetic):
         model = build("branch + x", device, blocks=blocks, channels=4)

@@ -108,7 +108,7 @@ def against_plain(model, x, **settings):
     assert_same(train(model, x, **settings), train(plain, x, **settings))
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize(
     ("name", "converted"),
     [*((name, False) for name in TRAINED), *((name, True) for name in TRAINED if name in CONVERTED)],
@@ -286,6 +286,7 @@ def test_wrapping_twice_is_wrapping_once():
     assert {block.why for block in second.blocks if block.outcome == "wrapped"} == {"already"}
 
 
+@pytest.mark.slow
 def test_held_memory_falls_and_does_not_grow_with_depth():
     def held(depth, wrap, states="carry"):
         blocks = [ms_resnet._MSBlock(16, 16, 1, None) for _ in range(depth)]
@@ -625,6 +626,7 @@ class TestRunning:
 
 @pytest.mark.parametrize("copier", ["deepcopy", "pickle", "torch.save"])
 @pytest.mark.parametrize("converted", [False, True])
+@pytest.mark.one_in(2)
 def test_copies_stay_wrapped(copier, converted):
     model, x = sew(), torch.rand(2, 2, 3, 32, 32)
     if converted:

@@ -96,6 +96,7 @@ class Both:
         return torch.equal(v, expected) and v.requires_grad is expected.requires_grad
 
 
+@pytest.mark.slow
 def test_nobody_reads_them():
     """Nothing of them is held, and running statistics are updated once."""
     both = Both()
@@ -123,6 +124,7 @@ def test_a_membrane_is_read_and_has_its_gradient():
     assert promised(both.net) == []  # both were read, and are held from then on
 
 
+@pytest.mark.slow
 def test_states_that_nobody_resets_go_on():
     both = Both()
     for run in (both.run, both.run_twin):
@@ -143,6 +145,7 @@ def load(net):
 
 
 @pytest.mark.parametrize("change", [train, load])
+@pytest.mark.one_in(2)
 def test_parameters_change_before_it_is_read(change):
     both = Both()
     both.step(of_spikes, around=change)
@@ -157,6 +160,7 @@ def test_changed_behind_its_back():
         net.lif.v  # noqa: B018
 
 
+@pytest.mark.slow
 def test_what_others_have_is_held():
     both = Both(True)
     assert promised(both.net) == ["out"]

@@ -178,6 +178,7 @@ def test_a_converted_model():
     assert converted.saved_bytes == ours.saved_bytes
 
 
+@pytest.mark.slow
 def test_sizes_that_change():
     """The second size makes the compiler use symbols; codes are packed along what stays."""
     net = Broken()

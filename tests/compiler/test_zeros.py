@@ -1,5 +1,6 @@
 """Gradients that are zeros lie in one memory, and are the zeros that autograd would have made."""
 
+import pytest
 import torch
 from spikingjelly.activation_based import functional, neuron
 from torch import nn
@@ -73,6 +74,7 @@ class Parallel(nn.Module):
         return sum(one(x_seq) for one in self.neurons)
 
 
+@pytest.mark.slow
 def test_the_peak_of_a_backward(monkeypatch):
     """Eight membranes whose gradients are zeros: fewer of them in the backward."""
     x = torch.rand(1, 64, 1024, requires_grad=True)

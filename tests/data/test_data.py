@@ -324,6 +324,7 @@ def test_nmnist_itself():
         ("sklearn", "import snn_reversible_plugin.data as data; data.DigitSaccades()"),
     ],
 )
+@pytest.mark.one_in(2)
 def test_what_is_not_installed_is_named_with_the_extra(missing, use):
     code = f"import sys; sys.modules[{missing!r}] = None\n{use}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -107,7 +107,7 @@ def test_long_sequences_train_where_stock_runs_out_of_memory(method, trains):
     assert ("test accuracy" if trains else "can't allocate memory") in run.stdout + run.stderr
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(9)
 @pytest.mark.parametrize("task", ["pixels", "saccades", "nmnist"])
 def test_long_sequences_of_every_kind(task, nmnist_folder):
     arguments = f"--task {task} --steps 64 --epochs 1 --batch 8 --limit 16 --hidden 8"

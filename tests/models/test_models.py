@@ -51,7 +51,7 @@ def synaptic():
     return snntorch.Synaptic(alpha=0.7, beta=0.6, learn_beta=True, init_hidden=True)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("neuron", ["if", "lif", "plif", "leaky", "Lapicque", synaptic])
 @pytest.mark.parametrize("name", list(SMALL))
 @pytest.mark.parametrize("arithmetic", [None, "stock", "auto"])

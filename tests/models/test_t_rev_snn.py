@@ -45,6 +45,7 @@ def step(model, x):
 
 @pytest.mark.parametrize("events", [False, True])
 @pytest.mark.parametrize("mode", ["memory", "speed"])
+@pytest.mark.one_in(2)
 def test_it_trains_as_its_plain_run(events, mode):
     model = tiny(events, mode=mode)
     model.columns.check = True
@@ -100,6 +101,7 @@ def test_every_parameter_learns():
     assert idle == [f"columns.alphas.0.{k}" for k in range(4)]
 
 
+@pytest.mark.slow
 def test_held_memory_is_flat_in_the_number_of_sub_networks():
     def held(steps):
         model, x = tiny(False, steps=steps, alpha=1.0), inputs(False, pixels=64)

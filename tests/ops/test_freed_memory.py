@@ -35,6 +35,7 @@ def page_faults(how):
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
+@pytest.mark.slow
 def test_a_large_tensor_is_made_of_pages_that_are_there():
     assert page_faults("kept") < 100 < page_faults("stock")
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snn_reversible_plugin.ops import levels, planes
+from snn_reversible_plugin.ops import forms, levels, planes
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 SPANS = [(0, 1), (0, 2), (0, 4), (0, 8), (0, 12), (-1, 1), (-3, 4)]
@@ -59,13 +59,15 @@ def test_bits_for(span, bits):
     cut=st.tuples(st.floats(0, 1), st.floats(0, 1)),
 )
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
-def test_planes_come_back_in_any_range(span, dtype, codes, zeros, cut):
+@pytest.mark.parametrize("form", list(forms.forms_of(forms.PLANES, "cpu")), ids=lambda form: form.__name__)
+def test_planes_come_back_in_any_range(form, span, dtype, codes, zeros, cut):
     low, high = span
     values = levels.values_of(low, high, dtype, torch.device("cpu"))
     codes = (codes + [0] * zeros)[:: -1 if zeros % 2 else 1]
     flat = values[torch.tensor(codes, dtype=torch.int64) % len(values)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planes, "CHUNK", 32)
+        patch.setattr(planes, "_form", lambda _: form)
         packed = planes.pack_planes(flat, low, high)
         each = (torch.tensor(codes, dtype=torch.int64) % len(values)).split(32)
         size = sum(bytes_of(part, len(values)) for part in each if len(part))
@@ -78,6 +80,14 @@ def test_planes_come_back_in_any_range(span, dtype, codes, zeros, cut):
             out = flat.new_full((last - first,), 7)
             planes.unpack_planes(packed, out, first, low, high)
             assert torch.equal(as_integers(out), as_integers(flat[first:last]))
+
+
+def test_forms_of_planes_give_the_same_bytes():
+    codes = torch.rand(4001).pow(3).mul(8).byte()
+    for some in (codes, codes[:1], codes.clamp(max=0), codes[:0]):
+        packed = [form.pack(some, 8, 10**6) for form in forms.forms_of(forms.PLANES, "cpu")]
+        assert len(packed) > 1
+        assert all(torch.equal(one, packed[0]) for one in packed)
 
 
 def bytes_of(codes, values):

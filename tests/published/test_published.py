@@ -60,6 +60,7 @@ def assert_equal(expected, found):
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.one_in(6)
 def test_trains_as_stock(family, autocast):
     if autocast and not family.amp:
         pytest.skip("its own function knows nothing of autocast")
@@ -74,7 +75,7 @@ def test_trains_as_stock(family, autocast):
         assert_equal(expected, train(family, model, x, autocast))
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 def test_trains_as_it_is_converted_by_default(family, monkeypatch):
     # What a step costs is measured in the benchmarks.
     monkeypatch.setattr(verification, "costs", lambda _step, _repeats: [StepCost(0, 0, 0.0)] * 2)

@@ -47,6 +47,7 @@ def total(model, batch):
 
 
 @pytest.mark.parametrize("mode", ["stock", "memory", "auto"])
+@pytest.mark.one_in(3)
 def test_it_fits_and_hardly_more_would(mode):
     model = build() if mode == "stock" else srp.convert_to_reversible(build(), mode=mode)
     budget = 4 << 20
@@ -58,6 +59,7 @@ def test_it_fits_and_hardly_more_would(mode):
     assert total(model, found.batch + 2) > budget
 
 
+@pytest.mark.slow
 def test_layers_that_are_sliced_only_in_large_batches():
     """Two small batches say that half as much fits."""
     model = nn.Sequential(
@@ -97,6 +99,7 @@ def test_what_is_no_number_of_bytes_is_refused(budget):
         bytes_of(budget)
 
 
+@pytest.mark.slow
 def test_several_inputs_and_a_loss():
     class Two(nn.Module):
         def __init__(self):
@@ -113,6 +116,7 @@ def test_several_inputs_and_a_loss():
     assert found > srp.largest_batch(Two(), inputs, "500KiB", loss=lambda out: out.sum()) > 1
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "net_to_fit.py").write_text(

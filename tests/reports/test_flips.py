@@ -24,6 +24,7 @@ def deep(bits, depth=200):
     return RevSSequence([RevSBlock(wide(), wide(), bits=bits) for _ in range(depth)], states="reset")
 
 
+@pytest.mark.slow
 def test_floats_flip_spikes_at_depth_and_the_grid_none():
     found = {}
     for bits in (16, None):

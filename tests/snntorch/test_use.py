@@ -321,6 +321,7 @@ def straight(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("kind", STATES)
 @pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.one_in(3)
 def test_copies_and_files(kind: str, quantized: bool) -> None:
     neuron = make(kind, True, spike_grad=straight)
     net = nn.Sequential(nn.Linear(4, 4), neuron)

@@ -81,6 +81,7 @@ def test_who_takes_several_steps_promises_once():
 
 
 @pytest.mark.parametrize("kind", THREE)
+@pytest.mark.one_in(3)
 def test_one_right_after_another(kind):
     """On the grid, a first step whose current is the spikes of another neuron as they are."""
     net = nn.Sequential(nn.Linear(4, 6), kind(), kind(v_threshold=0.4), nn.Linear(6, 2))

@@ -71,6 +71,7 @@ def test_networks_train_as_their_specification():
     assert_trains_like_autograd(Net, (torch.rand(4, 2, 2, 6, 6) * 2,), arithmetic="fused")
 
 
+@pytest.mark.slow
 def test_reports_name_it_and_verify_shows_the_difference():
     net, x = Net(), torch.rand(8, 4, 2, 6, 6) * 3
     srp.convert_to_reversible(net, arithmetic="fused")

@@ -123,6 +123,7 @@ def test_layouts(cls, layout):
 
 
 @pytest.mark.parametrize("cls", REV)
+@pytest.mark.one_in(3)
 def test_chunks_of_neurons_give_the_same(cls, monkeypatch):
     monkeypatch.setattr("snn_reversible_plugin.ops.chunks.chunk_size", lambda device: 7)
     monkeypatch.setattr("snn_reversible_plugin.spikingjelly.analytic.chunk_size", lambda device: 7)

@@ -151,7 +151,7 @@ def test_what_is_set_to_cupy_computes_as_torch(old, kind, monkeypatch):
         assert torch.equal(node(x), in_cupy(x))
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("own", [False, True], ids=["the release's", "with a method of its own"])
 def test_what_is_set_to_cupy_is_verified_against_torch(old, own, monkeypatch):
     """cupy's kernels are stood in for by something that differs, and by a count of how often they ran."""
@@ -273,6 +273,7 @@ assert type(srp.restore(node)[1]) is neuron.LIFNode
 
 
 @pytest.mark.parametrize("version", HOMES)
+@pytest.mark.one_in(2)
 def test_as_the_installed_one(version):
     code = AS_INSTALLED.format(folder=str(folder(version)), home=HOMES[version])
     done = subprocess.run(

@@ -109,7 +109,7 @@ def steps(sj):
     return Stepped
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("written", [charges, undecayed, resets, fires, steps])
 @pytest.mark.parametrize("multi", [False, True], ids=["steps", "sequences"])
 def test_what_is_the_same_is_proved(sj, written, multi):

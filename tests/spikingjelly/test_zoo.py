@@ -114,7 +114,7 @@ ZOO = {
 }
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("name", ZOO)
 @pytest.mark.parametrize("mode", ["memory", "speed"])
 def test_spikingjelly_models(name, mode):

@@ -53,6 +53,7 @@ def kept(model):
 X = 4, 8, 2, 16, 16
 
 
+@pytest.mark.slow
 def test_more_budget_keeps_more_and_none_is_overdrawn():
     stock, x = build(), torch.rand(X)
     expected = step(copy.deepcopy(stock), x)

@@ -77,6 +77,7 @@ def lif(x_seq):
 
 
 @pytest.mark.parametrize(("neuron", "least"), [(lif, 50), (BySlices.apply, 30), (ByNumpy.apply, 1)])
+@pytest.mark.one_in(3)
 def test_they_are_bits(neuron, least):
     torch.manual_seed(0)
     net = Alternating(neuron, [nn.Linear(128, 128) for _ in range(3)])

@@ -126,7 +126,7 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_never_more_than_stock(function, block):

@@ -313,6 +313,7 @@ def test_the_tape_alone_keeps_its_plans_from_one_use_to_the_next():
     assert products[1] < products[0]
 
 
+@pytest.mark.slow
 def test_reports_show_what_is_kept():
     x = torch.rand(4, 4, 2, 16, 16)
     found = {

@@ -274,6 +274,7 @@ def test_a_sequence_of_one_sample_is_not_its_neurons_to_write_over():
     assert torch.equal(waits.cache, x * 2)
 
 
+@pytest.mark.slow
 def test_slices_of_a_small_network_are_small_too(monkeypatch):
     """Its largest tensor has half a megabyte: a slice is a share of that."""
     monkeypatch.setitem(cut.STEP, "cpu", 1 << 20)
@@ -320,6 +321,7 @@ def test_verify_names_it_and_finds_a_slice_that_is_wrong(monkeypatch):
     assert not found.ok and not found.sliced
 
 
+@pytest.mark.slow
 def test_a_report_says_what_goes_by_slices():
     net = srp.convert_to_reversible(network(), mode="minimal")
     rows = {row.name: row for row in srp.memory_report(net, torch.rand(4, 5, 2, 16, 16)).modules}

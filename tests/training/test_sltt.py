@@ -404,7 +404,7 @@ def test_the_gradient_is_that_of_spikingjellys_slttlifnode():
     assert_gradients(model, [p.grad for p in peer.parameters()])
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("convert", [False, True], ids=["stock", "converted"])
 @pytest.mark.parametrize(
@@ -753,6 +753,7 @@ def test_without_gradients_it_is_refused():
         sltt_backward(make("LIF"), data(4), loss_fn)
 
 
+@pytest.mark.slow
 def test_training_with_it_learns():
     """The loss of one batch falls to a part of what it was, stock and converted alike."""
     finals = []

@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import torch
 
-BITS, GRID_STEP, SHORT_SEQUENCE, SEQUENCE = "bits", "grid step", "short sequence", "sequence"
+BITS, PLANES, GRID_STEP = "bits", "planes", "grid step"
+SHORT_SEQUENCE, SEQUENCE = "short sequence", "sequence"
 
 
 class Form(NamedTuple):
@@ -35,6 +36,8 @@ FORMS = (
     Form(BITS, "cuda", ("triton",), "ops.bits.on_triton"),
     Form(BITS, "cpu", ("numpy",), "ops.bits.on_numpy"),
     Form(BITS, "any", (), "ops.bits.reference"),
+    Form(PLANES, "cpu", ("numpy", "numba"), "ops.planes.on_numba"),
+    Form(PLANES, "any", (), "ops.planes.reference"),
     Form(GRID_STEP, "cuda", ("triton",), "grid.step.on_triton"),
     Form(GRID_STEP, "cpu", ("numpy", "numba"), "grid.step.on_numba"),
     Form(GRID_STEP, "cpu", ("numpy",), "grid.step.on_numpy"),

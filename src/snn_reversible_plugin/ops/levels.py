@@ -13,10 +13,12 @@ import math
 import torch
 
 from snn_reversible_plugin.ops.bits import pack_bits, unpack_bits
+from snn_reversible_plugin.ops.devices import may_look
 
 MOST_BITS = 4
 _CHUNK = {"cpu": 1 << 18}  # elements; a multiple of eight
 _LARGE_CHUNK = 1 << 24
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bits_for(low: int, high: int) -> int:
@@ -53,6 +55,18 @@ def pack_levels(flat: torch.Tensor, low: int, high: int) -> torch.Tensor:
 
 def codes_of(part: torch.Tensor, low: int, high: int) -> torch.Tensor:
     """Which of :func:`values_of` each element is, as ``uint8``."""
+    if not may_look(part.device):
+        return _codes_of_any(part, low, high)
+    as_integers = part.contiguous().view(_INTEGERS[part.element_size()])
+    minus_zero = as_integers.eq(torch.iinfo(as_integers.dtype).min)  # the sign, and nothing else
+    codes = (part - low).to(torch.uint8).clamp_(max=high - low).masked_fill_(minus_zero, high - low + 1)
+    values = values_of(low, high, part.dtype, part.device).view(as_integers.dtype)
+    if torch.equal(values.index_select(0, codes.int()), as_integers):
+        return codes
+    return _codes_of_any(part, low, high)  # a NaN is among them
+
+
+def _codes_of_any(part: torch.Tensor, low: int, high: int) -> torch.Tensor:
     negative, nan = part.signbit(), part.isnan()
     codes = (part - low).nan_to_num_(nan=0.0).to(torch.uint8)
     codes.masked_fill_(part.eq(0).logical_and_(negative), high - low + 1)

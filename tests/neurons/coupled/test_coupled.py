@@ -420,6 +420,7 @@ def test_a_loop_holds_outputs_and_bits_and_no_states():
     assert (held[1] - held[0]) / 50 == pytest.approx(4 * n + bits, rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_sequence_holds_outputs_and_bits_and_one_state():
     n = 16 * 64
     for beta, bits in ((1.0, 0), (0.5, 1), (0.125, 3)):
@@ -587,6 +588,7 @@ def training_step(model, x_seq, check=False):
 
 @pytest.mark.parametrize("mode", ["memory", "speed"])
 @pytest.mark.parametrize("learn_tau", [False, True])
+@pytest.mark.one_in(2)
 def test_in_a_converted_network(learn_tau, mode):
     x_seq = torch.rand(6, 2, 2, 8, 8)
     model = network(learn_tau=learn_tau)
@@ -669,6 +671,7 @@ def test_a_loop_in_a_converted_network():
     assert_same(*found)
 
 
+@pytest.mark.slow
 def test_a_long_loop_leaves_no_cycles_behind():
     node, x = snntorch.CoupledLIF(), torch.randn(2, 4, requires_grad=True)
     gc.collect()

@@ -191,6 +191,7 @@ def test_a_convolution_runs_at_most_twice_a_step(norm):
 
 
 @pytest.mark.parametrize(("steps", "least"), [(1, 20), (2, 7), (4, 7), (8, 10), (32, 15)])
+@pytest.mark.one_in(2)
 def test_few_membranes_are_held(steps, least):
     found = []
     for net in pair(NEURONS["if"], width=16, norm=False):

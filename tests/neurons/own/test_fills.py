@@ -251,6 +251,7 @@ def test_it_fills_as_its_input_lies():
 
 
 @pytest.mark.parametrize("mode", ["memory", "minimal"])
+@pytest.mark.one_in(2)
 def test_it_peaks_as_a_list_of_steps_does(mode):
     class Lists(nn.Module):
         def forward(self, x):

@@ -174,6 +174,7 @@ NEURONS = [HardReset(), SoftReset(), Adaptive(), WithSigmoid()]
 
 @pytest.mark.parametrize("neuron", NEURONS, ids=lambda one: type(one).__name__)
 @pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.one_in(2)
 def test_it_is_proved_and_trains_as_stock(neuron, autocast):
     converted = assert_like_stock(neuron, autocast=autocast)
     assert isinstance(converted[3], Proved)
@@ -663,6 +664,7 @@ def test_many_shapes():
     assert "another shape in every call" in neuron.treatment
 
 
+@pytest.mark.slow
 def test_reports_say_what_is_proved_and_what_stands_in_the_way():
     net = nn.Sequential(nn.Linear(16, 24), Base(), nn.Linear(24, 24), StoresSpikes(), nn.Linear(24, 4))
     srp.convert_to_reversible(net)
@@ -729,6 +731,7 @@ def test_two_rows_that_see_each_other():
 
 
 @pytest.mark.parametrize("neuron", [HardReset, SoftReset])
+@pytest.mark.one_in(2)
 def test_what_it_saves_is_rebuilt_in_slices_too(neuron, monkeypatch):
     """Beside the gradient that comes in and the one that goes out nothing of the layer stands whole."""
     monkeypatch.setitem(cut.STEP, "cpu", 1 << 16)

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from snn_reversible_plugin.grid.step.kernels import compiled, element_of
+from snn_reversible_plugin.grid.step.kernels import element_of
+from snn_reversible_plugin.ops.compiled import compiled
 
 
 @compiled

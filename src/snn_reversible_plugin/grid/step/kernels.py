@@ -9,8 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import overload
+
+from snn_reversible_plugin.ops.compiled import compiled
 
 # NOTE [What compiles to what]
 #
@@ -28,15 +30,6 @@ from numba.extending import overload
 #    in one file.
 STRETCH = 960  # whole bytes, of whatever radix
 KEEP, MINUS_THETA, ZERO_BEFORE, ZERO_AFTER = range(4)  # what spikes do to the state they come from
-
-
-def compiled(function: Any) -> Any:
-    """Compile at the first call, and keep what comes out on disk for the next process."""
-    options = {"nogil": True, "error_model": "numpy", "boundscheck": False}
-    try:
-        return njit(cache=True, **options)(function)
-    except RuntimeError:  # neither this directory nor the user's can be written to
-        return njit(**options)(function)
 
 
 def part_of(value: Any, part: slice) -> Any:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from snn_reversible_plugin.grid.step.kernels import compiled
 from snn_reversible_plugin.neurons.integrate_fire.reference import Rule
+from snn_reversible_plugin.ops.compiled import compiled
 
 # NOTE [The same bits]
 #
