@@ -97,7 +97,7 @@ def agrees(copy: Copy, case: Case, device: torch.device | None = None) -> bool:
 
     def ours() -> Sequence[Tensor]:
         x_seq, v, grads, w = sample()
-        known = Surrogate(by_autograd(function))
+        known: Surrogate | None = Surrogate(by_autograd(function))
         if name is not None:
             known = fused(function) if copy.has_operators else as_autograd(function)
         assert known is not None

@@ -127,9 +127,9 @@ def _own_backward(cls: Any, alpha: float) -> Surrogate:
     def vjp(grad: Tensor, u: Tensor) -> Tensor:
         return backward(grad, u, alpha)  # type: ignore[no-any-return, misc]
 
-    if backward is None:  # in 0.0.0.0.12 only autograd can call it
-        vjp = by_autograd(cls(alpha=alpha))
-    return _named(f"spikingjelly.{name}.backward", vjp, name, alpha)
+    # In 0.0.0.0.12 only autograd can call it.
+    own = by_autograd(cls(alpha=alpha)) if backward is None else vjp
+    return _named(f"spikingjelly.{name}.backward", own, name, alpha)
 
 
 def _named(full_name: str, vjp: Vjp, name: str, alpha: float) -> Surrogate:

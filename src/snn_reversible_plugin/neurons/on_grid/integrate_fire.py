@@ -163,7 +163,8 @@ class IntegrateFire(Constants):
             None if g_s is None else _flat_or_one(g_s, stride),
             None if g_v is None else _flat_or_one(g_v, stride),
         )
-        by_v, by_x = (*alike(h, 2),) if of_v else (None, *alike(h, 1))
+        by_x, *others = alike(h, 1 + of_v)
+        by_v = others[0] if of_v else None
         factors = (self.beta if beta is None else beta), self.step.gain
         made = None if by_v is None else by_v.as_strided(size, (1,)), by_x.as_strided(size, (1,))
         rows, undo = flat(h, stride), None
