@@ -19,6 +19,7 @@ from spikingjelly._ops.lif import triton as lif_kernels
 from spikingjelly._ops.plif import triton as plif_kernels
 
 from snn_reversible_plugin.neurons import surrogates
+from snn_reversible_plugin.neurons.integrate_fire import on_triton
 from snn_reversible_plugin.neurons.surrogates import in_one_pass
 from snn_reversible_plugin.ops import devices, forms
 from snn_reversible_plugin.spikingjelly import agreement
@@ -80,6 +81,7 @@ def as_cuda(device: str = "cpu") -> Iterator[None]:
         if device == "meta":
             patch.setattr(agreement, "agree", lambda *_: True)
             patch.setattr(surrogates, "agree", lambda *_: True)
+            patch.setattr(on_triton, "divides", lambda _: False)
         for module, kernels, inputs, of_backward in (
             (if_, if_kernels, 2, lambda _: ()),
             (lif, lif_kernels, 2, lambda _: ()),

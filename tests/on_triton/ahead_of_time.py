@@ -31,7 +31,7 @@ from snn_reversible_plugin.grid import decays
 from snn_reversible_plugin.grid.step import Record, Undo
 from snn_reversible_plugin.grid.step import on_triton as steps
 from snn_reversible_plugin.neurons.integrate_fire import on_triton as sequences
-from snn_reversible_plugin.neurons.integrate_fire.reference import Rule
+from snn_reversible_plugin.neurons.integrate_fire.reference import Neuron, Order, Rule
 from snn_reversible_plugin.ops.bits import on_triton as bits
 from snn_reversible_plugin.spikingjelly.surrogates import as_autograd
 
@@ -248,6 +248,38 @@ def test_sequences(launches, capability, dtype):
         cast = re.findall(r"cvt\.(\w+)\.(?:satfinite\.)?b?f16(?:x2)?\.f32", compiled.asm["ptx"])
         assert set(cast) <= {"rn"} and (dtype is torch.float32 or launch is forward or cast)
         check_resources(compiled)
+
+
+OF_AUTOGRAD = [
+    (
+        "Sigmoid",
+        Rule(1.7, True, 0.8, 0.25, False, Order(v_reset_first=True, v_seq_last=True)),
+        False,
+        False,
+    ),
+    ("SoftSign", Rule(1.7, False, 0.8, None, True, Order(scales=True, selects=True)), False, True),
+    ("ATan", Rule(None, True, 0.8, -0.3, False, Order(reset_together=True)), True, True),
+]
+
+
+@pytest.mark.parametrize(("name", "rule", "learns", "divides"), OF_AUTOGRAD, ids=["LIF", "kept", "PLIF"])
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_sequences_as_autograd(launches, monkeypatch, capability, name, rule, learns, divides):
+    monkeypatch.setattr(sequences, "divides", lambda _: divides)
+    neuron = Neuron(rule, as_autograd(getattr(surrogate, name)()), floats() if learns else None)
+    with Allocations():
+        x, v = floats(T, N), floats(N)
+        sequences.forward(x, v, rule, neuron.q, sequences.Made(floats(T, N), floats(N), floats(T, N)))
+        given = sequences.Given(floats(T, N), floats(N), floats(T, N))
+        start = (floats(N), floats(T, N) if learns else None, floats(N), floats(N))
+        sequences.backward_as_autograd(x, v, neuron, given, sequences.Wanted(floats(T, N), *start))
+    assert len(launches) == 2
+    for launch in launches:
+        check_integers(launch, capability)
+    divisions = sum(
+        times for one, times in instructions(launches[0].compiled(capability)).items() if "div" in one
+    )
+    assert not divisions
 
 
 @pytest.mark.parametrize(("neurons", "times"), [(1, 1), (9, 1), (2**31 + 8, 3)])

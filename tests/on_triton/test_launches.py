@@ -26,6 +26,7 @@ import snn_reversible_plugin as srp
 pytest.importorskip("triton", reason="Triton is not installed")
 from triton.runtime.jit import JITFunction
 
+import old_spikingjelly
 from as_cuda import as_cuda
 from snn_reversible_plugin.grid import range as reaches
 from snn_reversible_plugin.ops import devices
@@ -136,6 +137,18 @@ def test_conv_norm_neuron(cls: Any) -> None:
     x = torch.empty(4, 2, 3, 8, 8, device="meta")
     assert compared(lambda: conv_net(cls), x) <= 1.6
     assert compared(lambda: conv_net(cls), x, mode="speed") <= 1.15
+
+
+@pytest.mark.parametrize("kind", ["LIFNode", "ParametricLIFNode"])
+def test_sequences_of_a_release_that_is_torch_code(kind: str) -> None:
+    """Ten and more a time step become two a sequence; a learned leak is a sum and a gradient a step."""
+    old = old_spikingjelly.release("0.0.0.0.14")
+
+    def make() -> nn.Module:
+        return Resetting(nn.Sequential(*(old_spikingjelly.make(old, kind) for _ in range(3))))
+
+    x = torch.empty(8, 2, 3, device="meta", requires_grad=True)
+    assert compared(make, x) <= {"LIFNode": 0.05, "ParametricLIFNode": 0.35}[kind]
 
 
 def test_no_kernel_of_stocks_runs_in_a_converted_network() -> None:

@@ -28,7 +28,10 @@ def run(group: str, interpreted: bool) -> None:
     assert result.returncode == 0 and re.search(r"\d+ passed", found), found
 
 
-GROUPS = ["interpreted_bits", "interpreted_steps", "interpreted_sequences", "interpreted_training"]
+GROUPS = [
+    "interpreted_bits", "interpreted_steps", "interpreted_sequences", "interpreted_old_releases",
+    "interpreted_training",
+]  # fmt: skip
 
 
 @pytest.mark.one_in(2)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -78,6 +79,12 @@ def like(tensor: Tensor) -> Tensor:
     if tensor.dtype is torch.float32 and tensor.is_contiguous():
         return torch.empty_like(tensor, requires_grad=False)
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=torch.float32, device=tensor.device)
+
+
+def alike(tensor: Tensor, count: int) -> list[Tensor]:
+    """So many of :func:`like`."""
+    first = like(tensor)
+    return [first, *map(torch.empty_like, repeat(first, count - 1))]
 
 
 def order_of_steps(x_seq: Tensor, v: Tensor | float) -> tuple[int, ...] | None:

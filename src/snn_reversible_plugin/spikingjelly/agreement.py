@@ -24,7 +24,7 @@ from snn_reversible_plugin.neurons.surrogates import Surrogate, by_autograd
 from snn_reversible_plugin.neurons.witness import agree
 from snn_reversible_plugin.ops.devices import may_look
 from snn_reversible_plugin.spikingjelly.copies import Copy
-from snn_reversible_plugin.spikingjelly.surrogates import fused
+from snn_reversible_plugin.spikingjelly.surrogates import as_autograd, fused
 
 _OPERATORS = {"IF": "if_", "LIF": "lif", "PLIF": "plif"}
 
@@ -32,7 +32,7 @@ _OPERATORS = {"IF": "if_", "LIF": "lif", "PLIF": "plif"}
 class Case(NamedTuple):
     """What decides the order of a neuron's operations.
 
-    ``surrogate``: its name, in a fused operator; None: the surrogate is called as it is.
+    ``surrogate``: its name, where a kernel computes it; None: the surrogate is called as it is.
     """
 
     equations: str
@@ -97,7 +97,9 @@ def agrees(copy: Copy, case: Case, device: torch.device | None = None) -> bool:
 
     def ours() -> Sequence[Tensor]:
         x_seq, v, grads, w = sample()
-        known = Surrogate(by_autograd(function)) if name is None else fused(function)
+        known: Surrogate | None = Surrogate(by_autograd(function))
+        if name is not None:
+            known = fused(function) if copy.has_operators else as_autograd(function)
         assert known is not None
         q = w.sigmoid() if equations == "PLIF" else None
         own = Neuron(rule, known, q, launched=device is not None)

@@ -347,13 +347,14 @@ def _call(module: Any, copy: Copy, x: Tensor, v: Tensor | float, same: Same) -> 
         return f"stock runs a kernel of its own on {x.device.type}"
     if launched and on_device.order_of(x, v) is None:
         return "its input is laid out neither step by step nor channels-last"
-    name = None if known is None else known.name.rpartition(".")[2]  # type: ignore[union-attr]
-    case = Case(equations, rule.decay_input, rule.v_reset is None, rule.detach_reset, name)
-    if is_stocks and not agrees(copy, case, x.device if launched else None):
-        return "the installed SpikingJelly computes it in another order"
     if known is None and not copy.has_operators and is_heaviside(function):
         known = as_autograd(function, x.dtype)
         known = None if known.name is None else known
+        launched = known is not None and is_stocks and _is_launched(module, x, v, Neuron(rule, known))
+    name = type(function).__name__ if is_fused or launched else None
+    case = Case(equations, rule.decay_input, rule.v_reset is None, rule.detach_reset, name)
+    if is_stocks and not agrees(copy, case, x.device if launched else None):
+        return "the installed SpikingJelly computes it in another order"
     if known is None:
         shape = x.shape[1:] if is_multi_step(module) else x.shape
         chunk = min(shape.numel(), chunk_size(x.device))
@@ -362,6 +363,16 @@ def _call(module: Any, copy: Copy, x: Tensor, v: Tensor | float, same: Same) -> 
         return f"its surrogate {type(function).__name__} is not known to work element by element"
     return Call(
         Neuron(rule, known, launched=launched, wide=wide and is_fused), is_fused, stores_v_seq(module)
+    )
+
+
+def _is_launched(module: Any, x: Tensor, v: Tensor | float, neuron: Neuron) -> bool:
+    """Whether a sequence of what is torch code in stock is computed by the device's form."""
+    return (
+        x.dtype is torch.float32
+        and is_multi_step(module)
+        and on_device.takes(neuron, x.device)
+        and on_device.order_of(x, v) == tuple(range(x.dim()))
     )
 
 

@@ -45,7 +45,7 @@ from snn_reversible_plugin.tape.final_membrane import FinalMembrane, LastOfAll, 
 #    sigmoid in every step, so w gets T gradients one after the other; w is handed over T times for that.
 # 3. The membrane is handed over twice for the same reason (reference, note on order, 3).
 # 4. The older releases' sums are in another order (reference, note on other orders), and 0.0.0.0.12 stores
-#    v_seq of every sequence.
+#    v_seq of every sequence. On a GPU a kernel takes that order, whatever backend they are set to.
 
 
 class Call(NamedTuple):
@@ -62,7 +62,7 @@ class Call(NamedTuple):
 
     def leak_vjp(self, g_q: list[Tensor], q: Tensor, w: Tensor) -> list[Tensor]:
         """Gradients of w, one each time it was handed over, in the order of autograd's arrivals."""
-        if self.neuron.launched:  # stock's kernel writes the derivative out
+        if self.fused and self.neuron.launched:  # stock's kernel writes the derivative out
             return [(g * q * (1 - q)).to(w.dtype) for g in g_q]
         if self.fused:
             total = g_q[0]

@@ -12,6 +12,7 @@ import math
 import weakref
 from dataclasses import replace
 from functools import partial
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -144,7 +145,7 @@ def _read(node: Any, names: tuple[str, ...]) -> tuple[Any, ...]:
         function = node.surrogate_function
     return (
         cls, getattr(cls, "grid_bits", None), own.get("grid_bits"), own.get(ON_GRID.attribute), function,
-        *[own.get(name) for name in _OF_SOME], type(function), *[getattr(node, name) for name in names],
+        *map(own.get, _OF_SOME), type(function), *map(getattr, repeat(node), names),
         *node._memories, *vars(function).values(),
     )  # fmt: skip
 

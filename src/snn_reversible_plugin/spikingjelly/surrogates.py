@@ -122,12 +122,14 @@ def _closed_form(name: str, alpha: float) -> Surrogate:
 @functools.lru_cache(maxsize=256)
 def _own_backward(cls: Any, alpha: float) -> Surrogate:
     """The order of operations of the surrogate's own class, which is not that of the kernels."""
-    backward, name = cls.backward, cls.__name__
+    backward, name = getattr(cls, "backward", None), cls.__name__
 
     def vjp(grad: Tensor, u: Tensor) -> Tensor:
-        return backward(grad, u, alpha)  # type: ignore[no-any-return]
+        return backward(grad, u, alpha)  # type: ignore[no-any-return, misc]
 
-    return _named(f"spikingjelly.{name}.backward", vjp, name, alpha)
+    # In 0.0.0.0.12 only autograd can call it.
+    own = by_autograd(cls(alpha=alpha)) if backward is None else vjp
+    return _named(f"spikingjelly.{name}.backward", own, name, alpha)
 
 
 def _named(full_name: str, vjp: Vjp, name: str, alpha: float) -> Surrogate:
@@ -157,7 +159,7 @@ def as_autograd(function: Any, dtype: torch.dtype = torch.float32) -> Surrogate:
 @functools.lru_cache(maxsize=256)
 def _equal_to_autograd(cls: Any, alpha: float, dtype: torch.dtype) -> Surrogate | None:
     candidates = [_closed_form(cls.__name__, alpha)]
-    if hasattr(cls, "backward"):
+    if hasattr(cls, "backward") or dtype is torch.float32:  # others are not the same in every autocast
         candidates.append(_own_backward(cls, alpha))
     function = cls(alpha=alpha)
     return next((one for one in candidates if describes(one, function, dtype)), None)

@@ -38,8 +38,11 @@ class Outsiders:
             earlier = self._kept.get(_key(tensor))
             kept = earlier() if earlier is not None else None
             self._latest_view = tensor, kept
-        if kept is not None and kept.version == tensor._version and _same(kept.tensor, tensor):
-            return kept
+        if kept is not None and kept.version == tensor._version:
+            # Whether what is kept is this view, and was not copied away since.
+            mine, strided = kept.tensor, tensor.layout is _STRIDED
+            if (mine.data_ptr() == tensor.data_ptr()) if strided else (mine is tensor):
+                return kept
         self._latest_view = None, None
         return None
 
@@ -71,13 +74,6 @@ def _key(tensor: torch.Tensor) -> Any:
         tensor.dtype,
         bits,
     )
-
-
-def _same(kept: torch.Tensor, tensor: torch.Tensor) -> bool:
-    """Whether what is kept is this view, and was not copied away since."""
-    if tensor.layout is not _STRIDED:
-        return kept is tensor
-    return kept.data_ptr() == tensor.data_ptr()
 
 
 _VIEWS = torch._C.DispatchKey.ADInplaceOrView  # what gives a view its base's version counter

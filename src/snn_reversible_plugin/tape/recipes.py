@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from snn_reversible_plugin.ops.layouts import is_plain, storage_key
+from snn_reversible_plugin.ops.layouts import is_plain
 from snn_reversible_plugin.tape.carried import NOTHING, Carried, together, unpaid
 from snn_reversible_plugin.tape.copies import known_of
 from snn_reversible_plugin.tape.handles import Handle, Kept
 from snn_reversible_plugin.tape.operators import Kind, Operator
-from snn_reversible_plugin.tape.origins import OUTSIDE, is_ended
+from snn_reversible_plugin.tape.origins import OUTSIDE, is_ended, look_up
 from snn_reversible_plugin.tape.packed import Packed
 from snn_reversible_plugin.tape.replayed import NO_PRODUCTS, PLAIN, Products, Replayed, number_in
 
@@ -70,6 +70,7 @@ NO_NAMES: dict[str, Any] = {}
 _Tensor, _STRIDED, _LISTS = torch.Tensor, torch.strided, frozenset((list, tuple))
 # Asked first of each argument: whether it is a tensor takes torch's classes five times as long to say.
 _NO_TENSORS = frozenset((int, bool, float, type(None), torch.dtype, torch.device, torch.layout, str))
+_SETTLED = frozenset((OUTSIDE.__class__, Kept, Packed, *PLAIN))  # `known_of` says nothing else of these
 _serial = itertools.count()
 
 
@@ -209,10 +210,14 @@ class Prices:
         self, operator: Operator, operands: list[torch.Tensor], outputs: list[torch.Tensor]
     ) -> Price | str:
         """See :func:`price`."""
-        known = {id(tensor): known_of(tensor) for tensor in operands}
+        known, read = {}, set()  # this is asked of each operation: with few calls
+        for tensor in operands:
+            handle = look_up(tensor)
+            if handle is OUTSIDE and tensor.layout is _STRIDED:
+                read.add(tensor.untyped_storage()._cdata)
+            known[id(tensor)] = handle if handle.__class__ in _SETTLED else known_of(tensor)
         cost = price(operator, operands, outputs, known, self._limit)
         if operator.work and self._limit:
-            read = {storage_key(t) for t in operands if known[id(t)] is OUTSIDE and is_plain(t)}
             self._again = bool(read) and read <= self._seen
             self._seen |= read
         if cost is not Refused.WORK or not self._again:

@@ -106,7 +106,8 @@ class Tape(Recording):
                 handle = by_reference(handle)
         elif isinstance(handle, Replayed) and handle.carried and not handle.uses:
             pay(handle.carried, tensor.nbytes)
-        handle.need()
+        if handle.counts:
+            handle.need()
         if torch._C._current_graph_task_id() != self._graph_task:
             return handle  # what a backward saves for one of its own
         if self.sizes is not None:

@@ -235,7 +235,7 @@ def add_through_reset(h: Tensor, threshold: float, to: float | None, g_v: Tensor
             )
 
 
-class _Formula(NamedTuple):
+class Formula(NamedTuple):
     """A surrogate as kernels take it: which, and its numbers."""
 
     kind: int
@@ -244,24 +244,29 @@ class _Formula(NamedTuple):
     c: float = 0.0
 
 
-_FORMULAS: dict[str, Callable[..., _Formula]] = {
-    "snntorch.atan": lambda alpha: _Formula(gradients.ATAN.value, math.pi / 2 * alpha, alpha / 2),
-    "snntorch.fast_sigmoid": lambda slope: _Formula(gradients.FAST_SIGMOID.value, slope),
-    "spikingjelly.ATan": lambda alpha: _Formula(gradients.ATAN.value, math.pi / 2 * alpha, alpha / 2),
-    "spikingjelly.PiecewiseQuadratic.backward": lambda alpha: _Formula(
+_FORMULAS: dict[str, Callable[..., Formula]] = {
+    "snntorch.atan": lambda alpha: Formula(gradients.ATAN.value, math.pi / 2 * alpha, alpha / 2),
+    "snntorch.fast_sigmoid": lambda slope: Formula(gradients.FAST_SIGMOID.value, slope),
+    "spikingjelly.ATan": lambda alpha: Formula(gradients.ATAN.value, math.pi / 2 * alpha, alpha / 2),
+    "spikingjelly.PiecewiseQuadratic.backward": lambda alpha: Formula(
         gradients.PIECEWISE_QUADRATIC.value, alpha**2, alpha, 1 / alpha
     ),
-    "spikingjelly.SoftSign.backward": lambda alpha: _Formula(
+    "spikingjelly.SoftSign.backward": lambda alpha: Formula(
         gradients.SOFT_SIGN.value, 2 * alpha, 1 / alpha
     ),
-    "spikingjelly.SuperSpike.backward": lambda alpha: _Formula(gradients.SUPER_SPIKE.value, alpha),
-    "snntorch.sigmoid": lambda slope: _Formula(gradients.SIGMOID_BY_EXP.value, slope, -slope),
-    "spikingjelly.Sigmoid.backward": lambda alpha: _Formula(gradients.SIGMOID.value, alpha),
-    "spikingjelly.PiecewiseExp": lambda alpha: _Formula(gradients.PIECEWISE_EXP.value, -alpha, alpha / 2),
-    "spikingjelly.Erf.backward": lambda alpha: _Formula(
+    "spikingjelly.SuperSpike.backward": lambda alpha: Formula(gradients.SUPER_SPIKE.value, alpha),
+    "snntorch.sigmoid": lambda slope: Formula(gradients.SIGMOID_BY_EXP.value, slope, -slope),
+    "spikingjelly.Sigmoid.backward": lambda alpha: Formula(gradients.SIGMOID.value, alpha),
+    "spikingjelly.PiecewiseExp": lambda alpha: Formula(gradients.PIECEWISE_EXP.value, -alpha, alpha / 2),
+    "spikingjelly.Erf.backward": lambda alpha: Formula(
         gradients.ERF.value, alpha, alpha / math.sqrt(math.pi)
     ),
 }
+
+
+def formula_of(surrogate: Any) -> Formula:
+    """That of a surrogate which has one, see :func:`in_one_pass`."""
+    return _FORMULAS[surrogate.name](**dict(surrogate.parameters))
 
 
 def in_one_pass(name: str, parameters: dict[str, float]) -> Callable[..., None] | None:
@@ -271,7 +276,7 @@ def in_one_pass(name: str, parameters: dict[str, float]) -> Callable[..., None] 
     return functools.partial(_through, _FORMULAS[name](**parameters))
 
 
-def _through(formula: _Formula, h: Tensor, theta: Any, grad: Tensor, out: Tensor) -> None:
+def _through(formula: Formula, h: Tensor, theta: Any, grad: Tensor, out: Tensor) -> None:
     n = len(h)
     if n:
         kind, *numbers = formula
@@ -312,7 +317,7 @@ def gradient(
         scale, digit_bits = step.scale, _digit_bits(step)
         kind_of_h = (gradients.AFTER if before is None else gradients.TO_BEFORE).value
     (g_s, g_v), (beta, gain), (by_v, by_x) = given, factors, made
-    kind, *numbers = _FORMULAS[surrogate.name](**dict(surrogate.parameters))
+    kind, *numbers = formula_of(surrogate)
     strides = (int(g is not None and len(g) == n and n > 1) for g in given)
     with torch.cuda.device_of(h):
         value, where = _parameter(beta)

@@ -45,7 +45,7 @@ TO_BEFORE = tl.constexpr(2)  # and its charge as well
 
 
 @triton.jit
-def _through(g, u, a, b, c, SURROGATE: tl.constexpr):
+def through_surrogate(g, u, a, b, c, SURROGATE: tl.constexpr):
     """The gradient g times the derivative of a surrogate at u."""
     if SURROGATE == ATAN:
         scaled = u * a
@@ -85,7 +85,7 @@ def surrogate(
     index = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     mask = index < n
     u = tl.load(h + index, mask=mask, other=0.0) - parameter(theta, index, mask, THETA)
-    through = _through(tl.load(g + index, mask=mask, other=0.0), u, a, b, c, SURROGATE)
+    through = through_surrogate(tl.load(g + index, mask=mask, other=0.0), u, a, b, c, SURROGATE)
     tl.store(out + index, through, mask=mask)
 
 
@@ -136,9 +136,9 @@ def step(
                 if OF_SPIKES:
                     total = of_s + total
                 total = total + of_v * to
-            g = kept + _through(total, u, a, b, c, SURROGATE)
+            g = kept + through_surrogate(total, u, a, b, c, SURROGATE)
     else:
-        g = _through(of_s, u, a, b, c, SURROGATE)
+        g = through_surrogate(of_s, u, a, b, c, SURROGATE)
     if TO_V:
         tl.store(by_v + index, g * betas, mask=mask)
     if GAINS:

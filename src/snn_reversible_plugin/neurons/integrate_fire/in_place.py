@@ -21,6 +21,7 @@ from snn_reversible_plugin.neurons.integrate_fire.chunk import Chunk, fill
 from snn_reversible_plugin.neurons.integrate_fire.reference import (
     Gradients,
     Neuron,
+    Order,
     OutputGradients,
     Wanted,
     sequence,
@@ -118,7 +119,9 @@ def multi_step_vjp(
         v_last: is overwritten with the final membrane. Laid out as :func:`multi_step` does.
     """
     if neuron.launched:
-        return on_device.multi_step_vjp(x_seq, v, grads, neuron, wanted, owned, v_last)
+        if neuron.rule.order == Order() or _are_laid_out(grads, tuple(range(x_seq.dim()))):
+            return on_device.multi_step_vjp(x_seq, v, grads, neuron, wanted, owned, v_last)
+        neuron = neuron._replace(launched=False)
     if neuron.wide and x_seq.dtype is not torch.float32:
         wide = grads._replace(s=None if grads.s is None else grads.s.float())
         found = multi_step_vjp(x_seq.float(), v, wide, neuron, wanted, owned=True, v_last=v_last)

@@ -2,19 +2,24 @@
 
 The one idea: the forward writes no charged membranes, since the backward makes them anew of the currents.
 Currents and states are rows of [T, n] views (:func:`.ops.layouts.as_rows`), whatever their strides. The
-arithmetic is that of SpikingJelly 2.0's own Triton kernels, bit for bit; nothing waits for the device.
+arithmetic is that of SpikingJelly 2.0's own Triton kernels, bit for bit; of releases which are torch code,
+:func:`backward_as_autograd` has theirs. Nothing waits for the device, but once to see how torch divides.
 """
 
 from __future__ import annotations
 
+import functools
+from ctypes import c_float
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from snn_reversible_plugin.grid.step.on_triton import formula_of
+from snn_reversible_plugin.neurons.integrate_fire import triton_autograd_kernels as as_autograd
 from snn_reversible_plugin.neurons.integrate_fire import triton_kernels as kernels
-from snn_reversible_plugin.neurons.integrate_fire.reference import Rule
+from snn_reversible_plugin.neurons.integrate_fire.reference import Neuron, Order, Rule, number_pulling
 
 ROWS = 64  # groups of eight neurons a program of the forward
 SIZE = 256  # neurons a program of the backward
@@ -46,7 +51,7 @@ class Made(NamedTuple):
 class Given(NamedTuple):
     """The gradients that a backward starts from, with any strides; None: there is none.
 
-    ``spikes`` [T, n]; float32 ``v_last`` [n] or ``v_seq`` [T, n], not both.
+    ``spikes`` [T, n]; float32 ``v_last`` [n] or ``v_seq`` [T, n], both in autograd's order only.
     """
 
     spikes: Tensor | None
@@ -59,13 +64,15 @@ class Wanted(NamedTuple):
 
     ``x`` may be the currents themselves, but not where ``q`` is wanted of a neuron that decays its input.
     ``start``: the starting membrane's gradient. ``q``: that of 1 / tau, neuron by neuron. ``v_last``: the
-    final membrane.
+    final membrane. In autograd's order ``start`` may come in two terms, the second one in ``leak``, and
+    ``q`` is [T, n], what adds up to the gradient of each step; ``x`` may always be the currents.
     """
 
     x: Tensor
     start: Tensor | None = None
     q: Tensor | None = None
     v_last: Tensor | None = None
+    leak: Tensor | None = None
 
 
 def forward(x: Tensor, v: Tensor | float, rule: Rule, q: Tensor | None, made: Made) -> None:
@@ -83,10 +90,10 @@ def forward(x: Tensor, v: Tensor | float, rule: Rule, q: Tensor | None, made: Ma
     if n:
         with torch.cuda.device_of(x):
             kernels.forward[(triton.cdiv(n, 8 * ROWS),)](
-                x, v, _leak(rule, q), made.spikes, made.v_seq, made.v_last, steps, n, *x.stride(),
+                x, v, _leak(rule, q, x.device), made.spikes, made.v_seq, made.v_last, steps, n, *x.stride(),
                 made.spikes.stride(0), 0 if made.v_seq is None else made.v_seq.stride(0), *_fires(rule),
-                _leaks(rule, q), q is not None, rule.v_reset is None, each, made.v_seq is not None,
-                ROWS, enable_fp_fusion=False,
+                _leaks(rule, q), q is not None, _multiplies(rule, q, x.device), rule.v_reset is None, each,
+                made.v_seq is not None, ROWS, enable_fp_fusion=False,
             )  # fmt: skip
 
 
@@ -120,9 +127,10 @@ def backward(
     own, programs = _places(wanted.x, steps, n)
     with torch.cuda.device_of(x):
         kernels.backward[(programs,)](
-            x, v, _leak(rule, q), given.spikes, g_v, wanted.x, own, wanted.start, wanted.q, wanted.v_last,
-            steps, n, triton.cdiv(n, SIZE), *x.stride(), *_strides(given.spikes), *_strides(g_v),
-            wanted.x.stride(0), *_fires(rule), alpha, _leaks(rule, q), q is not None, rule.v_reset is None,
+            x, v, _leak(rule, q, x.device), given.spikes, g_v, wanted.x, own, wanted.start, wanted.q,
+            wanted.v_last, steps, n, triton.cdiv(n, SIZE), *x.stride(), *_strides(given.spikes),
+            *_strides(g_v), wanted.x.stride(0), *_fires(rule), alpha, _leaks(rule, q), q is not None,
+            rule.v_reset is None,
             rule.detach_reset, _SURROGATES[name], isinstance(v, Tensor), given.spikes is not None,
             0 if g_v is None else g_v.dim(), wanted.start is not None, wanted.q is not None,
             wanted.v_last is not None, own is not None, SIZE, enable_fp_fusion=False,
@@ -138,14 +146,73 @@ def _places(g_x: Tensor, steps: int, n: int) -> tuple[Tensor | None, int]:
     return torch.empty(programs * steps * SIZE, dtype=torch.float32, device=g_x.device), programs
 
 
-def _leak(rule: Rule, q: Tensor | None) -> Tensor | float:
-    """tau, or a place of 1 / tau."""
-    return q if q is not None else 1.0 if rule.tau is None else rule.tau
+def backward_as_autograd(
+    x: Tensor, v: Tensor | float, neuron: Neuron, given: Given, wanted: Wanted
+) -> None:
+    """The gradients of :func:`forward` as autograd records them of torch code. One launch.
+
+    Args:
+        x, v: what the forward took, float32.
+        neuron: with a surrogate that the grid's kernels have a formula of.
+        given: the gradients of what came out.
+        wanted: what to write.
+    """
+    rule, q = neuron.rule, neuron.q
+    steps, n = x.shape
+    order, g_x = rule.order, wanted.x
+    if not n:
+        return
+    membranes = g_x if wanted.q is None else wanted.q
+    kind, *numbers = formula_of(neuron.surrogate)
+    starts = 0 if wanted.start is None else 1 if wanted.leak is None else 2
+    at_reset = as_autograd.TOGETHER if order.reset_together else as_autograd.IN_TURN
+    at_reset = as_autograd.VALUE_FIRST if order.v_reset_first else at_reset
+    with torch.cuda.device_of(x):
+        as_autograd.backward[(triton.cdiv(n, SIZE),)](
+            x, v, _leak(rule, q, x.device), given.spikes, given.v_last, given.v_seq, g_x, membranes,
+            wanted.start, wanted.leak, wanted.v_last, steps, n, *x.stride(), *_strides(given.spikes),
+            _strides(given.v_last)[1], *_strides(given.v_seq), g_x.stride(0), membranes.stride(0),
+            *_fires(rule), *numbers, _leaks(rule, q), q is not None, _multiplies(rule, q, x.device),
+            rule.v_reset is None, rule.detach_reset, at_reset.value,
+            order.v_seq_last or order.charge_together, order.selects and steps > 1, kind,
+            isinstance(v, Tensor), number_pulling(v, rule) is not None, given.spikes is not None,
+            given.v_last is not None, given.v_seq is not None, starts, wanted.q is not None,
+            wanted.v_last is not None, SIZE, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+# NOTE [How torch divides by a number]
+#
+# SpikingJelly 2.0's kernels divide by tau. torch code divides as torch does on the device: on CUDA it
+# multiplies by the number's reciprocal, rounded to float32 (BinaryDivTrueKernel.cu), which may be another
+# last bit. A neuron in torch's order asks torch once.
+
+
+@functools.cache
+def divides(device: torch.device) -> bool:
+    """Whether torch divides by a number there, and doesn't multiply by its reciprocal. Waits once."""
+    some = torch.arange(1, 257, device=device, dtype=torch.float32)
+    return torch.equal(some / 1.7, some / torch.full_like(some, 1.7))
+
+
+def _multiplies(rule: Rule, q: Tensor | None, device: torch.device) -> bool:
+    return q is not None or not (rule.order == Order() or rule.tau is None or divides(device))
+
+
+def _leak(rule: Rule, q: Tensor | None, device: torch.device) -> Tensor | float:
+    """tau or what stands for it, or a place of 1 / tau."""
+    if q is not None or rule.tau is None:
+        return 1.0 if q is None else q
+    if rule.scales:
+        return 1.0 - 1.0 / rule.tau
+    return 1.0 / c_float(rule.tau).value if _multiplies(rule, q, device) else rule.tau
 
 
 def _leaks(rule: Rule, q: Tensor | None) -> int:
     if q is None and rule.tau is None:
         return kernels.NO_LEAK.value  # type: ignore[no-any-return]
+    if rule.scales:
+        return kernels.KEEP.value  # type: ignore[no-any-return]
     return (kernels.LEAK_AND_INPUT if rule.decay_input else kernels.LEAK).value  # type: ignore[no-any-return]
 
 

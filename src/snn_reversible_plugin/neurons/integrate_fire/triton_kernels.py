@@ -33,7 +33,8 @@ from snn_reversible_plugin.ops.bits.triton_kernels import tile
 #    used for the next block, the threads of a program wait for each other.
 NO_LEAK = tl.constexpr(0)  # what decays in a charge: nothing,
 LEAK = tl.constexpr(1)  # the membrane,
-LEAK_AND_INPUT = tl.constexpr(2)  # or the current as well
+LEAK_AND_INPUT = tl.constexpr(2)  # or the current as well;
+KEEP = tl.constexpr(3)  # or the membrane, of which a part is kept
 FINAL = tl.constexpr(1)  # which membranes have a gradient: the final one,
 ALL = tl.constexpr(2)  # or those after each step
 SIGMOID = tl.constexpr(0)
@@ -73,24 +74,27 @@ def slope(u, alpha, SURROGATE: tl.constexpr):
 
 
 @triton.jit
-def _charge(x, v, tau, rest, LEAKS: tl.constexpr, LEARNS: tl.constexpr):
-    """The charged membrane; tau is 1 / tau where it learns."""
+def charge(x, v, tau, rest, LEAKS: tl.constexpr, MULTIPLIES: tl.constexpr):
+    """The charged membrane; tau is 1 / tau where it MULTIPLIES, and the part that is kept where KEEP."""
     if LEAKS == NO_LEAK:
         return v + x
+    elif LEAKS == KEEP:
+        return v * tau + x
     else:
         pull = x - (v - rest) if LEAKS == LEAK_AND_INPUT else v - rest
-        leak = pull * tau if LEARNS else tl.div_rn(pull, tau)
+        leak = pull * tau if MULTIPLIES else tl.div_rn(pull, tau)
         return v + leak if LEAKS == LEAK_AND_INPUT else v - leak + x
 
 
 @triton.jit
-def _reset(h, s, threshold, to, SOFT: tl.constexpr):
+def reset(h, s, threshold, to, SOFT: tl.constexpr):
     """The membrane after a step with the spikes s."""
     return h - s * threshold if SOFT else s * to + (1.0 - s) * h
 
 
 @triton.jit
-def _start(v, index, mask, EACH: tl.constexpr):
+def start(v, index, mask, EACH: tl.constexpr):
+    """The membranes before the first step, of a place or of one number."""
     if EACH:
         return tl.load(v + index, mask=mask, other=0.0)
     else:
@@ -98,29 +102,35 @@ def _start(v, index, mask, EACH: tl.constexpr):
 
 
 @triton.jit
-def _time_constant(tau, LEARNS: tl.constexpr):
-    return tl.load(tau) if LEARNS else tl.cast(tau, tl.float32)
+def time_constant(tau, LEAKS: tl.constexpr, LEARNS: tl.constexpr):
+    """What :func:`charge` takes: of what learns, a place of 1 / tau is given."""
+    if not LEARNS:
+        return tl.cast(tau, tl.float32)
+    elif LEAKS == KEEP:
+        return 1.0 - tl.load(tau)
+    else:
+        return tl.load(tau)
 
 
 @triton.jit
 def forward(
     x, v, tau, spikes, v_seq, v_last, T, n, x_step, x_next, s_step, v_step, threshold, to,
-    LEAKS: tl.constexpr, LEARNS: tl.constexpr, SOFT: tl.constexpr, EACH: tl.constexpr, V_SEQ: tl.constexpr,
-    ROWS: tl.constexpr,
+    LEAKS: tl.constexpr, LEARNS: tl.constexpr, MULTIPLIES: tl.constexpr, SOFT: tl.constexpr,
+    EACH: tl.constexpr, V_SEQ: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Spikes [T, n], and membranes after each step, if they are wanted."""
     _groups, index = tile(ROWS)
     mask = index < n
-    tau = _time_constant(tau, LEARNS)
+    tau = time_constant(tau, LEAKS, LEARNS)
     threshold = tl.cast(threshold, tl.float32)
     to = tl.cast(to, tl.float32)
-    state = _start(v, index, mask, EACH)
+    state = start(v, index, mask, EACH)
     of_x = index * x_next
     for _ in range(T):
         current = tl.load(x + of_x, mask=mask, other=0.0).to(tl.float32)
-        h = _charge(current, state, tau, to, LEAKS, LEARNS)
+        h = charge(current, state, tau, to, LEAKS, MULTIPLIES)
         s = (h >= threshold).to(tl.float32)
-        state = _reset(h, s, threshold, to, SOFT)
+        state = reset(h, s, threshold, to, SOFT)
         tl.store(spikes + index, s.to(spikes.dtype.element_ty), mask=mask)
         if V_SEQ:
             tl.store(v_seq + index, state, mask=mask)
@@ -166,7 +176,7 @@ def backward(
     gradients there are. OF_START, OF_TAU, V_LAST: what else is wanted, the starting membrane's gradient,
     that of 1 / tau neuron by neuron, and the final membrane. Pointers to all else are not used.
     """
-    tau = _time_constant(tau, LEARNS)
+    tau = time_constant(tau, LEAKS, LEARNS)
     threshold = tl.cast(threshold, tl.float32)
     to = tl.cast(to, tl.float32)
     alpha = tl.cast(alpha, tl.float32)
@@ -176,7 +186,7 @@ def backward(
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         base = tl.cast(block, tl.int64) * SIZE
         mask = lane < tl.minimum(n - base, SIZE).to(tl.int32)
-        state = _start(v, base + lane, mask, EACH)
+        state = start(v, base + lane, mask, EACH)
         if OWN:
             membranes, h_step = own + tl.program_id(0).to(tl.int64) * T * SIZE, SIZE
         else:
@@ -184,9 +194,9 @@ def backward(
         x_row, h_row = x + base * x_next, membranes
         for _ in range(T):
             current = tl.load(x_row + of_x, mask=mask, other=0.0).to(tl.float32)
-            h = _charge(current, state, tau, to, LEAKS, LEARNS)
+            h = charge(current, state, tau, to, LEAKS, LEARNS)
             tl.store(h_row + lane, h, mask=mask)
-            state = _reset(h, (h >= threshold).to(tl.float32), threshold, to, SOFT)
+            state = reset(h, (h >= threshold).to(tl.float32), threshold, to, SOFT)
             x_row += x_step
             h_row += h_step
         if V_LAST:
@@ -230,9 +240,9 @@ def backward(
             if OF_TAU:
                 if step + 1 < T:
                     h = tl.load(h_row - h_step + lane, mask=mask, other=0.0)
-                    before = _reset(h, (h >= threshold).to(tl.float32), threshold, to, SOFT)
+                    before = reset(h, (h >= threshold).to(tl.float32), threshold, to, SOFT)
                 else:
-                    before = _start(v, base + lane, mask, EACH)
+                    before = start(v, base + lane, mask, EACH)
                 pull = -(before - to)
                 if LEAKS == LEAK_AND_INPUT:
                     pull = tl.load(x_row + of_x, mask=mask, other=0.0).to(tl.float32) - (before - to)

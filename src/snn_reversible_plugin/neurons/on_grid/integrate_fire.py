@@ -30,7 +30,7 @@ from snn_reversible_plugin.neurons.on_grid.timeline import REMEDY, WayBack
 from snn_reversible_plugin.neurons.rerun import differentiable_once
 from snn_reversible_plugin.neurons.surrogates import Surrogate, in_one_pass
 from snn_reversible_plugin.ops.devices import may_look
-from snn_reversible_plugin.ops.layouts import flat, like
+from snn_reversible_plugin.ops.layouts import alike, flat, like
 from snn_reversible_plugin.ops.outputs import on_its_own
 from snn_reversible_plugin.tape.final_membrane import FinalMembrane
 from snn_reversible_plugin.tape.origins import enter
@@ -157,15 +157,16 @@ class IntegrateFire(Constants):
         ``h``: the charged membrane, or the one after the step, which is undone with it if there is a way
         back.
         """
-        stride = h.stride()
+        size, stride = (h.numel(),), h.stride()
         g_s, g_v = grads
         given = (
             None if g_s is None else _flat_or_one(g_s, stride),
             None if g_v is None else _flat_or_one(g_v, stride),
         )
-        by_v, by_x = like(h) if of_v else None, like(h)
+        by_x, *others = alike(h, 1 + of_v)
+        by_v = others[0] if of_v else None
         factors = (self.beta if beta is None else beta), self.step.gain
-        made = None if by_v is None else flat(by_v, stride), flat(by_x, stride)
+        made = None if by_v is None else by_v.as_strided(size, (1,)), by_x.as_strided(size, (1,))
         rows, undo = flat(h, stride), None
         if back is not None:
             before = None if back.current is None else torch.empty_like(rows)
@@ -245,7 +246,7 @@ def _values(
     """The charged membrane, the spikes and the membrane after; ``sinks``: see :class:`Stepping`."""
     lost, fired, reaches = sinks
     stride = v.stride()
-    h, s, after = like(v), like(v), like(v)
+    h, s, after = alike(v, 3)
     size = (v.numel(),)
     rows = [flat(v, stride), flat(x, stride), *[new.as_strided(size, (1,)) for new in (h, after, s)]]
     digits, resets, bits = constants.write(rows, record, reaches)

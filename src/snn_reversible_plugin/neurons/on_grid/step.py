@@ -185,7 +185,7 @@ def step(
         timeline = continued(state, constants)
         keeps = not trusted and rests_on_a_state(look_up(current))
         handle = recorder.keep(current) if keeps else recorder.pack(current)
-    with tape.paused():
+    with tape.paused() if recorder is None else recorder.paused():
         before = _before(constants, state, timeline, recorded)
         if first is not None and timeline is None and recorded:
             before = before._replace(first=first)
