@@ -64,10 +64,20 @@ class Backend:
             "joint_custom_post_pass": self.packing,
             "post_grad_custom_post_pass": InputsAsTheyAre(),
         }
-        patches = {**self.patches, **ours}
+        patches = STORED_IN_PASSING | self.patches | ours
         with as_planned(), compiling(calls_of(module)):
             run: Any = compile_fx(module, inputs, config_patches=patches)  # type: ignore[arg-type]
         return Region(run, None if exchanges(module) else self.calls)
+
+
+# NOTE [What is stored in passing]
+#
+# Inductor writes an element-wise value into each of its users, unless it is stored or has become long. A
+# membrane has two users a time step, the spike and the reset that reads both: of a loop over 10 steps the
+# last one's would be written out 2^10 times, which is sorted out again, minutes later. Stock's membranes are
+# saved for the backward, and so stored at every step. Ours are not: so what has two users and reads more than
+# one value is stored, in its kernel's own loop, where no memory is taken.
+STORED_IN_PASSING: dict[str, Any] = {"realize_reads_threshold": 1}
 
 
 def calls_of(module: fx.GraphModule) -> int:
