@@ -74,9 +74,9 @@ class Backend:
 #
 # Inductor writes an element-wise value into each of its users, unless it is stored or has become long. A
 # membrane has two users a time step, the spike and the reset that reads both: of a loop over 10 steps the
-# last one's would be written out 2^10 times, which is sorted out again, minutes later. Stock's membranes are
-# saved for the backward, and so stored at every step. Ours are not: so what has two users and reads more than
-# one value is stored, in its kernel's own loop, where no memory is taken.
+# last one's would be written out 2^10 times, which is sorted out again, minutes later. Stock's membranes
+# are saved for the backward, and so stored at every step. Ours are not: so what has two users and reads
+# more than one value is stored, in its kernel's own loop, where no memory is taken.
 STORED_IN_PASSING: dict[str, Any] = {"realize_reads_threshold": 1}
 
 
