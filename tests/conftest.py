@@ -1,5 +1,6 @@
 """Fixtures of every test: a fixed seed, and one thread for each worker that runs beside others."""
 
+import gc
 import os
 import platform
 import re
@@ -58,6 +59,12 @@ def _swaps_states() -> bool:
     from snn_reversible_plugin.snntorch import _swaps_states
 
     return _swaps_states()
+
+
+def pytest_collection_finish() -> None:
+    """Reports collect garbage, which takes a second where all that tests import is looked through."""
+    gc.collect()
+    gc.freeze()
 
 
 class _ToldAtOnce:

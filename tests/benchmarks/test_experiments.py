@@ -51,6 +51,8 @@ SLOW = (
     "freed-memory",
     "host-time",
     "reversal-bytes",
+    "reversal-rebuilt",
+    "reversal-time",
     "compiled-deep",
     "published",
     "coupled-held",
@@ -108,7 +110,6 @@ def test_what_the_figures_have_to_be(invoke):
     assert (
         3 * columns["narrow, 4 | grid"]["peak_beyond_gradients"] < columns["narrow, 4 | published"]["peak"]
     )
-    assert all(entry["differ"] == 0 for entry in invoke("reversal-rebuilt").values())
     gradients = {entry["node"]: entry["gradient"] for entry in invoke("coupled-times").values()}
     assert set(gradients.values()) == {"equal", ""} and gradients["autograd"] == "equal"
     assert invoke("sltt")["6 | through time, stock"]["cosine"] == pytest.approx(1)
@@ -119,6 +120,11 @@ def test_own_calls_are_counted(invoke):
     assert {entry["calls"] for key, entry in found.items() if key.endswith("| stock")} == {0}
     for network in ("SpikingJelly loop", "snnTorch loop", "VGG"):
         assert all(found[f"{network} | {mode}"]["calls"] > 100 for mode in ("memory", "speed"))
+
+
+@pytest.mark.slow
+def test_steps_are_rebuilt(invoke):
+    assert all(entry["differ"] == 0 for entry in invoke("reversal-rebuilt").values())
 
 
 @pytest.mark.slow
