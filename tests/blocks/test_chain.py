@@ -427,6 +427,25 @@ def test_held_memory_is_flat_in_depth():
     assert held[8] < 2 * 2 * 4 * 8 * 8 * 4
 
 
+@pytest.mark.parametrize("bits", [16, None])
+def test_the_peak_of_a_forward_that_resets_is_flat_in_depth(bits):
+    peaks, x = {}, torch.randn(2, 4, 4, 16, 16)
+    for depth in (2, 16):
+        blocks = [RevSBlock(branch(), branch(), bits=bits) for _ in range(depth)]
+        model = RevSSequence(blocks, states="reset")
+        model(x)
+        with AllocationCounter() as counter:
+            model(x)
+        peaks[depth] = counter.peak
+    assert peaks[16] < peaks[2] + x.nbytes / 8  # a membrane is an eighth of it
+
+
+def test_a_block_that_comes_again_finds_the_states_that_it_left():
+    shared = RevSBlock(branch(), branch())
+    model = RevSSequence([shared, RevSBlock(branch(), branch()), shared], states="reset", check=True)
+    against_plain(model, torch.randn(2, 2, 4, 3, 3))
+
+
 def test_each_branch_runs_twice_a_step():
     runs = []
     model = chain(states="reset")

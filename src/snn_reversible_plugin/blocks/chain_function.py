@@ -18,7 +18,7 @@ from snn_reversible_plugin import tape
 from snn_reversible_plugin.blocks.coupling import Streams, couple, entered
 from snn_reversible_plugin.blocks.inner_backward import Totals, sharded_modules
 from snn_reversible_plugin.blocks.promised_states import PromisedStates, Undoing
-from snn_reversible_plugin.blocks.second_run import BranchRun, How, shared_parameters
+from snn_reversible_plugin.blocks.second_run import BranchRun, How, shared_parameters, shared_tables
 from snn_reversible_plugin.blocks.unchanged import Unchanged
 from snn_reversible_plugin.blocks.undo import Flips, Undo, difference, flipped
 from snn_reversible_plugin.grid import reach, watch
@@ -98,6 +98,7 @@ class ChainRun:
         promises = self.carries and not in_backward and not sharded_modules(chain)
         self.promised = PromisedStates(self.branches, chain.modules() if promises else ())
         self.states = state_tensors(chain) if self.carries else []
+        self.read_again = set() if self.carries else shared_tables(self.branches)
 
     def forward(self, x1: Tensor, x2: Tensor) -> tuple[Streams, list[list[Tensor]], Undoing]:
         """Run every branch."""
@@ -126,6 +127,8 @@ class ChainRun:
             exits.update({(id(table), key): (table, key) for table, key in branch.exits()})
             wanted |= set(exits)
             self.promised.promise(branch, undoing)
+            if not self.carries and self.read_again.isdisjoint(branch.tables()):
+                branch.forget_states()  # now, or every block's would stand until the chain has run
         self.strides.append(a.stride())
         self.exits = list(exits.values()) if self.carries else []
         self.unchanged = Unchanged(self.chain, "RevSSequence")

@@ -7,7 +7,6 @@ need not be held beside it. Source: :mod:`...tape.final_membrane`, for a single 
 from __future__ import annotations
 
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snn_reversible_plugin.blocks.second_run import BranchRun
+from snn_reversible_plugin.blocks.second_run import BranchRun, shared_tables
 from snn_reversible_plugin.blocks.starts import Start
 from snn_reversible_plugin.modules.kinds import framework_of
 from snn_reversible_plugin.modules.states import Key
@@ -75,8 +74,7 @@ class PromisedStates:
         self.places: dict[Key, Tensor] = {}
         self._tables = {id(table) for table in map(_table, modules) if table is not None}
         if self._tables:
-            users = Counter(table for branch in branches for table in branch.tables())
-            self._tables -= {table for table, count in users.items() if count > 1}
+            self._tables -= shared_tables(branches)
 
     def promise(self, branch: BranchRun, undoing: Undoing) -> None:
         """Put promises in place of the states that a branch has just left."""

@@ -40,6 +40,7 @@ from snn_reversible_plugin.modules.states import (
     Snapshot,
     differentiable,
     put,
+    reset_states,
     state_tensors,
     states_of,
 )
@@ -99,14 +100,15 @@ class BranchRun:
     """
 
     __slots__ = (
-        "_autocast", "_block", "_branch", "_changed", "_entry", "_how", "_lean", "_modes", "_modules",
-        "_random", "_readable", "_scratch", "_sharded", "_statistics", "awaited", "name", "spikes",
-        "wanted",
+        "_autocast", "_block", "_branch", "_changed", "_entry", "_how", "_lean", "_modes", "_module",
+        "_modules", "_random", "_readable", "_scratch", "_sharded", "_statistics", "awaited", "name",
+        "spikes", "wanted",
     )  # fmt: skip
 
     def __init__(self, name: str, block: nn.Module, branch: str | None, how: How) -> None:
         self.name, self._block, self._branch, self._how = name, block, branch, how
-        self._modules = list((block if branch is None else getattr(block, branch)).modules())
+        self._module = block if branch is None else getattr(block, branch)
+        self._modules = list(self._module.modules())
         self._lean = lean_types(self._modules)
         self._sharded = bool(sharded_modules(block))
         readers = (one for one in self._modules if reads_statistics(type(one)))  # type: ignore[arg-type]
@@ -201,6 +203,10 @@ class BranchRun:
         """The ids of the tables that the branch's modules keep states in."""
         tables = map(states_of, self._modules)
         return {id(table) for table in tables if table is not None}
+
+    def forget_states(self) -> None:
+        """Make the neurons fresh: nobody reads what the run left."""
+        reset_states(self._module)
 
     def starts(self) -> list[Change]:
         """Those of the states that the run left which were no tensors before it, and what they were."""
@@ -346,6 +352,12 @@ class BranchRun:
                     "Register it as a parameter, detach it, or set reversible=False."
                 )
             nodes += [following for following, _ in node.next_functions]
+
+
+def shared_tables(branches: Iterable[BranchRun]) -> set[int]:
+    """The ids of the tables that several of the branches keep states in."""
+    users = Counter(table for branch in branches for table in branch.tables())
+    return {table for table, count in users.items() if count > 1}
 
 
 def shared_parameters(branches: Iterable[BranchRun]) -> set[int]:
