@@ -52,15 +52,13 @@ def packed_by_values(tensor: torch.Tensor) -> Packed | None:
 
 def _other_value(flat: torch.Tensor, integers: torch.dtype) -> float | None:
     bits = flat.view(integers)
-    some = bits[:: max(1, len(bits) // _SAMPLE)]
-    others = some[some != 0]
-    other = others[0] if len(others) else bits.max()
-    zeros = torch.count_nonzero(some == 0) + torch.count_nonzero(some == other)
-    if zeros < len(some):
+    others = set(bits[:: max(1, len(bits) // _SAMPLE)].tolist()) - {0}
+    if len(others) > 1:
         return None
-    if other != 0 and torch.count_nonzero(bits) != torch.count_nonzero(bits == other):
+    other = others.pop() if others else int(bits.max())
+    if other and torch.count_nonzero(bits) != torch.count_nonzero(bits == other):
         return None
-    if other == 0 and bits.any():
+    if not other and bits.any():
         return None
-    value = float(other.view(flat.dtype)) if other != 0 else 1.0
+    value = float(torch.tensor(other, dtype=integers).view(flat.dtype)) if other else 1.0
     return value if math.isfinite(value) and value else None

@@ -345,18 +345,18 @@ class Tape(Recording):
         return recipe
 
     def operands(self, tensors: Iterable[torch.Tensor], known: dict[int, Any]) -> dict[int, Handle]:
-        """The handles to store for operands, by id, given what :func:`look_up` said of them."""
+        """The handles to store for operands, by id, given what :func:`known_of` said of them."""
         for tensor in tensors:
-            known[id(tensor)] = self.relied_on(tensor, known[id(tensor)])
+            known[id(tensor)] = self.relied_on(tensor, known[id(tensor)], looked_at=True)
         return known
 
-    def relied_on(self, tensor: torch.Tensor, handle: Any) -> Handle:
-        """The handle to store, for a tensor of which :func:`look_up` said this."""
+    def relied_on(self, tensor: torch.Tensor, handle: Any, *, looked_at: bool = False) -> Handle:
+        """The handle to store, for a tensor of which :func:`look_up` said this, or else its values did."""
         if isinstance(handle, Replayed):
             return handle
         if isinstance(handle, Passing):
             handle = handle.leads_to()
-        if handle is None and not self._suspended:
+        if handle is None and not (looked_at or self._suspended):
             handle = packed_by_values(tensor)
         if isinstance(handle, Packed):
             handle.materialize(tensor)
