@@ -34,7 +34,11 @@ from snn_reversible_plugin.tape.operators import aten
 #    begins again with all its uses; what a walk over a part of the graph left cached goes when it ends. In
 #    a walk that frees the graph, a use that is served is over for good: an online rule goes backward at
 #    each time step, and a trace that two steps have used would else wait for the one that is gone.
-# 7. What the forward left standing, because there is room for it (`standing`), is cached when the first
+# 7. A rebuild that runs over several products walks through layers whose turn comes much later. In mode
+#    "minimal", what it passes there that takes one product to have again, and that only its own packs
+#    still want, is not cached: of a residual stream in floating point the sums are, which everything above
+#    is computed from, and not the input of each batch norm below. That is one product more for each.
+# 8. What the forward left standing, because there is room for it (`standing`), is cached when the first
 #    backward comes, if nobody has written to it since.
 #
 # For example: v1 = f(x0), v2 = f(v1), and autograd saved both. The backward asks for v2 first. v1 is used
@@ -60,7 +64,7 @@ class Replayed(Handle):
     counts = True
     __slots__ = (
         "args", "awaited", "cache", "carried", "cheap", "claiming", "depth", "func", "inplace", "kwargs",
-        "needs", "products", "rests", "series", "standing", "uses", "walk",
+        "needs", "packs", "products", "rests", "series", "standing", "uses", "walk",
     )  # fmt: skip
 
     index: int | None = None
@@ -82,6 +86,7 @@ class Replayed(Handle):
         self.series = series
         self.carried: Carried = NOTHING
         self.uses = self.needs = 0
+        self.packs = 0  # those of the uses that are no claims, if a product is run again for one
         self.walk: int | None = None
         self.claiming = False
         self.rests: bool | None = None  # on a state that is undone in time, where somebody has asked
@@ -190,6 +195,7 @@ class Replayed(Handle):
         value, owned = self.get(self.needs <= 1)
         self.release()
         if not _keeps_graph():
+            self.packs = max(0, self.packs - 1)
             self.spend()
         note_ownership(value, owned)
         return value
@@ -295,14 +301,16 @@ class _Rebuild:
         """The root's value, and whether it is the caller's; ``last``: nobody else needs it."""
         order, values = self._order, self._values
         root = order[-1]
+        goes_far = root.work > 1
         for handle in order:
             if handle.cache is not None:  # a sibling ran
                 values[handle] = handle.cache, False
                 continue
             value, owned = self._run(handle)
             if self._walk is not None and not handle.cheap:
-                others = not last if handle is root else handle.needs > self._uses[handle]
-                if others:
+                others = handle.needs - self._uses[handle]
+                far = goes_far and others <= handle.packs and handle.work <= 1
+                if not last if handle is root else others > 0 and not far:
                     handle.hold(value, self._walk)
                     owned = False
                     if handle.awaited is not None:
