@@ -181,7 +181,7 @@ def circumstances(entries: Entries) -> str:
         context = entry["context"]
         versions = ", ".join(f"{name} {number}" for name, number in context["versions"].items())
         device = f"{context['device']}; " if context["device"] else ""
-        where = f"{device}{versions}; {context['threads']} threads"
+        where = f"{device}{versions}; {context['threads']} thread{'s' if context['threads'] > 1 else ''}"
         repeats[where] = min(repeats.get(where, entry["repeats"]), entry["repeats"])
     return " ".join(f"{where}; medians of at least {least} steps." for where, least in repeats.items())
 

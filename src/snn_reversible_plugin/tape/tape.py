@@ -108,8 +108,6 @@ class Tape(Recording):
             pay(handle.carried, tensor.nbytes)
         if handle.counts:
             handle.need()
-            if self.slices is not None and isinstance(handle, Replayed):
-                handle.packs += 1
         if torch._C._current_graph_task_id() != self._graph_task:
             return handle  # what a backward saves for one of its own
         if self.sizes is not None:

@@ -248,6 +248,8 @@ class Slices:
 
     def cut(self, handle: Handle, tensor: Tensor) -> Handle:
         """What autograd gets for a tensor that it saves: the handle, or one that can be cut."""
+        if isinstance(handle, Replayed):
+            handle.packs += 1
         with OffStack(self._tape()):
             cut = self._cut(handle, tensor)
         if cut is None:
