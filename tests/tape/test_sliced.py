@@ -1,6 +1,7 @@
 """Mode "minimal": slices of the batch against autograd unsliced."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -403,3 +404,17 @@ def test_a_membrane_that_went_unread_is_kept_for_nobody_where_weights_change(ste
 def test_a_compiled_network_has_no_such_mode():
     with pytest.raises(ValueError, match="mode must be one of"):
         srp.compile(network(), mode="minimal")
+
+
+def test_a_loop_longer_than_the_stack_is_deep_trains():
+    torch.manual_seed(0)
+    weight = torch.randn(64, requires_grad=True)
+    found = []
+    for mode in ("minimal", None):
+        v, total = torch.zeros(64, 64), 0.0
+        with nullcontext() if mode is None else tape.recording(mode):
+            for _ in range(250):
+                v = v * 0.9 + weight
+                total = total + (v * v).mean()
+        found.append(torch.autograd.grad(total, weight)[0])
+    torch.testing.assert_close(*found)

@@ -35,9 +35,10 @@ from snn_reversible_plugin.tape.operators import aten
 #    a walk that frees the graph, a use that is served is over for good: an online rule goes backward at
 #    each time step, and a trace that two steps have used would else wait for the one that is gone.
 # 7. A rebuild that runs over several products walks through layers whose turn comes much later. In mode
-#    "minimal", what it passes there that takes one product to have again, and that only its own packs
-#    still want, is not cached: of a residual stream in floating point the sums are, which everything above
-#    is computed from, and not the input of each batch norm below. That is one product more for each.
+#    "minimal", what it passes there that takes one product and few operations to have again (no loop over
+#    time), and that only its own packs still want, is not cached: of a residual stream in floating point
+#    the sums are, which everything above is computed from, and not the input of each batch norm below.
+#    That is one product more for each.
 # 8. What the forward left standing, because there is room for it (`standing`), is cached when the first
 #    backward comes, if nobody has written to it since.
 #
@@ -48,6 +49,7 @@ from snn_reversible_plugin.tape.operators import aten
 
 Products = Mapping[int, float]
 NO_PRODUCTS: Products = {}
+SHALLOW = 16  # operations down to something stored
 
 
 class Replayed(Handle):
@@ -309,7 +311,8 @@ class _Rebuild:
             value, owned = self._run(handle)
             if self._walk is not None and not handle.cheap:
                 others = handle.needs - self._uses[handle]
-                far = goes_far and others <= handle.packs and handle.work <= 1
+                again = handle.work <= 1 and handle.depth <= SHALLOW
+                far = goes_far and again and others <= handle.packs
                 if not last if handle is root else others > 0 and not far:
                     handle.hold(value, self._walk)
                     owned = False

@@ -126,13 +126,15 @@ def last_product(handle: Handle) -> Replayed | None:
     return None
 
 
-def rows_of(handle: Handle, part: Part, found: dict[Handle, Tensor]) -> Tensor:
+def rows_of(handle: Handle, part: Part, found: dict[Handle, Tensor], after: int = 0) -> Tensor:
     """Rows of what a handle stands for.
 
     Args:
         handle: of the whole tensor.
         part: which rows.
         found: rows of this part that are known.
+        after: how many operations ask for it, one inside the other. A loop over time can be longer than
+            Python's stack is deep.
 
     Raises:
         Whole: they can't be computed by themselves.
@@ -146,8 +148,8 @@ def rows_of(handle: Handle, part: Part, found: dict[Handle, Tensor]) -> Tensor:
         rows = _unpacked(handle, part)
     elif isinstance(handle, Replayed) and (value := handle.at_hand()) is not None:
         rows = part.of(value)
-    elif handle.__class__ in PLAIN:
-        rows = _run(handle, part, found)  # type: ignore[arg-type]
+    elif handle.__class__ in PLAIN and after < MOST_OPERATIONS:
+        rows = _run(handle, part, found, after)  # type: ignore[arg-type]
     else:
         raise Whole
     found[handle] = rows
@@ -194,6 +196,7 @@ _BY_SAMPLE = frozenset(
 )  # fmt: skip
 
 
+MOST_OPERATIONS = 64  # one inside the other
 _functions: set[Any] = set()
 
 
@@ -210,6 +213,7 @@ class _Run(NamedTuple):
     name: str
     part: Part
     found: dict[Handle, Tensor]
+    after: int
 
     def size(self) -> torch.Size:
         """The size of the whole result."""
@@ -221,7 +225,7 @@ class _Run(NamedTuple):
     def rows(self, arg: Any) -> Tensor:
         if not isinstance(arg, Handle):
             raise Whole
-        return rows_of(arg, self.part, self.found)
+        return rows_of(arg, self.part, self.found, self.after + 1)
 
     def beside(self, arg: Any) -> Any:
         """An operand that all rows share: a parameter, or what is made of parameters."""
@@ -239,13 +243,13 @@ class _Run(NamedTuple):
         return result if self.handle.index is None else result[self.handle.index]  # type: ignore[no-any-return]
 
 
-def _run(handle: Replayed, part: Part, found: dict[Handle, Tensor]) -> Tensor:
+def _run(handle: Replayed, part: Part, found: dict[Handle, Tensor], after: int) -> Tensor:
     is_function = handle.func in _functions
     name = operator_of(handle.func).name if isinstance(handle.func, OpOverload) else ""
     rule = _by_element if is_function else _RULES.get(name)
     if rule is None:
         raise Whole
-    return rule(_Run(handle, name, part, found))
+    return rule(_Run(handle, name, part, found, after))
 
 
 def _reshaped(run: _Run) -> Tensor:
