@@ -39,8 +39,10 @@ def peaks(entries: Entries) -> list[Table]:
     if above:
         notes.append(f"auto's peak over memory's: at most {max(above):.3f}.")
     if off:
-        notes.append(f"What a budget foresees is off by {min(off):+.0%} to {max(off):+.0%}.")
-    headings = ("network", "stock, MiB", "memory", "auto", "minimal, stepped", "foreseen, off by")
+        notes.append(
+            f"What a budget says before a step was measured is off by {min(off):+.0%} to {max(off):+.0%}."
+        )
+    headings = ("network", "stock, MiB", "memory", "auto", "minimal, stepped", "said before a step, off by")
     return [Table(headings, rows, notes=tuple(notes))]
 
 
