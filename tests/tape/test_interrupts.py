@@ -144,7 +144,7 @@ def interrupt_everywhere(name, opcodes, most):
     training = Training(name)
     expected = training.result()
     events = []
-    for _ in range(2):  # the first clears away what earlier tests left
+    for _ in range(4):  # the first ones clear away what earlier tests left
         training.start()
         with Interrupt(None, opcodes) as counted:
             training.step()
