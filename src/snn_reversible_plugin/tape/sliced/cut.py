@@ -25,7 +25,16 @@ from snn_reversible_plugin.tape.packed import Packed
 from snn_reversible_plugin.tape.replayed import PLAIN, Replayed
 from snn_reversible_plugin.tape.sliced import forward
 from snn_reversible_plugin.tape.sliced.alone import try_out_operators
-from snn_reversible_plugin.tape.sliced.rows import Noted, Part, Whole, last_product, note, rows_of, size_of
+from snn_reversible_plugin.tape.sliced.rows import (
+    MOST_OPERATIONS,
+    Noted,
+    Part,
+    Whole,
+    last_product,
+    note,
+    rows_of,
+    size_of,
+)
 
 # NOTE [What is cut]
 #
@@ -269,6 +278,8 @@ class Slices:
         if handle.__class__ not in PLAIN and not isinstance(handle, (Kept, Packed)):
             return None
         if isinstance(handle, Kept) and handle.parameter:
+            return None
+        if isinstance(handle, Replayed) and handle.depth > MOST_OPERATIONS:
             return None
         for groups in _groups(tensor.size(), handle):
             cut = Cut(handle, tensor, groups, self)
