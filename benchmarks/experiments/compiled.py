@@ -17,6 +17,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import median
+from time import perf_counter
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -24,6 +26,7 @@ import torch
 from snntorch import utils as snn_utils
 from spikingjelly.activation_based.model import sew_resnet, spiking_resnet
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 import snn_reversible_plugin as srp
 from snn_reversible_plugin.compiler.entry import look_of
@@ -231,20 +234,48 @@ def _in_turn(
     tick: Tick, methods: tuple[str, ...], device: str, network: str, shape: tuple[int, ...], repeats: int
 ) -> Entries:
     _, weights, x = _given(network, shape, device)
-    runs = {}
+    ready = {}
     for method in methods:
         tick(f"{network}: {method}, first step")
-        runs[method] = partial(_step, _Ready(method, network, weights, x).training, x)
+        ready[method] = _Ready(method, network, weights, x)
+    runs = {method: partial(_step, one.training, x) for method, one in ready.items()}
     seconds = alternate(runs, repeats, x.device, lambda method: tick(f"{network}: {method}, time"))
-    return {
+    found: Entries = {
         method: {
-            "seconds": found,
-            "time_ratio": ratio(found, seconds["stock"]),
-            "compiled_ratio": ratio(found, seconds["compiled"]) if "compiled" in seconds else None,
+            "seconds": own,
+            "time_ratio": ratio(own, seconds["stock"]),
+            "compiled_ratio": ratio(own, seconds["compiled"]) if "compiled" in seconds else None,
             "repeats": repeats,
         }
-        for method, found in seconds.items()
+        for method, own in seconds.items()
     }
+    if "compiled" in methods:
+        tick(f"{network}: products")
+        found["compiled"]["products_share"] = _products_share(ready["compiled"].training, x, repeats)
+    return found
+
+
+# Convolutions and matrix products, by the names of what computes them.
+PRODUCTS = ("aten::mkldnn_convolution", "aten::_slow_conv2d_forward", "aten::cudnn_convolution", "aten::mm")
+PRODUCTS += ("aten::addmm", "aten::bmm", "aten::baddbmm", "mkl::_mkl_linear", "mkldnn::_linear_pointwise")
+PRODUCTS += ("mkldnn::_convolution_pointwise", "aten::_scaled_dot_product_flash_attention_for_cpu")
+
+
+def _products_share(training: Training, x: Tensor, repeats: int) -> float:
+    """Of a step's time that of its forward's products, which a rebuild runs once more: the median of rounds."""
+    shares = []
+    for _ in range(max(repeats, 1)):
+        training.model.zero_grad()
+        start = perf_counter()
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            loss = _loss(training, x)
+        forward = perf_counter() - start
+        start = perf_counter()
+        loss.backward()  # type: ignore[no-untyped-call]
+        backward = perf_counter() - start
+        own = sum(one.self_cpu_time_total for one in seen.key_averages() if one.key in PRODUCTS) * 1e-6
+        shares.append(own / (forward + backward))
+    return median(shares)
 
 
 def _given(network: str, shape: tuple[int, ...], device: str) -> tuple[Workload, nn.Module, Tensor]:

@@ -83,7 +83,13 @@ def compiled(entries: Entries) -> list[Table]:
         "first step, CPU s",
         "",
     )
-    return [Table(headings, rows)]
+    shares = [
+        f"{key.split(' | ')[0]} {e['products_share']:.0%}"
+        for key, e in entries.items()
+        if "products_share" in e
+    ]
+    told = f"Of a compiled step its forward's products take: {', '.join(shares)}; a rebuild runs them again."
+    return [Table(headings, rows, notes=(told,) if shares else ())]
 
 
 def host_time(entries: Entries) -> list[Table]:
