@@ -88,7 +88,9 @@ def compiled(entries: Entries) -> list[Table]:
         for key, e in entries.items()
         if "products_share" in e
     ]
-    told = f"Of a compiled step its forward's products take: {', '.join(shares)}; a rebuild runs them again."
+    told = (
+        f"Of a compiled step its forward's products take: {', '.join(shares)}; a rebuild runs them again."
+    )
     return [Table(headings, rows, notes=(told,) if shares else ())]
 
 

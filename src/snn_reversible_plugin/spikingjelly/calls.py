@@ -200,7 +200,8 @@ class MultiStep(torch.autograd.Function):
         else:
             # What is saved is part of the forward's graph, and a gradient must not be.
             x = x_seq.detach()
-            found = multi_step_vjp(x, start, grads, neuron, wanted, owned=owned, v_last=v_last)
+            how: Any = {"owned": owned, "v_last": v_last, "sums_chunks": ctx.in_slices}
+            found = multi_step_vjp(x, start, grads, neuron, wanted, **how)
         if final is not None and v_last is not None:
             final.keep(v_last)
         g_ws = call.leak_vjp(found.q, neuron.q, w) if wanted.q else nothing  # type: ignore[arg-type]

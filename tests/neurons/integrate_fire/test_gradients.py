@@ -299,3 +299,26 @@ def test_numbers_that_are_not_finite():
         for a, b in zip((*got, found.x), (*expected, g_x), strict=True):
             assert torch.equal(a.nan_to_num(9), b.nan_to_num(9))
             assert torch.equal(a.isnan(), b.isnan())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("decay_input", [True, False])
+def test_a_learned_leak_may_be_summed_over_chunks(dtype, decay_input, monkeypatch):
+    """Then nothing but that sum differs, by rounding, and what stands beside x is a chunk's."""
+    monkeypatch.setattr(cuts, "_GRAIN", 512)
+    rule = Rule(None, decay_input, 0.7, 0.0, False)
+    x_seq, v, rule, q, *grads = problem(rule, (3, 5, 6000), dtype, learnable=True)
+    neuron, grads = Neuron(rule, BINARY, q), OutputGradients(*grads)
+    expected = dynamics.sequence_vjp(x_seq, v, grads, neuron, ALL)
+    given = x_seq.clone()
+    with AllocationCounter() as counter:
+        found = sweeps.multi_step_vjp(
+            given, v, grads, neuron, Wanted(x=True, v=False, q=True), owned=True, sums_chunks=True
+        )
+    assert found.x is given and torch.equal(given, expected.x)
+    assert counter.peak < 0.75 * v.nbytes
+    tolerance = {torch.float32: 1e-4, torch.float64: 1e-12, torch.bfloat16: 2e-2}[dtype]
+    scale = max(float(one.abs()) for one in expected.q)
+    for one, other in zip(found.q, expected.q, strict=True):
+        assert one.dtype is dtype
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * scale)

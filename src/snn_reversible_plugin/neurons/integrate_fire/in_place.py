@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,6 +109,7 @@ def multi_step_vjp(
     *,
     owned: bool = False,
     v_last: Tensor | None = None,
+    sums_chunks: bool = False,
 ) -> Gradients:
     """Gradients of :func:`multi_step` from its inputs and those of its outputs.
 
@@ -117,6 +119,7 @@ def multi_step_vjp(
         wanted: which gradients to compute.
         owned: x_seq may be overwritten: it becomes h, then the gradient of x_seq.
         v_last: is overwritten with the final membrane. Laid out as :func:`multi_step` does.
+        sums_chunks: a learned leak's gradients may be sums of chunks' sums, which round otherwise.
     """
     if neuron.launched:
         if neuron.rule.order == Order() or _are_laid_out(grads, tuple(range(x_seq.dim()))):
@@ -124,7 +127,8 @@ def multi_step_vjp(
         neuron = neuron._replace(launched=False)
     if neuron.wide and x_seq.dtype is not torch.float32:
         wide = grads._replace(s=None if grads.s is None else grads.s.float())
-        found = multi_step_vjp(x_seq.float(), v, wide, neuron, wanted, owned=True, v_last=v_last)
+        how: dict[str, Any] = {"owned": True, "v_last": v_last, "sums_chunks": sums_chunks}
+        found = multi_step_vjp(x_seq.float(), v, wide, neuron, wanted, **how)
         return found._replace(x=None if found.x is None else found.x.to(x_seq.dtype))
     order = _order_of(x_seq, v, neuron)
     if order is None or not _are_laid_out(grads, order):
@@ -132,8 +136,8 @@ def multi_step_vjp(
             v_last.copy_(multi_step(x_seq, v, neuron)[1])
         return sequence_vjp(x_seq, v, grads, neuron, wanted)
     learns_leak = neuron.q is not None and wanted.q
-    if learns_leak and neuron.rule.decay_input:
-        owned = False  # x is needed once more
+    again = learns_leak and neuron.rule.decay_input  # x is needed once more
+    owned = owned and (sums_chunks or not again)
     owned = owned and (x_seq.shape[0] == 1 or x_seq.stride(0) == math.prod(x_seq.shape[1:]))
     g_x = x_seq if owned else empty_in(x_seq, order) if wanted.x else None
     x2 = as_rows(x_seq, order)
@@ -145,19 +149,42 @@ def multi_step_vjp(
         return Gradients(g_x, (None, None), [])
     g_start = [empty_in(x_seq, order, steps=False) for _ in range(neuron.parts)] if wanted.v else []
     starts = [as_rows(g[None], order)[0] for g in g_start]
-    g_q: list[Tensor] = []
-    # A sum over neurons must not be cut (reference, note on order, 4).
-    for part, work in _chunks(x2, neuron, neuron.surrogate.uniform, whole=learns_leak):
-        xs = x2[:, part].unbind(0)
-        hs = xs if owned else (torch.empty_like(x2[:, part]) if h2 is None else h2[:, part]).unbind(0)
+    g_q = SumsOfSteps()
+    # A sum over neurons must not be cut (reference, note on order, 4), where bits are promised.
+    whole = learns_leak and not sums_chunks
+    for part, work in _chunks(x2, neuron, neuron.surrogate.uniform, whole=whole):
+        hs = (torch.empty_like(x2[:, part]) if h2 is None else h2[:, part]).unbind(0)
+        xs = (x2[:, part].clone() if owned and again else x2[:, part]).unbind(0)
         before = _cut(start, part)
         work.charge_again(xs, hs, before)
         if last is not None:
             work.fire(hs[-1], work.s)
             work.reset(hs[-1], work.s, last[part])
-        g_q += work.back(xs, hs, _part_of(rows, part), [g[part] for g in starts], before, learns_leak)
+        g_q.add(work.back(xs, hs, _part_of(rows, part), [g[part] for g in starts], before, learns_leak))
     parts = (*g_start, None, None)
-    return Gradients(g_x if wanted.x else None, (parts[0], parts[1]), g_q)
+    return Gradients(g_x if wanted.x else None, (parts[0], parts[1]), g_q.values())
+
+
+class SumsOfSteps:
+    """A learned leak's gradients, one a step, over parts of the neurons; added up in float32 at least."""
+
+    def __init__(self) -> None:
+        self._first: list[Tensor] = []
+        self._total: Tensor | None = None
+
+    def add(self, of_part: list[Tensor]) -> None:
+        if not self._first:
+            self._first = of_part
+        elif of_part:
+            if self._total is None:
+                wide = torch.promote_types(self._first[0].dtype, torch.float32)
+                self._total = torch.stack(self._first).to(wide)
+            self._total += torch.stack(of_part)
+
+    def values(self) -> list[Tensor]:
+        if self._total is None:
+            return self._first
+        return [*self._total.to(self._first[0].dtype).unbind()]
 
 
 def _order_of(x_seq: Tensor, v: Tensor | float, neuron: Neuron) -> tuple[int, ...] | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from snn_reversible_plugin import tape
-from snn_reversible_plugin.neurons.integrate_fire.in_place import multi_step_vjp
+from snn_reversible_plugin.neurons.integrate_fire.in_place import SumsOfSteps, multi_step_vjp
 from snn_reversible_plugin.neurons.integrate_fire.reference import (
     Gradients,
     Neuron,
@@ -42,7 +42,7 @@ def sequence_vjp_in_slices(
     if len(parts) < 2:  # one part of all may be a view of what others hold
         x_seq = cut.whole()
         cut.release()
-        return multi_step_vjp(x_seq, v, grads, neuron, wanted, owned=True, v_last=v_last)
+        return multi_step_vjp(x_seq, v, grads, neuron, wanted, owned=True, v_last=v_last, sums_chunks=True)
     whole = _Whole(cut, v_last, wanted, grads.s if overwrites else None)
     for part in parts:
         samples = slice(part.start, part.stop)
@@ -53,7 +53,7 @@ def sequence_vjp_in_slices(
         )  # fmt: skip
         whole.put(samples, _of_part(cut, part, start, of_part, neuron, (wanted, v_last is not None)))
     cut.release()
-    return Gradients(whole.x, (whole.v[0], whole.v[1]), whole.q)
+    return Gradients(whole.x, (whole.v[0], whole.v[1]), whole.q.values())
 
 
 def _of_part(
@@ -69,7 +69,8 @@ def _of_part(
     wanted, keeps_last = how
     last = torch.empty_like(x_seq[0]) if keeps_last else None
     owned = x_seq.untyped_storage().nbytes() == x_seq.nbytes  # and no view of what others hold
-    return multi_step_vjp(x_seq, v, grads, neuron, wanted, owned=owned, v_last=last), last
+    found = multi_step_vjp(x_seq, v, grads, neuron, wanted, owned=owned, v_last=last, sums_chunks=True)
+    return found, last
 
 
 class _Whole:
@@ -81,7 +82,7 @@ class _Whole:
         if wanted.x:
             self.x = spare if spare is not None and cut.is_like(spare) else cut.empty()
         self.v: list[Tensor | None] = [None, None]
-        self.q: list[Tensor] = []
+        self.q = SumsOfSteps()
 
     def put(self, samples: slice, of_part: tuple[Gradients, Tensor | None]) -> None:
         (g_x, g_v, g_q), last = of_part
@@ -96,4 +97,4 @@ class _Whole:
             if whole is None:
                 whole = self.v[at] = g.new_empty((self._samples, *g.shape[1:]))
             whole[samples] = g
-        self.q = [one + other for one, other in zip(self.q, g_q, strict=True)] if self.q else list(g_q)
+        self.q.add(g_q)
