@@ -262,7 +262,7 @@ PRODUCTS += ("mkldnn::_convolution_pointwise", "aten::_scaled_dot_product_flash_
 
 
 def _products_share(training: Training, x: Tensor, repeats: int) -> float:
-    """The share of its forward's products in a step's time: a rebuild runs them again. The median of rounds."""
+    """What its forward's products take of a step: a rebuild runs them again. The median of rounds."""
     shares = []
     for _ in range(max(repeats, 1)):
         training.model.zero_grad()
