@@ -118,6 +118,41 @@ def test_an_operator_in_slices_has_autograds_gradients(name, batch, sliced):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
+class Scores(nn.Module):
+    """Attention of one head."""
+
+    def forward(self, x):
+        return (x @ x.transpose(-1, -2)).softmax(-1) @ x
+
+
+SQUARE = nn.Unflatten(2, (4, 4))
+BEHIND_A_LINEAR_LAYER = {
+    "batch norm": lambda: nn.BatchNorm1d(8),
+    "batch norm in evaluation": lambda: nn.BatchNorm1d(8).eval(),
+    "one dimension": lambda: nn.Conv1d(8, 6, 3),
+    "batch norm of images": lambda: nn.Sequential(SQUARE, nn.BatchNorm2d(8)),
+    "two dimensions": lambda: nn.Sequential(SQUARE, nn.Conv2d(8, 6, 3)),
+    "max pooling": lambda: nn.Sequential(SQUARE, nn.MaxPool2d(2)),
+    "average pooling": lambda: nn.Sequential(SQUARE, nn.AvgPool2d(2)),
+    "adaptive pooling": lambda: nn.Sequential(SQUARE, nn.AdaptiveAvgPool2d(3)),
+    "attention": Scores,
+    "gate": lambda: nn.GLU(),
+    "linear": lambda: nn.Linear(16, 5),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 5, 8])
+@pytest.mark.parametrize("name", BEHIND_A_LINEAR_LAYER)
+def test_rows_of_a_linear_layer_are_no_samples(name, batch):
+    """One of [N, C, L] has N * C rows, and what takes channels can't be given a few of these."""
+    torch.manual_seed(0)
+    after = BEHIND_A_LINEAR_LAYER[name]()
+    module = nn.Sequential(nn.Flatten(2), nn.Linear(81, 16), after).double()
+    x = torch.randn(batch, 8, 9, 9, dtype=torch.float64)
+    for one, other in zip(gradients_of(module, x, None), gradients_of(module, x, "minimal"), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
 def network(bias=True):
     torch.manual_seed(1)
     net = nn.Sequential(

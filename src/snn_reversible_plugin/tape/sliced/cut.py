@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snn_reversible_plugin.ops.layouts import is_dense, is_plain
+from snn_reversible_plugin.ops.layouts import is_dense, is_plain, storage_key
 from snn_reversible_plugin.tape.handles import Handle, Kept
 from snn_reversible_plugin.tape.off_stack import OffStack
 from snn_reversible_plugin.tape.operators import aten
@@ -175,7 +175,10 @@ class Cut(Handle):
         same = value.dtype is self.dtype and value.is_contiguous() and value.numel() == self.size.numel()
         whole = value.view(self.size) if same and self.empty_meta().is_contiguous() else self.empty()
         for part in self.parts():
-            part.put(self.rows(part, {product: part.of(value)}), whole)
+            rows = self.rows(part, {product: part.of(value)})
+            if storage_key(rows) == storage_key(whole):  # views of the product are all that came after it
+                rows = rows.clone()
+            part.put(rows, whole)
         return whole
 
     def _run(self, product: Replayed, operand: Handle, size: torch.Size) -> Tensor:

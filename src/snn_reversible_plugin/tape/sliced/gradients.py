@@ -64,6 +64,13 @@ class _Whole:
         part.put(rows, self.value)
 
 
+def _refuse_parts_of_samples(*cuts: Cut) -> None:
+    """What takes samples can't take rows of the first two dimensions, as of a linear layer's [N, C, L]."""
+    for cut in cuts:
+        if cut.groups[0] * cut.groups[1] > cut.size[0]:
+            raise Whole
+
+
 def _refuse_large_sum(nbytes: int, *cut: Cut | Tensor) -> None:
     if nbytes > sum(one.nbytes for one in cut):
         raise Whole
@@ -94,6 +101,7 @@ def _convolution(
     if not isinstance(x, Cut) or not isinstance(weight, Tensor) or len(x.size) < 3:
         raise Whole
     mask = how[-1]
+    _refuse_parts_of_samples(x)
     _refuse_large_sum(weight.nbytes if mask[1] else 0, x, grad)
     g_x, g_weight, g_bias = _Whole(x.size, spare), _Sum(), _Sum()
     for part, found in parts_of(x, nbytes=grad.nbytes):
@@ -134,6 +142,7 @@ def _normalized(
     whether these are x's own."""
     if not isinstance(x, Cut) or len(x.size) < 2:
         raise Whole
+    _refuse_parts_of_samples(x)
     mean, deviation, own = by
     wide = torch.promote_types(x.dtype, torch.float32)
     dims = [dim for dim in range(len(x.size)) if dim != 1]
@@ -173,6 +182,7 @@ def _normalized(
 def _max_pool(func: Any, grad: Tensor, x: Any, *how: Any) -> Tensor | None:
     *window, indices = how
     cuts = [one for one in (x, indices) if isinstance(one, Cut)]
+    _refuse_parts_of_samples(*cuts)
     g_x = _Whole(x.size if isinstance(x, Cut) else x.shape)
     for part, found in parts_of(*cuts):
         of_x, of_indices = (
@@ -184,6 +194,7 @@ def _max_pool(func: Any, grad: Tensor, x: Any, *how: Any) -> Tensor | None:
 
 def _pool(func: Any, grad: Tensor, x: Cut, *how: Any) -> Tensor | None:
     """One that wants to know x's size and layout, and none of its values."""
+    _refuse_parts_of_samples(x)
     g_x = _Whole(x.size)
     for part, _ in parts_of(x):
         size = part.sized(x.size)
@@ -212,6 +223,7 @@ def _mm(func: Any, one: Any, other: Any) -> Tensor | None:
 
 def _bmm(func: Any, one: Any, other: Any) -> Tensor | None:
     opened = [getattr(arg, "cut", arg) for arg in (one, other)]
+    _refuse_parts_of_samples(*(arg for arg in opened if isinstance(arg, Cut)))
     sizes = [arg.size if isinstance(arg, Cut) else arg.shape for arg in opened]
     rows = sizes[0][-1] if isinstance(one, Turned) else sizes[0][-2]
     columns = sizes[1][-2] if isinstance(other, Turned) else sizes[1][-1]
