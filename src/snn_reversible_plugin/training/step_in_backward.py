@@ -110,8 +110,8 @@ class StepInBackward:
         raise RuntimeError(
             f"the gradient of {self._name(parameter)} was zeroed without an optimizer.step(), but the "
             "backward had stepped it already. If another model's loss goes through this one, take its "
-            "parameters' requires_grad off meanwhile; where a backward was given up, call optimizer.step() to "
-            "go on from what it left; else call remove() on what step_in_backward returned."
+            "parameters' requires_grad off meanwhile; where a backward was given up, call optimizer.step() "
+            "to go on from what it left; else call remove() on what step_in_backward returned."
         )
 
     def _step(self, parameter: Tensor) -> None:
