@@ -85,7 +85,9 @@ def over_step(entries: Entries, titles: Mapping[str, str]) -> list[Table]:
             less = f"{entry['peak'] / ours['peak']:.1f}x"
             work, shape = WORKLOADS[entry["workload"]], entry["shape"]
             steps = f"T = {shape[0]}, " if work.batch_dim else ""
-            title = f"{titles[work.name]}: {steps}batch {shape[work.batch_dim]}, {shape[-2]} x {shape[-1]}"
+            grid = " (on the grid)" if work.checkpointed else ""  # a loop of one's own, by the default
+            size = f"{steps}batch {shape[work.batch_dim]}, {shape[-2]} x {shape[-1]}"
+            title = f"{titles[work.name]}{grid}: {size}"
             rows.append((title, mib(entry["peak"]), mib(ours["peak"]), less))
     headings = ("training step", "stock's peak, MiB", "converted, MiB", "less")
     return [Table(headings, rows)]

@@ -15,17 +15,17 @@ class Net(nn.Module):
         self.fc2, self.lif2 = nn.Linear(hidden, 10), snn.Leaky(beta=0.9)
 
 
-def train(arithmetic: str = "auto") -> list[float]:
+def train() -> list[float]:
     torch.manual_seed(0)
     net = Net()
-    net = srp.convert_to_reversible(net, arithmetic=arithmetic)  # was: nothing
+    net = srp.convert_to_reversible(net)  # was: nothing
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
     losses = []
     for _ in range(4):
         x_seq, label = 3 * torch.rand(25, 8, 20), torch.randint(10, (8,))
         mem1, mem2 = net.lif1.init_leaky(), net.lif2.init_leaky()
         total = torch.zeros(8, 10)
-        with srp.reversible(net):  # was: if True:
+        with srp.reversible(net):  # was: nothing
             for x in x_seq:
                 spk1, mem1 = net.lif1(net.fc1(x), mem1)
                 _, mem2 = net.lif2(net.fc2(spk1), mem2)

@@ -1,6 +1,7 @@
 """README and docs say what was measured: every number with a unit comes from a stored result."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,17 @@ def test_numbers_are_those_of_the_results(page):
 def test_linked_files_exist(page):
     for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         assert link.startswith("http") or (page.parent / link).exists(), link
+
+
+def test_an_index_shows_no_link_that_is_dead_there():
+    """What the build makes of the README: sdist and wheel have no files beside it."""
+    metadata = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["metadata"]
+    text = (ROOT / "README.md").read_text()
+    assert re.search(r"\]\((?!http)", text) and "<img" in text
+    for one in metadata["hooks"]["fancy-pypi-readme"]["substitutions"]:
+        text = re.sub(one["pattern"], one["replacement"], text)
+    assert not re.findall(r"\]\((?!http)|<img|<source", text)
+    assert "Move a SpikingJelly script" in text
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
