@@ -55,11 +55,12 @@ def measure(
         model, x, loss = published.network(width), published.batch(tuple(shape)), published.loss
     model, x = model.to(options.device), x.to(options.device)
     entry: Entry = {"method": method}
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
     if family is not None:
         entry["own_procedure"] = FAMILIES[family].own_procedure
     if method == STEPPED:
         srp.convert_to_reversible(model, mode="minimal")
-        srp.step_in_backward(torch.optim.SGD(model.parameters(), lr=1e-4))
+        srp.step_in_backward(optimizer)
     elif method != "stock":
         srp.convert_to_reversible(model, mode=method)
 
@@ -69,6 +70,8 @@ def measure(
 
     tick("a step to warm up")
     run().backward()
+    if method == STEPPED:
+        optimizer.step()
     model.zero_grad()
     tick("a step")
     with counted_alone(model):

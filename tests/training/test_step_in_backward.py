@@ -231,6 +231,26 @@ def test_a_closure_runs_its_backward_there(named):
     assert_same(*after)
 
 
+def test_reports_move_nothing_and_are_of_freed_gradients():
+    net = network()
+    srp.convert_to_reversible(net)
+    functional.reset_net(net)
+    x_seq = torch.rand(5, 4, 6) * 3
+    waiting = srp.memory_report(net, x_seq)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    srp.step_in_backward(optimizer, net)
+    before = copy.deepcopy(net.state_dict())
+    assert srp.verify(net, x_seq).gradients_equal
+    freed = srp.memory_report(net, x_seq)
+    assert freed.converted.peak < waiting.converted.peak
+    srp.largest_batch(net, lambda size: torch.rand(5, size, 6), "1MiB")
+    assert_same(net.state_dict(), before)
+    assert all(parameter.grad is None for parameter in net.parameters())
+    net(x_seq).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(net[0].weight, before["0.weight"])
+
+
 def test_twice_is_refused():
     net = nn.Linear(2, 2)
     _, arrangement = stepping(net)

@@ -7,12 +7,13 @@ back: random numbers here, tables in :mod:`.states`, autocast in :mod:`...ops.au
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from snn_reversible_plugin.modules.states import OF_TORCH, Contents, Snapshot, cut_inside, tables_of
 from snn_reversible_plugin.ops.interrupts import surely
@@ -63,13 +64,19 @@ class RandomNumbers:
             torch.get_device_module(device).set_rng_state(state, device)
 
 
+# Parameters of models that run as if they had not, and whether somebody reads their gradients. Not by
+# thread: a device's backward has its own.
+tried: MutableMapping[Tensor, bool] = WeakIdKeyDictionary()
+
+
 @contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
+def unchanged(model: nn.Module, *, reads_gradients: bool = False) -> Iterator[None]:
     """Context manager: on leaving, the model is as it was on entering.
 
     Inside, states that carry a graph are cut from it: it may have been freed by a backward. Put back are
     buffers, attributes, lists and dictionaries among them, neuron states, gradients, and the random
-    number generators. Parameters are taken to be only read.
+    number generators. Parameters are taken to be only read; an optimizer that steps in the backward frees
+    their gradients and steps nothing. ``reads_gradients``: nor does it free them.
     """
     before = Snapshot(model.modules(), buffers=True)
     contents = Contents(model.modules(), tensors=True)
@@ -78,16 +85,21 @@ def unchanged(model: nn.Module) -> Iterator[None]:
             for key in [key for key in table if key not in OF_TORCH]:
                 cut_inside(table, key)
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    outer = {parameter: tried.get(parameter) for parameter, _ in gradients}
 
     def put_back() -> None:
         before.put_back()
         contents.put_back()
         for parameter, gradient in gradients:
             parameter.grad = gradient
+            tried.pop(parameter, None)
+            if (reads := outer[parameter]) is not None:
+                tried[parameter] = reads
 
     try:
         for parameter, _ in gradients:
             parameter.grad = None
+            tried[parameter] = reads_gradients
         with RandomNumbers(parameter.device for parameter, _ in gradients).again():
             yield
     finally:

@@ -78,13 +78,13 @@ class Step:
         return [tensor for tensor in inputs if tensor.requires_grad and tensor.is_leaf]
 
     @contextmanager
-    def unchanged(self) -> Iterator[None]:
+    def unchanged(self, *, reads_gradients: bool = False) -> Iterator[None]:
         """Context manager: afterwards the model is as it was, and so are gradients of inputs."""
         gradients = [(leaf, leaf.grad) for leaf in self.leaves()]
         for leaf, _ in gradients:
             leaf.grad = None
         try:
-            with unchanged(self.model), _same_draws():
+            with unchanged(self.model, reads_gradients=reads_gradients), _same_draws():
                 yield
         finally:
             for leaf, gradient in gradients:

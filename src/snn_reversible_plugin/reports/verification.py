@@ -320,7 +320,7 @@ def _run(step: Step) -> _Run:
     watched = [module for module in step.model.modules() if is_spiking(module)]
     hooks = [module.register_forward_hook(watch) for module in watched]
     try:
-        with step.unchanged():
+        with step.unchanged(reads_gradients=True):
             output = step.forward()
             for hook in hooks:  # what a backward runs again is no call of the network's
                 hook.remove()

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from snn_reversible_plugin.modules.as_it_ran import tried
+
 # NOTE [Who is served and who is refused]
 #
 # 1. The optimizer stays the user's: one object, its groups, state, schedules and checkpoints. A parameter
@@ -39,7 +41,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 #    when the sum over all devices stands, so they are served.
 # 5. Looking takes a walk over all live objects, so it is done at the call and in the first backward after
 #    it.
-# 6. An optimizer that loads a state has other groups afterwards: a parameter's is looked up at each step.
+# 6. Reports run steps as if there had been none (modules.as_it_ran): gradients are freed, or read, and no
+#    parameter moves.
+# 7. An optimizer that loads a state has other groups afterwards: a parameter's is looked up at each step.
 
 
 class StepInBackward:
@@ -86,15 +90,21 @@ class StepInBackward:
 
     def _hooks(self, parameter: Tensor) -> list[Any]:
         def before(_: Tensor) -> None:
-            if id(parameter) in self._stepped:
+            if parameter in tried:
+                if isinstance(parameter.grad, SteppedGradient):
+                    parameter.grad = None
+            elif id(parameter) in self._stepped:
                 self._refuse_second(parameter)
 
         def after(_: Tensor) -> None:
-            if not self._looked:
-                _refuse_who_needs_all(self._optimizer)
-                self._looked = True
-            self._step(parameter)
-            self._stepped.add(id(parameter))
+            if tried.get(parameter):
+                return
+            if parameter not in tried:
+                if not self._looked:
+                    _refuse_who_needs_all(self._optimizer)
+                    self._looked = True
+                self._step(parameter)
+                self._stepped.add(id(parameter))
             parameter.grad = SteppedGradient(parameter, self._name(parameter))
 
         return [parameter.register_hook(before), parameter.register_post_accumulate_grad_hook(after)]
