@@ -155,6 +155,7 @@ def test_a_users_model_is_verified(models, monkeypatch):
     assert result.exit_code == 0, result.output
     assert "bit-identical to stock" in result.output
     wrong = run("verify", "own_models:build", "--shape", "8,4,3,8,8")
+    assert "off the grid" not in result.output  # which has nothing to do with neurons of many steps a call
     assert wrong.exit_code == 2 and "does not take an input of 8x4x3x8x8" in wrong.output
 
     import snn_reversible_plugin.reports.verification as verification
