@@ -133,7 +133,7 @@ def models(tmp_path, monkeypatch):
         "def sized(width): return build()\n"
         "def nothing(): return 3\n"
         "def no_neuron(): return nn.Linear(3, 3)\n"
-        "def broken(): raise TypeError('a mistake of its own')\n"
+        "def words(): return nn.Sequential(nn.Embedding(10, 8), neuron.LIFNode())\n"
         "number = 3\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
@@ -154,8 +154,8 @@ def test_a_users_model_is_verified(models, monkeypatch):
     result = run("verify", "own_models:build", "--shape", "8,4,2,8,8")
     assert result.exit_code == 0, result.output
     assert "bit-identical to stock" in result.output
-    wrong = run("verify", "own_models:build", "--shape", "8,4,3,8,8")
     assert "off the grid" not in result.output  # which has nothing to do with neurons of many steps a call
+    wrong = run("verify", "own_models:build", "--shape", "8,4,3,8,8")
     assert wrong.exit_code == 2 and "does not take an input of 8x4x3x8x8" in wrong.output
 
     import snn_reversible_plugin.reports.verification as verification
@@ -318,10 +318,53 @@ def test_without_matplotlib_there_is_a_table_and_a_word(models, monkeypatch):
     assert "snn-reversible-plugin[plot]" in result.output and not (models / "none.png").exists()
 
 
-def test_a_mistake_inside_the_users_factory_is_shown_as_it_is(models):
-    result = run("report", "own_models:broken", "--shape", "3")
-    assert isinstance(result.exception, TypeError)
-    assert str(result.exception) == "a mistake of its own"
+@pytest.mark.parametrize(
+    ("line", "pieces"),
+    [
+        (
+            "def Net():\n    return inner()\ndef inner():\n    raise TypeError('a mistake of its own')",
+            ("line 2, in Net", "line 4, in inner", "TypeError: a mistake of its own"),
+        ),
+        (
+            "import torch\ndef Net():\n    return torch.nn.Linear(3, -3)",
+            ("line 3, in Net", "RuntimeError: Trying to create tensor with negative dimension"),
+        ),
+        ("def Net(:\n    pass", ('script.py", line 1', "SyntaxError: invalid syntax")),
+        (
+            "from own_models import nobody",
+            ("line 1, in <module>", "ImportError: cannot import name 'nobody'"),
+        ),
+        ("Net = open('no such file')", ("line 1, in <module>", "FileNotFoundError")),
+    ],
+    ids=["factory", "in torch", "syntax", "import", "no file"],
+)
+def test_a_mistake_of_the_users_is_shown_without_frames_of_ours(models, line, pieces):
+    (models / "script.py").write_text(line + "\n")
+    result = run("report", f"{models / 'script.py'}:Net", "--shape", "3")
+    sys.modules.pop("script", None)
+    assert result.exit_code == 1
+    assert all(piece in result.output for piece in pieces), result.output
+    assert "snn_reversible_plugin" not in result.output and "site-packages" not in result.output
+    assert len(result.output.splitlines()) < 12
+
+
+def test_what_a_model_wants_beside_floats_is_said(models):
+    result = run("verify", "own_models:words", "--shape", "8,4")
+    assert result.exit_code == 2 and "--shape" not in result.output
+    said = " ".join(result.output.replace("│", " ").split())
+    assert "scalar types: Long, Int" in said
+    assert said.index("Long, Int") < said.index("Inputs are random floats of that shape")
+
+
+@pytest.mark.parametrize("command", ["report", "verify"])
+def test_letters_in_a_shape_are_for_fit(models, command):
+    result = run(command, "own_models:build", "--shape", "T,N,2,8,8")
+    assert result.exit_code == 2 and "'T,N,2,8,8': letters are for fit" in result.output
+
+
+def test_steps_without_a_place_in_the_shape_are_refused(models):
+    result = run("fit", "own_models:build", "--shape", "8,N,2,8,8", "--steps", "4", "--budget", "1MiB")
+    assert result.exit_code == 2 and "it needs a T in the shape" in result.output
 
 
 def test_the_package_runs_as_a_module():
