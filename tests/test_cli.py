@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib import metadata
 
 import matplotlib.image
 import pytest
@@ -365,6 +366,22 @@ def test_letters_in_a_shape_are_for_fit(models, command):
 def test_steps_without_a_place_in_the_shape_are_refused(models):
     result = run("fit", "own_models:build", "--shape", "8,N,2,8,8", "--steps", "4", "--budget", "1MiB")
     assert result.exit_code == 2 and "it needs a T in the shape" in result.output
+
+
+def test_the_version_is_the_installed_one():
+    result = run("--version")
+    assert (result.exit_code, result.output) == (0, metadata.version("snn-reversible-plugin") + "\n")
+    assert srp.__version__ == metadata.version("snn-reversible-plugin")
+    with pytest.raises(AttributeError, match="no attribute 'version'"):
+        srp.version  # noqa: B018
+
+
+def test_a_version_that_nobody_knows_is_no_attribute(monkeypatch):
+    def version(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert not hasattr(srp, "__version__")
 
 
 def test_the_package_runs_as_a_module():

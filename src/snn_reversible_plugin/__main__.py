@@ -70,8 +70,21 @@ SHAPE = Annotated[
 DEVICE = Annotated[str, typer.Option(help="Where the model and its input live.")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import snn_reversible_plugin
+
+        typer.echo(snn_reversible_plugin.__version__)
+        raise typer.Exit
+
+
 @app.callback(invoke_without_command=True)
-def explain(context: typer.Context) -> None:
+def explain(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Say which this is.")
+    ] = False,
+) -> None:
     """Train spiking neural networks in a small part of their memory."""
     if context.invoked_subcommand is None:
         Console().print(EXPLANATION, highlight=False)
