@@ -384,6 +384,26 @@ def test_a_version_that_nobody_knows_is_no_attribute(monkeypatch):
     assert not hasattr(srp, "__version__")
 
 
+def test_nothing_that_the_demo_counts_was_made_before():
+    """Torch would write a line to stderr, the first time in a process: so in one of its own."""
+    code = (
+        "import torch; from snn_reversible_plugin import demo;"
+        "trainer = demo._Trainer(demo.network(4, 16), 1, 'cpu');"
+        "trainer.measure(torch.rand(3, 2, 2, 16, 16), torch.tensor([1, 2]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, "allocated before" in done.stderr) == (0, False), done.stderr
+
+
+def test_the_demos_picture_names_what_it_draws():
+    losses = [2.31, 2.27, 2.33]
+    runs = [demo.Run(losses, [1.0] * 3, 0.5, held, 3 << 20) for held in (2 << 20, 5 << 10)]
+    curve, bars = demo.Comparison(*runs).plot().axes
+    assert curve.get_ylim()[1] > 1.05 * max(losses)  # half a line's width
+    texts = [text.get_text() for text in bars.texts]
+    assert texts == ["2.00 MiB", "3.00 MiB", "5.00 KiB", "3.00 MiB"]
+
+
 def test_the_package_runs_as_a_module():
     done = subprocess.run(
         [sys.executable, "-m", "snn_reversible_plugin", "--help"], capture_output=True, text=True
