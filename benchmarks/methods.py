@@ -276,7 +276,8 @@ _PEERS = (
         "of each branch", "tab:pink", "P",
     ),
     (
-        "offload", _offload, "`torch.autograd.graph.save_on_cpu`: what is saved goes to the host and back; on a GPU alone",
+        "offload", _offload,
+        "`torch.autograd.graph.save_on_cpu`: what is saved goes to the host and back; on a GPU alone",
         "tab:gray", "1",
     ),
     (
@@ -284,7 +285,10 @@ _PEERS = (
         "gold", "*",
     ),
     ("SLTT", _sltt, "no gradient through time: an approximation", "tab:red", "X"),
-    ("compiled", _compiled(torch.compile), "stock under `torch.compile`: on the page [Compiled](compile.md)", "black", "o"),
+    (
+        "compiled", _compiled(torch.compile),
+        "stock under `torch.compile`: on the page [Compiled](compile.md)", "black", "o",
+    ),
 )  # fmt: skip
 _OURS = (
     ("speed", _tape("speed"), _TAPE.format("speed"), "tab:green", "^"),

@@ -472,8 +472,10 @@ class TestRefusals:
         with pytest.raises(TypeError, match="scripted"):
             srp.convert_to_reversible(torch.jit.script(nn.Linear(2, 2)))
         model = nn.Sequential(nn.Linear(2, 2), neuron.LIFNode())
-        with pytest.raises(TypeError, match="compiled"):
+        with pytest.raises(TypeError, match=r"without torch\.compile, or use srp\.compile\."):
             srp.convert_to_reversible(torch.compile(model))
+        with pytest.raises(TypeError, match=r"without torch\.compile\.$"):  # it is no batch's size
+            srp.largest_batch(srp.compile(model), lambda size: torch.rand(size, 2))
         model.compile()
         with pytest.raises(TypeError, match="compiled"):
             srp.convert_to_reversible(model)

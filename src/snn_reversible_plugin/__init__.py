@@ -1,5 +1,7 @@
 """Reversible training for spiking neural networks: stock models, a small part of the memory."""
 
+from typing import Any
+
 from snn_reversible_plugin.blocks import RevSBlock, RevSColumns, RevSSequence
 from snn_reversible_plugin.blocks.surgery import SurgeryReport, unwrap_residual_blocks, wrap_residual_blocks
 from snn_reversible_plugin.compiler import compile
@@ -38,3 +40,14 @@ __all__ = [
     "verify",
     "wrap_residual_blocks",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import metadata
+
+    try:
+        return metadata.version("snn-reversible-plugin")
+    except metadata.PackageNotFoundError:
+        raise AttributeError("the package is not installed, so that it has no version") from None

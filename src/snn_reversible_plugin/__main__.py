@@ -6,18 +6,15 @@ only when it is wanted, so that ``--help`` is quick and needs no framework.
 Source: typer, https://typer.tiangolo.com.
 """
 
-import importlib
-import importlib.util
-import inspect
-import sys
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from traceback import walk_tb
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+
+from snn_reversible_plugin.factory import build, move, run_once, shape_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -73,8 +70,21 @@ SHAPE = Annotated[
 DEVICE = Annotated[str, typer.Option(help="Where the model and its input live.")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import snn_reversible_plugin
+
+        typer.echo(snn_reversible_plugin.__version__)
+        raise typer.Exit
+
+
 @app.callback(invoke_without_command=True)
-def explain(context: typer.Context) -> None:
+def explain(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Say which this is.")
+    ] = False,
+) -> None:
     """Train spiking neural networks in a small part of their memory."""
     if context.invoked_subcommand is None:
         Console().print(EXPLANATION, highlight=False)
@@ -122,7 +132,7 @@ def demo(
         raise typer.BadParameter(str(error), param_hint="demo") from None
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    _on(device, torch.nn.Linear(1, 1))
+    move(device, torch.nn.Linear(1, 1))
     console = Console()
     try:
         comparison = compare(
@@ -217,22 +227,27 @@ def fit(
 
     def shapes(count: int | None, batch: int) -> list[tuple[int, ...]]:
         sizes = {"N": batch} | ({} if count is None else {"T": count})
-        return [_shape(",".join(str(sizes.get(part, part)) for part in text.split(","))) for text in shape]
+        return [
+            shape_of(",".join(str(sizes.get(part, part)) for part in text.split(","))) for text in shape
+        ]
 
     if not all("N" in text.split(",") for text in shape):
         raise typer.BadParameter("it needs N where the batch goes, as in 8,N,2,32,32", param_hint="--shape")
-    if not steps and any("T" in text.split(",") for text in shape):
+    has_steps = any("T" in text.split(",") for text in shape)
+    if steps and not has_steps:
+        raise typer.BadParameter("it needs a T in the shape, as in T,N,2,32,32", param_hint="--steps")
+    if has_steps and not steps:
         raise typer.BadParameter(
             "a shape has T for the time steps: say how many, as in --steps 8", param_hint="--steps"
         )
-    model, console, found = _on(device, _build(factory)), Console(), Fits(budget)
+    model, console, found = move(device, build(factory)), Console(), Fits(budget)
     try:
         limit = free_memory(torch.device(device)) if budget is None else bytes_of(budget)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--budget") from error
     counts: list[int | None] = [*steps] if steps else [None]
     for count in counts:
-        _run_once(model, [torch.rand(sizes, device=device) for sizes in shapes(count, 2)])
+        run_once(model, [torch.rand(sizes, device=device) for sizes in shapes(count, 2)])
 
         def inputs(batch: int, count: int | None = count) -> tuple[Any, ...]:
             return tuple(torch.rand(sizes, device=device) for sizes in shapes(count, batch))
@@ -273,117 +288,14 @@ def _converted(
 
     from snn_reversible_plugin.convert import convert_to_reversible
 
-    shapes = [_shape(text) for text in shape]
-    model = _on(device, _build(factory))
+    shapes = [shape_of(text) for text in shape]
+    model = move(device, build(factory))
     inputs = [torch.rand(sizes, device=device) for sizes in shapes]
-    _run_once(model, inputs)
+    run_once(model, inputs)
     try:
         return convert_to_reversible(model, mode=mode.value), inputs
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error), param_hint="FACTORY") from error
-
-
-def _on(device: str, model: "nn.Module") -> "nn.Module":
-    try:
-        return model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise typer.BadParameter(str(error).splitlines()[0], param_hint="--device") from None
-
-
-def _run_once(model: "nn.Module", inputs: Sequence[Any]) -> None:
-    """Refuse a shape that the model does not take, in the model's own words."""
-    import torch
-
-    from snn_reversible_plugin.modules.as_it_ran import unchanged
-
-    try:
-        with unchanged(model), torch.no_grad():
-            model(*inputs)
-    except Exception as error:
-        names = {module: name for name, module in model.named_modules()}
-        running = [frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__)]
-        inside = [names[one] for one in running if isinstance(one, torch.nn.Module) and one in names]
-        where = f" in {inside[-1]}" if inside and inside[-1] else ""
-        given = ", ".join("x".join(map(str, one.shape)) for one in inputs)
-        raise typer.BadParameter(
-            f"the model does not take an input of {given}: {type(error).__name__}{where}: {error}",
-            param_hint="--shape",
-        ) from None
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    """``"8,16,2"`` as ``(8, 16, 2)``."""
-    try:
-        sizes = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        sizes = ()
-    if not sizes or min(sizes) < 1:
-        raise typer.BadParameter(
-            f"{text!r} is no shape: give sizes from 1 up with commas between, as in 8,16,2,32,32",
-            param_hint="--shape",
-        )
-    return sizes
-
-
-def _script(file: str) -> Any:
-    """A file as a module: what stands under ``if __name__ == "__main__"`` does not run."""
-    path = Path(file)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.resolve().parent))  # what lies beside a script is imported by it
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def _remedy(missing: str) -> str:
-    """What to do about a module that is not there."""
-    framework, _, part = missing.partition(".")
-    if framework not in ("spikingjelly", "snntorch"):
-        return "run in its folder, set PYTHONPATH, or install what it needs"
-    if part:
-        return f"install the release of {framework} that it was written for"
-    return f"pip install 'snn-reversible-plugin[{framework}]'"
-
-
-def _build(target: str) -> Any:
-    """The model that ``package.module:factory`` makes."""
-    from torch import nn
-
-    def refuse(why: str) -> typer.BadParameter:
-        return typer.BadParameter(f"{target!r} {why}", param_hint="FACTORY")
-
-    module_name, colon, name = target.rpartition(":")
-    if not (module_name and colon and name):
-        raise refuse("names no factory: give module:factory, as in mypackage.models:build or train.py:Net")
-    try:
-        module = (_script if module_name.endswith(".py") else importlib.import_module)(module_name)
-    except ModuleNotFoundError as error:
-        raise refuse(f"cannot be imported ({error}): {_remedy(error.name or '')}") from error
-    except FileNotFoundError as error:
-        raise refuse("is not there: give the file's path from here") from error
-    except ImportError as error:
-        if "relative import" not in str(error):
-            raise  # a mistake of its own, shown as it is
-        raise refuse(f"is a part of a package ({error}): name it as package.module:factory") from error
-    if not hasattr(module, name):
-        raise refuse(f"is not there: {module_name} has no {name!r}")
-    factory = getattr(module, name)
-    if not callable(factory):
-        raise refuse(f"is of type {type(factory).__name__}: name something that makes a model when called")
-    if isinstance(factory, nn.Module):  # built already
-        return factory
-    try:
-        inspect.signature(factory).bind()
-    except TypeError as error:
-        raise refuse(
-            f"does not work without arguments ({error}): name a function that gives them"
-        ) from error
-    model = factory()
-    if not isinstance(model, nn.Module):
-        raise refuse(f"made something of type {type(model).__name__}: it has to make a torch.nn.Module")
-    return model
 
 
 if __name__ == "__main__":

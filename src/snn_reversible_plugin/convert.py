@@ -160,7 +160,7 @@ def convert_to_reversible(
         >>> srp.convert_to_reversible(model) is model
         True
     """
-    check_model(model)
+    check_model(model, instead="srp.compile")
     settings = settings_for(mode, None if budget is None else bytes_of(budget), arithmetic)
     if arithmetic not in ARITHMETICS:
         raise ValueError(f"arithmetic must be one of {ARITHMETICS}, not {arithmetic!r}")
@@ -320,7 +320,7 @@ def reversible(
         ...     loss = model[1](spikes).sum()
         >>> loss.backward()
     """
-    check_model(model)
+    check_model(model, instead="srp.compile")
     with _settings_here(model, mode, budget).recording(check=check) as tape:
         if not check or tape is None:
             yield

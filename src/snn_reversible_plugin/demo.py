@@ -13,6 +13,7 @@ import statistics
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,9 +31,11 @@ from torch import nn
 
 from snn_reversible_plugin.convert import convert_to_reversible
 from snn_reversible_plugin.modules.as_it_ran import unchanged
-from snn_reversible_plugin.reports.measure import measure_step
+from snn_reversible_plugin.ops.units import shown
+from snn_reversible_plugin.reports.measure import count_step
 from snn_reversible_plugin.reports.over_step import OverStep, over_step
 from snn_reversible_plugin.reports.pictures import draw_over_step, new_figure
+from snn_reversible_plugin.reports.timing import TimeRatio
 
 try:
     from spikingjelly.activation_based import functional, layer, neuron, surrogate
@@ -115,7 +118,7 @@ class Comparison:
     Example:
         >>> from snn_reversible_plugin.demo import Comparison, Run
         >>> both = Comparison(Run([0.5, 0.25], [1.0, 1.0]), Run([0.5, 0.25], [1.5, 1.25]))
-        >>> both.equal_steps, both.largest_difference, both.time_ratio
+        >>> both.equal_steps, both.largest_difference, both.time_ratio.median
         (2, 0.0, 1.375)
     """
 
@@ -133,10 +136,9 @@ class Comparison:
         return max(abs(a - b) for a, b in self._losses())
 
     @property
-    def time_ratio(self) -> float:
-        """Time of the converted network over that of the stock one, the median over the steps."""
-        pairs = zip(self.converted.seconds, self.stock.seconds, strict=True)
-        return statistics.median(a / b for a, b in pairs)
+    def time_ratio(self) -> TimeRatio:
+        """Time of the converted network over that of the stock one, step by step."""
+        return TimeRatio.of(self.converted.seconds, self.stock.seconds)
 
     def _losses(self) -> "zip[tuple[float, float]]":
         return zip(self.stock.losses, self.converted.losses, strict=True)
@@ -163,13 +165,14 @@ class Comparison:
             ("peak of a step", a.peak, b.peak),
         ):
             gain = f"[bold]{old / new:.1f}x less[/]"
-            table.add_row(name, f"{old / 1e6:.1f} MB", f"{new / 1e6:.1f} MB", gain)
+            table.add_row(name, shown(old), shown(new), gain)
         table.add_row(
             "time of a step",
             f"{statistics.median(a.seconds):.3f} s",
             f"{statistics.median(b.seconds):.3f} s",
-            f"{self.time_ratio:.2f}x",
+            "",
         )
+        table.caption = f"time of a step, of stock's: {self.time_ratio}"
         return table
 
     def plot(self) -> Any:
@@ -189,19 +192,19 @@ class Comparison:
             curve, bars = figure.add_subplot(places[1, 0]), figure.add_subplot(places[1, 1])
         curve.plot(a.losses, color=grey, linewidth=5, label="stock")
         curve.plot(b.losses, color=blue, linewidth=1, label="converted")
-        curve.set(xlabel="training step", ylabel="loss", ylim=(0, None))
+        curve.set(xlabel="training step", ylabel="loss", ylim=(0, 1.1 * curve.get_ylim()[1]))
         curve.set_title(f"{self.equal_steps} of {len(a.losses)} losses equal, bit for bit")
         curve.legend(frameon=False)
 
         for shift, colour, run in ((-0.2, grey, a), (0.2, blue, b)):
-            drawn = bars.bar([shift, 1 + shift], [run.held / 1e6, run.peak / 1e6], 0.36, color=colour)
-            bars.bar_label(drawn, fmt="%.0f MB", padding=2)
+            drawn = bars.bar([shift, 1 + shift], [run.held, run.peak], 0.36, color=colour)
+            bars.bar_label(drawn, labels=[shown(run.held), shown(run.peak)], padding=2)
         bars.set_xticks([0, 1], ["held between\nforward and backward", "peak of a step"])
         bars.set_yticks([])
         bars.margins(y=0.12)
         bars.set_title(
-            f"{a.held / b.held:.0f}x less held, {a.peak / b.peak:.1f}x less at the peak, "
-            f"{self.time_ratio:.2f}x the time",
+            f"{a.held / b.held:.0f}x less held, {a.peak / b.peak:.1f}x less at the peak,\n"
+            f"time {self.time_ratio}",
             fontsize="small",
         )
         for axes in (curve, bars):
@@ -332,11 +335,16 @@ class _Trainer:
 
     def measure(self, x: torch.Tensor, digit: torch.Tensor) -> None:
         x, digit = x.to(self.device), digit.to(self.device)
-        with unchanged(self.model):  # measuring takes steps of its own
-            measured = measure_step(lambda: self.loss(x, digit))
-            if self.device.type == "cpu":
-                self.run.over = over_step(self.model, lambda: self.loss(x, digit))
-        self.run.held, self.run.peak = measured.held, measured.peak
+        step = partial(self.loss, x, digit)
+        # Each starts from a network without states: torch warns of what is freed while somebody counts, and
+        # was made before.
+        with unchanged(self.model):
+            step().backward()
+        with unchanged(self.model):
+            self.run.held, self.run.peak = count_step(step)
+        if self.device.type == "cpu":
+            with unchanged(self.model):
+                self.run.over = over_step(self.model, step)
 
     @torch.no_grad()
     def test(self, batches: Any) -> None:

@@ -213,4 +213,4 @@ def test_a_compilation_says_what_it_is_at(caplog):
     with caplog.at_level("INFO", "snn_reversible_plugin.compiler"), compiling(1200):
         torch.compile(nn.Linear(2, 2), backend=GraphOnly())(torch.rand(1, 2)).sum().backward()
     first, *_, stored, last = (record.message for record in caplog.records)
-    assert first.endswith("1,200 operations") and "MB stored" in stored and last.startswith("compiled in")
+    assert first.endswith("1,200 operations") and "B stored" in stored and last.startswith("compiled in")

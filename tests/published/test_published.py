@@ -7,6 +7,7 @@ import snn_reversible_plugin as srp
 from benchmarks.published import FAMILIES
 from snn_reversible_plugin.reports import verification
 from snn_reversible_plugin.reports.measure import StepCost
+from snn_reversible_plugin.reports.timing import TimeRatio
 
 pytestmark = [
     # The converter says so once of networks that have all neurons themselves.
@@ -78,7 +79,9 @@ def test_trains_as_stock(family, autocast):
 @pytest.mark.one_in(6)
 def test_trains_as_it_is_converted_by_default(family, monkeypatch):
     # What a step costs is measured in the benchmarks.
-    monkeypatch.setattr(verification, "costs", lambda _step, _repeats: [StepCost(0, 0, 0.0)] * 2)
+    monkeypatch.setattr(
+        verification, "costs", lambda *_: (*[StepCost(0, 0, 0.0)] * 2, TimeRatio(1.0, 1.0, 1.0, 1))
+    )
     model, x = srp.convert_to_reversible(network(family)), family.batch()
     checked = srp.verify(model, family.one_call(x), kwargs=family.kwargs, repeats=1)
     assert checked.ok, checked.to_dict()

@@ -8,6 +8,7 @@ from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 
 import snn_reversible_plugin as srp
+from snn_reversible_plugin.reports.timing import TimeRatio
 from snn_reversible_plugin.tape.findings import REMEDIES, KeptInFull
 from snn_reversible_plugin.tape.recipes import Refused
 
@@ -41,10 +42,43 @@ def test_rows_are_nearly_all_that_is_held(report):
     assert 0.95 * report.stock.held <= sum(row.stock_bytes for row in report.modules) <= report.stock.held
 
 
-def test_a_time_is_never_that_of_one_step(report, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+def printed(report, capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
     report.print()
-    assert "stock (median of 3)" in capsys.readouterr().out
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_time_is_never_that_of_one_step(report, capsys, monkeypatch):
+    assert report.time_ratio.rounds >= 3
+    ratio = TimeRatio(1.25, 1.2, 1.3, 3)
+    lines = printed(replace(report, time_ratio=ratio), capsys, monkeypatch, 200)
+    assert "time of a training step, of stock's: 1.25x (quartiles 1.20x and 1.30x)" in lines
+
+
+def test_rows_stay_on_a_line_and_what_needs_words_stands_below(report, capsys, monkeypatch):
+    lines = printed(report, capsys, monkeypatch, 100)
+    rows = [line.split("│")[1:-1] for line in lines if line.startswith("│")]
+    assert len(rows) == len(report.modules) + 2  # held and peak
+    assert [cells[3].strip() for cells in rows if cells[1].strip() == "LIFNode"] == ["analytic"] * 2
+    assert [line for line in lines if "all time steps" in line] == [
+        "1, 5: analytic, stock arithmetic: it runs all time steps in one call"
+    ]
+
+
+def test_neurons_on_the_grid_say_so_in_their_row(capsys, monkeypatch):
+    net = nn.Sequential(layer.Linear(8, 8), neuron.LIFNode(), layer.Linear(8, 2))
+
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x_seq):
+            return torch.stack([self.net(x) for x in x_seq])
+
+    lines = printed(srp.memory_report(Loop(), torch.rand(3, 2, 8)), capsys, monkeypatch, 120)
+    assert any("reversed in time, 2^-16" in line for line in lines if "LIFNode" in line)
+    assert "net.1: reversed in time, grid arithmetic" in lines
 
 
 def test_what_cannot_matter_is_not_printed(report, capsys, monkeypatch):

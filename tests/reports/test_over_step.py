@@ -132,9 +132,9 @@ def test_a_report_says_and_draws_it(capsys):
     figure = report.plot()
     assert [axes.get_xlabel() for axes in figure.axes] == [
         "forward, then backward, layer by layer",
-        "MB held for the backward",
+        "KiB held for the backward",
     ]
     assert max(figure.axes[0].lines[0].get_ydata()) == pytest.approx(
-        report.stock_over_step.peak.bytes / 1e6
+        report.stock_over_step.peak.bytes / KIB
     )
     assert report.to_dict()["converted_over_step"]["peak"]["held"] == report.converted_over_step.peak.held

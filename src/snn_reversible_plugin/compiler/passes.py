@@ -21,6 +21,7 @@ from snn_reversible_plugin.compiler import levels, packing, peak, plan
 from snn_reversible_plugin.compiler.graph import Joint, name_of, parent_of, size_of, tensor_of
 from snn_reversible_plugin.compiler.plan import Plan
 from snn_reversible_plugin.compiler.progress import tell
+from snn_reversible_plugin.ops.units import shown
 
 
 @functools.cache
@@ -59,7 +60,7 @@ class Packing(CustomGraphPass):
         tell(f"srp.compile: choosing what {len(joint.forward):,} values of the forward are stored as")
         region = rewrite(joint, plan.plan(joint, self.mode))
         self.regions.append(region)
-        tell(f"srp.compile: {region.packed} packed, {region.bytes / 1e6:.1f} MB stored; Inductor compiles")
+        tell(f"srp.compile: {region.packed} packed, {shown(region.bytes)} stored; Inductor compiles")
 
     def uuid(self) -> bytes:
         return _hash_of_code() + self.mode.encode()

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 
-def check_model(model: Any) -> None:
-    """Refuse what the tape can't record."""
+def check_model(model: Any, instead: str = "") -> None:
+    """Refuse what the tape can't record; ``instead`` is what to use for a model that is compiled."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected an nn.Module, not {type(model).__name__}")
     # A part that is scripted is ordinary autograd to the tape.
@@ -24,8 +24,8 @@ def check_model(model: Any) -> None:
         where = repr(name) if name else type(model).__name__
         if is_compiled(module):
             raise TypeError(
-                f"{where} is compiled: the tape works on eager operations. Convert the model without "
-                "torch.compile."
+                f"{where} is compiled: the tape works on eager operations. Give the model without "
+                f"torch.compile{f', or use {instead}' if instead else ''}."
             )
 
 

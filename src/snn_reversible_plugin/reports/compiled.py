@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
 from snn_reversible_plugin import convert
 from snn_reversible_plugin.compiler.entry import FirstLook, look_of
+from snn_reversible_plugin.ops.units import shown
 from snn_reversible_plugin.reports.measure import StepCost, count_step, time_step
-from snn_reversible_plugin.reports.trial import Step, megabytes, tensors_in
+from snn_reversible_plugin.reports.timing import TimeRatio, in_turns
+from snn_reversible_plugin.reports.trial import Step, tensors_in
 
 
 @dataclass
@@ -25,9 +30,8 @@ class CompiledVerification:
 
     Differences are the largest absolute ones from stock compiled; ``compilers_own`` is how far gradients
     of stock compiled are from stock's in eager mode. ``stored`` are bytes that the compiled regions
-    store, by what they
-    are: ``codes`` of spikes, or the operation whose result it is. Seconds of compilation are those of the
-        first step.
+    store, by what they are: ``codes`` of spikes, or the operation whose result it is. ``time_ratio`` is to
+    stock compiled, with its quartiles. Seconds of compilation are those of the first step.
     """
 
     outputs_equal: bool
@@ -38,6 +42,7 @@ class CompiledVerification:
     eager: StepCost
     stock: StepCost
     compiled: StepCost
+    time_ratio: TimeRatio
     stock_compile_seconds: float
     compile_seconds: float
     stored: dict[str, int]
@@ -66,18 +71,19 @@ class CompiledVerification:
         table.add_row("largest gradient difference", "", own, ours)
         costs = (self.eager, self.stock, self.compiled)
         for label in ("held", "peak"):
-            table.add_row(label, *(megabytes(getattr(cost, label)) for cost in costs))
-        table.add_row("time of a training step", *(f"{cost.seconds:.3f} s" for cost in costs))
+            table.add_row(label, *(shown(getattr(cost, label)) for cost in costs))
+        stock = (f"{cost.seconds:.3f} s" for cost in (self.eager, self.stock))
+        table.add_row("time of a training step", *stock, str(self.time_ratio))
         first = (self.stock_compile_seconds, self.compile_seconds)
         table.add_row("first step, with compilation", "", *(f"{seconds:.1f} s" for seconds in first))
         for kind, size in sorted(self.stored.items(), key=lambda item: -item[1]):
-            table.add_row(f"stored: {kind}", "", "", megabytes(size))
+            table.add_row(f"stored: {kind}", "", "", shown(size))
         if self.on_tape is not None:
             table.add_row("not compiled", "", "", self.on_tape)
         Console().print(table)
 
 
-def verify_compiled(step: Step, repeats: int) -> CompiledVerification:
+def verify_compiled(step: Step, rounds: int | None = None) -> CompiledVerification:
     """Train a step with each, and compare. The step is of a model that ``compile`` made."""
     from torch._inductor import config
 
@@ -87,24 +93,27 @@ def verify_compiled(step: Step, repeats: int) -> CompiledVerification:
     if look.on_tape is None and not look.backend.packing.regions:
         torch._dynamo.reset()
     with config.patch(force_disable_caches=True):
-        return _verified(step, compiled, look, repeats)
+        return _verified(step, compiled, look, rounds)
 
 
-def _verified(step: Step, compiled: Any, look: FirstLook, repeats: int) -> CompiledVerification:
+def _verified(step: Step, compiled: Any, look: FirstLook, rounds: int | None) -> CompiledVerification:
     eagerly = replace(step, model=compiled._orig_mod)
     options = {**look.options, "options": look.backend.patches or None}
     by_ours = _Called(eagerly, compiled)
     with convert.stock(eagerly.model):
-        by_stock = _Called(eagerly, torch.compile(eagerly.model, **options))  # binds the stock class's call
-        eager = _trained(_Called(eagerly, eagerly.model))
+        stock_compiled = torch.compile(eagerly.model, **options)  # binds the stock class's call
+        by_stock = _Called(eagerly, stock_compiled, is_stock=True)
+        eager = _trained(in_eager_mode := _Called(eagerly, eagerly.model, is_stock=True))
         started = time.perf_counter()
         expected = _trained(by_stock)
         stock_seconds = time.perf_counter() - started
-        costs = [_cost(called, repeats) for called in (_Called(eagerly, eagerly.model), by_stock)]
     started = time.perf_counter()
     actual = _trained(by_ours)
     seconds = time.perf_counter() - started
-    costs.append(_cost(by_ours, repeats))
+    all_three = in_eager_mode, by_stock, by_ours
+    counted = [called.measured(count_step) for called in all_three]
+    times = in_turns([partial(called.measured, time_step) for called in all_three], rounds)
+    costs = [StepCost(*counts, statistics.median(its)) for counts, its in zip(counted, times, strict=True)]
     stored: dict[str, int] = {}
     for region in look.backend.packing.regions:
         for kind, size in region.stored.items():
@@ -119,6 +128,7 @@ def _verified(step: Step, compiled: Any, look: FirstLook, repeats: int) -> Compi
         eager=costs[0],
         stock=costs[1],
         compiled=costs[2],
+        time_ratio=TimeRatio.of(times[2], times[1]),
         stock_compile_seconds=stock_seconds,
         compile_seconds=seconds,
         stored=stored,
@@ -127,6 +137,7 @@ def _verified(step: Step, compiled: Any, look: FirstLook, repeats: int) -> Compi
 
 
 Tensors = list[torch.Tensor | None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -135,12 +146,17 @@ class _Called:
 
     step: Step
     call: Any
+    is_stock: bool = False
 
     def output(self) -> Any:
         return self.call(*self.step.inputs, **self.step.kwargs)
 
     def run(self) -> torch.Tensor:
         return self.step.loss_of(self.output())
+
+    def measured(self, measure: Callable[[Callable[[], torch.Tensor]], T]) -> T:
+        with self.step.unchanged(), convert.stock(self.step.model) if self.is_stock else nullcontext():
+            return measure(self.run)
 
 
 def _trained(called: _Called) -> tuple[Tensors, Tensors]:
@@ -152,16 +168,6 @@ def _trained(called: _Called) -> tuple[Tensors, Tensors]:
         gradients = torch.autograd.grad(step.loss_of(output), of, allow_unused=True)
     outputs: Tensors = [tensor.detach().clone() for tensor in tensors_in(output)]
     return outputs, list(gradients)
-
-
-def _cost(called: _Called, repeats: int) -> StepCost:
-    times = []
-    for _ in range(repeats):
-        with called.step.unchanged():
-            times.append(time_step(called.run))
-    with called.step.unchanged():
-        held, peak = count_step(called.run)
-    return StepCost(held, peak, statistics.median(times))
 
 
 def _difference(expected: Tensors, actual: Tensors) -> float:

@@ -20,8 +20,9 @@ import torch
 from torch import nn
 
 from snn_reversible_plugin.modules.checks import bytes_of, check_model
+from snn_reversible_plugin.ops.units import shown
 from snn_reversible_plugin.reports.measure import count_step, time_step
-from snn_reversible_plugin.reports.trial import Loss, Step, megabytes
+from snn_reversible_plugin.reports.trial import Loss, Step
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -202,7 +203,7 @@ class Fits:
     @property
     def title(self) -> str:
         free = max((one.budget for _, _, one in self.rows), default=0)
-        return f"Largest batches in {self.asked or f'{megabytes(free)}, which are free'}"
+        return f"Largest batches in {self.asked or f'{shown(free)}, which are free'}"
 
     def table(self) -> Any:
         """As a table for the terminal."""
@@ -218,13 +219,8 @@ class Fits:
                 else ("", "")
             )
             batch = str(one.batch) if one.batch else "does not fit"
-            table.add_row(mode, "" if steps is None else str(steps), batch, self._bytes(one.peak), *times)
+            table.add_row(mode, "" if steps is None else str(steps), batch, shown(one.peak), *times)
         return table
-
-    def _bytes(self, count: int) -> str:
-        """In the budget's kind of unit: a peak of 41.7 MB would seem to be above 40 MiB."""
-        binary = self.asked is not None and "ib" in self.asked.lower()
-        return f"{count / 2**20:,.2f} MiB" if binary else megabytes(count)
 
     def plot(self) -> Figure:
         """As bars, a group for each number of time steps. Needs the extra ``plot``.

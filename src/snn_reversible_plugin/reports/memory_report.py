@@ -9,6 +9,7 @@ the whole step the allocator counts, so there what modules return is in, too.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -22,19 +23,20 @@ from snn_reversible_plugin.modules.checks import is_compiled
 from snn_reversible_plugin.modules.swap import stock_type
 from snn_reversible_plugin.modules.tracking import tracked
 from snn_reversible_plugin.neurons.own.call import why_taped
+from snn_reversible_plugin.ops.units import shown
 from snn_reversible_plugin.reports.compiled import verify_compiled
 from snn_reversible_plugin.reports.measure import StepCost
 from snn_reversible_plugin.reports.over_step import OverStep, over_step
 from snn_reversible_plugin.reports.saved import SavedByStock, SavedByTape
-from snn_reversible_plugin.reports.trial import Loss, Step, as_converted, costs, megabytes
+from snn_reversible_plugin.reports.timing import TimeRatio
+from snn_reversible_plugin.reports.trial import Loss, Step, as_converted, costs
 from snn_reversible_plugin.tape.findings import FoundBits, KeptInFull
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-MOST_CAUSES = 5  # of a peak that are printed
-ROUNDS = 3  # that a step is timed in: one says nothing
+MOST_CAUSES = 5  # of a peak that are printed, and names of modules
 OUTSIDE = "(outputs, loss)"  # the row of what is held beyond what the modules' forward saves
 
 
@@ -62,10 +64,11 @@ class ModuleReport:
 class MemoryReport:
     """Bytes held by module, and the price of a whole training step. Made by :func:`memory_report`.
 
-    ``stock_over_step`` and ``converted_over_step`` are the allocator's count over the step, by module, with
-    what stands at the peak and why; None where the step ran on a GPU. ``bits`` are the tensors of which a
-    few bits an element are stored, and ``kept`` those that are stored in full, the largest first: the
-    operation that made each, why it is kept, and what one may change.
+    ``time_ratio`` is how many times stock's time a step takes, with its quartiles. ``stock_over_step`` and
+    ``converted_over_step`` are the allocator's count over the step, by module, with what stands
+    at the peak and why; None where the step ran on a GPU. ``bits`` are the tensors of which a few bits an
+    element are stored, and ``kept`` those that are stored in full, the largest first: the operation that
+    made each, why it is kept, and what one may change.
 
     Example:
         >>> import torch
@@ -83,6 +86,7 @@ class MemoryReport:
     modules: list[ModuleReport]
     stock: StepCost
     converted: StepCost
+    time_ratio: TimeRatio
     mode: str
     stock_over_step: OverStep | None = None
     converted_over_step: OverStep | None = None
@@ -94,7 +98,7 @@ class MemoryReport:
         return asdict(self)
 
     def print(self) -> None:
-        """Print a table of the modules that save something, and the totals."""
+        """Print a table of the modules that save something, the totals, and a line for what needs words."""
         from rich.console import Console
         from rich.table import Table
 
@@ -103,35 +107,31 @@ class MemoryReport:
             table.add_column(heading, overflow="fold")
         table.add_column("stock", justify="right", no_wrap=True)
         table.add_column("converted", justify="right", no_wrap=True)
+        said: dict[str, list[str]] = {}  # of neurons, to their names
         for row in self.modules:
             kinds = ", ".join(f"{count} {kind}" for kind, count in row.treatment.items())
-            neuron = row.neuron if row.grid_bits is None else f"{row.neuron}, 2^-{row.grid_bits}"
-            table.add_row(
-                row.name, row.type, kinds, neuron, megabytes(row.stock_bytes), megabytes(row.bytes)
-            )
+            neuron = re.split("[:,]", row.neuron)[0]
+            if neuron != row.neuron:
+                said.setdefault(row.neuron, []).append(row.name)
+            if row.grid_bits is not None:
+                neuron = f"{neuron}, 2^-{row.grid_bits}"
+            table.add_row(row.name, row.type, kinds, neuron, shown(row.stock_bytes), shown(row.bytes))
         table.add_section()
         for label in ("held", "peak"):
             before, after = getattr(self.stock, label), getattr(self.converted, label)
-            table.add_row(
-                f"[bold]{label}",
-                "",
-                f"{before / max(after, 1):.1f}x less",
-                "",
-                megabytes(before),
-                megabytes(after),
-            )
-        ratio = self.converted.seconds / self.stock.seconds
-        about = f"{ratio:.2f}x stock (median of {ROUNDS})"
-        table.add_row("[bold]time of a training step", "", about, "", "", "")
+            times = f"{before / max(after, 1):.1f}x less"
+            table.add_row(f"[bold]{label}", "", times, "", shown(before), shown(after))
         console = Console()
         console.print(table)
+        console.print(f"time of a training step, of stock's: {self.time_ratio}")
+        for about, names in said.items():
+            more = f" and {len(names) - MOST_CAUSES} more" if len(names) > MOST_CAUSES else ""
+            console.print(f"{', '.join(names[:MOST_CAUSES])}{more}: {about}", markup=False)
         for one in [one for one in self.kept if one.matters(self.converted.held)][:MOST_CAUSES]:
             console.print(f"kept in full in {one.module}: {one}")
         for label, run in (("stock", self.stock_over_step), ("converted", self.converted_over_step)):
             if run is not None:
-                largest = [
-                    f"{megabytes(size)} {cause}" for cause, size in run.peak.causes().items() if size
-                ]
+                largest = [f"{shown(size)} {cause}" for cause, size in run.peak.causes().items() if size]
                 console.print(f"peak, {label}: in {run.peak.where}; {', '.join(largest[:MOST_CAUSES])}")
 
     def plot(self) -> Figure:
@@ -214,12 +214,12 @@ def memory_report(
                 rows.append(row)
         bits, kept = by_tape.found()
         del by_tape
-        before, after = costs(step, repeats=ROUNDS)
+        before, after, time_ratio = costs(step)
         rest = [cost.held - sum(sizes.values()) for cost, sizes in ((before, by_stock.held), (after, held))]
         if max(rest) > 0:
             rows.append(ModuleReport(OUTSIDE, "", "", {}, max(rest[0], 0), max(rest[1], 0)))
         over = _over_both(step)
-        return MemoryReport(rows, before, after, settings.mode, over[0], over[1], bits, kept)
+        return MemoryReport(rows, before, after, time_ratio, settings.mode, over[0], over[1], bits, kept)
 
 
 def _over_both(step: Step) -> tuple[OverStep, OverStep] | tuple[None, None]:
@@ -249,9 +249,10 @@ def _about_neuron(name: str, module: nn.Module, settings: convert.Settings) -> s
 
 def _of_compiled(step: Step) -> MemoryReport:
     """Beside stock compiled the same way."""
-    found = verify_compiled(step, repeats=ROUNDS)
+    found = verify_compiled(step)
     rows = [
         ModuleReport(kind, "compiled regions", "", {"stored": 1}, 0, size)
         for kind, size in found.stored.items()
     ]
-    return MemoryReport(rows, found.stock, found.compiled, look_of(step.model).backend.mode)
+    mode = look_of(step.model).backend.mode
+    return MemoryReport(rows, found.stock, found.compiled, found.time_ratio, mode)

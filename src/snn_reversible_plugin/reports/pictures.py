@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from snn_reversible_plugin.ops.units import shown, unit_of
 from snn_reversible_plugin.reports.over_step import OverStep, Part
 
 if TYPE_CHECKING:
@@ -79,16 +80,17 @@ def picture_of_fits(fits: Fits) -> Figure:
 
 def draw_over_step(axes: Axes, stock: OverStep, converted: OverStep) -> None:
     """Memory over the step, stock and converted, with the layers along the axis."""
+    unit, size = unit_of(max(stock.peak.bytes, converted.peak.bytes))
     for run, color, label in ((stock, STOCK, "stock"), (converted, CONVERTED, "converted")):
         places, counts = curve_of(run)
-        bytes_alive = [count / 1e6 for count in counts]
-        axes.fill_between(places, bytes_alive, color=color, alpha=0.35, linewidth=0)
-        axes.plot(places, bytes_alive, color=color, linewidth=1)
-        top = max(bytes_alive, default=0.0)
-        place = places[bytes_alive.index(top)] if places else 0.0
+        alive = [count / size for count in counts]
+        axes.fill_between(places, alive, color=color, alpha=0.35, linewidth=0)
+        axes.plot(places, alive, color=color, linewidth=1)
+        top = max(counts, default=0)
+        place = places[counts.index(top)] if places else 0.0
         axes.annotate(
-            f"{label}: {top:,.4g} MB in {run.peak.where}",
-            (place, top),
+            f"{label}: {shown(top)} in {run.peak.where}",
+            (place, top / size),
             xytext=(0, 4),
             textcoords="offset points",
             ha="left" if place < 0.5 else "right" if place > 1.5 else "center",
@@ -101,7 +103,7 @@ def draw_over_step(axes: Axes, stock: OverStep, converted: OverStep) -> None:
     places, names = _names(stock)
     axes.set_xticks(places, names, rotation=90, fontsize="x-small")
     axes.set_xlabel("forward, then backward, layer by layer")
-    axes.set_ylabel("MB alive beyond parameters and input")
+    axes.set_ylabel(f"{unit} alive beyond parameters and input")
 
 
 def curve_of(run: OverStep) -> tuple[list[float], list[int]]:
@@ -131,18 +133,20 @@ def _laid_out(run: OverStep) -> list[tuple[float, float, Part]]:
 
 def _held_by_module(axes: Axes, report: MemoryReport) -> None:
     places = range(len(report.modules))
+    largest = max((max(row.stock_bytes, row.bytes) for row in report.modules), default=0)
+    unit, size = unit_of(largest)
     for shift, color, label, cost, counts in (
         (-0.2, STOCK, "stock", report.stock, [row.stock_bytes for row in report.modules]),
         (0.2, CONVERTED, "converted", report.converted, [row.bytes for row in report.modules]),
     ):
         axes.barh(
             [place + shift for place in places],
-            [count / 1e6 for count in counts],
+            [count / size for count in counts],
             height=0.4,
             color=color,
-            label=f"{label}, held {cost.held / 1e6:,.4g} MB",
+            label=f"{label}, held {shown(cost.held)}",
         )
     axes.set_yticks(list(places), [f"{row.name}  {row.type}" for row in report.modules], fontsize="x-small")
     axes.invert_yaxis()
-    axes.set_xlabel("MB held for the backward")
+    axes.set_xlabel(f"{unit} held for the backward")
     axes.legend()

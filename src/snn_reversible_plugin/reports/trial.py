@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from snn_reversible_plugin import convert
 from snn_reversible_plugin.modules.as_it_ran import unchanged
 from snn_reversible_plugin.reports.measure import StepCost, count_step, time_step
+from snn_reversible_plugin.reports.timing import TimeRatio, in_turns
 
 Loss = Callable[[Any], torch.Tensor]
 
@@ -126,28 +127,32 @@ def differentiable(output: Any) -> list[torch.Tensor]:
     return [tensor for tensor in tensors_in(output) if tensor.requires_grad]
 
 
-def costs(step: Step, repeats: int) -> tuple[StepCost, StepCost]:
-    """The cost of a step, stock and converted; times are medians of alternating runs.
+def costs(step: Step, rounds: int | None = None) -> tuple[StepCost, StepCost, TimeRatio]:
+    """The cost of a step, stock and converted, and the ratio of their times, see :func:`.timing.in_turns`.
 
     Stock's backward runs stock, too: a checkpoint runs its part of the network again in it.
     """
-    around: dict[str, Callable[[], AbstractContextManager[None]]] = {
-        "stock": lambda: convert.stock(step.model),
-        "converted": nullcontext,
-    }
-    seconds: dict[str, list[float]] = {how: [] for how in around}
-    for _ in range(repeats):
-        for how, times in seconds.items():
-            with step.unchanged(), around[how]():
-                times.append(time_step(step.run))
-    found = []
-    for how, times in seconds.items():
-        with step.unchanged(), around[how]():
-            held, peak = count_step(step.run)
-        found.append(StepCost(held, peak, statistics.median(times)))
-    return found[0], found[1]
+    around: list[Callable[[], AbstractContextManager[None]]] = [
+        lambda: convert.stock(step.model),
+        nullcontext,
+    ]
+    # The steps that are counted warm up those that are timed.
+    bytes_of = [_within(step, one, count_step)() for one in around]
+    stock, converted = in_turns([_within(step, one, time_step) for one in around], rounds)
+    before, after = (
+        StepCost(held, peak, statistics.median(seconds))
+        for (held, peak), seconds in zip(bytes_of, (stock, converted), strict=True)
+    )
+    return before, after, TimeRatio.of(converted, stock)
 
 
-def megabytes(count: int) -> str:
-    """Bytes for people."""
-    return f"{count / 1e6:,.2f} MB"
+def _within(
+    step: Step, around: Callable[[], AbstractContextManager[None]], measure: Callable[..., Any]
+) -> Callable[[], Any]:
+    """Measures the step, as it runs inside of a context, and leaves the model as it was."""
+
+    def measured() -> Any:
+        with step.unchanged(), around():
+            return measure(step.run)
+
+    return measured

@@ -18,13 +18,15 @@ from torch import nn
 
 from snn_reversible_plugin import convert, tape
 from snn_reversible_plugin.compiler.entry import look_of
-from snn_reversible_plugin.modules.kinds import is_spiking, spikes_of
+from snn_reversible_plugin.modules.kinds import is_multi_step, is_spiking, spikes_of
 from snn_reversible_plugin.modules.tracking import tracked
+from snn_reversible_plugin.ops.units import shown
 from snn_reversible_plugin.reports.compiled import CompiledVerification, verify_compiled
 from snn_reversible_plugin.reports.idioms import Idioms
 from snn_reversible_plugin.reports.measure import StepCost
 from snn_reversible_plugin.reports.memory_report import MOST_CAUSES
-from snn_reversible_plugin.reports.trial import Loss, Step, as_converted, costs, megabytes, tensors_in
+from snn_reversible_plugin.reports.timing import TimeRatio
+from snn_reversible_plugin.reports.trial import Loss, Step, as_converted, costs, tensors_in
 from snn_reversible_plugin.tape.findings import OF_NEURON, FoundBits, KeptInFull
 from snn_reversible_plugin.tape.unseen import Unseen, WrittenUnseen
 
@@ -43,7 +45,8 @@ class Verification:
     """Stock against converted on one batch. Made by :func:`verify`.
 
     Differences are the largest absolute ones over all outputs and over all gradients (parameters and
-    inputs); ``flipped_spikes`` counts, over all neurons and steps, outputs that differ. ``replay_error``
+    inputs); ``flipped_spikes`` counts, over all neurons and steps, outputs that differ. ``time_ratio`` is
+    how many times stock's time a step takes, with its quartiles. ``replay_error``
     is the message of the check mode, if a rebuilt tensor was not the forward's. ``guarantees`` says of each
     spiking neuron in which arithmetic it runs; ``as_autograd``, where that is not stock's of one, whether
     outputs, gradients and spikes are those of autograd through the same forward, bit for bit; else None.
@@ -77,6 +80,7 @@ class Verification:
     replay_error: str | None
     stock: StepCost
     converted: StepCost
+    time_ratio: TimeRatio
     stays_stock: dict[str, str] = field(default_factory=dict)
     guarantees: dict[str, str] = field(default_factory=dict)
     as_autograd: bool | None = None
@@ -125,11 +129,9 @@ class Verification:
         table.add_row("largest output difference", "", f"{self.output_difference:g}")
         table.add_row("largest gradient difference", "", f"{self.gradient_difference:g}")
         table.add_row("flipped spikes", "", f"{self.flipped_spikes} of {self.spikes}")
-        table.add_row("held", megabytes(self.stock.held), megabytes(self.converted.held))
-        table.add_row("peak", megabytes(self.stock.peak), megabytes(self.converted.peak))
-        table.add_row(
-            "time of a training step", f"{self.stock.seconds:.3f} s", f"{self.converted.seconds:.3f} s"
-        )
+        table.add_row("held", shown(self.stock.held), shown(self.converted.held))
+        table.add_row("peak", shown(self.stock.peak), shown(self.converted.peak))
+        table.add_row("time of a training step", f"{self.stock.seconds:.3f} s", str(self.time_ratio))
         if self.sliced is not None:
             table.add_row(
                 "gradients, in slices of the batch", "", "equal to rounding" if self.sliced else "differ"
@@ -163,7 +165,7 @@ def verify(
     *inputs: Any,
     kwargs: Mapping[str, Any] | None = None,
     loss: Loss | None = None,
-    repeats: int = 3,
+    repeats: int | None = None,
 ) -> Verification | CompiledVerification:
     """Run a batch stock and converted, and compare: outputs, gradients, spikes, memory, time.
 
@@ -177,7 +179,8 @@ def verify(
         inputs: what the model is called with. Gradients of inputs that require one are compared too.
         kwargs: what it is called with by name.
         loss: from the model's output to a scalar; the mean of squares of all outputs by default.
-        repeats: how many times each is timed, alternating; the medians are reported.
+        repeats: how many times each is timed, in turns; by default three times where a step takes long, and
+            up to eleven within two seconds.
 
     Raises:
         ValueError: no output has a gradient.
@@ -215,7 +218,10 @@ def verify(
         off_grid = {
             name: reason
             for name, module in model.named_modules()
-            if is_spiking(module) and (reason := convert.off_grid_reason(name, module, settings))
+            if is_spiking(module)
+            # All time steps in one call: nothing is undone in time, so the grid would be of no use.
+            and (settings.arithmetic == "grid" or not is_multi_step(module))
+            and (reason := convert.off_grid_reason(name, module, settings))
         }
         served = {
             name: how
@@ -231,7 +237,7 @@ def verify(
         if not repeated:
             idioms.unseen(NEVER_THE_SAME)
         found_bits, kept = idioms.found()
-        prices = costs(step, repeats)
+        before, after, time_ratio = costs(step, repeats)
     return Verification(
         outputs_equal=_equal(expected.outputs, actual.outputs),
         output_difference=_difference(expected.outputs, actual.outputs),
@@ -242,8 +248,9 @@ def verify(
         ),
         spikes=sum(spikes.numel() for spikes in expected.spikes),
         replay_error=replay_error,
-        stock=prices[0],
-        converted=prices[1],
+        stock=before,
+        converted=after,
+        time_ratio=time_ratio,
         stays_stock=settings.stays_stock,
         guarantees=guarantees,
         as_autograd=as_autograd,

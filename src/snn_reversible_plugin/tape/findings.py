@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from snn_reversible_plugin.ops.layouts import is_plain, storage_key
+from snn_reversible_plugin.ops.units import shown
 from snn_reversible_plugin.tape.handles import Handle, Kept
 from snn_reversible_plugin.tape.operators import Kind, Operator
 from snn_reversible_plugin.tape.origins import look_up
@@ -95,7 +96,7 @@ class KeptInFull:
 
     def __str__(self) -> str:
         made = f"the output of {self.operation}" if self.operation else "a tensor"
-        return f"{self.bytes / 1e6:,.2f} MB, {made}: {self.why}. {self.remedy}"
+        return f"{shown(self.bytes)}, {made}: {self.why}. {self.remedy}"
 
 
 @dataclass
