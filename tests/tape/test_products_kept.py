@@ -9,6 +9,7 @@ from itertools import pairwise
 import pytest
 import snntorch
 import torch
+import torch.distributed as dist
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from spikingjelly.activation_based.model import sew_resnet, spiking_resnet
 from torch import nn
@@ -21,6 +22,7 @@ from snn_reversible_plugin.reports.measure import AllocationCounter, count_step
 from snn_reversible_plugin.tape.choice import choose
 from snn_reversible_plugin.tape.plans import Following
 from snn_reversible_plugin.tape.sizes import Layer
+from two_processes import together
 
 LIF = {"surrogate_function": surrogate.ATan(), "detach_reset": True}
 
@@ -141,6 +143,29 @@ def test_equal_shapes_give_equal_plans_and_a_new_shape_a_new_one():
         plans.append(kept(model))
     assert len(plans[0]) == 2
     assert plans[0] == plans[1]
+
+
+def plans_of_a_process(rank):
+    """The plans of one of two processes, and what collectives it called."""
+    torch.manual_seed(rank)  # other weights and other data
+    model = srp.convert_to_reversible(vgg(), mode="auto")
+    collectives = []
+    for name in ("all_reduce", "all_gather", "all_gather_object", "broadcast", "barrier"):
+        setattr(dist, name, lambda *_, **__: collectives.append(1))
+    with profile() as counted:
+        for batch in (4, 3, 4) if rank else (4,):
+            step(model, torch.rand(4, batch, 2, 16, 16))
+    ran = [event.name for event in counted.events() if "gloo" in event.name or "c10d" in event.name]
+    return kept(model), len(collectives), ran
+
+
+def test_processes_make_equal_plans_and_say_nothing_to_each_other(tmp_path):
+    """One has more steps than the other: a collective would wait for ever."""
+    first, second = together(tmp_path, plans_of_a_process)
+    assert first[0] == second[0][:1]
+    assert any(first[0][0])
+    assert len(second[0]) == 2
+    assert first[1:] == second[1:] == (0, [])
 
 
 class TwoWays(nn.Module):

@@ -33,9 +33,29 @@ from snn_reversible_plugin.tape.sizes import Layer
 # the second don't fit into the third's 2. The third's 2 fit into 7, and the fourth's 1 has nobody after it.
 
 
+_LESS = {  # what lowers the peak of a mode; None: of a network that is not converted
+    None: 'convert_to_reversible(model) with mode="memory" holds a small part, mode="minimal" the least',
+    "speed": 'mode="memory" lowers the peak, mode="minimal" most',
+    "memory": 'mode="minimal" takes the largest layers a slice of the batch at a time',
+}
+
+
+def what_helps(mode: str | None, steps_in_backward: bool = False) -> str:
+    """What lowers the peak of a step and is not in use yet, as a sentence."""
+    ways = [
+        _LESS.get("memory" if mode == "auto" else mode),
+        None
+        if steps_in_backward
+        else "step_in_backward(optimizer) frees each parameter's gradient as it is used",
+        "smaller inputs or fewer time steps lower all but parameters and their gradients",
+    ]
+    return f"What helps: {'; '.join(way for way in ways if way)}."
+
+
 _HELP = (
-    "A smaller batch, fewer time steps or a smaller input lower all but parameters and their gradients; "
-    "step_in_backward frees each gradient at once; largest_batch says what fits."
+    f"In place of a budget, {_LESS['memory']}; step_in_backward(optimizer), if it is not in use, frees "
+    "each parameter's gradient as it is used; a smaller batch, smaller inputs or fewer time steps lower "
+    "all but parameters and their gradients; largest_batch says what fits."
 )
 
 
@@ -96,7 +116,9 @@ def within(budget: int, lives: int, layers: Sequence[Layer]) -> int:
         raise RuntimeError(
             f"budget={budget:,} bytes: a training step of this shape takes at least {lives + least:,}, "
             f"whatever is kept: {lives:,} live anyway (parameters, inputs), {learned:,} are gradients of "
-            f"parameters, {at_least.held:,} is held, {at_least.least:,} is the largest layer's. {_HELP}"
+            f"parameters, {at_least.held:,} is held, {at_least.least:,} is the largest layer's. That is a "
+            "bound from below, made of sizes: memory_report, without a budget, measures what a step takes. "
+            f"{_HELP}"
         )
     return budget - lives
 
