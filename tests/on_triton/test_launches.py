@@ -30,6 +30,9 @@ from triton.runtime.jit import JITFunction
 import old_spikingjelly
 from as_cuda import as_cuda
 from snn_reversible_plugin.grid import range as reaches
+from snn_reversible_plugin.neurons.integrate_fire import in_place
+from snn_reversible_plugin.neurons.integrate_fire.reference import Neuron, OutputGradients, Rule
+from snn_reversible_plugin.neurons.surrogates import Surrogate
 from snn_reversible_plugin.ops import devices
 from snn_reversible_plugin.reports.saved import SavedByTape
 from snn_reversible_plugin.reports.trial import Step
@@ -153,6 +156,20 @@ def test_conv_norm_neuron_in_half_precision(cls: Any, mode: str) -> None:
     """No kernel rounds as stock's torch code does: its operations are launched, once a step at any size."""
     x = torch.empty(LARGE, device="meta", dtype=torch.bfloat16)
     assert compared(lambda: conv_net(cls, 2).bfloat16(), x, mode=mode) <= 1.5
+
+
+def test_where_bytes_count_most_neurons_are_swept_in_chunks() -> None:
+    """As mode minimal asks for; a chunk of a GPU is 2^20 neurons."""
+    rule = Rule(2.0, True, v_threshold=1.0, v_reset=0.0, detach_reset=True)
+    known = Neuron(rule, Surrogate(lambda grad, u: grad / (1 + u.abs())))
+    x = torch.empty(2, 3 << 20, device="meta", dtype=torch.bfloat16)
+    grads = OutputGradients(x)
+    for run, name in ((in_place.multi_step, "in_chunks"), (in_place.multi_step_vjp, "sums_chunks")):
+        given = (x, 0.0, known) if name == "in_chunks" else (x, 0.0, grads, known)
+        at_once, chunks = (
+            launches(lambda run=run, given=given, how=how: run(*given, **how)) for how in ({}, {name: True})
+        )
+        assert chunks["div"] == 3 * at_once["div"] > 0, (name, at_once, chunks)
 
 
 @pytest.mark.parametrize("kind", ["LIFNode", "ParametricLIFNode"])

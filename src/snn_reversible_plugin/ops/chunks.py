@@ -27,7 +27,7 @@ _REGISTERS = 64  # a multiple of any vector loop's step
 def chunk_size(device: torch.device) -> int:
     """How many neurons to work on at a time: what the cores' caches hold, or what fills a GPU.
 
-    Only where a chunk needs all steps of much, or bytes count most, does it pay on a GPU to launch by chunks.
+    On a GPU to launch by chunks pays only where a chunk needs much of all steps, or bytes count most.
     """
     if device.type != "cpu":
         return 1 << 20
