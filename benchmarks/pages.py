@@ -19,7 +19,7 @@ from typing import Any
 from .experiment import Entries
 from .experiments import EXPERIMENTS
 from .store import RESULTS, ROOT, load
-from .tables import markdown
+from .tables import Table, markdown
 
 Results = dict[str, Entries]
 TABLES = {
@@ -66,6 +66,8 @@ def rendered(text: str, results: Results) -> str:
     """A page with every table and value as the results have them now."""
 
     def of_table(match: re.Match[str]) -> str:
+        if match[2] == "dates":
+            return f"{match[1]}{markdown([dates(results)])}\n{match[3]}"
         stem, render = TABLES[match[2]]
         table = markdown(render(results[stem])) if stem in results else "Not measured yet."
         return f"{match[1]}{table}\n{match[3]}"
@@ -91,6 +93,21 @@ def value(path: str, form: str, unit: str, results: Results) -> str:
     space = "" if unit in ("", "x") else " "
     number = numerator / _SCALE.get(unit, 1)
     return f"{round(number) if form.endswith('d') else number:{form}}{space}{unit}"
+
+
+def dates(results: Results) -> Table:
+    """When each experiment was measured, with which torch, on how many threads."""
+    rows = []
+    for experiment in EXPERIMENTS.values():
+        entries = results.get(experiment.stem("cpu"), {}).values()
+        days = sorted({entry["date"][:10] for entry in entries if "date" in entry})
+        contexts = [entry["context"] for entry in entries if "context" in entry]
+        versions = sorted({context["versions"]["torch"] for context in contexts})
+        threads = sorted({str(context["threads"]) for context in contexts if "threads" in context})
+        if days:
+            span = " to ".join(dict.fromkeys((days[0], days[-1])))
+            rows.append((experiment.name, span, ", ".join(versions), ", ".join(threads)))
+    return Table(("experiment", "measured", "torch", "threads"), rows)
 
 
 def number_at(path: str, results: Results) -> float:

@@ -101,6 +101,7 @@ EXPERIMENTS = {
             Experiment(
                 name, works, time.compiled, compiled.measure, timed=compiled.timed,
                 draw=partial(compiled.draw, name), goes_stale=False, threads=1,
+                more={f"{name}-behind": time.compiled_behind},
             )
             for name, works in (("compiled", compiled.works), ("compiled-deep", compiled.deep))
         ),

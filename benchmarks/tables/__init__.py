@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.table import Table as Screen
 
@@ -36,6 +36,12 @@ class Table:
         table = "\n".join([lines[0], f"|{marks}", *lines[1:]]) if self.headings else ""
         heading = f"### {self.title}" if self.title else ""
         return "\n\n".join(filter(None, (heading, table, *self.notes)))
+
+    def without_empty(self) -> Table:
+        """Without columns in which nothing stands."""
+        full = [at for at in range(len(self.headings)) if any(row[at] for row in self.rows)]
+        headings = tuple(self.headings[at] for at in full)
+        return replace(self, headings=headings, rows=[tuple(row[at] for at in full) for row in self.rows])
 
     def screen(self) -> Screen:
         """For the terminal."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from ..experiment import Entries, Entry, Render
 from ..methods import METHODS
@@ -19,7 +19,7 @@ HEADINGS = ("held, MiB", "peak, MiB", "beyond gradients", "time", "fits", "gradi
 def everything(entries: Entries) -> list[Table]:
     """A table a workload; what could not run says why below it."""
     tables = []
-    for group in _by_workload(entries):
+    for group in _by_workload(entries.values()):
         rows = [(e["method"], *_figures(e)) for e in group if measured(e)]
         reasons: dict[str, list[str]] = {}
         for entry in group:
@@ -27,7 +27,7 @@ def everything(entries: Entries) -> list[Table]:
                 reasons.setdefault(entry["why_not"], []).append(entry["method"])
         why = " ".join(f"{', '.join(methods)}: {reason}." for reason, methods in reasons.items())
         notes = (f"Not run: {why}",) if why else ()
-        tables.append(Table(("method", *HEADINGS), rows, _title(group[0]), notes))
+        tables.append(Table(("method", *HEADINGS), rows, _title(group[0]), notes).without_empty())
     return [*tables, note(circumstances(entries))]
 
 
@@ -39,7 +39,7 @@ def networks(entries: Entries) -> list[Table]:
 def main(entries: Entries) -> list[Table]:
     """The README's table: the workloads and methods that most readers have."""
     rows = []
-    for group in _by_workload(entries):
+    for group in _by_workload(entries.values()):
         title = _title(group[0])
         for entry in group:
             method = entry["method"]
@@ -97,7 +97,7 @@ def fits(entries: Entries) -> list[Table]:
     predicted = {key: one for key, one in entries.items() if "fits" in one and "budget" not in one}
     for entry in predicted.values():
         title = _title(entry)
-        batches = [f"{batch:,}" for batch in entry["fits"].values()]
+        batches = [f"{_largest(entry, int(gib)):,}" for gib in entry["fits"]]
         rows.append(("" if title == last else title, entry["method"], *batches, f"{entry['off']:+.1%}"))
         last = title
         columns = [f"{gib} GiB" for gib in entry["fits"]]
@@ -105,6 +105,18 @@ def fits(entries: Entries) -> list[Table]:
         return [note("Not measured yet.")]
     headings = ("training step", "method", *columns, "off where it was tried")
     return [Table(headings, rows, notes=(circumstances_without_repeats(predicted),))]
+
+
+def _largest(entry: Entry, gib: int) -> int:
+    """The batch that a budget holds: by the line through the two small ones, or, where the one that was
+    tried took more, by the line through that."""
+    foretold = entry["fits"][str(gib)]
+    if entry["off"] <= 0:
+        return int(foretold)
+    more = entry["small"][-1]
+    at_more = entry["alone"] + more * entry["a_sample"]
+    a_sample = (entry["took"] - at_more) / (entry["tried"] - more)
+    return min(int(foretold), int(more + (gib * 2**30 - at_more) / a_sample))
 
 
 def fits_tried(entries: Entries) -> list[Table]:
@@ -127,14 +139,21 @@ def behind(entries: Entries) -> list[Table]:
 
     A row a peer: where it is smaller than every mode, and where those that are no larger are all slower.
     """
+    return ahead(
+        [e for e in entries.values() if measured(e)], {name for name in METHODS if METHODS[name].ours}
+    )
+
+
+def ahead(entries: Iterable[Entry], ours: Collection[str]) -> list[Table]:
+    """That table, of what was measured and timed; ``ours``: this package's methods."""
     compared: dict[str, int] = {}
     smaller: dict[str, list[str]] = {}
     slower: dict[str, list[float]] = {}
     for group in _by_workload(entries):
-        own = [e for e in group if METHODS[e["method"]].ours and measured(e)]
+        own = [e for e in group if e["method"] in ours]
         for peer in group:
             name = peer["method"]
-            if METHODS[name].ours or not measured(peer):
+            if name in ours:
                 continue
             compared[name] = compared.get(name, 0) + 1
             no_larger = [e["time_ratio"] for e in own if e["peak"] <= peer["peak"]]
@@ -243,9 +262,9 @@ def _fits(entry: Entry) -> str:
     return f"{'N' if workload.grows == workload.batch_dim else 'T'} = {size:,}"
 
 
-def _by_workload(entries: Entries) -> Iterable[list[Entry]]:
+def _by_workload(entries: Iterable[Entry]) -> Iterable[list[Entry]]:
     groups: dict[str, list[Entry]] = {}
-    for entry in entries.values():
+    for entry in entries:
         groups.setdefault(entry["workload"], []).append(entry)
     return groups.values()
 

@@ -6,6 +6,7 @@ from statistics import median
 
 from ..experiment import Entries, Entry
 from . import Table, mib, times
+from .steps import ahead
 
 
 def _reset(entry: Entry) -> str:
@@ -92,6 +93,17 @@ def compiled(entries: Entries) -> list[Table]:
         f"Of a compiled step its forward's products take: {', '.join(shares)}; a rebuild runs them again."
     )
     return [Table(headings, rows, notes=(told,) if shares else ())]
+
+
+def compiled_behind(entries: Entries) -> list[Table]:
+    """Where none of this package's methods is as small at the peak and as fast as stock, compiled or not,
+    or a peer."""
+    timed = [
+        e | {"workload": key.split(" | ")[0], "method": key.split(" | ")[1]}
+        for key, e in entries.items()
+        if "time_ratio" in e
+    ]
+    return ahead(timed, {e["method"] for e in timed if e["method"].startswith(("srp.compile", "tape"))})
 
 
 def host_time(entries: Entries) -> list[Table]:

@@ -163,13 +163,18 @@ def test_where_bytes_count_most_neurons_are_swept_in_chunks() -> None:
     rule = Rule(2.0, True, v_threshold=1.0, v_reset=0.0, detach_reset=True)
     known = Neuron(rule, Surrogate(lambda grad, u: grad / (1 + u.abs())))
     x = torch.empty(2, 3 << 20, device="meta", dtype=torch.bfloat16)
-    grads = OutputGradients(x)
-    for run, name in ((in_place.multi_step, "in_chunks"), (in_place.multi_step_vjp, "sums_chunks")):
-        given = (x, 0.0, known) if name == "in_chunks" else (x, 0.0, grads, known)
-        at_once, chunks = (
-            launches(lambda run=run, given=given, how=how: run(*given, **how)) for how in ({}, {name: True})
-        )
-        assert chunks["div"] == 3 * at_once["div"] > 0, (name, at_once, chunks)
+    grads, lean = OutputGradients(x), in_place.ONLY_X._replace(sums_chunks=True)
+    for at_once, in_chunks in (
+        (
+            lambda: in_place.multi_step(x, 0.0, known),
+            lambda: in_place.multi_step(x, 0.0, known, in_chunks=True),
+        ),
+        (
+            lambda: in_place.multi_step_vjp(x, 0.0, grads, known),
+            lambda: in_place.multi_step_vjp(x, 0.0, grads, known, lean),
+        ),
+    ):
+        assert launches(in_chunks)["div"] == 3 * launches(at_once)["div"] > 0
 
 
 @pytest.mark.parametrize("kind", ["LIFNode", "ParametricLIFNode"])

@@ -125,15 +125,119 @@ def test_only_one_gradient_lives_at_a_time():
 
 
 @pytest.mark.parametrize("to_none", [True, False])
-def test_zeroing_ends_a_step_too(to_none):
+def test_zeroing_throws_away_what_was_used(to_none):
+    """Stock would train on without that gradient: the next backward is refused before it moves anything."""
     net = nn.Linear(2, 2)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    srp.step_in_backward(optimizer, net)
-    before = net.bias.detach().clone()
-    for _ in range(2):
+    optimizer, _ = stepping(net)
+    net(torch.ones(1, 2)).sum().backward()
+    optimizer.zero_grad(set_to_none=to_none)
+    once = copy.deepcopy(net.state_dict())
+    for again in (lambda: net(torch.ones(1, 2)).sum().backward(), optimizer.step):
+        with pytest.raises(RuntimeError, match=r"the gradient of (weight|bias) was zeroed without"):
+            again()
+    assert_same(net.state_dict(), once)
+
+
+def test_a_backward_that_was_given_up_is_ended_by_a_step():
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    optimizer, _ = stepping(net)
+
+    def fail(_):
+        raise MemoryError
+
+    handle = net[0].weight.register_hook(fail)
+    with pytest.raises(MemoryError):
         net(torch.ones(1, 2)).sum().backward()
-        optimizer.zero_grad(set_to_none=to_none)
-    assert torch.allclose(before - net.bias, torch.full((2,), 0.2))
+    handle.remove()
+    optimizer.step()
+    optimizer.zero_grad()
+    before = net[0].bias.detach().clone()
+    net(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(net[0].bias, before)
+
+
+def adversaries(frozen):
+    """A generator whose loss goes through a discriminator, stock and stepping in the backward."""
+    found = []
+    for in_backward in (False, True):
+        torch.manual_seed(0)
+        makes, judges = nn.Linear(4, 4), nn.Linear(4, 1)
+        of_makes, of_judges = (torch.optim.SGD(net.parameters(), lr=0.1) for net in (makes, judges))
+        if in_backward:
+            srp.step_in_backward(of_makes)
+            srp.step_in_backward(of_judges)
+        for _ in range(3):
+            noise = torch.ones(2, 4)
+            of_judges.zero_grad()
+            (judges(makes(noise).detach()).mean() - judges(noise).mean()).backward()
+            of_judges.step()
+            judges.requires_grad_(not frozen)
+            of_makes.zero_grad()
+            (-judges(makes(noise)).mean()).backward()
+            of_makes.step()
+            judges.requires_grad_(True)
+        found.append((makes.state_dict(), judges.state_dict()))
+    return found
+
+
+def test_a_loss_through_another_model_is_refused_unless_that_is_frozen():
+    assert_same(*adversaries(frozen=True))
+    with pytest.raises(RuntimeError, match="take its parameters' requires_grad off meanwhile"):
+        adversaries(frozen=False)
+
+
+@pytest.mark.parametrize("resumed", ["optimizer", "group"])
+def test_groups_of_a_state_that_was_loaded_are_used(resumed):
+    after = []
+    for in_backward in (True, False):
+        torch.manual_seed(0)
+        net = nn.Linear(4, 2)
+        optimizer = torch.optim.SGD([{"params": [net.weight]}, {"params": [net.bias], "lr": 0.3}], lr=0.1)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+        if in_backward:
+            srp.step_in_backward(optimizer, net)
+        for _ in range(3):
+            if resumed == "optimizer":
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            else:
+                optimizer.param_groups[1] = {**optimizer.param_groups[1], "lr": 0.7}
+            optimizer.zero_grad()
+            net(torch.ones(2, 4)).square().sum().backward()
+            optimizer.step()
+            schedule.step()
+        after.append(net.state_dict())
+    assert_same(*after)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_closure_runs_its_backward_there(named):
+    after = []
+    for in_backward in (True, False):
+        torch.manual_seed(0)
+        net = nn.Linear(4, 2)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        if in_backward:
+            srp.step_in_backward(optimizer, net)
+
+        def closure(net=net, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = net(torch.ones(2, 4)).square().sum()
+            loss.backward()
+            return loss
+
+        losses = [optimizer.step(closure=closure) if named else optimizer.step(closure) for _ in range(3)]
+        after.append((net.state_dict(), torch.stack(losses).detach()))
+    assert_same(*after)
+
+
+def test_twice_is_refused():
+    net = nn.Linear(2, 2)
+    _, arrangement = stepping(net)
+    with pytest.raises(RuntimeError, match="weight is stepped in the backward already"):
+        stepping(net)
+    arrangement.remove()
+    stepping(net)
 
 
 def stepping(net):
@@ -164,6 +268,7 @@ def test_accumulation_is_refused_before_it_adds():
         lambda net: net.weight.grad.norm(),
         lambda net: net.weight.grad + 1,
         lambda net: torch.stack([net.weight.grad, net.weight]),
+        nn.Module.share_memory,
     ],
 )
 def test_who_reads_the_gradient_is_told(read):

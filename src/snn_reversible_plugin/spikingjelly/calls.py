@@ -189,6 +189,7 @@ class MultiStep(torch.autograd.Function):
             x=ctx.needs_input_grad[0],
             v=ctx.needs_input_grad[1],
             q=w is not None and ctx.needs_input_grad[5],
+            sums_chunks=ctx.in_slices,
         )
         final, stored = (None if one is None else one() for one in ctx.promised)
         if stored is not None and not stored.settle(cut is not None):
@@ -201,8 +202,7 @@ class MultiStep(torch.autograd.Function):
         else:
             # What is saved is part of the forward's graph, and a gradient must not be.
             x = x_seq.detach()
-            how: Any = {"owned": owned, "v_last": v_last, "sums_chunks": ctx.in_slices}
-            found = multi_step_vjp(x, start, grads, neuron, wanted, **how)
+            found = multi_step_vjp(x, start, grads, neuron, wanted, owned=owned, v_last=v_last)
         if final is not None and v_last is not None:
             final.keep(v_last)
         g_ws = call.leak_vjp(found.q, neuron.q, w) if wanted.q else nothing  # type: ignore[arg-type]

@@ -12,10 +12,13 @@ optimizer step into the backward pass".
 from __future__ import annotations
 
 import gc
-from typing import Any
+import operator
+from collections.abc import MutableMapping
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 # NOTE [Who is served and who is refused]
 #
@@ -23,9 +26,12 @@ from torch import Tensor, nn
 #    is stepped by its own `step` with groups that hold that parameter alone. That equals one step over all
 #    where a step treats each parameter by itself, as those of torch.optim do but for LBFGS; of others the
 #    user has to say so.
-# 2. `optimizer.step()` in the user's loop stays where it is. It steps what got its gradient in another way,
-#    runs the hooks of its schedule, and lets the next backward begin.
-# 3. A second backward before it would add to a gradient that is gone: refused. `zero_grad` too ends a step.
+# 2. `optimizer.step()` in the user's loop stays where it is. It steps what got its gradient in another
+#    way, runs the hooks of its schedule, and lets the next backward begin. A closure that it is given runs
+#    first.
+# 3. A second backward before it would add to a gradient that is gone: refused. So is one after a mere
+#    `zero_grad`, which threw away what was used: say the loss of a generator goes through a discriminator.
+#    Its gradient there steps the discriminator, and stock would have zeroed it.
 # 4. Clipping by norm needs all gradients at once; GradScaler has to look at all before any is used; both
 #    read `.grad` and are told. A scaler is looked for as well before the first parameter is stepped, since
 #    its gradients are scaled. DistributedDataParallel and FullyShardedDataParallel (version 1) average
@@ -33,6 +39,7 @@ from torch import Tensor, nn
 #    when the sum over all devices stands, so they are served.
 # 5. Looking takes a walk over all live objects, so it is done at the call and in the first backward after
 #    it.
+# 6. An optimizer that loads a state has other groups afterwards: a parameter's is looked up at each step.
 
 
 class StepInBackward:
@@ -53,11 +60,19 @@ class StepInBackward:
         self._optimizer = optimizer
         self._names = names
         self._looked = False
-        self._handles = [optimizer.register_step_pre_hook(self._begin_anew)]
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.requires_grad:
-                    self._handles += self._hooks(parameter, group)
+        self._stepped: set[int] = set()  # ids of parameters, since the last step of the optimizer
+        self._group_of: dict[int, dict[str, Any]] = {}
+        self._groups: list[dict[str, Any]] = []
+        self._parameters = [
+            parameter
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.requires_grad
+        ]
+        self._handles = [optimizer.register_step_pre_hook(self._end_step)]
+        for parameter in self._parameters:
+            self._handles += self._hooks(parameter)
+            _arranged[parameter] = True
 
     def remove(self) -> None:
         """Gradients wait for ``optimizer.step()`` again."""
@@ -65,57 +80,97 @@ class StepInBackward:
             handle.remove()
         self._handles.clear()
         self._clear()
+        for parameter in self._parameters:
+            _arranged.pop(parameter, None)
+        self._parameters.clear()
 
-    def _hooks(self, parameter: Tensor, group: dict[str, Any]) -> list[Any]:
+    def _hooks(self, parameter: Tensor) -> list[Any]:
         def before(_: Tensor) -> None:
-            if isinstance(parameter.grad, SteppedGradient):
-                if not parameter.grad.over:
-                    raise RuntimeError(
-                        f"a second backward reached {self._name(parameter)} before optimizer.step(): its "
-                        "first gradient was used and freed. Accumulation over several backwards needs "
-                        "gradients that wait: call remove() on what step_in_backward returned, or give one "
-                        "loss."
-                    )
-                parameter.grad = None
+            if id(parameter) in self._stepped:
+                self._refuse_second(parameter)
 
         def after(_: Tensor) -> None:
             if not self._looked:
-                self._looked = True
                 _refuse_who_needs_all(self._optimizer)
-            self._step(parameter, group)
+                self._looked = True
+            self._step(parameter)
+            self._stepped.add(id(parameter))
             parameter.grad = SteppedGradient(parameter, self._name(parameter))
 
         return [parameter.register_hook(before), parameter.register_post_accumulate_grad_hook(after)]
 
-    def _step(self, parameter: Tensor, group: dict[str, Any]) -> None:
+    def _refuse_second(self, parameter: Tensor) -> None:
+        if _waits(parameter):
+            raise RuntimeError(
+                f"a second backward reached {self._name(parameter)} before optimizer.step(): its "
+                "first gradient was used and freed. Accumulation over several backwards needs "
+                "gradients that wait: call remove() on what step_in_backward returned, or give one "
+                "loss."
+            )
+        raise RuntimeError(
+            f"the gradient of {self._name(parameter)} was zeroed without an optimizer.step(), but the "
+            "backward had stepped it already. If another model's loss goes through this one, take its "
+            "parameters' requires_grad off meanwhile; where a backward was given up, call optimizer.step() "
+            "to go on from what it left; else call remove() on what step_in_backward returned."
+        )
+
+    def _step(self, parameter: Tensor) -> None:
         optimizer = self._optimizer
         step = type(optimizer).step
         groups = optimizer.param_groups
-        optimizer.param_groups = [{**group, "params": [parameter]}]
+        optimizer.param_groups = [{**self._group(parameter), "params": [parameter]}]
         try:
             # Without the wrapper, which calls the hooks of a step over all.
             getattr(step, "__wrapped__", step)(optimizer)
         finally:
             optimizer.param_groups = groups
 
-    def _begin_anew(self, *_: Any) -> None:
+    def _group(self, parameter: Tensor) -> dict[str, Any]:
+        """A parameter's group of today."""
+        groups = self._optimizer.param_groups
+        if len(groups) != len(self._groups) or any(map(operator.is_not, groups, self._groups)):
+            self._groups = [*groups]
+            self._group_of = {id(one): group for group in groups for one in group["params"]}
+        return self._group_of[id(parameter)]
+
+    def _end_step(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before the optimizer's own step: of a closure's backward, too, which it would run itself."""
+        optimizer, closure, *others = (*args, kwargs.get("closure"))[: max(2, len(args))]
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+            result = (optimizer, lambda: loss, *others), {**kwargs}
+            result[1].pop("closure", None)
+        for parameter in self._parameters:
+            if id(parameter) in self._stepped and not _waits(parameter):
+                self._refuse_second(parameter)
         self._clear()
+        return result
 
     def _clear(self) -> None:
-        for group in self._optimizer.param_groups:
-            for parameter in group["params"]:
-                if isinstance(parameter.grad, SteppedGradient):
-                    parameter.grad = None
+        self._stepped.clear()
+        for parameter in self._parameters:
+            if isinstance(parameter.grad, SteppedGradient):
+                parameter.grad = None
 
     def _name(self, parameter: Tensor) -> str:
         return self._names.get(id(parameter), f"a parameter of shape {tuple(parameter.shape)}")
+
+
+_arranged: MutableMapping[Tensor, bool] = WeakIdKeyDictionary()
+
+
+def _waits(parameter: Tensor) -> bool:
+    """Whether what stands for a parameter's gradient waits for the optimizer's step."""
+    return isinstance(parameter.grad, SteppedGradient) and not parameter.grad.zeroed
 
 
 class SteppedGradient(Tensor):
     """Stands in ``.grad`` for a gradient that was used and freed. It has no memory, and can only be
     zeroed."""
 
-    over: bool
+    zeroed: bool
     _name: str
 
     @staticmethod
@@ -125,7 +180,7 @@ class SteppedGradient(Tensor):
         )
 
     def __init__(self, parameter: Tensor, name: str) -> None:
-        self.over = False
+        self.zeroed = False
         self._name = name
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -140,18 +195,25 @@ class SteppedGradient(Tensor):
         name = func._schema.name.partition("::")[2]
         if name in ("zero_", "_foreach_zero_"):
             for gradient in gradients:
-                gradient.over = True
+                gradient.zeroed = True
             rest = [item for item in found if not isinstance(item, cls)]
             if rest:
                 torch._foreach_zero_(rest)
             return args[0] if name == "zero_" else None
-        of = gradients[0]._name if gradients else "a parameter"
-        raise RuntimeError(
-            f"{name} was asked for the gradient of {of}, which step_in_backward used and freed in the "
-            "backward. Clipping by norm, GradScaler, DistributedDataParallel and whatever else reads "
-            "gradients after the backward need gradients that wait: call remove() on what step_in_backward "
-            "returned."
-        )
+        _refuse_to_be_read(name, gradients[0]._name if gradients else "a parameter")
+
+    def share_memory_(self) -> Tensor:
+        """There is none to share; torch's own would follow an address that is null."""
+        return _refuse_to_be_read("share_memory_", self._name)
+
+
+def _refuse_to_be_read(name: str, of: str) -> NoReturn:
+    raise RuntimeError(
+        f"{name} was asked for the gradient of {of}, which step_in_backward used and freed in the "
+        "backward. Clipping by norm, GradScaler, DistributedDataParallel and whatever else reads "
+        "gradients after the backward need gradients that wait: call remove() on what step_in_backward "
+        "returned."
+    )
 
 
 def step_in_backward(
@@ -174,10 +236,10 @@ def step_in_backward(
     Raises:
         TypeError: the optimizer's step looks at all parameters at once, or may.
         RuntimeError: a parameter is in a ``DistributedDataParallel`` or ``FullyShardedDataParallel`` module
-        (version
-            1), a ``GradScaler`` is in use, or a gradient waits already. Later, where it happens: the
-            gradient is read after the backward (clipping, logging), or a second backward comes before the
-            step.
+            (version 1), a ``GradScaler`` is in use, a gradient waits already, or a parameter is stepped in
+            the backward already. Later, where it happens: the gradient is read after the backward
+            (clipping, logging), a second backward comes before the step, or a gradient was zeroed without
+            one (a generator's loss that goes through a discriminator).
 
     Example:
         >>> import torch
@@ -206,8 +268,13 @@ def step_in_backward(
     names = {} if model is None else {id(parameter): name for name, parameter in model.named_parameters()}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
+            name = names.get(id(parameter), f"a parameter of shape {tuple(parameter.shape)}")
+            if parameter in _arranged:
+                raise RuntimeError(
+                    f"{name} is stepped in the backward already: call remove() on what the earlier "
+                    "step_in_backward returned."
+                )
             if parameter.grad is not None:
-                name = names.get(id(parameter), f"a parameter of shape {tuple(parameter.shape)}")
                 raise RuntimeError(
                     f"{name} has a gradient already: call optimizer.step() and zero_grad() before "
                     "step_in_backward, and remove() on an earlier one."

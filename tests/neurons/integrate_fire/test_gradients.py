@@ -313,7 +313,7 @@ def test_a_learned_leak_may_be_summed_over_chunks(dtype, decay_input, monkeypatc
     given = x_seq.clone()
     with AllocationCounter() as counter:
         found = sweeps.multi_step_vjp(
-            given, v, grads, neuron, Wanted(x=True, v=False, q=True), owned=True, sums_chunks=True
+            given, v, grads, neuron, Wanted(x=True, v=False, q=True, sums_chunks=True), owned=True
         )
     assert found.x is given and torch.equal(given, expected.x)
     assert counter.peak < 0.75 * v.nbytes

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,7 +119,6 @@ def multi_step_vjp(
     *,
     owned: bool = False,
     v_last: Tensor | None = None,
-    sums_chunks: bool = False,
 ) -> Gradients:
     """Gradients of :func:`multi_step` from its inputs and those of its outputs.
 
@@ -130,8 +128,6 @@ def multi_step_vjp(
         wanted: which gradients to compute.
         owned: x_seq may be overwritten: it becomes h, then the gradient of x_seq.
         v_last: is overwritten with the final membrane. Laid out as :func:`multi_step` does.
-        sums_chunks: a learned leak's gradients may be sums of chunks' sums, which round otherwise; and a
-            device has small buffers and many launches.
     """
     if neuron.launched:
         if neuron.rule.order == Order() or _are_laid_out(grads, tuple(range(x_seq.dim()))):
@@ -139,8 +135,7 @@ def multi_step_vjp(
         neuron = neuron._replace(launched=False)
     if neuron.wide and x_seq.dtype is not torch.float32:
         wide = grads._replace(s=None if grads.s is None else grads.s.float())
-        how: dict[str, Any] = {"owned": True, "v_last": v_last, "sums_chunks": sums_chunks}
-        found = multi_step_vjp(x_seq.float(), v, wide, neuron, wanted, **how)
+        found = multi_step_vjp(x_seq.float(), v, wide, neuron, wanted, owned=True, v_last=v_last)
         return found._replace(x=None if found.x is None else found.x.to(x_seq.dtype))
     order = _order_of(x_seq, v, neuron)
     if order is None or not _are_laid_out(grads, order):
@@ -149,7 +144,7 @@ def multi_step_vjp(
         return sequence_vjp(x_seq, v, grads, neuron, wanted)
     learns_leak = neuron.q is not None and wanted.q
     again = learns_leak and neuron.rule.decay_input  # x is needed once more
-    owned = owned and (sums_chunks or not again)
+    owned = owned and (wanted.sums_chunks or not again)
     owned = owned and (x_seq.shape[0] == 1 or x_seq.stride(0) == math.prod(x_seq.shape[1:]))
     g_x = x_seq if owned else empty_in(x_seq, order) if wanted.x else None
     x2 = as_rows(x_seq, order)
@@ -163,7 +158,7 @@ def multi_step_vjp(
     starts = [as_rows(g[None], order)[0] for g in g_start]
     g_q = SumsOfSteps()
     # A sum over neurons must not be cut (reference, note on order, 4), where bits are promised.
-    at_once = not sums_chunks and (learns_leak or x2.device.type != "cpu")
+    at_once = not wanted.sums_chunks and (learns_leak or x2.device.type != "cpu")
     for part, work in _chunks(x2, neuron, neuron.surrogate.uniform, at_once):
         hs = (torch.empty_like(x2[:, part]) if h2 is None else h2[:, part]).unbind(0)
         xs = (x2[:, part].clone() if owned and again else x2[:, part]).unbind(0)

@@ -37,12 +37,13 @@ def sequence_vjp_in_slices(
         v, grads, neuron, wanted, v_last: as there.
         overwrites: the gradient of the spikes may be overwritten with that of the input.
     """
+    wanted = wanted._replace(sums_chunks=True)
     way = cut.size[0], cut.size[1]
     parts = cut.parts(way) if way in cut.exact else []
     if len(parts) < 2:  # one part of all may be a view of what others hold
         x_seq = cut.whole()
         cut.release()
-        return multi_step_vjp(x_seq, v, grads, neuron, wanted, owned=True, v_last=v_last, sums_chunks=True)
+        return multi_step_vjp(x_seq, v, grads, neuron, wanted, owned=True, v_last=v_last)
     whole = _Whole(cut, v_last, wanted, grads.s if overwrites else None)
     for part in parts:
         samples = slice(part.start, part.stop)
@@ -69,7 +70,7 @@ def _of_part(
     wanted, keeps_last = how
     last = torch.empty_like(x_seq[0]) if keeps_last else None
     owned = x_seq.untyped_storage().nbytes() == x_seq.nbytes  # and no view of what others hold
-    found = multi_step_vjp(x_seq, v, grads, neuron, wanted, owned=owned, v_last=last, sums_chunks=True)
+    found = multi_step_vjp(x_seq, v, grads, neuron, wanted, owned=owned, v_last=last)
     return found, last
 
 

@@ -157,11 +157,13 @@ class Gradients(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Which gradients a backward has to compute."""
+    """Which gradients a backward has to compute. ``sums_chunks``: that of q may be a sum of chunks' sums,
+    which rounds otherwise."""
 
     x: bool
     v: bool
     q: bool
+    sums_chunks: bool = False
 
 
 def step(x: Tensor, v: Tensor, neuron: Neuron) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
