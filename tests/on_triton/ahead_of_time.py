@@ -104,14 +104,17 @@ def instructions(compiled: Any) -> Counter[str]:
     return Counter(one for one in code if re.search(r"\.f(16|32|64)", one) and not one.startswith("mov"))
 
 
-def check_resources(compiled: Any) -> None:
-    """Nothing is spilled from registers to memory."""
+def check_resources(compiled: Any) -> int:
+    """Nothing is spilled from registers to memory. How many registers a thread has."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         command = [DUMP, "-res-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert re.search(r"STACK:0 .*LOCAL:0 ", usage), usage
+    registers = re.search(r"REG:(\d+)", usage)
+    assert registers is not None, usage
+    return int(registers[1])
 
 
 # Bits.
@@ -215,6 +218,21 @@ def test_every_kernel_of_a_step(launches, capability):
     for launch in launches[2:]:
         # A comparison has nothing to fuse.
         check_integers(launch._replace(fusion=False), capability)
+
+
+@pytest.mark.parametrize("name", ["Sigmoid", "Erf"])
+def test_a_step_undone_with_its_gradient_by_surrogate(launches, name):
+    """Few enough registers for half of a multiprocessor's threads, 65,536 registers for 1,024."""
+    with Allocations():
+        known, rule = as_autograd(getattr(surrogate, name)()), Rule(None, False, 1.0, 0.25, False)
+        given, made = (floats(N), floats(N)), (floats(N), floats(N))
+        fired, planes = torch.empty(N // 8, dtype=torch.uint8), torch.empty(3 * N, dtype=torch.uint8)
+        undo = Undo(step_of(decays.NONE, floats(), 1.0, 2), fired, planes, fired, floats(N), floats(N))
+        steps.gradient(floats(N), given, rule, known, (floats(), 0.5), made, undo)
+    (launch,) = launches
+    compiled = launch.compiled(90)
+    assert not any("f64" in one for one in instructions(compiled))
+    assert check_resources(compiled) <= 64
 
 
 # Sequences.
@@ -336,6 +354,7 @@ def test_sequences_round_as_often_and_in_the_same_way_as_stock(launches, kind, s
     """Ours there is stock's there, and ours back is stock's there and back: the charge is done again."""
     stock(kind, surrogate, sequence(kind, surrogate, v_reset))
     compiled = [launch.compiled(80) for launch in launches]
+    assert all(check_resources(one) <= 64 for one in compiled[:2])
     ours_there, ours_back, stock_there, stock_back = map(arithmetic, compiled)
     assert ours_there == stock_there
     assert ours_back == stock_there + stock_back

@@ -110,6 +110,35 @@ def test_steps_set_to_cupy_run_on_the_grids_kernels(monkeypatch):
     assert node.arithmetic == "grid" and not node.off_grid_reason
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("version", HOMES)
+def test_steps_set_to_cupy(version, kind, monkeypatch):
+    """Stock's setter refuses cupy for steps, and 0.0.0.0.12 has one class for them and no backend."""
+    old, names = release(version), itertools.cycle(NAMES)
+    for module in (old.base, old.neuron):
+        monkeypatch.setattr(module, "cupy", object(), raising=False)
+    for number, given in enumerate(settings()):
+        if kind == "IFNode" and not given.pop("decay_input"):
+            continue
+        function = getattr(old.surrogate, next(names))()
+        stock, ours = (
+            make(
+                old, kind, multi=False, v_threshold=0.7, surrogate_function=function, **given, **KINDS[kind]
+            )
+            for _ in range(2)
+        )
+        srp.convert_to_reversible(ours, arithmetic="stock")
+        if version == "0.0.0.0.14":
+            ours._backend = "cupy"
+        x = torch.randn(3, 2, 3) * 1.5 + 0.4
+        v, calls = (torch.randn(2, 3) * 0.5, 2) if number % 2 else (None, 1)
+        outcome(stock, x, v, calls)  # TorchScript adds up in another order at first
+        expected, found = (outcome(node, x, v, calls) for node in (stock, ours))
+        assert found[0].any() and all(map(same, expected, found)), (given, type(function).__name__)
+        assert ours.treatment == "analytic"
+        assert getattr(ours, "backend", "cupy") == "cupy"  # still what the user has set
+
+
 class ByReciprocal(TorchDispatchMode):
     """Dividing by a number as torch does on CUDA."""
 

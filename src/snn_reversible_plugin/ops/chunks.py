@@ -25,7 +25,10 @@ _REGISTERS = 64  # a multiple of any vector loop's step
 
 
 def chunk_size(device: torch.device) -> int:
-    """How many neurons to work on at a time: what the cores' caches hold, or what fills a GPU."""
+    """How many neurons to work on at a time: what the cores' caches hold, or what fills a GPU.
+
+    On a GPU to launch by chunks pays only where a chunk needs much of all steps, or bytes count most.
+    """
     if device.type != "cpu":
         return 1 << 20
     threads = torch.get_num_threads()

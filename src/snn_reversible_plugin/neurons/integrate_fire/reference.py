@@ -158,7 +158,7 @@ class Gradients(NamedTuple):
 
 class Wanted(NamedTuple):
     """Which gradients a backward has to compute. ``sums_chunks``: that of q may be a sum of chunks' sums,
-    which rounds otherwise."""
+    which rounds otherwise; and a device sweeps chunks of neurons, with small buffers and many launches."""
 
     x: bool
     v: bool
