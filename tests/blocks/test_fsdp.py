@@ -57,7 +57,7 @@ def shard(model, way):
 
 
 def train(rank, ways, name):
-    """Three steps of each way and of the plain run of it; the second of two batches adds its gradient."""
+    """Two steps of each way and of the plain run of it; the second of two batches adds its gradient."""
     make, shape = MODELS[name]
     results = {}
     for way in ways:
@@ -69,7 +69,7 @@ def train(rank, ways, name):
             shard(model, way)
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
             torch.manual_seed(10 + rank)
-            for _ in range(3):
+            for _ in range(2):
                 optimizer.zero_grad()
                 for _ in range(2):
                     model(torch.rand(shape) * 3).square().mean().backward()

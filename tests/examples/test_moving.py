@@ -129,6 +129,7 @@ assert losses(name) == losses(name, before=True)
 """
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("version", "name"), [("0.0.0.0.12", "from_spikingjelly_12"), ("0.0.0.0.14", "from_spikingjelly")]
 )

@@ -106,6 +106,7 @@ def preimages_at_a_boundary(e: int, n: int) -> tuple[torch.Tensor, torch.Tensor]
     return torch.tensor(betas), torch.tensor(units).double().div(SCALE).float()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("units_off", [-2, -1, 0, 1, 2])
 @pytest.mark.parametrize("e", [24, 26])
 def test_quotients_next_to_an_integer(monkeypatch, e, units_off):
@@ -296,6 +297,7 @@ def test_surrogates(known):
     assert on_triton.in_one_pass("a formula that nobody knows", {"alpha": 4.0}) is None
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("detach", [False, True])
 @pytest.mark.parametrize("to", [None, 0.0, -0.25])
 def test_gradients_of_a_step(to, detach):
