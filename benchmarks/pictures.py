@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from snn_reversible_plugin import convert_to_reversible, memory_report
 from snn_reversible_plugin.demo import network
 
-from .experiment import Entries
+from .experiment import Entries, Entry
 from .methods import METHODS
 from .store import ROOT
 from .tables import MIB
@@ -73,6 +73,7 @@ def draw_over_steps(entries: Entries, titles: Mapping[str, str], folder: Path) -
         title, both = next(iter(shown.items()))
         axes = figure.add_subplot(facecolor="none")
         _over_step(axes, both, color, f", {both['stock']['peak'] / both['converted']['peak']:.1f}x less")
+        _name_stages(axes, both["stock"], color)
         steps, batch, *_, size = both["stock"]["shape"]
         axes.set_title(
             f"{title}, one training step: T = {steps}, batch {batch}, {size} x {size} pixels",
@@ -116,6 +117,16 @@ def _over_step(axes: Axes, both: Entries, color: str, less: str = "") -> None:
     axes.spines[["top", "right"]].set_visible(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_color(color)
+
+
+def _name_stages(axes: Axes, stock: Entry, color: str) -> None:
+    """The network's parts along the axis, where there is room for their names."""
+    wide = [(name, (start + end) / 2) for name, start, end in stock["stages"] if end - start > 0.06]
+    axes.set_xticks([place for _, place in wide], [name for name, _ in wide], color=color, fontsize=7)
+    for place, half in ((0.5, "forward"), (1.5, "backward")):
+        axes.annotate(
+            half, (place, 0), xytext=(0, -26), textcoords="offset points", ha="center", color=color
+        )
 
 
 def draw_report(folder: Path) -> Path:

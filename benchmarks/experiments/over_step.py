@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 
 import snn_reversible_plugin as srp
-from snn_reversible_plugin.reports.over_step import over_step
-from snn_reversible_plugin.reports.pictures import curve_of
+from snn_reversible_plugin.reports.over_step import OverStep, over_step
+from snn_reversible_plugin.reports.pictures import curve_of, laid_out
 
 from ..experiment import Entry, Options, Tick, Work
 from ..workloads import WORKLOADS
@@ -48,8 +48,23 @@ def measure(method: str, options: Options, tick: Tick, workload: str, shape: lis
         "peak": found.peak.bytes,
         "held": found.peak.held,
         "where": found.peak.where,
+        "stages": stages(found),
         "curve": thinned([[round(p, 4), count] for p, count in zip(places, alive, strict=True)]),
     }
+
+
+def stages(run: OverStep) -> list[list[float | str]]:
+    """The parts of a network that a reader knows by name, and where each begins and ends: what follows one
+    another in one of its modules, or in one of a container's (``blocks.0``)."""
+    found: list[list[float | str]] = []
+    for start, width, part in laid_out(run):
+        first, _, rest = part.module.partition(".")
+        second = rest.partition(".")[0]
+        name = f"{first}.{second}" if second.isdigit() else first
+        if not found or found[-1][0] != name or found[-1][1] < 1 <= start:  # type: ignore[operator]
+            found.append([name, start, start])
+        found[-1][2] = start + width
+    return [one for one in found if one[0] not in ("", "model")]
 
 
 def thinned(points: list[list[float]], most: int = MOST_POINTS) -> list[list[float]]:

@@ -110,19 +110,19 @@ def curve_of(run: OverStep) -> tuple[list[float], list[int]]:
     """Bytes alive over the step: places from 0 to 1 are the forward, to 2 the backward."""
     places: list[float] = []
     alive: list[int] = []
-    for start, width, part in _laid_out(run):
+    for start, width, part in laid_out(run):
         places += [start + width * at / len(part.curve) for at in range(len(part.curve))]
         alive += part.curve
     return places, alive
 
 
 def _names(run: OverStep) -> tuple[list[float], list[str]]:
-    parts = [(start + width / 2, part.module) for start, width, part in _laid_out(run) if part.module]
+    parts = [(start + width / 2, part.module) for start, width, part in laid_out(run) if part.module]
     shown = parts[:: -(-len(parts) // MOST_NAMES) or 1]
     return [place for place, _ in shown], [name for _, name in shown]
 
 
-def _laid_out(run: OverStep) -> list[tuple[float, float, Part]]:
+def laid_out(run: OverStep) -> list[tuple[float, float, Part]]:
     """Each part with its place and width."""
     found = []
     for backward in (False, True):
