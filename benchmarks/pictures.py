@@ -149,6 +149,9 @@ class Style(Protocol):
     def marker(self) -> str: ...
 
 
+SLOWEST = 4  # times stock's step: what is further out would squeeze all others
+
+
 def draw_points(entries: Entries, path: Path, methods: Mapping[str, Style] = METHODS) -> Path:
     """A panel a workload: bytes held (filled) and peak (open) against step time."""
     names = list(dict.fromkeys(work_of(key) for key, entry in entries.items() if not series_of(entry)))
@@ -158,11 +161,15 @@ def draw_points(entries: Entries, path: Path, methods: Mapping[str, Style] = MET
     figure = Figure(figsize=(max(3.1 * columns, 9), 2.9 * rows + 0.5), layout="constrained")
     for index, workload in enumerate(names):
         axes = figure.add_subplot(rows, columns, index + 1)
+        outside = []
         for name, method in methods.items():
             entry = entries.get(f"{workload} | {name}", {})
             if "peak" not in entry or "time_ratio" not in entry:
                 continue
             x, peak = entry["time_ratio"], entry["peak"] / MIB
+            if x > SLOWEST:
+                outside.append(f"{name} at {x:.1f} is not shown")
+                continue
             if entry.get("held"):
                 axes.plot([x, x], [entry["held"] / MIB, peak], color=method.color, linewidth=1)
                 axes.plot(x, entry["held"] / MIB, method.marker, color=method.color)
@@ -171,7 +178,7 @@ def draw_points(entries: Entries, path: Path, methods: Mapping[str, Style] = MET
             )
         axes.set_yscale("log")
         axes.set_title(workload, fontsize=10)
-        axes.set_xlabel("step time, stock = 1", fontsize=8)
+        axes.set_xlabel("; ".join(["step time, stock = 1", *outside]), fontsize=8)
         axes.set_ylabel("MiB: held (filled), peak (open)", fontsize=8)
         axes.tick_params(labelsize=8, which="both")
         axes.margins(0.25)
