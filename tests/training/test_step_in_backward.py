@@ -210,6 +210,20 @@ def test_groups_of_a_state_that_was_loaded_are_used(resumed):
     assert_same(*after)
 
 
+def test_a_parameter_that_was_taken_out_waits_as_in_stock():
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    optimizer = torch.optim.SGD([{"params": part.parameters()} for part in net], lr=0.1)
+    srp.step_in_backward(optimizer, net)
+    del optimizer.param_groups[1]
+    before = copy.deepcopy(net.state_dict())
+    for _ in range(2):
+        net(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    assert torch.equal(net[1].bias.grad, torch.full((2,), 2.0))
+    assert all(torch.equal(net.state_dict()[name], before[name]) for name in ("1.weight", "1.bias"))
+    assert not torch.equal(net[0].bias, before["0.bias"])
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_a_closure_runs_its_backward_there(named):
     after = []

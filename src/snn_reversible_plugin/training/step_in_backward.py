@@ -97,13 +97,14 @@ class StepInBackward:
                 self._refuse_second(parameter)
 
         def after(_: Tensor) -> None:
-            if tried.get(parameter):
+            group = self._group(parameter)
+            if tried.get(parameter) or group is None:
                 return
             if parameter not in tried:
                 if not self._looked:
                     _refuse_who_needs_all(self._optimizer)
                     self._looked = True
-                self._step(parameter)
+                self._step(parameter, group)
                 self._stepped.add(id(parameter))
             parameter.grad = SteppedGradient(parameter, self._name(parameter))
 
@@ -124,24 +125,24 @@ class StepInBackward:
             "to go on from what it left; else call remove() on what step_in_backward returned."
         )
 
-    def _step(self, parameter: Tensor) -> None:
+    def _step(self, parameter: Tensor, group: dict[str, Any]) -> None:
         optimizer = self._optimizer
         step = type(optimizer).step
         groups = optimizer.param_groups
-        optimizer.param_groups = [{**self._group(parameter), "params": [parameter]}]
+        optimizer.param_groups = [{**group, "params": [parameter]}]
         try:
             # Without the wrapper, which calls the hooks of a step over all.
             getattr(step, "__wrapped__", step)(optimizer)
         finally:
             optimizer.param_groups = groups
 
-    def _group(self, parameter: Tensor) -> dict[str, Any]:
-        """A parameter's group of today."""
+    def _group(self, parameter: Tensor) -> dict[str, Any] | None:
+        """A parameter's group of today; None where the user took it out of the optimizer."""
         groups = self._optimizer.param_groups
         if len(groups) != len(self._groups) or any(map(operator.is_not, groups, self._groups)):
             self._groups = [*groups]
             self._group_of = {id(one): group for group in groups for one in group["params"]}
-        return self._group_of[id(parameter)]
+        return self._group_of.get(id(parameter))
 
     def _end_step(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before the optimizer's own step: of a closure's backward, too, which it would run itself."""

@@ -46,8 +46,8 @@ from snn_reversible_plugin.ops.layouts import as_rows, empty_in, is_contiguous_i
 # A step is a dozen operations and more, each launched once a chunk: two chunks make 2.5 times stock's
 # launches of convolution, batch norm and LIF already, all neurons at once 1.3 times. So all at once they
 # are. The buffers are then some eight of a step, with those of a surrogate, beside the 2 T that stand.
-# Counted on a CPU, the peak of a training step of such layers grows by 8% with T = 1; with T = 2 and 4 it
-# is elsewhere, and doesn't grow. Mode "minimal" asks for small buffers, and has chunks.
+# The peak of a training step is elsewhere from two steps on; with one it is a little higher. Mode "minimal"
+# asks for small buffers, and has chunks.
 
 
 ONLY_X = Wanted(x=True, v=False, q=False)
