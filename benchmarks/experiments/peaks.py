@@ -13,12 +13,13 @@ import snn_reversible_plugin as srp
 from snn_reversible_plugin.reports.measure import count_step
 
 from ..experiment import Entry, Options, Tick, Work
-from ..measure import counted_alone
+from ..measure import counted_alone, counter_on
 from ..published import FAMILIES
 from ..workloads import NETWORKS, WORKLOADS
 
 STEPPED = "minimal, stepped"  # with step_in_backward, which frees parameters' gradients
-METHODS = ("stock", "memory", "auto", STEPPED)
+FORWARD = "stock's forward"  # without a gradient, so that nothing is held for a backward
+METHODS = ("stock", "memory", "auto", STEPPED, FORWARD)
 LEAST = re.compile(r"takes at least ([\d,]+)")  # of the error of a budget that can't be met
 
 
@@ -30,7 +31,7 @@ def works(options: Options) -> Iterator[Work]:
         width, shape = family.small if options.quick else family.large
         settings = {"family": family.name, "width": width, "shape": list(shape)}
         # A procedure of its own may go backward several times a step.
-        methods = tuple(one for one in METHODS if not (family.own_procedure and one == STEPPED))
+        methods = tuple(one for one in METHODS if not (family.own_procedure and one in (STEPPED, FORWARD)))
         yield Work(family.name, methods, settings)
 
 
@@ -43,7 +44,10 @@ def measure(
     family: str | None = None,
     width: int = 0,
 ) -> Entry:
-    """Bytes of the second step; of "memory" also the whole, and what a budget says of it beforehand."""
+    """Bytes of the second step; of "memory" also the whole, and what a budget says of it beforehand.
+
+    Of a forward alone, its peak.
+    """
     torch.manual_seed(0)
     loss: Callable[[nn.Module, torch.Tensor], torch.Tensor]
     if network is not None:
@@ -58,6 +62,11 @@ def measure(
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
     if family is not None:
         entry["own_procedure"] = FAMILIES[family].own_procedure
+    if method == FORWARD:
+        tick("a forward")
+        with torch.no_grad(), counted_alone(model), counter_on(x.device) as counter:
+            loss(model, x)
+        return entry | {"peak": counter.peak}
     if method == STEPPED:
         srp.convert_to_reversible(model, mode="minimal")
         srp.step_in_backward(optimizer)

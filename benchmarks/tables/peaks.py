@@ -13,8 +13,8 @@ def peaks(entries: Entries) -> list[Table]:
     by_work: dict[str, dict[str, dict]] = {}
     for key, entry in entries.items():
         by_work.setdefault(key.partition(" | ")[0], {})[entry["method"]] = entry
-    rows, parts = [], {"auto": [], "minimal, stepped": []}  # type: ignore[var-annotated]
-    above, off = [], []
+    rows, parts = [], {"auto": [], "minimal, stepped": [], "stock's forward": []}  # type: ignore[var-annotated]
+    above, off, to_forward = [], [], []
     for work, methods in by_work.items():
         if "stock" not in methods:
             continue
@@ -25,6 +25,8 @@ def peaks(entries: Entries) -> list[Table]:
             cells.append("" if peak is None else f"{peak / stock:.3f}")
             if peak is not None and mode in parts and methods[mode].get("own_procedure") is False:
                 parts[mode].append(stock / peak)
+                if mode == "stock's forward" and "minimal, stepped" in methods:
+                    to_forward.append(methods["minimal, stepped"]["peak"] / peak)
         if memory and "auto" in methods:
             above.append(methods["auto"]["peak"] / memory["peak"])
         foreseen = memory.get("foreseen")
@@ -36,13 +38,18 @@ def peaks(entries: Entries) -> list[Table]:
         for mode, found in parts.items()
         if found
     ]
+    if to_forward:
+        notes.append(
+            "A step's peak in minimal, stepped, over that of stock's forward, median of those families: "
+            f"{median(to_forward):.2f}x."
+        )
     if above:
         notes.append(f"auto's peak over memory's: at most {max(above):.3f}.")
     if off:
         notes.append(
             f"What a budget says before a step was measured is off by {min(off):+.0%} to {max(off):+.0%}."
         )
-    headings = ("network", "stock, MiB", "memory", "auto", "minimal, stepped", "said before a step, off by")
+    headings = ("network", "stock, MiB", "memory", *parts, "said before a step, off by")
     return [Table(headings, rows, notes=tuple(notes))]
 
 

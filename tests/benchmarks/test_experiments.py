@@ -298,6 +298,7 @@ def test_peaks_are_of_every_mode_and_say_how_far_a_budget_was_off(invoke):
     for name in ("vgg", "TET"):
         peaks = {mode: found[f"{name} | {mode}"]["peak"] for mode in ("stock", "memory", "auto")}
         assert peaks["auto"] <= peaks["memory"] < peaks["stock"]
+        assert 0 < found[f"{name} | stock's forward"]["peak"] < peaks["stock"]
     memory = found["vgg | memory"]
     assert 0 < memory["foreseen"] <= memory["whole"]
 
