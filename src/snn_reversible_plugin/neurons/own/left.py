@@ -248,7 +248,8 @@ def _promised(module: nn.Module, table: dict[str, Any]) -> list[tuple[str, LeftS
     """Promises of those tensors in a table that can be let go of, whose memory is gone."""
     found = []
     known = _read.get(module, ())
-    for name in [name for name, value in dict.items(table) if isinstance(value, Tensor)]:
+    # By class: only a plain tensor can be let go of, and this is asked of each attribute of each module.
+    for name in [name for name, value in dict.items(table) if value.__class__ is Tensor]:
         tensor = dict.__getitem__(table, name)
         if sys.getrefcount(tensor) > 3 or not _is_alone(tensor):  # the table, this name, the argument
             continue
