@@ -12,7 +12,8 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import snn_reversible_plugin as srp
 
@@ -22,7 +23,8 @@ from ..networks import LeakyLoop, LIFLoop
 from ..workloads import WORKLOADS
 
 HOME = str(Path(srp.__file__).parent)
-METHODS = ("stock", "memory", "speed")  # by the defaults of a conversion: loops run on the grid
+NOTHING = "stock, watched"  # by a mode and hooks that do nothing, which is what any tape begins with
+METHODS = ("stock", NOTHING, "memory", "speed")  # by the defaults of a conversion: loops run on the grid
 
 
 class Tiny(NamedTuple):
@@ -60,9 +62,12 @@ def together(
     steps: dict[str, Callable[[], Any]] = {}
     for method in methods:
         model = copy.deepcopy(stock)
-        if method != "stock":
+        forward = partial(workload.loss_of, model, x)
+        if method == NOTHING:
+            forward = partial(watched, forward)
+        elif method != "stock":
             srp.convert_to_reversible(model, mode=method)
-        steps[method] = lambda model=model: workload.loss_of(model, x).backward()
+        steps[method] = lambda forward=forward: forward().backward()
     gc.collect()
     gc.disable()
     try:
@@ -78,6 +83,23 @@ def together(
         }
         for method, step in steps.items()
     }
+
+
+class _Nothing(TorchDispatchMode):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def watched(forward: Callable[[], Tensor]) -> Tensor:
+    """Run a forward whose operations and saved tensors come by Python, which leaves them as they are."""
+    with torch.autograd.graph.saved_tensors_hooks(_itself, _itself), _Nothing():
+        return forward()
 
 
 def own_calls(run: Callable[[], Any]) -> int:
