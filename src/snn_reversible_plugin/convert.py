@@ -134,8 +134,8 @@ def convert_to_reversible(
             forward; all else is stock's. ``"grid"``: so do the residual streams of MS-ResNet and its kind,
             which are then undone from block to block. ``"fused"``: as ``"auto"``, and SpikingJelly's
             multi-step IF, LIF and ParametricLIF nodes keep float32 membranes where float16 or bfloat16
-            comes in, as stock's fused kernels have them in float32: on a GPU one launch instead of stock's
-            unfused code. Spikes differ where stock's half-precision membranes round.
+            comes in: stock's float32 code between two casts, of each release's own, on a GPU one launch
+            instead of stock's unfused code. Spikes differ where stock's half-precision membranes round.
         skip: names (as in ``named_modules``) or types of modules to leave as they are: their neurons stay
             stock and nothing that runs inside them is replayed.
         blocks: also turn chains of residual blocks into reversible ones, as :func:`wrap_residual_blocks`
@@ -213,7 +213,7 @@ def convert_to_reversible(
         restore(model)
         raise ValueError(
             'arithmetic="fused": no neuron of the model is fused; IFNode, LIFNode and ParametricLIFNode of '
-            'SpikingJelly 2.0 are. Use arithmetic="auto".'
+            'SpikingJelly are, in 0.0.0.0.12 MultiStepIFNode and so on. Use arithmetic="auto".'
         )
     if mode == "minimal":
         make_flat(module for module in model.modules() if id(module) not in within_skipped)

@@ -280,17 +280,23 @@ OF_AUTOGRAD = [
 ]
 
 
+def sequence_as_autograd(name: str, rule: Rule, learns: bool, dtype: torch.dtype = torch.float32) -> None:
+    neuron = Neuron(rule, as_autograd(getattr(surrogate, name)()), floats() if learns else None)
+    with Allocations():
+        x, v = floats(T, N, dtype=dtype), floats(N)
+        made = sequences.Made(floats(T, N, dtype=dtype), floats(N), floats(T, N))
+        sequences.forward(x, v, rule, neuron.q, made)
+        given = sequences.Given(floats(T, N, dtype=dtype), floats(N), floats(T, N))
+        start = (floats(N), floats(T, N) if learns else None, floats(N), floats(N))
+        wanted = sequences.Wanted(floats(T, N, dtype=dtype), *start)
+        sequences.backward_as_autograd(x, v, neuron, given, wanted)
+
+
 @pytest.mark.parametrize(("name", "rule", "learns", "divides"), OF_AUTOGRAD, ids=["LIF", "kept", "PLIF"])
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_sequences_as_autograd(launches, monkeypatch, capability, name, rule, learns, divides):
     monkeypatch.setattr(sequences, "divides", lambda _: divides)
-    neuron = Neuron(rule, as_autograd(getattr(surrogate, name)()), floats() if learns else None)
-    with Allocations():
-        x, v = floats(T, N), floats(N)
-        sequences.forward(x, v, rule, neuron.q, sequences.Made(floats(T, N), floats(N), floats(T, N)))
-        given = sequences.Given(floats(T, N), floats(N), floats(T, N))
-        start = (floats(N), floats(T, N) if learns else None, floats(N), floats(N))
-        sequences.backward_as_autograd(x, v, neuron, given, sequences.Wanted(floats(T, N), *start))
+    sequence_as_autograd(name, rule, learns)
     assert len(launches) == 2
     for launch in launches:
         check_integers(launch, capability)
@@ -298,6 +304,23 @@ def test_sequences_as_autograd(launches, monkeypatch, capability, name, rule, le
         times for one, times in instructions(launches[0].compiled(capability)).items() if "div" in one
     )
     assert not divisions
+
+
+IN_HALF = [*OF_AUTOGRAD, ("Erf", Rule(None, False, 0.8, 0.25, False, Order(selects=True)), False, False)]
+
+
+@pytest.mark.parametrize("case", IN_HALF, ids=["LIF", "kept", "PLIF", "IF"])
+@pytest.mark.parametrize(("capability", "dtype"), [(80, torch.float16), (90, torch.bfloat16)])
+def test_sequences_as_autograd_in_half_precision(launches, monkeypatch, capability, dtype, case):
+    name, rule, learns, divides = case
+    monkeypatch.setattr(sequences, "divides", lambda _: divides)
+    sequence_as_autograd(name, rule, learns, dtype)
+    _, backward = launches
+    check_integers(backward, capability)
+    compiled = backward.compiled(capability)
+    assert check_resources(compiled) <= 64
+    cast = re.findall(r"cvt\.(\w+)\.(?:satfinite\.)?b?f16(?:x2)?\.f32", compiled.asm["ptx"])
+    assert set(cast) == {"rn"}
 
 
 @pytest.mark.parametrize(("neurons", "times"), [(1, 1), (9, 1), (2**31 + 8, 3)])

@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
-from spikingjelly.activation_based import layer, neuron, surrogate
+from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 
 import snn_reversible_plugin as srp
 from against_stock import assert_trains_like_autograd
+from snn_reversible_plugin.convert import differentiated
 from spikingjelly_against_stock import REV, make, outcome, same, settings_of
 
 HALVES = [torch.float16, torch.bfloat16]
@@ -69,6 +70,36 @@ class Net(nn.Module):
 
 def test_networks_train_as_their_specification():
     assert_trains_like_autograd(Net, (torch.rand(4, 2, 2, 6, 6) * 2,), arithmetic="fused")
+
+
+def test_stored_membranes_have_float32_gradients_on_the_tape():
+    node, found = srp.convert_to_reversible(make(neuron.LIFNode, store=True), arithmetic="fused"), []
+    x = torch.randn(4, 3, 9).mul(1.5).half().requires_grad_()
+    for around in (differentiated, srp.reversible):
+        functional.reset_net(node)
+        with around(node):
+            node(x)
+            (node.v_seq * torch.linspace(-1, 1, 108).view(4, 3, 9)).sum().backward()
+        found.append((node.v_seq, x.grad))
+        x.grad = None
+    assert all(map(same, *found)) and found[1][0].dtype is torch.float32
+
+
+def test_membranes_that_are_computed_in_slices_are_not_rounded():
+    """Weights larger than a membrane, so that this is made in the backward."""
+    layers = [
+        each
+        for width in (2, 64)
+        for each in (layer.Conv2d(width, 64, 3, padding=1, step_mode="m"), neuron.LIFNode(step_mode="m"))
+    ]
+    net = srp.convert_to_reversible(nn.Sequential(*layers), mode="minimal", arithmetic="fused")
+    x, found = torch.rand(2, 4, 2, 12, 12) * 3, []
+    for around in (differentiated, srp.reversible):
+        functional.reset_net(net)
+        with around(net), torch.autocast("cpu", dtype=torch.bfloat16):
+            net(x).float().square().mean().backward()
+        found.append([one.v for one in net[1::2]])
+    assert all(map(same, *found)) and found[1][0].dtype is torch.float32
 
 
 @pytest.mark.slow

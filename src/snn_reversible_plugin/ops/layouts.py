@@ -106,11 +106,15 @@ def as_rows(x: Tensor, order: tuple[int, ...]) -> Tensor:
     return x.permute(order).reshape(x.shape[0], math.prod(x.shape[1:]))
 
 
-def empty_in(x_seq: Tensor, order: tuple[int, ...], steps: bool = True) -> Tensor:
-    """An empty tensor shaped like x_seq (or like one step of it), dense in this order."""
+def empty_in(
+    x_seq: Tensor, order: tuple[int, ...], steps: bool = True, dtype: torch.dtype | None = None
+) -> Tensor:
+    """An empty tensor shaped like x_seq (or like one step of it), dense in this order; of its dtype, or
+    of another."""
     stride, expected = [0] * x_seq.dim(), 1
     for d in reversed(order):
         stride[d] = expected
         expected *= max(x_seq.shape[d], 1)
     first = 0 if steps else 1
-    return torch.empty_strided(x_seq.shape[first:], stride[first:], dtype=x_seq.dtype, device=x_seq.device)
+    dtype = x_seq.dtype if dtype is None else dtype
+    return torch.empty_strided(x_seq.shape[first:], stride[first:], dtype=dtype, device=x_seq.device)

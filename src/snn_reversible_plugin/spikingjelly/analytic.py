@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.modules.kinds import is_multi_step
-from snn_reversible_plugin.modules.swap import FUSED, SwappedClass
+from snn_reversible_plugin.modules.swap import SwappedClass
 from snn_reversible_plugin.neurons.integrate_fire import on_device
 from snn_reversible_plugin.neurons.integrate_fire.reference import Neuron, Rule
 from snn_reversible_plugin.neurons.integrate_fire.stretch import place_of_step
@@ -37,6 +37,7 @@ from snn_reversible_plugin.spikingjelly.calls import (
     stepped_neurons,
 )
 from snn_reversible_plugin.spikingjelly.copies import Copy, InTorch, ServedInTorch, copy_of
+from snn_reversible_plugin.spikingjelly.fused import dtype_of, is_wide, may_fuse, why_not_fused
 from snn_reversible_plugin.spikingjelly.replayed import as_stock, is_learning, replayed
 from snn_reversible_plugin.spikingjelly.surrogates import (
     as_autograd,
@@ -105,8 +106,7 @@ class Analytic(ServedInTorch):
     @property
     def may_fuse(self) -> bool:
         """Whether ``arithmetic="fused"`` means something to it."""
-        copy = copy_of(type(self))
-        return copy is not None and copy.has_operators and equations_of(self) is not None  # type: ignore[arg-type]
+        return may_fuse(self)
 
     @property
     def treatment(self) -> str:
@@ -118,7 +118,7 @@ class Analytic(ServedInTorch):
     def treatment_reason(self) -> str:
         """Why the last call's backward was not the written-out one, for reports."""
         instead = _instead.get(self)
-        reasons = self.served_otherwise, "" if instead is None else instead.reason
+        reasons = self.served_otherwise, "" if instead is None else instead.reason, why_not_fused(self)
         return "; ".join(filter(None, reasons))
 
     @property
@@ -141,14 +141,20 @@ class Analytic(ServedInTorch):
         (memories if "v_seq" in memories else self.__dict__)["v_seq"] = value
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if switches.by_autograd() and len(args) == 1 and is_wide(self, args[0]):
+        if switches.by_autograd() and len(args) == 1 and not kwargs and is_wide(self, args[0]):
             # The specification of what runs fused: stock's, in float32 between two casts.
-            return super().forward(args[0].float()).to(args[0].dtype)  # type: ignore[misc]
+            with InTorch(self):  # type: ignore[arg-type]
+                return super().forward(args[0].float()).to(args[0].dtype)  # type: ignore[misc]
         chosen = how(self, args, kwargs)
         if isinstance(chosen, ByFormula):
             if _instead:
                 _instead.pop(self, None)
             return _run(self, args[0], chosen)
+        if len(args) == 1 and not kwargs and tape.runs_eagerly() and is_wide(self, args[0]):
+            spikes = Analytic.forward(self, args[0].float()).to(args[0].dtype)
+            _ran_wide.add(self)
+            return spikes
+        _ran_wide.discard(self)
         if not tape.may_record():
             with InTorch(self):  # type: ignore[arg-type]
                 return super().forward(*args, **kwargs)  # type: ignore[misc]
@@ -204,12 +210,6 @@ def how(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> How:
     return ByTape(found) if once else ByReplay(found)
 
 
-def is_wide(module: Any, x: Any) -> bool:
-    """Whether a call computes in float32 what stock computes in half precision, as the user said."""
-    halves = isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16)
-    return bool(halves and FUSED.of(module) and is_multi_step(module) and fused(surrogate_of(module)))
-
-
 def _has_no_surrogate(module: Any, copy: Copy) -> bool:
     """Whether a call is run by the scripted code that 0.0.0.0.14 has for evaluation."""
     scripted = copy.has_step_modes and not copy.has_operators
@@ -235,24 +235,23 @@ def _unusual(module: Any, copy: Copy, x: Any) -> str | None:
         return f"its backend is {module.backend}"
     if _has_no_surrogate(module, copy):
         return "it is in evaluation"
-    if copy.is_scripted and x.dtype.itemsize < 4 and torch.is_autocast_enabled(x.device.type):
+    narrow = x.dtype.itemsize < 4 and not is_wide(module, x)
+    if copy.is_scripted and narrow and torch.is_autocast_enabled(x.device.type):
         return "under autocast TorchScript casts by rules of its own"
     return None
 
 
 def _by_formula(module: Any, copy: Copy, x: Tensor) -> ByFormula | str:
-    shape = x.shape[1:] if is_multi_step(module) else x.shape
+    shape, dtype = x.shape[1:] if is_multi_step(module) else x.shape, dtype_of(module, x)
     v = module._memories.get("v")
     if isinstance(v, Tensor):
         if copy.has_operators:
             if v.shape != shape:
                 v = module.v_reset if module.v_reset is not None else 0.0
-            else:
-                dtype = torch.float32 if is_wide(module, x) else x.dtype
-                if v.dtype != dtype or v.device != x.device:
-                    v = v.to(dtype=dtype, device=x.device)
-        elif (v.shape, v.dtype, v.device) != (shape, x.dtype, x.device):
-            return "its membrane has another shape, dtype or device than its input"
+            elif v.dtype != dtype or v.device != x.device:
+                v = v.to(dtype=dtype, device=x.device)
+        elif (v.shape, v.dtype, v.device) != (shape, dtype, x.device):
+            return f"its membrane has another shape or device than its input, or is not {dtype}"
     elif not isinstance(v, float):
         return f"its membrane is a {type(v).__name__}"
     elif not copy.has_step_modes and v != (module.v_reset or 0.0):
@@ -267,7 +266,7 @@ def _by_formula(module: Any, copy: Copy, x: Tensor) -> ByFormula | str:
         or (isinstance(w, Tensor) and w.requires_grad)
     ):
         return "what learns in it is neither its input nor its state"
-    call = _call(module, copy, x, v, same)
+    call = _call(module, copy, x, dtype, v, same)
     return call if isinstance(call, str) else ByFormula(call, v, w)
 
 
@@ -322,17 +321,20 @@ def _run(module: Any, x: Tensor, chosen: ByFormula) -> Tensor:
     return s
 
 
-def _call(module: Any, copy: Copy, x: Tensor, v: Tensor | float, same: Same) -> Call | str:
-    """What the formulas need of a neuron, or why they are not stock's arithmetic as it is set."""
+def _call(
+    module: Any, copy: Copy, x: Tensor, dtype: torch.dtype, v: Tensor | float, same: Same
+) -> Call | str:
+    """What the formulas, which compute in ``dtype``, need of a neuron as it is set; or why they are not
+    stock's arithmetic."""
     equations, w = same.equations, module.w if same.equations == "PLIF" else None
     is_stocks = equations_of(module) is not None
-    rule = _rule(module, same, copy, x, w)
+    rule = _rule(module, same, copy, (dtype, x.device), w)
     if isinstance(rule, str):
         return rule
     function = surrogate_of(module)
-    wide = is_wide(module, x)
+    wide = dtype is not x.dtype
     known = None
-    if copy.has_operators and is_stocks and (wide or x.dtype is torch.float32):
+    if copy.has_operators and is_stocks and dtype is torch.float32:
         known = fused(function)
     if w is not None and w.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         known = None
@@ -348,9 +350,10 @@ def _call(module: Any, copy: Copy, x: Tensor, v: Tensor | float, same: Same) -> 
     if launched and on_device.order_of(x, v) is None:
         return "its input is laid out neither step by step nor channels-last"
     if known is None and not copy.has_operators and is_heaviside(function):
-        known = as_autograd(function, x.dtype)
+        known = as_autograd(function, dtype)
         known = None if known.name is None else known
-        launched = known is not None and is_stocks and _is_launched(module, x, v, Neuron(rule, known))
+        may_launch = known is not None and is_stocks and dtype is torch.float32
+        launched = may_launch and _is_launched(module, x, v, Neuron(rule, known))  # type: ignore[arg-type]
     name = type(function).__name__ if is_fused or launched else None
     case = Case(equations, rule.decay_input, rule.v_reset is None, rule.detach_reset, name)
     if is_stocks and not agrees(copy, case, x.device if launched else None):
@@ -358,35 +361,35 @@ def _call(module: Any, copy: Copy, x: Tensor, v: Tensor | float, same: Same) -> 
     if known is None:
         shape = x.shape[1:] if is_multi_step(module) else x.shape
         chunk = min(shape.numel(), chunk_size(x.device))
-        known = proved(function, shape, x.dtype, x.device, chunk)
+        known = proved(function, shape, dtype, x.device, chunk)
     if known is None:
         return f"its surrogate {type(function).__name__} is not known to work element by element"
-    return Call(
-        Neuron(rule, known, launched=launched, wide=wide and is_fused), is_fused, stores_v_seq(module)
-    )
+    return Call(Neuron(rule, known, launched=launched, wide=wide), is_fused, stores_v_seq(module))
 
 
 def _is_launched(module: Any, x: Tensor, v: Tensor | float, neuron: Neuron) -> bool:
     """Whether a sequence of what is torch code in stock is computed by the device's form."""
     return (
-        x.dtype is torch.float32
-        and is_multi_step(module)
+        is_multi_step(module)
         and on_device.takes(neuron, x.device)
         and on_device.order_of(x, v) == tuple(range(x.dim()))
     )
 
 
-def _rule(module: Any, same: Same, copy: Copy, x: Tensor, w: Tensor | None) -> Rule | str:
+def _rule(
+    module: Any, same: Same, copy: Copy, given: tuple[torch.dtype, torch.device], w: Tensor | None
+) -> Rule | str:
+    dtype, device = given
     tau, equations = None, same.equations
     if equations == "LIF":
         tau = module.tau
         if not isinstance(tau, float):
             return f"its tau is a {type(tau).__name__}"
     elif equations == "PLIF":
-        if not isinstance(w, Tensor) or w.dim() or w.device != x.device:
+        if not isinstance(w, Tensor) or w.dim() or w.device != device:
             return "its w is not one number on the input's device"
-        if not copy.has_operators and w.dtype != x.dtype:
-            return f"its w is {w.dtype}, its input {x.dtype}"
+        if not copy.has_operators and w.dtype != dtype:
+            return f"its w is {w.dtype}, and its steps are computed in {dtype}"
     v_threshold, v_reset = module.v_threshold, module.v_reset
     if not isinstance(v_threshold, float):
         return f"its v_threshold is a {type(v_threshold).__name__}"

@@ -158,7 +158,7 @@ class MultiStep(torch.autograd.Function):
             how: Any = {"drops_last": final is not None, "in_chunks": ctx.in_slices}
             spikes, v, v_seq = multi_step(x_seq, v, neuron, builds_v_seq, **how)
             if stored is not None:
-                v_seq = stored.placeholder(spikes)
+                v_seq = stored.placeholder(spikes, spikes.new_zeros((), dtype=v.dtype))
             if final is not None:
                 v = final.placeholder(v, x_seq.new_zeros((), dtype=v.dtype))
         if v_seq is None:

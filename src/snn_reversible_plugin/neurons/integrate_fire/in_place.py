@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,8 @@ def multi_step(
     if neuron.launched:
         return on_device.multi_step(x_seq, v, neuron, store_v_seq)
     if neuron.wide and x_seq.dtype is not torch.float32:
-        spikes, v_last, v_seq = multi_step(x_seq.float(), v, neuron, store_v_seq, in_chunks=in_chunks)
+        how: Any = {"drops_last": drops_last, "in_chunks": in_chunks}
+        spikes, v_last, v_seq = multi_step(x_seq.float(), v, neuron, store_v_seq, **how)
         return spikes.to(x_seq.dtype), v_last, v_seq
     order = _order_of(x_seq, v, neuron)
     if order is None:

@@ -52,7 +52,7 @@ def sequence_vjp_in_slices(
             *(None if g is None else g[:, samples] if steps else g[samples]
               for g, steps in zip(grads, (True, False, True), strict=True))
         )  # fmt: skip
-        whole.put(samples, _of_part(cut, part, start, of_part, neuron, (wanted, v_last is not None)))
+        whole.put(samples, _of_part(cut, part, start, of_part, neuron, (wanted, v_last)))
     cut.release()
     return Gradients(whole.x, (whole.v[0], whole.v[1]), whole.q.values())
 
@@ -63,12 +63,12 @@ def _of_part(
     v: Tensor | float,
     grads: OutputGradients,
     neuron: Neuron,
-    how: tuple[Wanted, bool],
+    how: tuple[Wanted, Tensor | None],
 ) -> tuple[Gradients, Tensor | None]:
-    """The gradients of some samples, and their final membrane if that is asked for."""
+    """The gradients of some samples, and their final membrane if that of all is asked for."""
     x_seq = cut.rows(part).reshape(part.outer, part.stop - part.start, *cut.size[2:])
-    wanted, keeps_last = how
-    last = torch.empty_like(x_seq[0]) if keeps_last else None
+    wanted, v_last = how
+    last = None if v_last is None else torch.empty_like(x_seq[0], dtype=v_last.dtype)
     owned = x_seq.untyped_storage().nbytes() == x_seq.nbytes  # and no view of what others hold
     found = multi_step_vjp(x_seq, v, grads, neuron, wanted, owned=owned, v_last=last)
     return found, last

@@ -70,8 +70,8 @@ def multi_step(
         spikes, v_last = torch.empty_like(x_seq), torch.empty_like(_one_step(x_seq, v), dtype=torch.float32)
         v_seq = torch.empty_like(x_seq, dtype=torch.float32) if store_v_seq else None
     else:
-        spikes, v_last = empty_in(x_seq, order), empty_in(x_seq, order, steps=False)
-        v_seq = empty_in(x_seq, order) if store_v_seq else None
+        spikes, v_last = empty_in(x_seq, order), empty_in(x_seq, order, False, torch.float32)
+        v_seq = empty_in(x_seq, order, dtype=torch.float32) if store_v_seq else None
     made = form.Made(
         as_rows(spikes, order), _row(v_last, order), None if v_seq is None else as_rows(v_seq, order)
     )
@@ -141,12 +141,12 @@ def _as_autograd(
     form: Any = form_of(SEQUENCE, x_seq.device)
     (of, learns), order, of_step = wanted, tuple(range(x_seq.dim())), x_seq[0]
     g_x = x_seq if owned else empty_in(x_seq, order)
-    starts = [empty_in(x_seq, order, steps=False) for _ in range(neuron.parts if of.v else 0)]
+    starts = [empty_in(x_seq, order, False, torch.float32) for _ in range(neuron.parts if of.v else 0)]
     start, leak = (*(_row(one, order) for one in starts), None, None)[:2]
     steps, n = len(x_seq), of_step.numel()
     products = None
     if learns:
-        products = x_seq.new_empty(steps, -(-n // _ALIGNED) * _ALIGNED)[:, :n]
+        products = x_seq.new_empty(steps, -(-n // _ALIGNED) * _ALIGNED, dtype=torch.float32)[:, :n]
     last = None if v_last is None else _row(v_last, order)
     places = form.Wanted(as_rows(g_x, order), start, products, last, leak)
     form.backward_as_autograd(as_rows(x_seq, order), _start(v, order), neuron, given, places)

@@ -143,7 +143,7 @@ def _places(g_x: Tensor, steps: int, n: int) -> tuple[Tensor | None, int]:
     if g_x.dtype is torch.float32:
         return None, blocks
     programs = min(blocks, max(FEWEST, min(MOST, MOST_BYTES // (4 * SIZE * steps))))
-    return torch.empty(programs * steps * SIZE, dtype=torch.float32, device=g_x.device), programs
+    return torch.empty(programs * steps, SIZE, dtype=torch.float32, device=g_x.device), programs
 
 
 def backward_as_autograd(
@@ -152,7 +152,7 @@ def backward_as_autograd(
     """The gradients of :func:`forward` as autograd records them of torch code. One launch.
 
     Args:
-        x, v: what the forward took, float32.
+        x, v: what the forward took.
         neuron: with a surrogate that the grid's kernels have a formula of.
         given: the gradients of what came out.
         wanted: what to write.
@@ -162,22 +162,27 @@ def backward_as_autograd(
     order, g_x = rule.order, wanted.x
     if not n:
         return
-    membranes = g_x if wanted.q is None else wanted.q
+    if wanted.q is None:
+        own, programs = _places(g_x, steps, n)
+        membranes = g_x if own is None else own
+    else:
+        own, programs, membranes = None, triton.cdiv(n, SIZE), wanted.q
     kind, *numbers = formula_of(neuron.surrogate)
     starts = 0 if wanted.start is None else 1 if wanted.leak is None else 2
     at_reset = as_autograd.TOGETHER if order.reset_together else as_autograd.IN_TURN
     at_reset = as_autograd.VALUE_FIRST if order.v_reset_first else at_reset
     with torch.cuda.device_of(x):
-        as_autograd.backward[(triton.cdiv(n, SIZE),)](
+        as_autograd.backward[(programs,)](
             x, v, _leak(rule, q, x.device), given.spikes, given.v_last, given.v_seq, g_x, membranes,
-            wanted.start, wanted.leak, wanted.v_last, steps, n, *x.stride(), *_strides(given.spikes),
-            _strides(given.v_last)[1], *_strides(given.v_seq), g_x.stride(0), membranes.stride(0),
+            wanted.start, wanted.leak, wanted.v_last, steps, n, triton.cdiv(n, SIZE), *x.stride(),
+            *_strides(given.spikes), _strides(given.v_last)[1], *_strides(given.v_seq), g_x.stride(0),
+            membranes.stride(0),
             *_fires(rule), *numbers, _leaks(rule, q), q is not None, _multiplies(rule, q, x.device),
             rule.v_reset is None, rule.detach_reset, at_reset.value,
             order.v_seq_last or order.charge_together, order.selects and steps > 1, kind,
             isinstance(v, Tensor), number_pulling(v, rule) is not None, given.spikes is not None,
             given.v_last is not None, given.v_seq is not None, starts, wanted.q is not None,
-            wanted.v_last is not None, SIZE, enable_fp_fusion=False,
+            wanted.v_last is not None, own is not None, SIZE, enable_fp_fusion=False,
         )  # fmt: skip
 
 
