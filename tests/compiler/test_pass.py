@@ -122,6 +122,38 @@ def test_equal_bit_for_bit_and_small(name):
     assert stored["memory"] <= min(stored.values())
 
 
+class Pooled(nn.Module):
+    """A pool over floats; and a neuron that is found by one path in the first step, then by another."""
+
+    def __init__(self):
+        super().__init__()
+        lif = snntorch.Leaky(beta=0.5, init_hidden=True)
+        self.net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.MaxPool2d(2), lif, nn.Conv2d(4, 4, 3))
+
+    def forward(self, x_seq):
+        return torch.stack([self.net(x) for x in x_seq])
+
+
+def written(backend):
+    """Values of a backward that are to be in memory once they are computed."""
+    return [
+        node
+        for _, backward in backend.halves
+        for node in backward.nodes
+        if node.meta.get("inductor_realize_to_strides")
+    ]
+
+
+def test_all_steps_share_bytes_and_pools_of_floats_write_their_choices():
+    x = torch.rand(3, 4, 2, 10, 10) * 3
+    stock, ours, of_spikes = GraphOnly(None), GraphOnly(), GraphOnly()
+    assert all(map(torch.equal, train(Pooled, x, stock), train(Pooled, x, ours)))
+    assert [one.shape for one in ours.saved if one.dtype is torch.uint8] == [(4, 4, 4, 4)]
+    assert [node.args[1] for node in written(ours)] == [1, 1, 1]
+    train(layers, torch.rand(IMAGES) * 3, of_spikes)
+    assert written(of_spikes) == []
+
+
 def test_each_region_is_served():
     x = torch.rand(ROWS) * 3
     stock, ours = GraphOnly(None), GraphOnly()

@@ -76,9 +76,11 @@ class Writer:
         assert bits is not None
         codes = code.stored
         if code.at is not None:
-            if code.at:
+            if code.at and code.value.dtype is not torch.bool:  # any bit is a truth, wherever it stands
                 codes = self.call(aten.bitwise_right_shift.Tensor_Scalar, codes, code.at)
-            codes = self.call(aten.bitwise_and.Scalar, codes, (1 << bits) - 1)
+                codes = self.call(aten.bitwise_and.Scalar, codes, (1 << bits) - 1)
+            else:
+                codes = self.call(aten.bitwise_and.Scalar, codes, ((1 << bits) - 1) << code.at)
         elif code.dim is not None:
             codes = self._unpacked(codes, code.value, bits, code.dim)
         return self._decoded(codes, code.value, code.levels)

@@ -115,6 +115,8 @@ def rewrite(joint: Joint, chosen: Plan) -> Region:
                 continue
             start = writer.behind
             again[node] = writer.unpack(codes[node]) if node in codes else writer.copy(node, again)
+            if node in chosen.written:
+                again[node].meta["inductor_realize_to_strides"] = True
             while start is not writer.behind:
                 start = start.next
                 copies.append(start)

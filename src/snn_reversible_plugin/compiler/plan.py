@@ -47,6 +47,9 @@ from snn_reversible_plugin.compiler.peak import peak_of
 #    others.) No product is computed a third time. Example: T = 100 steps of one layer, cut into four
 #    parts: 3 membranes are held, and the backward has at most 25 more, where it would begin with 100
 #    without them.
+# 7. Nothing of a pool; but the backward has its choices, a byte each, in memory as soon as it pools again.
+#    Inductor would compute them where they are read, with all index arithmetic of a scatter, from what was
+#    pooled, which would stay alive until then: of a loop, at all its steps.
 
 SMALLEST_PACKED = 64  # elements; below, a code saves nothing worth an operation
 PARTS = (2, 3, 4, 6, 8, 12, 16, 32, 64)  # into which a chain of products may be cut
@@ -59,12 +62,14 @@ SMALL_OUTPUT = 64  # a result this many times smaller than its largest input is 
 class Plan:
     """The values that are ``stored``, among them those that are stored as ``codes``, with their levels.
 
-    What is packed together stands in ``groups``, together.
+    What is packed together stands in ``groups``, together. Of what the backward computes again, ``written``
+    is to be in memory from then on.
     """
 
     stored: set[fx.Node]
     codes: dict[fx.Node, Levels]
     groups: list[list[fx.Node]]
+    written: set[fx.Node]
 
 
 def plan(joint: Joint, mode: str) -> Plan:
@@ -74,7 +79,17 @@ def plan(joint: Joint, mode: str) -> Plan:
     codes = {node: levels[node] for node in joint.forward if node in worth & stored}
     if mode == "memory":
         stored |= anchors(joint, stored, codes)
-    return Plan(stored, codes, list(_groups(codes)))
+    return Plan(stored, codes, list(_groups(codes)), set(_choices(joint, levels)))
+
+
+def _choices(joint: Joint, levels: dict[fx.Node, Levels]) -> Iterator[fx.Node]:
+    """Which elements the max pools over floats took, see note 7."""
+    for node in joint.forward:
+        parent = parent_of(node)
+        if parent is not node and node.args[1] == 1 and name_of(parent).startswith("_low_memory_max_pool"):
+            source = parent.args[0]
+            if isinstance(source, fx.Node) and not is_coded(source, levels):
+                yield node
 
 
 def _groups(codes: dict[fx.Node, Levels]) -> Iterator[list[fx.Node]]:
@@ -92,10 +107,13 @@ def _groups(codes: dict[fx.Node, Levels]) -> Iterator[list[fx.Node]]:
 
 
 def _layer(node: fx.Node) -> str:
-    """The module in which a value is computed, as far as that is known."""
+    """The module in which a value is computed, as far as that is known; by its key, not by the path to it.
+
+    Of the calls of one module the keys differ behind an "@". The path may differ too: a loop's first step
+    finds a snnTorch neuron by its name, the others through a bound method.
+    """
     stack = node.meta.get("nn_module_stack") or {}
-    names = [entry[0] for entry in stack.values() if isinstance(entry, tuple)]
-    return str(names[-1]) if names else ""
+    return str(next(reversed(stack), "")).partition("@")[0]
 
 
 def worth_codes(joint: Joint, levels: dict[fx.Node, Levels]) -> list[fx.Node]:
