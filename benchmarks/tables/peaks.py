@@ -89,10 +89,10 @@ def _off(foreseen: int | None, taken: int, off: list[float]) -> str:
 
 
 def freed_memory(entries: Entries) -> list[Table]:
-    """Times of a step to stock's as a script runs it, with and without the call."""
-    rows = [
-        (entry["workload"], entry["method"], times(entry["time_ratio"]))
-        for entry in entries.values()
-        if "time_ratio" in entry
-    ]
-    return [Table(("training step", "method", "time to stock's"), rows)]
+    """Times of a step to stock's as a script runs it, and what the process takes, by glibc's settings."""
+    rows, last = [], ""
+    for entry in entries.values():
+        if "time_ratio" in entry:
+            head, last = "" if entry["workload"] == last else entry["workload"], entry["workload"]
+            rows.append((head, entry["method"], times(entry["time_ratio"]), mib(entry["process"])))
+    return [Table(("training step", "method", "time to stock's", "process, MiB"), rows)]
