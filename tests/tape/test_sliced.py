@@ -15,7 +15,7 @@ from snn_reversible_plugin.neurons.surrogates import Surrogate
 from snn_reversible_plugin.reports.measure import AllocationCounter, count_step
 from snn_reversible_plugin.tape.handles import Kept
 from snn_reversible_plugin.tape.replayed import Replayed
-from snn_reversible_plugin.tape.sliced import cut, gradients, rows, stand_in
+from snn_reversible_plugin.tape.sliced import alone, cut, gradients, rows, stand_in
 
 neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
 from spikingjelly.activation_based import functional, layer, surrogate  # noqa: E402
@@ -251,6 +251,14 @@ def test_what_is_no_operator_or_a_single_number_is_rebuilt_whole():
         found.append(train(net, x))
     assert torch.equal(found[0][0], found[1][0])
     assert_close(found[0][1], found[1][1])
+
+
+def test_it_draws_no_random_numbers(monkeypatch):
+    monkeypatch.setattr(alone, "_alone", {})  # as in a process that tried nothing yet
+    net, x = srp.convert_to_reversible(network(), mode="minimal"), torch.rand(4, 5, 2, 16, 16)
+    before = torch.get_rng_state()
+    train(net, x)
+    assert torch.equal(torch.get_rng_state(), before) and alone._alone
 
 
 def test_hooks_see_whole_gradients():
