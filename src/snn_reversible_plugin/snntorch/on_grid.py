@@ -57,7 +57,7 @@ def _spec_of(cls: type) -> Spec | None:
 def why_not(neuron: Any, spec: Spec) -> str | None:
     """Why a neuron, as it is set now, has no step on the grid; None if it has one."""
     found = _settings(neuron, spec)
-    return found if isinstance(found, str) else None
+    return found if isinstance(found, str) else switches.why_too_coarse(neuron, neuron.threshold)
 
 
 class Settings(NamedTuple):

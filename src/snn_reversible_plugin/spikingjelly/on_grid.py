@@ -67,7 +67,11 @@ def why_not(module: Any) -> str | None:
         or states_beside_v(module)
     ):
         return "it has settings that are not written for the grid"
-    return None
+    return switches.why_too_coarse(module, *_scale(module))
+
+
+def _scale(node: Any) -> tuple[float, float]:
+    return node.v_threshold, node.v_reset or 0.0
 
 
 def _equations(node: Any) -> tuple[Any, bool]:
@@ -185,7 +189,7 @@ class NodeOnGrid(OnGrid):
         decays = {"v": 1 - self.w.detach().sigmoid()} if hasattr(self, "w") else {}
         if decays and self.w.requires_grad:
             decays["v"].requires_grad_()
-        switches.fix(self, (self.v_threshold, self.v_reset or 0.0), decays)
+        switches.fix(self, _scale(self), decays)
 
     def states_on_grid(self: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """The membrane."""

@@ -66,7 +66,7 @@ def train(net: Loop, x_seq: Tensor) -> Tensor:
 def test_training_is_as_near_to_stock_whatever_the_threshold(framework: str) -> None:
     """In thresholds. Where no spike flips, that is: a flip is as far from stock on any grid."""
     distance = {}
-    for threshold in (1.0, 0.01, 20.0, 200.0):
+    for threshold in (1.0, 0.01, 20.0, 100.0):
         torch.manual_seed(0)
         net, x_seq = Loop(threshold, framework), torch.randn(20, 8, 5) * 4
         stock = copy.deepcopy(net)
@@ -95,12 +95,55 @@ def bits_of(**settings: Any) -> int:
 
 
 def test_bits_follow_thresholds_and_resets() -> None:
-    assert [bits_of(threshold=one) for one in (0.01, 1.0, 1.9, 20.0, 300.0)] == [20, 16, 16, 12, 8]
+    assert [bits_of(threshold=one) for one in (0.01, 1.0, 1.9, 20.0, 127.0)] == [20, 16, 16, 12, 10]
     assert bits_of(threshold=-20.0) == 12
     assert bits_of(threshold=0.0) == 16
     assert bits_of(threshold=torch.tensor([0.1, 3.0, 70.0])) == 10
     for node, bits in ((neuron.IFNode(20.0), 12), (neuron.IFNode(1.0, -60.0), 11), (neuron.IFNode(), 16)):
         assert srp.convert_to_reversible(nn.Sequential(node))[0].bits_in_use == bits
+
+
+class Readout(nn.Module):
+    """Its membrane is the answer, under a threshold that it never comes near."""
+
+    def __init__(self, framework: str, threshold: float) -> None:
+        super().__init__()
+        self.fc = nn.Linear(5, 4)
+        if framework == "snntorch":
+            self.lif = snntorch.Leaky(0.9, threshold=threshold, init_hidden=True, output=True)
+        else:
+            self.lif = neuron.LIFNode(v_threshold=threshold)
+
+    def forward(self, x_seq: Tensor) -> Tensor:
+        self.lif.reset() if isinstance(self.lif, neuron.BaseNode) else self.lif.reset_mem()
+        membranes = []
+        for x in x_seq:
+            self.lif(self.fc(x))
+            membranes.append(self.lif.v if isinstance(self.lif, neuron.BaseNode) else self.lif.mem)
+        return torch.stack(membranes)
+
+
+@pytest.mark.parametrize("framework", ["snntorch", "spikingjelly"])
+@pytest.mark.parametrize("threshold", [1000.0, 20000.0, 1e9])
+def test_a_threshold_that_nothing_reaches_rounds_no_membrane(framework: str, threshold: float) -> None:
+    torch.manual_seed(0)
+    net, x_seq = Readout(framework, threshold), torch.randn(7, 3, 5)
+    converted = srp.convert_to_reversible(copy.deepcopy(net))
+    seen = []
+    for model in (net, converted):
+        out = model(x_seq)
+        out.square().sum().backward()
+        seen.append([out, model.fc.weight.grad, model.fc.bias.grad])
+    assert all(map(torch.equal, *seen))
+    reason = convert.off_grid_reason("lif", converted.lif, convert.settings_of(converted))
+    assert f"is {threshold:g}: multiples of 2^-" in reason
+
+
+@pytest.mark.parametrize("framework", ["snntorch", "spikingjelly"])
+def test_bits_of_ones_own_put_a_neuron_on_the_grid_whatever_its_threshold(framework: str) -> None:
+    net = Readout(framework, 300.0)
+    net.lif.grid_bits = 8
+    assert srp.convert_to_reversible(net).lif.bits_in_use == 8
 
 
 def test_bits_are_fixed_until_the_next_conversion() -> None:

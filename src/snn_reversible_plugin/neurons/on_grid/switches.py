@@ -26,6 +26,12 @@ from snn_reversible_plugin.ops.interrupts import Switch
 #    many bits a digit as the decays of the conversion ask for, and one more for a decay that is learned.
 #    A decay that forgets more later is found by the look in the backward.
 #    Say beta = 0.6 is learned: 1 / 0.6 takes one bit a digit. Two are reserved, which do down to 0.25.
+# 3. A threshold that nothing is meant to reach says nothing of the membrane: a readout's 20000 stands over
+#    membranes of 1, and would round them to quarters. Thresholds of 128 or more stay off the grid, whose
+#    steps would be wider than those of TF32 at 1. `grid_bits` puts such a neuron on it.
+
+FEWEST = 10
+"""The fewest digits behind the point that a threshold puts a neuron on the grid with."""
 
 _by_autograd = Switch()
 
@@ -60,13 +66,32 @@ def fix(module: Any, scale: Iterable[Any], decays: dict[str, Any]) -> None:
         scale: its thresholds and values of reset: numbers or tensors.
         decays: of its states: numbers or tensors.
     """
-    largest = max((_extremes(value)[1] for value in scale), default=1.0)
     smallest = {}
     for name, decay in decays.items():
         least = max(_extremes(decay)[0], 0.0)
         learned = isinstance(decay, Tensor) and decay.requires_grad
         smallest[name] = least / 2 if learned else least
-    ON_GRID.set(module, Fixed(bits_for(largest), smallest))
+    ON_GRID.set(module, Fixed(bits_for(_largest(scale)), smallest))
+
+
+def why_too_coarse(module: Any, *scale: Any) -> str | None:
+    """Why a neuron's grid might say too little of its membrane, or None. Waits for its device.
+
+    Args:
+        module: the neuron.
+        scale: its thresholds and values of reset: numbers or tensors.
+    """
+    bits = bits_for(largest := _largest(scale))
+    if hasattr(module, "grid_bits") or bits >= FEWEST:
+        return None
+    return (
+        f"its threshold, or its reset, is {largest:g}: multiples of 2^-{bits} may be too coarse for its "
+        "membrane (grid_bits of the neuron sets others)"
+    )
+
+
+def _largest(scale: Iterable[Any]) -> float:
+    return max((_extremes(value)[1] for value in scale), default=1.0)
 
 
 def _extremes(value: Any) -> tuple[float, float]:
