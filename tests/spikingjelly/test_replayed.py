@@ -108,6 +108,22 @@ class InPlace(neuron.SimpleIFNode):
 
 
 @pytest.mark.parametrize("mode", ["m", "s"])
+@pytest.mark.parametrize("stock", [neuron.IFNode, neuron.LIFNode, neuron.ParametricLIFNode])
+def test_a_state_that_a_subclass_added(stock, mode):
+    """Stock's function of all time steps knows nothing of it."""
+
+    class Beside(stock):
+        def __init__(self, **settings):
+            super().__init__(**settings)
+            self.register_memory("spikes", 0.0)
+
+    node = Beside(step_mode=mode)
+    check(node, current(4, 2, 3), calls=2, taped=(False, True))
+    functional.reset_net(node)
+    check(node, current(4, 2, 3), taped=(False, True))
+
+
+@pytest.mark.parametrize("mode", ["m", "s"])
 def test_subclasses_of_a_user(mode):
     rev = check(make(lambda **s: Plain("n", **s), mode=mode), current(4, 2, 3), taped=(True,))
     assert rev.treatment == "analytic"

@@ -279,6 +279,8 @@ def _in_chunks(module: Any, x_seq: Any) -> Any:
     )  # fmt: skip
     if settings not in _reached:
         _reached[settings] = _outputs_reached(run, x_seq, states)
+    if len(_reached[settings]) != 1 + len(states):
+        return NotImplemented  # a state that a subclass added: what becomes of it only its forward knows
     spikes, *updated = _Chunked.apply(x_seq, run, states, parts, _reached[settings])
     for name, state in zip(names, updated, strict=True):
         module._memories[name] = on_its_own(state)
