@@ -46,6 +46,10 @@ from snn_reversible_plugin.tape.final_membrane import FinalMembrane, LastOfAll, 
 # 3. The membrane is handed over twice for the same reason (reference, note on order, 3).
 # 4. The older releases' sums are in another order (reference, note on other orders), and 0.0.0.0.12 stores
 #    v_seq of every sequence. On a GPU a kernel takes that order, whatever backend they are set to.
+# 5. A checkpoint (`torch.utils.checkpoint`) around a neuron that nothing resets inside runs it again from
+#    the membrane that the first run left, and takes what that saves. So a number is saved as well, by a
+#    tensor of one element that looks like a membrane; what stands in its place then is what stock starts
+#    from. A step saves its charged membrane there, whatever it was charged from.
 
 
 class Call(NamedTuple):
@@ -151,7 +155,7 @@ class MultiStep(torch.autograd.Function):
         ctx.promised = [None if one is None else weakref.ref(one) for one in promised]
         ctx.call, ctx.start = call, None if isinstance(v, Tensor) else v
         ctx.in_slices = tape.mode_inside("") == "minimal"
-        ctx.save_for_backward(x_seq, v if ctx.start is None else None, ws[0] if ws else None)
+        ctx.save_for_backward(x_seq, _start_to_save(x_seq, v, call), ws[0] if ws else None)
         with tape.paused():
             builds_v_seq = call.store_v_seq and stored is None
             neuron = call.with_leak(ws[0] if ws else None)
@@ -196,7 +200,8 @@ class MultiStep(torch.autograd.Function):
             stored.compute()
         lean = cut is not None or (ctx.in_slices and final is not None and final.is_of_other_weights())
         v_last = None if final is None or final.settle(lean) else final.empty()
-        start, grads = ctx.start if v is None else v, OutputGradients(g_s, g_v, g_v_seq)
+        is_number = ctx.start is not None and (v is None or not any(v.stride()))
+        start, grads = ctx.start if is_number else v, OutputGradients(g_s, g_v, g_v_seq)
         if cut is not None:
             found = sequence_vjp_in_slices(cut, start, grads, neuron, wanted, v_last, overwrites=overwrites)
         else:
@@ -207,6 +212,16 @@ class MultiStep(torch.autograd.Function):
             final.keep(v_last)
         g_ws = call.leak_vjp(found.q, neuron.q, w) if wanted.q else nothing  # type: ignore[arg-type]
         return found.x, *found.v, None, None, *g_ws
+
+
+def _start_to_save(x_seq: Tensor, v: Tensor | float, call: Call) -> Tensor | None:
+    """The membrane that a sequence starts from, for its backward; see note 5."""
+    if isinstance(v, Tensor):
+        return v
+    if tape.current() is not None:
+        return None
+    dtype = torch.float32 if call.neuron.wide else x_seq.dtype
+    return x_seq.new_full((), v, dtype=dtype).expand(x_seq.shape[1:])
 
 
 _TRIED = Call(
@@ -237,8 +252,8 @@ class SingleStep(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.call, ctx.start = call, None if isinstance(v, Tensor) else v
         first, place = beside
-        # A fresh membrane is charged with the current alone, which can be replayed, or is held already.
-        ctx.from_current = ctx.start is not None and (place is not None or tape.current() is None)
+        # On a stretch, what a fresh membrane was charged from: the current alone, which can be replayed.
+        ctx.from_current = ctx.start is not None and place is not None
         w, alive = (*ws, None)[0], None
         with tape.paused():
             before = torch.full_like(x, v) if ctx.start is not None else v
