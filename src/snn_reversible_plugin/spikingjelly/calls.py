@@ -152,7 +152,8 @@ class MultiStep(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         final, stored = promised
-        ctx.promised = [None if one is None else weakref.ref(one) for one in promised]
+        ctx.final = None if final is None else weakref.ref(final)
+        ctx.stored = None if stored is None else weakref.ref(stored)
         ctx.call, ctx.start = call, None if isinstance(v, Tensor) else v
         ctx.in_slices = tape.mode_inside("") == "minimal"
         ctx.save_for_backward(x_seq, _start_to_save(x_seq, v, call), ws[0] if ws else None)
@@ -195,7 +196,8 @@ class MultiStep(torch.autograd.Function):
             q=w is not None and ctx.needs_input_grad[5],
             sums_chunks=ctx.in_slices,
         )
-        final, stored = (None if one is None else one() for one in ctx.promised)
+        final = None if ctx.final is None else ctx.final()
+        stored = None if ctx.stored is None else ctx.stored()
         if stored is not None and not stored.settle(cut is not None):
             stored.compute()
         lean = cut is not None or (ctx.in_slices and final is not None and final.is_of_other_weights())
