@@ -25,6 +25,27 @@ def build():
     return model
 
 
+class Stream(nn.Module):
+    """Residual sums in floating point, which are rebuilt together."""
+
+    def __init__(self):
+        super().__init__()
+        parts = layer.Conv2d(2, 16, 3, padding=1), layer.BatchNorm2d(16)
+        self.stem = nn.Sequential(*parts)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(neuron.LIFNode(), layer.Conv2d(16, 16, 3, padding=1), layer.BatchNorm2d(16))
+            for _ in range(4)
+        )
+        self.head = nn.Sequential(layer.AvgPool2d(2), layer.Flatten(), layer.Linear(16 * 64, 10))
+        functional.set_step_mode(self, "m")
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
 def step(model, x):
     functional.reset_net(model)
     model.zero_grad()
@@ -71,9 +92,10 @@ def test_more_budget_keeps_more_and_none_is_overdrawn():
     assert found[0] < found[-1] == 4
 
 
+@pytest.mark.parametrize("make", [build, Stream])
 @pytest.mark.parametrize("part", [1.15, 1.4, 1000])
-def test_what_is_foreseen_is_what_the_allocator_counts(part):
-    stock, x = build(), torch.rand(X)
+def test_what_is_foreseen_is_what_the_allocator_counts(make, part):
+    stock, x = make(), torch.rand(X)
     needs = total(srp.convert_to_reversible(copy.deepcopy(stock)), x)
     model = srp.convert_to_reversible(copy.deepcopy(stock), budget=int(part * needs))
     step(model, x)

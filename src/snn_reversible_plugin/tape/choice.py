@@ -9,17 +9,21 @@ Source: this package's own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import chain
 
-from snn_reversible_plugin.tape.sizes import Layer
+from snn_reversible_plugin.tape.sizes import Layer, Moment
 
 # NOTE [Room below the peak]
 #
 # 1. The peak without anything kept is at least the largest of (least + held + gradients that stand) over
 #    the layers; in a layer it is at most (most + held + gradients that stand). The difference is the
 #    layer's room. Bounds from both sides, so that estimates don't raise the peak, whatever kernels take.
-#    Within a budget, where a first step was measured, a layer's room is what that step left of the budget.
+#    Within a budget, where a first step was measured, a layer's room is what that step left of the budget,
+#    at each moment: a result that had been rebuilt by then, for a layer above, takes none of it, and a
+#    moment at which its product ran again is none any more. A stage of residual blocks, whose sums are a
+#    floating-point stream, is rebuilt at once when the turn of its last layer comes.
 # 2. What is kept of a layer takes room in all later ones. In its own it would be rebuilt, so that it takes
 #    room only until then (`rest`). But one who would overwrite what is rebuilt (a neuron, where no batch
 #    norm is between) copies.
@@ -59,6 +63,25 @@ _HELP = (
 )
 
 
+class _Room:
+    """Bytes that may be alive at one moment of a step, beside what was alive then anyway."""
+
+    def __init__(self, left: float, moment: Moment | None = None) -> None:
+        self.left = left
+        self._moment = moment or Moment(0)
+
+    def has(self, at: int, result: int) -> bool:
+        """Whether there is room for the result of this layer's product."""
+        return result <= self.left or at in self._moment.standing or at == self._moment.rebuilding
+
+    def take(self, at: int, result: int) -> None:
+        """It is kept."""
+        if at == self._moment.rebuilding:  # and not run again
+            self.left = math.inf
+        elif at not in self._moment.standing:
+            self.left -= result
+
+
 def choose(layers: Sequence[Layer], limit: int | None = None) -> list[bool]:
     """Of which layers the product's result is kept.
 
@@ -66,28 +89,32 @@ def choose(layers: Sequence[Layer], limit: int | None = None) -> list[bool]:
         layers: in the order of the forward.
         limit: bytes that may be alive; the peak of the largest layer by default.
     """
-    room, own = _rooms(layers, limit)
-    after = _room_after(room)
+    rooms, owns = _rooms(layers, limit)
     kept = [False] * len(layers)
     candidates = [at for at, layer in enumerate(layers) if layer.needed and layer.result]
     for at in sorted(candidates, key=lambda at: (-layers[at].work / layers[at].result, -at)):
         result = layers[at].result
-        if own[at] >= 0 and result <= after[at]:
+        after = range(at + 1, len(layers))
+        others = [*chain(*rooms[at + 1 :], *(owns[later] for later in after if kept[later]))]
+        if all(one.left >= 0 for one in owns[at]) and all(one.has(at, result) for one in others):
             kept[at] = True
-            room[at + 1 :] = [one - result for one in room[at + 1 :]]
-            own[at + 1 :] = [one - result for one in own[at + 1 :]]
-            after = _room_after(room)
+            for one in chain(*rooms[at + 1 :], *owns[at + 1 :]):
+                one.take(at, result)
     return kept
 
 
 def foreseen(layers: Sequence[Layer], kept: Sequence[bool]) -> int | None:
     """Bytes at the peak of a step that keeps these, beyond what lives anyway; None: not measured."""
     peak = before = 0
-    for layer, keeps in zip(layers, kept, strict=True):
+    for at, (layer, keeps) in enumerate(zip(layers, kept, strict=True)):
         if layer.forward is None or layer.backward is None:
             return None
         own = layer.result * keeps
-        peak = max(peak, before + own + layer.forward, before + own * (not layer.shared) + layer.backward)
+        peak = max(peak, before + own + layer.forward)
+        for alive, standing, rebuilding in layer.backward:
+            if rebuilding is None or not kept[rebuilding]:
+                anyway = sum(layers[one].result for one in standing if one < at and kept[one])
+                peak = max(peak, before - anyway + own * (not layer.shared) + alive)
         before += own
     return peak
 
@@ -123,37 +150,33 @@ def within(budget: int, lives: int, layers: Sequence[Layer]) -> int:
     return budget - lives
 
 
-def _rooms(layers: Sequence[Layer], limit: int | None) -> tuple[list[float], list[float]]:
+def _rooms(layers: Sequence[Layer], limit: int | None) -> tuple[list[list[_Room]], list[list[_Room]]]:
     """The room in each layer, and what is left of it where its own result is kept."""
-    rooms, owns = [], []
     made = _gradients(layers, all_of_them=False)
+    below = [math.inf] * len(layers)  # beside parameters' gradients
     for all_of_them in (False, True):
         standing = _gradients(layers, all_of_them)
         most = limit
         if most is None:
             most = max(layer.least + layer.held + one for layer, one in zip(layers, standing, strict=True))
-        each = [_room(*one, most) for one in zip(layers, standing, made, strict=True)]
-        rooms.append([room for room, _ in each])
-        owns.append([own for _, own in each])
-    return [min(ways) for ways in zip(*rooms, strict=True)], [min(ways) for ways in zip(*owns, strict=True)]
+        below = [min(one, most - gradients) for one, gradients in zip(below, standing, strict=True)]
+    each = [_rooms_in(at, *one) for at, one in enumerate(zip(layers, below, made, strict=True))]
+    return [rooms for rooms, _ in each], [own for _, own in each]
 
 
-def _room(layer: Layer, standing: int, made: int, limit: int) -> tuple[float, float]:
+def _rooms_in(at: int, layer: Layer, below: float, made: int) -> tuple[list[_Room], list[_Room]]:
     """``made``: bytes of parameters' gradients that stood where it was measured."""
     if layer.forward is not None and layer.backward is not None:
-        limit -= standing - made
-        room = limit - max(layer.forward, layer.backward)
-        kept_anyway = layer.forward if layer.shared else max(layer.forward, layer.backward)
-        return room, min(room, limit - kept_anyway - layer.result)
+        below += made
+        own = layer.result * (not layer.shared)
+        rooms = [_Room(below - one.alive, one) for one in layer.backward]
+        own_rooms = [_Room(below - one.alive - own, one) for one in layer.backward if one.rebuilding != at]
+        forward = below - layer.forward
+        return [_Room(forward), *rooms], [_Room(forward - layer.result), *own_rooms]
     if layer.unknown:
-        return float("-inf"), float("-inf")
-    room = limit - layer.most - layer.held - standing
-    return room, room + layer.most - layer.rest if layer.shared else room - layer.result
-
-
-def _room_after(room: Sequence[float]) -> list[float]:
-    """The least room in the layers after each."""
-    return [*accumulate(reversed(room[1:]), min, initial=float("inf"))][::-1]
+        return [_Room(-math.inf)], [_Room(-math.inf)]
+    room = below - layer.most - layer.held
+    return [_Room(room)], [_Room(room + layer.most - layer.rest if layer.shared else room - layer.result)]
 
 
 def _gradients(layers: Sequence[Layer], all_of_them: bool) -> list[int]:

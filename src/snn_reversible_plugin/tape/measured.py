@@ -9,14 +9,18 @@ Source: this package's own.
 
 from __future__ import annotations
 
+import weakref
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
-from snn_reversible_plugin.ops.allocations import given_out, mark, start, stop
+from snn_reversible_plugin.ops.allocations import Allocation, given_out, mark, start, stop
+from snn_reversible_plugin.tape.recipes import tensors_among
+from snn_reversible_plugin.tape.replayed import Replayed
+from snn_reversible_plugin.tape.sizes import Moment
 
 # NOTE [How a step is measured]
 #
@@ -44,16 +48,19 @@ MANY = 256
 DOUBT = 0.05  # of the peak
 OF_A_NODE = 512  # bytes on the heap that may come or go unseen with each node: loops of 7,840 showed 300
 _PRODUCT = "product"
+_REBUILDS, _REBUILT = "rebuilds", "rebuilt"  # a layer's product; and where its result is
 
 _graph_task = torch._C._current_graph_task_id
 
 
 class _Window(NamedTuple):
-    """A node that runs, what was alive when it began, its kind, and the profiler."""
+    """A node that runs, what was alive when it began, its kind, where rebuilt results stood then, by layer,
+    and the profiler."""
 
     number: int
     alive: int
     kind: tuple[Any, ...]
+    results: dict[int, int]
     running: Any
 
 
@@ -71,7 +78,8 @@ class Measured:
         self.gradients = 0, 0
         self.is_awaited = False
         self._forward = [0]  # the most that was alive, by layer
-        self._backward: list[tuple[int, int, int]] = []  # layer, what was alive, nodes that had run
+        self._results: dict[int, weakref.ref[Any]] = {}  # storages of what was rebuilt, by layer
+        self._backward: list[tuple[int, Moment, int]] = []  # layer, what was alive, nodes that had run
         self._after = 0  # what is alive when all is over
         self._begins: list[int] = []  # the number of the first node of each layer after layer 0
         self._task: int | None = None  # the backward that runs
@@ -95,28 +103,47 @@ class Measured:
         before = {one: bytes_ for one in ("cpu", "cuda") if (bytes_ := given_out(one)) is not None}
         return None if torch.autograd._profiler_enabled() else cls(before, start())
 
-    def layers(self) -> list[tuple[int, int]] | None:
+    def layers(self) -> list[tuple[int, list[Moment]]] | None:
         """What was alive in each layer's forward and backward, beyond what was before the step, gradients
         apart: those of the layers of :class:`.sizes.Sizes`, in their order. None: nobody knows."""
         made, standing = self.gradients
         on_heap = self._device == "cpu"
         let_go = max(0, made - standing - self._after) if on_heap else 0
-        backward = [0] * len(self._forward)
-        for layer, alive, ran in self._backward:
-            backward[layer] = max(backward[layer], alive + let_go * ran // max(1, len(self._numbers)))
-        # What follows the last product and what stands for the loss are measured as one.
-        pairs = [*zip(self._forward, backward, strict=True)]
+        forward = [one + standing for one in self._forward]
+        backward: list[list[Moment]] = [[] for _ in forward]
+        for layer, moment, ran in self._backward:
+            beside = standing + let_go * ran // max(1, len(self._numbers))
+            backward[layer].append(moment._replace(alive=moment.alive + beside))
         doubt = OF_A_NODE * len(self._numbers) if on_heap else 0
-        known = not self.is_blind and doubt <= DOUBT * max(map(max, pairs))
-        return [(one + standing, other + standing) for one, other in (*pairs, pairs[-1])] if known else None
+        peak = max(*forward, *(one.alive for moments in backward for one in moments), 0)
+        if self.is_blind or doubt > DOUBT * peak:
+            return None
+        # What follows the last product and what stands for the loss are measured as one.
+        pairs = [*zip(forward, map(_that_decide, backward), strict=True)]
+        return [*pairs, pairs[-1]]
 
-    def product(self, device: str) -> None:
+    def product(self, device: str, result: Replayed | None) -> None:
         """A product of the forward has been computed, on a device."""
         if not self._begins:
             self._device, self.is_blind = device, device not in self._before
         self._begins.append(torch.autograd._get_sequence_nr())
         self._forward.append(0)
+        if result is not None:
+            result.func = self._marking(len(self._begins), result.func)
         mark(_PRODUCT)
+
+    def _marking(self, layer: int, func: Callable[..., Any]) -> Callable[..., Any]:
+        """A product's function, which says when it is run again."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            mark(f"{_REBUILDS} {layer}")
+            out = func(*args, **kwargs)
+            storage = tensors_among((out,))[0].untyped_storage()
+            self._results[layer] = weakref.ref(storage)
+            mark(f"{_REBUILT} {layer} {storage.data_ptr()}")
+            return out
+
+        return run
 
     def forward_over(self) -> None:
         """The forward is over, or is not to be measured after all."""
@@ -188,9 +215,9 @@ class Measured:
             self.is_blind = True
         elif self._windows < MANY or kind not in self._tops:
             self._windows += 1
-            self._window = _Window(number, alive, kind, start())
+            self._window = _Window(number, alive, kind, self._standing_results(), start())
         else:
-            self._note(number, alive + self._tops[kind])
+            self._note(number, Moment(alive + self._tops[kind]))
 
     def _leaves(self, number: int, *_: Any) -> None:
         window = self._window
@@ -199,17 +226,22 @@ class Measured:
         if not torch.autograd._profiler_enabled():
             self._window, self.is_blind = None, True
             return
-        alive, kind, running = window.alive, window.kind, window.running
-        net = top = 0
-        for event in stop(running, self._device):
-            net += event.size
-            top = max(top, net)
+        alive, kind, results, running = window.alive, window.kind, window.results, window.running
+        events = stop(running, self._device)
         del window, running  # a profiler takes memory itself
         self._window = None
+        moments = _moments(events, results)
+        top = max(one.alive for one in moments)
         self._tops[kind] = max(top, self._tops.get(kind, 0))
-        self._note(number, alive + top)
+        for one in moments:
+            self._note(number, one._replace(alive=alive + one.alive))
         if self._device == "cpu":
-            self._others = self._now() - alive - net
+            self._others = self._now() - alive - sum(event.size for event in events)
+
+    def _standing_results(self) -> dict[int, int]:
+        """Where results stand that the backward has rebuilt, by layer."""
+        storages = {layer: ref() for layer, ref in self._results.items()}
+        return {layer: one.data_ptr() for layer, one in storages.items() if one is not None}
 
     def _backward_over(self) -> None:
         self._done, self._task = True, None
@@ -218,8 +250,44 @@ class Measured:
     def _layer(self, number: int) -> int:
         return bisect_right(self._begins, number + 1)
 
-    def _note(self, number: int, alive: int) -> None:
-        self._backward.append((self._layer(number), alive, len(self._numbers) - len(self._waiting)))
+    def _note(self, number: int, moment: Moment) -> None:
+        self._backward.append((self._layer(number), moment, len(self._numbers) - len(self._waiting)))
 
     def _now(self) -> int:
         return (given_out(self._device) or 0) - self._before.get(self._device, 0)
+
+
+def _moments(events: Sequence[Allocation], results: dict[int, int]) -> list[Moment]:
+    """The most that was alive in a node, beyond what was before, for each state of rebuilt results.
+
+    Args:
+        results: where results stood before, by layer.
+    """
+    addresses, alive = dict(results), 0
+    moment = Moment(0, frozenset(addresses))
+    most = {moment: 0}
+    for event in events:
+        what, *numbers = event.operator.split() if not event.size else ("",)  # a mark
+        if what == _REBUILDS:
+            moment = moment._replace(rebuilding=int(numbers[0]))
+        elif what == _REBUILT:
+            layer, address = map(int, numbers)
+            addresses[layer] = address
+            moment = Moment(0, moment.standing | {layer})
+        elif event.size < 0 and event.address in addresses.values():
+            addresses = {layer: one for layer, one in addresses.items() if one != event.address}
+            moment = moment._replace(standing=frozenset(addresses))
+        alive += event.size
+        most[moment] = max(alive, most.get(moment, alive))
+    return [moment._replace(alive=alive) for moment, alive in most.items()]
+
+
+def _that_decide(moments: Sequence[Moment]) -> list[Moment]:
+    """Without those that had no more alive than another one, whatever is kept."""
+    found: list[Moment] = []
+    for one in sorted(moments, key=lambda one: (-one.alive, len(one.standing))):
+        if not any(
+            other.standing <= one.standing and other.rebuilding in (None, one.rebuilding) for other in found
+        ):
+            found.append(one)
+    return found

@@ -150,7 +150,7 @@ class Following:
             if recipe is not None and len(self._awaited) < MANY:
                 self._awaited.append(weakref.ref(recipe))
             if self._measured is not None and self.sizes is not None:
-                self._measured.product(_device_of(out))
+                self._measured.product(_device_of(out), recipe)
         if self.sizes is not None:
             self.sizes.computed(operator, args, out)
         return None if self._idle else self

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -53,6 +53,15 @@ WORKSPACE = 2  # of a product's backward, in sizes of the larger of its input an
 OF_WEIGHTS = 4  # and of a convolution's on a CPU, in sizes of its weights, a thread
 
 
+class Moment(NamedTuple):
+    """Bytes that were alive once in a layer's backward, the layers whose products' results, rebuilt, were
+    among them, and the layer whose product was just running again."""
+
+    alive: int
+    standing: frozenset[int] = frozenset()
+    rebuilding: int | None = None
+
+
 @dataclass(slots=True)
 class Layer:
     """Bytes of one product and what follows up to the next.
@@ -76,7 +85,7 @@ class Layer:
     shared: bool = False
     unknown: bool = False
     forward: int | None = None
-    backward: int | None = None
+    backward: Sequence[Moment] | None = None
 
 
 @dataclass(slots=True)
