@@ -40,13 +40,13 @@ def test_what_is_kept_is_foreseen_within_the_limit(layers, more):
 def test_what_stands_anyway_takes_no_room_and_what_does_not_run_again_none_either():
     """Two blocks of a stream: in the second's backward the first's result, 8, was rebuilt, and before that,
     while its product ran, 6 more were alive."""
-    moments = [Moment(40, frozenset({0})), Moment(38, rebuilding=0)]
+    moments = [Moment(40, frozenset({0, 1})), Moment(30, rebuilding=0)]
     layers = [
         Layer(8, 9, needed=True, shared=True, forward=8, backward=[Moment(16)]),
         Layer(8, 9, needed=True, shared=True, forward=16, backward=moments),
     ]
     assert choose(layers, 40) == [True, True]
     assert foreseen(layers, [True, True]) == 40
-    layers[1].backward = [Moment(40), *moments]  # and at another moment it did not stand
+    layers[1].backward = [Moment(40, frozenset({1})), *moments]  # and at another moment it did not stand
     assert choose(layers, 40) == [False, True]
     assert foreseen(layers, [True, True]) == 48

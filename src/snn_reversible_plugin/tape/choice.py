@@ -111,10 +111,10 @@ def foreseen(layers: Sequence[Layer], kept: Sequence[bool]) -> int | None:
             return None
         own = layer.result * keeps
         peak = max(peak, before + own + layer.forward)
-        for alive, standing, rebuilding in layer.backward:
-            if rebuilding is None or not kept[rebuilding]:
-                anyway = sum(layers[one].result for one in standing if one < at and kept[one])
-                peak = max(peak, before - anyway + own * (not layer.shared) + alive)
+        for moment in layer.backward:
+            if moment.rebuilding is None or not kept[moment.rebuilding]:
+                anyway = sum(layers[one].result for one in moment.standing if one < at and kept[one])
+                peak = max(peak, before - anyway + keeps * _own(at, layer, moment) + moment.alive)
         before += own
     return peak
 
@@ -164,13 +164,21 @@ def _rooms(layers: Sequence[Layer], limit: int | None) -> tuple[list[list[_Room]
     return [rooms for rooms, _ in each], [own for _, own in each]
 
 
+def _own(at: int, layer: Layer, moment: Moment) -> int:
+    """What a layer's own result takes at a moment of its backward, where it is kept."""
+    return 0 if layer.shared and at in moment.standing else layer.result
+
+
 def _rooms_in(at: int, layer: Layer, below: float, made: int) -> tuple[list[_Room], list[_Room]]:
     """``made``: bytes of parameters' gradients that stood where it was measured."""
     if layer.forward is not None and layer.backward is not None:
         below += made
-        own = layer.result * (not layer.shared)
         rooms = [_Room(below - one.alive, one) for one in layer.backward]
-        own_rooms = [_Room(below - one.alive - own, one) for one in layer.backward if one.rebuilding != at]
+        own_rooms = [
+            _Room(below - one.alive - _own(at, layer, one), one)
+            for one in layer.backward
+            if one.rebuilding != at
+        ]
         forward = below - layer.forward
         return [_Room(forward), *rooms], [_Room(forward - layer.result), *own_rooms]
     if layer.unknown:

@@ -37,8 +37,9 @@ from snn_reversible_plugin.tape.sizes import Moment
 #    after each. Where a graph has so many nodes for so few bytes (a loop of many steps and small layers)
 #    that this is too vague, nobody knows.
 # 4. A node is a layer's by its number: nodes are numbered as the forward makes them.
-# 5. Of the nodes after the first MANY, those of a kind and size that was seen are taken to need what
-#    that one did: a loop's are as many as its steps.
+# 5. Of the nodes after the first MANY, a loop's, those of a kind and size that was seen are taken to need
+#    what the largest of these did beyond what was alive before it and after: the first node of a layer
+#    rebuilds all of it, which stands afterwards, and the same node of its other steps finds it.
 #
 # For example, two layers, numbers 0 to 2 and 3 to 5: the second's begin at 3. A node with number 4 that
 # finds 10 MiB more given out than before the forward, and in which 6 are taken and 2 given back before
@@ -49,13 +50,14 @@ DOUBT = 0.05  # of the peak
 OF_A_NODE = 512  # bytes on the heap that may come or go unseen with each node: loops of 7,840 showed 300
 _PRODUCT = "product"
 _REBUILDS, _REBUILT = "rebuilds", "rebuilt"  # a layer's product; and where its result is
+_GONE = 0  # the address of what was let go of
 
 _graph_task = torch._C._current_graph_task_id
 
 
 class _Window(NamedTuple):
     """A node that runs, what was alive when it began, its kind, where rebuilt results stood then, by layer,
-    and the profiler."""
+    and the profiler; None where it is not on."""
 
     number: int
     alive: int
@@ -88,7 +90,7 @@ class Measured:
         self._waiting: set[int] = set()  # nodes that have not run
         self._others = 0  # bytes of the C heap that are no tensor
         self._window: _Window | None = None
-        self._tops: dict[tuple[Any, ...], int] = {}
+        self._transient: dict[tuple[Any, ...], int] = {}  # beyond what was alive before and after, by kind
         self._windows = 0
         self.is_blind = False  # somebody's profiler was on, or the allocator says nothing
 
@@ -213,35 +215,45 @@ class Measured:
         alive = self._now() - self._others
         if torch.autograd._profiler_enabled():
             self.is_blind = True
-        elif self._windows < MANY or kind not in self._tops:
+        elif self._windows < MANY or kind not in self._transient:
             self._windows += 1
-            self._window = _Window(number, alive, kind, self._standing_results(), start())
+            layer = self._layer(number)
+            self._window = _Window(number, alive, kind, self._standing_results(layer), start())
         else:
-            self._note(number, Moment(alive + self._tops[kind]))
+            self._window = _Window(number, alive, kind, {}, None)
 
     def _leaves(self, number: int, *_: Any) -> None:
         window = self._window
         if window is None or window.number != number or _graph_task() != self._task:
             return
-        if not torch.autograd._profiler_enabled():
-            self._window, self.is_blind = None, True
+        self._window = None
+        number, alive, kind, results, running = window
+        if running is None:
+            self._note(number, Moment(max(alive, self._now() - self._others) + self._transient[kind]))
             return
-        alive, kind, results, running = window.alive, window.kind, window.results, window.running
+        if not torch.autograd._profiler_enabled():
+            self.is_blind = True
+            return
         events = stop(running, self._device)
         del window, running  # a profiler takes memory itself
-        self._window = None
-        moments = _moments(events, results)
-        top = max(one.alive for one in moments)
-        self._tops[kind] = max(top, self._tops.get(kind, 0))
+        net = sum(event.size for event in events)
+        moments = _moments(events, results, self._layer(number))
+        transient = max(one.alive for one in moments) - max(0, net)
+        self._transient[kind] = max(transient, self._transient.get(kind, 0))
         for one in moments:
             self._note(number, one._replace(alive=alive + one.alive))
         if self._device == "cpu":
-            self._others = self._now() - alive - sum(event.size for event in events)
+            self._others = self._now() - alive - net
 
-    def _standing_results(self) -> dict[int, int]:
-        """Where results stand that the backward has rebuilt, by layer."""
+    def _standing_results(self, own: int) -> dict[int, int]:
+        """Where results stand that the backward has rebuilt, by layer; of the layer whose turn it is also
+        where it has let go of it, as it would of a kept one."""
         storages = {layer: ref() for layer, ref in self._results.items()}
-        return {layer: one.data_ptr() for layer, one in storages.items() if one is not None}
+        return {
+            layer: _GONE if one is None else one.data_ptr()
+            for layer, one in storages.items()
+            if one is not None or layer == own
+        }
 
     def _backward_over(self) -> None:
         self._done, self._task = True, None
@@ -257,11 +269,12 @@ class Measured:
         return (given_out(self._device) or 0) - self._before.get(self._device, 0)
 
 
-def _moments(events: Sequence[Allocation], results: dict[int, int]) -> list[Moment]:
+def _moments(events: Sequence[Allocation], results: dict[int, int], own: int) -> list[Moment]:
     """The most that was alive in a node, beyond what was before, for each state of rebuilt results.
 
     Args:
         results: where results stood before, by layer.
+        own: the node's layer.
     """
     addresses, alive = dict(results), 0
     moment = Moment(0, frozenset(addresses))
@@ -275,7 +288,11 @@ def _moments(events: Sequence[Allocation], results: dict[int, int]) -> list[Mome
             addresses[layer] = address
             moment = Moment(0, moment.standing | {layer})
         elif event.size < 0 and event.address in addresses.values():
-            addresses = {layer: one for layer, one in addresses.items() if one != event.address}
+            addresses = {
+                layer: _GONE if address == event.address else address
+                for layer, address in addresses.items()
+                if layer == own or address != event.address
+            }
             moment = moment._replace(standing=frozenset(addresses))
         alive += event.size
         most[moment] = max(alive, most.get(moment, alive))

@@ -42,9 +42,12 @@ from snn_reversible_plugin.tape.sizes import Layer, Sizes
 #    begins. Where nothing could be measured (somebody's profiler was on, the allocator doesn't say, TRIES
 #    forwards had no backward, a backward runs layers again that nobody has seen), bounds decide, as
 #    without a budget.
+# 9. The hooks that measure change which sums of gradients autograd forms in place, so that later steps may
+#    take a tensor more than the one that was measured. What is kept leaves RESERVE for that.
 
 Product = tuple[Any, ...]
 TRIES = 3
+RESERVE = 0.05  # of a budget
 MANY = 64  # products whose backward says that all is over: the first ones come last
 
 
@@ -195,7 +198,9 @@ class Following:
         self._make(pending)
 
     def _make(self, of: Pending) -> None:
-        limit = None if self._plans.budget is None else within(self._plans.budget, of.lives, of.layers)
+        budget, limit = self._plans.budget, None
+        if budget is not None:
+            limit = within(budget, of.lives, of.layers) - int(RESERVE * budget)
         kept = choose(of.layers, limit)
         peak, least = (
             None if beyond is None else of.lives + beyond
