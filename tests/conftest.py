@@ -5,7 +5,7 @@ import os
 import platform
 import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from importlib import metadata
 
@@ -40,15 +40,43 @@ def pytest_report_header() -> str:
 @pytest.hookimpl(tryfirst=True)  # before those that are slow are left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave cases of large products to `make full`; skip what a release of snnTorch gets wrong itself."""
-    seen: Counter[str] = Counter()
+    products: defaultdict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
-        if (mark := item.get_closest_marker("one_in")) is not None:
-            name = item.nodeid.partition("[")[0]
-            if seen[name] % mark.args[0]:
-                item.add_marker(pytest.mark.slow)
-            seen[name] += 1
+        if item.get_closest_marker("one_in") is not None and item.get_closest_marker("slow") is None:
+            products[item.nodeid.partition("[")[0]].append(item)
+    for cases in products.values():
+        left_out = set(cases) - set(_spread(cases, cases[0].get_closest_marker("one_in").args[0]))
+        for item in left_out:
+            item.add_marker(pytest.mark.slow)
+    for item in items:
         if "snntorch" in sys.modules and _FAULTY.search(item.name) and _swaps_states():
             item.add_marker(pytest.mark.skip(reason="a fault of this release of snnTorch's own"))
+
+
+def _spread(cases: list[pytest.Item], n: int) -> list[pytest.Item]:
+    """One in ``n``: the first one, and then what has most values that weren't taken yet, or few times.
+
+    Every n-th one would leave out values for good where n and the number of a parameter's share a factor.
+    """
+    in_turn = [case for first in range(n) for case in cases[first::n]]
+    taken: Counter[tuple[str, int]] = Counter()
+    found = []
+    for _ in range(0, len(cases), n):
+        # Of those that are equal in this the first one: of one parameter alone they are every n-th.
+        case = min(in_turn, key=lambda case: _known([taken[value] for value in _values(case)]))
+        in_turn.remove(case)
+        taken.update(_values(case))
+        found.append(case)
+    return found
+
+
+def _known(times: list[int]) -> tuple[int, int]:
+    return len(times) - times.count(0), sum(times)
+
+
+def _values(case: pytest.Item) -> list[tuple[str, int]]:
+    """Its parameters' values, which are the same objects in all cases of a test."""
+    return [(name, id(value)) for name, value in case.callspec.params.items()]
 
 
 # Of snnTorch 0.9.1: Synaptic mistakes its membrane for its current, and heaviside can't be called.
