@@ -1,7 +1,6 @@
 """The command line and the demonstration behind it, at small size."""
 
 import json
-import subprocess
 import sys
 from importlib import metadata
 
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
+import fresh
 import snn_reversible_plugin as srp
 from snn_reversible_plugin import demo
 from snn_reversible_plugin.__main__ import app
@@ -384,14 +384,14 @@ def test_a_version_that_nobody_knows_is_no_attribute(monkeypatch):
     assert not hasattr(srp, "__version__")
 
 
-def test_nothing_that_the_demo_counts_was_made_before():
+def test_nothing_that_the_demo_counts_was_made_before(tmp_path):
     """Torch would write a line to stderr, the first time in a process: so in one of its own."""
     code = (
         "import torch; from snn_reversible_plugin import demo;"
         "trainer = demo._Trainer(demo.network(4, 16), 1, 'cpu');"
         "trainer.measure(torch.rand(3, 2, 2, 16, 16), torch.tensor([1, 2]))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = fresh.python(code, tmp_path)
     assert (done.returncode, "allocated before" in done.stderr) == (0, False), done.stderr
 
 
@@ -404,28 +404,28 @@ def test_the_demos_picture_names_what_it_draws():
     assert texts == ["2.00 MiB", "3.00 MiB", "5.00 KiB", "3.00 MiB"]
 
 
-def test_the_package_runs_as_a_module():
-    done = subprocess.run(
-        [sys.executable, "-m", "snn_reversible_plugin", "--help"], capture_output=True, text=True
-    )
+def test_the_package_runs_as_a_module(tmp_path):
+    code = "import runpy; runpy.run_module('snn_reversible_plugin', run_name='__main__', alter_sys=True)"
+    done = fresh.python(code, tmp_path, "--help")
     assert done.returncode == 0
     assert "demo" in done.stdout and "report" in done.stdout
 
 
-def test_the_import_needs_torch_alone():
+def test_the_import_needs_torch_alone(tmp_path):
     # Whatever else is imported by then, importing torch has brought along.
     code = (
         "import sys, torch, json; before = set(sys.modules); import snn_reversible_plugin;"
         "new = {name.partition('.')[0] for name in set(sys.modules) - before};"
         "print(json.dumps(sorted(new - set(sys.stdlib_module_names))))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = fresh.python(code, tmp_path)
+    assert done.returncode == 0, done.stderr
     assert set(json.loads(done.stdout)) <= {"snn_reversible_plugin", "torch"}
 
 
-def test_what_the_demo_needs_is_named_with_the_extra():
+def test_what_the_demo_needs_is_named_with_the_extra(tmp_path):
     code = "import sys; sys.modules['spikingjelly'] = None; import snn_reversible_plugin.demo"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = fresh.python(code, tmp_path)
     assert done.returncode != 0
     assert "pip install 'snn-reversible-plugin[all]'" in done.stderr
 

@@ -1,19 +1,22 @@
 """Importing the package needs torch only, and a missing extra is named."""
 
-import subprocess
-import sys
-
 import pytest
 
-
-def python(code, *blocked):
-    block = "import sys; " + "; ".join(f"sys.modules[{name!r}] = None" for name in blocked) + ";"
-    return subprocess.run(
-        [sys.executable, "-c", block + code], capture_output=True, text=True, timeout=120, check=False
-    )
+import fresh
 
 
-def test_torch_is_enough():
+@pytest.fixture
+def python(tmp_path):
+    """Runs code where some modules can't be imported."""
+
+    def run(code, *blocked):
+        block = "import sys; " + "; ".join(f"sys.modules[{name!r}] = None" for name in blocked) + ";"
+        return fresh.python(block + code, tmp_path)
+
+    return run
+
+
+def test_torch_is_enough(python):
     others = ("spikingjelly", "snntorch", "tonic", "sklearn", "matplotlib", "rich", "typer", "tqdm")
     code = """
 import torch, snn_reversible_plugin as srp
@@ -28,12 +31,12 @@ loss.backward()
 
 @pytest.mark.parametrize("framework", ["spikingjelly", "snntorch"])
 @pytest.mark.one_in(2)
-def test_a_missing_framework_names_its_extra(framework):
+def test_a_missing_framework_names_its_extra(python, framework):
     result = python(f"import snn_reversible_plugin.{framework}", framework)
     assert f"pip install 'snn-reversible-plugin[{framework}]'" in result.stderr
 
 
-def test_register_without_any_framework():
+def test_register_without_any_framework(python):
     code = "import importlib.util as u; u.find_spec = lambda name: None; "
     result = python(
         code + "import snn_reversible_plugin as srp; srp.register()", "spikingjelly", "snntorch"

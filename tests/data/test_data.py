@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ import torch
 tonic = pytest.importorskip("tonic")
 pytest.importorskip("sklearn")
 
+import fresh  # noqa: E402
 from snn_reversible_plugin.data import (  # noqa: E402
     DigitSaccades,
     NMNISTFolder,
@@ -325,8 +324,8 @@ def test_nmnist_itself():
     ],
 )
 @pytest.mark.one_in(2)
-def test_what_is_not_installed_is_named_with_the_extra(missing, use):
+def test_what_is_not_installed_is_named_with_the_extra(missing, use, tmp_path):
     code = f"import sys; sys.modules[{missing!r}] = None\n{use}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = fresh.python(code, tmp_path)
     assert done.returncode != 0
     assert "pip install 'snn-reversible-plugin[data]'" in done.stderr

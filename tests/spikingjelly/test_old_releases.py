@@ -3,13 +3,12 @@
 import copy
 import functools
 import itertools
-import subprocess
-import sys
 
 import pytest
 import torch
 from torch import nn
 
+import fresh
 import snn_reversible_plugin as srp
 from old_spikingjelly import HOMES, folder, make, release
 from snn_reversible_plugin.convert import settings_of
@@ -67,7 +66,7 @@ def channels_last(x):
     return x.flatten(0, 1).contiguous(memory_format=torch.channels_last).view(x.shape)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("kind", THREE)
 @pytest.mark.parametrize("multi", [True, False], ids=["sequences", "steps"])
 def test_the_three_are_analytic(old, kind, multi):
@@ -82,6 +81,7 @@ def test_the_three_are_analytic(old, kind, multi):
             assert rev.treatment == "analytic"
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("surrogate", ["Sigmoid", "PiecewiseQuadratic", "PiecewiseLeakyReLU", "S2NN"])
 def test_surrogates_and_dtypes(old, dtype, surrogate):
@@ -274,11 +274,9 @@ assert type(srp.restore(node)[1]) is neuron.LIFNode
 
 @pytest.mark.parametrize("version", HOMES)
 @pytest.mark.one_in(2)
-def test_as_the_installed_one(version):
+def test_as_the_installed_one(version, tmp_path):
     code = AS_INSTALLED.format(folder=str(folder(version)), home=HOMES[version])
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False
-    )
+    done = fresh.python(code, tmp_path)
     assert done.returncode == 0, done.stderr
 
 
@@ -320,6 +318,7 @@ def test_settings_are_changed_by_the_releases_own_functions():
     assert [one.step_mode for one in twin[1:]] == ["m", "m"]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", THREE)
 def test_half_precision_currents_under_autocast(old, kind):
     with torch.autocast("cpu", dtype=torch.bfloat16):
