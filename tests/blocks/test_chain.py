@@ -1,6 +1,7 @@
 """Reversible blocks against the same blocks run plainly: every comparison is bit for bit."""
 
 import copy
+import itertools
 
 import pytest
 import snntorch
@@ -94,6 +95,7 @@ def against_plain(model, x, calls=1, steps=2):
         assert_same(step(model, x, calls), step(plain, x, calls))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("converted", [False, True])
 @pytest.mark.parametrize("states", ["carry", "reset"])
 @pytest.mark.parametrize("node", list(NEURONS))
@@ -105,6 +107,7 @@ def test_spikingjelly_equals_the_plain_run(node, states, converted):
     assert model.last_rebuild.flipped_bits == 0
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("small", [0, second_run.SMALL])
 @pytest.mark.parametrize("states", ["carry", "reset"])
 def test_snntorch_equals_the_plain_run(states, small, monkeypatch):
@@ -113,6 +116,7 @@ def test_snntorch_equals_the_plain_run(states, small, monkeypatch):
     against_plain(model, torch.randn(4, 2, 6))
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("small", [0, second_run.SMALL])
 @pytest.mark.parametrize("states", ["carry", "reset"])
 @pytest.mark.parametrize("name", list(SNNTORCH))
@@ -137,6 +141,7 @@ def one_layer(node="lif"):
     return nn.Sequential(NEURONS[node](), conv, layer.BatchNorm2d(8, step_mode="m"))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("small", [0, second_run.SMALL])
 @pytest.mark.parametrize("states", ["carry", "reset"])
 @pytest.mark.parametrize("node", list(NEURONS))
@@ -179,6 +184,7 @@ def test_stock_neurons_are_analytic_while_a_branch_runs_and_stock_again_afterwar
     assert type(nodes[0]) is neuron.LIFNode
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", list(SNNTORCH))
 def test_snntorch_stepped_from_outside_hands_its_states_on(name):
     torch.manual_seed(0)
@@ -191,6 +197,7 @@ def test_snntorch_stepped_from_outside_hands_its_states_on(name):
     against_plain(model, torch.randn(2, 6) * 2, calls=4)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("shape", [(1, 1, 4, 3, 3), (2, 3, 4, 1, 1), (5, 1, 4, 4, 7)])
 @pytest.mark.parametrize("bits", [4, 16, None])
 def test_shapes_and_grids(shape, bits):
@@ -230,6 +237,7 @@ class Scale(nn.Module):
         return x.mul_(2).relu_()
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("mode", ["memory", "speed"])
 @pytest.mark.parametrize("states", ["carry", "reset"])
 @pytest.mark.parametrize("end", [[], [Scale()], [layer.BatchNorm2d(2, step_mode="m"), Scale()]])
@@ -602,22 +610,21 @@ def test_double_backward_is_refused():
         g.sum().backward()
 
 
-def _worker(rank, reversible):
-    torch.manual_seed(0)
-    model = chain(states="reset")
-    model.reversible = reversible
-    parallel = nn.parallel.DistributedDataParallel(model)
-    for seed in range(2):
-        torch.manual_seed(10 * seed + rank)
-        parallel(torch.randn(2, 2, 4, 3, 3)).square().sum().backward()
-    return [p.grad for p in model.parameters()]
+def _worker(rank):
+    found = []
+    for reversible in (True, False):
+        torch.manual_seed(0)
+        model = chain(states="reset")
+        model.reversible = reversible
+        parallel = nn.parallel.DistributedDataParallel(model)
+        for seed in range(2):
+            torch.manual_seed(10 * seed + rank)
+            parallel(torch.randn(2, 2, 4, 3, 3)).square().sum().backward()
+        found.append([p.grad for p in model.parameters()])
+    return found
 
 
 def test_two_processes(tmp_path):
-    found = []
-    for reversible in (True, False):
-        folder = tmp_path / str(reversible)
-        folder.mkdir()
-        found += together(folder, _worker, reversible)
-    for other in found[1:]:
-        assert_same(found[0], other)
+    first, *others = itertools.chain(*together(tmp_path, _worker))
+    for other in others:
+        assert_same(first, other)

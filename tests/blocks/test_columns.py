@@ -1,6 +1,7 @@
 """Temporal columns against the same sub-networks run plainly: every comparison is bit for bit."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -87,6 +88,7 @@ def frames(count=1, shape=(3, 2, 5, 4)):
     return [torch.randn(shape) for _ in range(count)]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("alphas", list(ALPHAS))
 @pytest.mark.parametrize("mode", ["memory", "speed"])
 def test_columns_equal_the_plain_run(alphas, mode):
@@ -95,6 +97,7 @@ def test_columns_equal_the_plain_run(alphas, mode):
     assert model.last_rebuild.flipped_bits == model.last_rebuild.flipped_spikes == 0
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("steps", [1, 2, 7])
 @pytest.mark.parametrize("widths", [(3,), (4, 2), (2, 3, 4, 5, 2)])
 def test_any_number_of_levels_and_steps(steps, widths):
@@ -102,6 +105,7 @@ def test_any_number_of_levels_and_steps(steps, widths):
     against_plain(model, frames(steps))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("fire", ["atan", "lif"])
 @pytest.mark.parametrize("shared", [False, True])
 def test_random_numbers_neurons_and_shared_sub_networks(fire, shared):
@@ -271,6 +275,7 @@ def change(model, by):
             alpha.mul_(by)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("alphas", list(ALPHAS))
 def test_on_a_device_the_columns_equal_the_plain_run(alphas, looks):
     model = make(alphas=alphas, check=True, tops_at=(1,))
@@ -369,22 +374,21 @@ def test_a_level_that_is_not_deterministic_is_named_in_check_mode():
         model(torch.randn(2, 3)).states[0].sum().backward()
 
 
-def _worker(rank, reversible):
-    model = make(alphas="learned apart", tops_at=(1,))
-    model.reversible = reversible
-    parallel = nn.parallel.DistributedDataParallel(model)
-    for seed in range(2):
-        torch.manual_seed(10 * seed + rank)
-        states, tops = parallel(torch.randn(2, 2, 4, 3))
-        sum(out.square().sum() for out in (*states, *tops)).backward()
-    return [p.grad for p in model.parameters()]
+def _worker(rank):
+    found = []
+    for reversible in (True, False):
+        model = make(alphas="learned apart", tops_at=(1,))
+        model.reversible = reversible
+        parallel = nn.parallel.DistributedDataParallel(model)
+        for seed in range(2):
+            torch.manual_seed(10 * seed + rank)
+            states, tops = parallel(torch.randn(2, 2, 4, 3))
+            sum(out.square().sum() for out in (*states, *tops)).backward()
+        found.append([p.grad for p in model.parameters()])
+    return found
 
 
 def test_two_processes(tmp_path):
-    found = []
-    for reversible in (True, False):
-        folder = tmp_path / str(reversible)
-        folder.mkdir()
-        found += together(folder, _worker, reversible)
-    for other in found[1:]:
-        assert_same(found[0], other)
+    first, *others = itertools.chain(*together(tmp_path, _worker))
+    for other in others:
+        assert_same(first, other)

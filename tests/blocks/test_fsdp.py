@@ -13,7 +13,7 @@ from tests.blocks.test_leapfrog import network
 from tests.blocks.test_pipeline import Top
 from two_processes import together
 
-WAYS = ["model", "chain", "blocks", "branches", "neurons' neighbours", "half precision"]
+WAYS, MORE_WAYS = ["model", "neurons' neighbours", "half precision"], ["chain", "blocks", "branches"]
 
 
 def small():
@@ -93,8 +93,10 @@ def shards_on_the_cpu():
 
 
 @pytest.mark.skipif(not shards_on_the_cpu(), reason="this torch has no FSDP2 for the CPU")
-@pytest.mark.one_in(2)
-@pytest.mark.parametrize(("name", "ways"), [("small", WAYS), ("resnet24", ["branches"])])
+@pytest.mark.one_in(3)
+@pytest.mark.parametrize(
+    ("name", "ways"), [("small", WAYS), ("small", MORE_WAYS), ("resnet24", ["branches"])]
+)
 def test_two_processes_train_as_the_plain_blocks_do(tmp_path, name, ways):
     assert together(tmp_path, train, ways, name) == 2 * [dict.fromkeys(ways, (True, True, True, True))]
 

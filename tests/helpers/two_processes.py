@@ -1,10 +1,10 @@
-"""Two processes that train together, and what they find.
+"""Two processes that train together, or one by itself, and what they find.
 
 A group that something still holds when its process ends may abort that process; so the work's own objects
 go first, and neither process leaves before the other is done.
 
-Both are forked from a server that has imported the frameworks once and never computed anything: two times
-several seconds less for each test than in processes of their own.
+They are forked from a server that has imported the frameworks once and never computed anything: several
+seconds less for each of them than in interpreters of their own.
 """
 
 import faulthandler
@@ -19,11 +19,20 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing as mp
 
+# What most of them use, though it is imported late: wrappers need dynamo, and the grid numba.
 IMPORTED_ONCE = [
+    "pytest",
+    "scipy.linalg",
+    "torch._dynamo",
     "torch.distributed.fsdp",
+    "torch.distributed.pipelining",
+    "torchvision",
     "snntorch",
     "spikingjelly.activation_based.model",
-    "snn_reversible_plugin",
+    "snn_reversible_plugin.grid.step.on_numba",
+    "snn_reversible_plugin.neurons.integrate_fire.on_numba",
+    "snn_reversible_plugin.snntorch",
+    "snn_reversible_plugin.spikingjelly",
 ]
 
 
@@ -45,6 +54,17 @@ def together(folder: Path, work: Callable[..., Any], *args: Any) -> list[Any]:
             error.add_note(f"{stacks.name}:\n{stacks.read_text()}")
         raise
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def alone(folder: Path, work: Callable[[], Any]) -> Any:
+    """What ``work()`` returns in a process that has computed nothing before."""
+    mp.set_forkserver_preload(IMPORTED_ONCE)
+    mp.start_processes(_by_itself, args=(folder, work), nprocs=1, start_method="forkserver")
+    return torch.load(folder / "found.pt")
+
+
+def _by_itself(_rank: int, folder: Path, work: Callable[[], Any]) -> None:
+    torch.save(work(), folder / "found.pt")
 
 
 def _in_group(rank: int, folder: Path, work: Callable[..., Any], args: tuple[Any, ...]) -> None:

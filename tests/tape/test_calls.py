@@ -3,9 +3,7 @@
 At tiny shapes these are most of the time that a converted network takes beyond stock's.
 """
 
-import json
 import os
-import subprocess
 import sys
 
 import pytest
@@ -15,6 +13,7 @@ from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 
 import snn_reversible_plugin as srp
+from two_processes import alone
 
 STEPS, LAYERS = 20, 2
 HOME = os.path.dirname(srp.__file__)
@@ -102,13 +101,9 @@ def every_count():
 
 
 @pytest.fixture(scope="module")
-def counts():
+def counts(tmp_path_factory):
     """In a process of its own: one that has seen functions of a user's asks more of each operation."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return alone(tmp_path_factory.mktemp("counts"), every_count)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +121,3 @@ def counts():
 )
 def test_calls_of_a_training_step(counts, name, most):
     assert most / 2 < counts[name] <= most
-
-
-if __name__ == "__main__":
-    print(json.dumps(every_count()))
