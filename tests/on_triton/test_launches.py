@@ -144,6 +144,7 @@ SMALL, LARGE = (4, 2, 3, 8, 8), (4, 112, 3, 112, 112)  # of LARGE a neuron layer
 THREE = (neuron.IFNode, neuron.LIFNode, neuron.ParametricLIFNode)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("cls", "shape"), [*((cls, SMALL) for cls in THREE), (neuron.LIFNode, LARGE)])
 def test_conv_norm_neuron(cls: Any, shape: tuple[int, ...]) -> None:
     x = torch.empty(shape, device="meta")
@@ -151,6 +152,7 @@ def test_conv_norm_neuron(cls: Any, shape: tuple[int, ...]) -> None:
     assert compared(lambda: conv_net(cls), x, mode="speed") <= 1.15
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("cls", "mode"), [*((cls, "memory") for cls in THREE), (neuron.LIFNode, "speed")])
 def test_conv_norm_neuron_in_half_precision(cls: Any, mode: str) -> None:
     """No kernel rounds as stock's torch code does: its operations are launched, once a step at any size."""
@@ -177,6 +179,7 @@ def test_where_bytes_count_most_neurons_are_swept_in_chunks() -> None:
         assert launches(in_chunks)["div"] == 3 * launches(at_once)["div"] > 0
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", ["LIFNode", "ParametricLIFNode"])
 def test_sequences_of_a_release_that_is_torch_code(kind: str) -> None:
     """Ten and more a time step become two a sequence; a learned leak is a sum and a gradient a step."""
@@ -240,7 +243,7 @@ LEAKY = {
 @pytest.mark.parametrize("name", NODES)
 def test_loops_of_spikingjelly(name: str, looks: list[int]) -> None:
     """Stock's step is a kernel there and one back, and what makes a sequence of it and takes it back."""
-    x = torch.empty(12, 2, 5, device="meta")
+    x = torch.empty(6, 2, 5, device="meta")
     assert compared(lambda: Loop(NODES[name]), x) <= 0.95
     assert compared(lambda: Loop(NODES[name]), x, mode="speed") <= 0.87
 
@@ -257,11 +260,12 @@ def test_a_step_of_spikingjelly_is_one_launch_there_and_one_back(looks: list[int
 
 @pytest.mark.parametrize("name", LEAKY)
 def test_loops_of_snntorch(name: str, looks: list[int]) -> None:
-    x = torch.empty(12, 2, 5, device="meta")
+    x = torch.empty(6, 2, 5, device="meta")
     ratio = compared(lambda: TorchLoop(lambda: snntorch.Leaky(**LEAKY[name])), x)
     assert ratio <= (0.8 if name == "learned" else 0.6)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("make", "bound"),
     [
@@ -303,6 +307,7 @@ def test_bytes_of_conv_norm_neuron(dtype: torch.dtype) -> None:
 RESETS_TO_A_VALUE = ("IF", "LIF", "zero")
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", [*NODES, *LEAKY])
 def test_bytes_of_loops(name: str, looks: list[int]) -> None:
     """A step's spikes and what its decay loses, a bit each; what a hard reset may lose, three bytes."""
@@ -331,6 +336,7 @@ def nets() -> Iterator[tuple[str, nn.Module, Tensor]]:
         yield cls.__name__, conv_net(cls, 2), torch.empty(3, 2, 3, 4, 4)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("captured", [False, True])
 def test_a_training_step_waits_for_nothing_but_one_look(
     captured: bool, looks: list[int], monkeypatch: pytest.MonkeyPatch
@@ -400,6 +406,7 @@ def reversible() -> Iterator[tuple[nn.Module, Tensor]]:
     yield Columns(), torch.empty(3, 2, 4, 4, 4)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("captured", [False, True])
 def test_what_is_undone_waits_for_one_look(
     captured: bool, looks: list[int], monkeypatch: pytest.MonkeyPatch
