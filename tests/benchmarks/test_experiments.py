@@ -60,6 +60,7 @@ SLOW = (
     "surgery",
     "wrap-accuracy",
     "long-sequences",
+    "columns",
 )
 
 
@@ -105,14 +106,18 @@ def test_what_the_figures_have_to_be(invoke):
     drift = invoke("drift")
     assert drift["8 | float"]["max_error"] > 0 == drift["8 | grid"]["max_error"]
     assert drift["8 | grid"]["flipped_spikes"] == 0 < drift["8 | grid"]["spikes"]
+    gradients = {entry["node"]: entry["gradient"] for entry in invoke("coupled-times").values()}
+    assert set(gradients.values()) == {"equal", ""} and gradients["autograd"] == "equal"
+    assert invoke("sltt")["6 | through time, stock"]["cosine"] == pytest.approx(1)
+
+
+@pytest.mark.slow
+def test_what_columns_hold_and_rebuild(invoke):
     columns = invoke("columns")
     assert columns["narrow, 4 | grid"]["max_error"] == 0 < columns["narrow, 4 | published"]["max_error"]
     assert (
         3 * columns["narrow, 4 | grid"]["peak_beyond_gradients"] < columns["narrow, 4 | published"]["peak"]
     )
-    gradients = {entry["node"]: entry["gradient"] for entry in invoke("coupled-times").values()}
-    assert set(gradients.values()) == {"equal", ""} and gradients["autograd"] == "equal"
-    assert invoke("sltt")["6 | through time, stock"]["cosine"] == pytest.approx(1)
 
 
 def test_own_calls_are_counted(invoke):

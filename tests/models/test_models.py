@@ -51,7 +51,7 @@ def synaptic():
     return snntorch.Synaptic(alpha=0.7, beta=0.6, learn_beta=True, init_hidden=True)
 
 
-@pytest.mark.one_in(6)
+@pytest.mark.one_in(12)
 @pytest.mark.parametrize("neuron", ["if", "lif", "plif", "leaky", "Lapicque", synaptic])
 @pytest.mark.parametrize("name", list(SMALL))
 @pytest.mark.parametrize("arithmetic", [None, "stock", "auto"])
@@ -105,6 +105,7 @@ def test_a_call_is_a_whole_simulation(neuron):
     assert not any(t.grad_fn is not None for t in held if isinstance(t, torch.Tensor))
 
 
+@pytest.mark.slow
 def test_resnet37_peaks_below_ten_megabytes_an_image():
     model, batch = srp.convert_to_reversible(models.rev_s_resnet37(num_classes=100), mode="memory"), 4
     for chain in [m for m in model.modules() if isinstance(m, RevSSequence)]:
