@@ -218,7 +218,7 @@ def units_around(beta: float, seed: int) -> torch.Tensor:
     return torch.cat([anywhere, torch.stack(near), torch.arange(-50, 50), ends]).clamp(-bound, bound)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(beta=BETAS, seed=st.integers(0, 2**31), bits=st.integers(0, 23))
 def test_decay_is_rounding_and_undecay_undoes_it_bit_for_bit(beta, seed, bits):
     units = units_around(beta, seed)
@@ -278,7 +278,7 @@ def assert_forms_agree(step: decays.Step, u: torch.Tensor, current: torch.Tensor
         assert step.reset in (decays.BEFORE, decays.AFTER) or len(record) <= longest, name
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=75)
 @given(
     beta=BETAS,
     seed=st.integers(0, 2**31),

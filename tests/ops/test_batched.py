@@ -73,6 +73,7 @@ def gradients(net, x_seq, of_output, batched):
     return [None if row[0] is None else torch.stack(row) for row in zip(*rows, strict=True)]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("arithmetic", ["stock", "auto"])
 def test_a_batch_of_gradients(name, arithmetic):

@@ -23,7 +23,7 @@ def as_integers(tensor):
     dtype=st.sampled_from(DTYPES),
     codes=st.lists(st.integers(0, 15), max_size=40),
 )
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@settings(max_examples=75, deadline=None, derandomize=True, database=None)
 def test_what_is_packed_comes_back(span, dtype, codes):
     low, high = span
     values = [*range(low, high + 1), -0.0, math.nan, math.copysign(math.nan, -1)]
@@ -58,7 +58,7 @@ def test_bits_for(span, bits):
     zeros=st.integers(0, 200),
     cut=st.tuples(st.floats(0, 1), st.floats(0, 1)),
 )
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@settings(max_examples=75, deadline=None, derandomize=True, database=None)
 @pytest.mark.parametrize("form", list(forms.forms_of(forms.PLANES, "cpu")), ids=lambda form: form.__name__)
 def test_planes_come_back_in_any_range(form, span, dtype, codes, zeros, cut):
     low, high = span

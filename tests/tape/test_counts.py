@@ -172,7 +172,7 @@ STEPS = st.one_of(
     steps=st.lists(STEPS, min_size=1, max_size=6),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
 )
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
 def test_a_span_holds_whatever_the_values(steps, dtype):
     values = torch.cat([torch.randn(400) * 4, torch.linspace(-9, 9, 400)]).to(dtype)
     span: Span | None = ANY

@@ -106,7 +106,7 @@ def assert_same(x_seq, v, rule, surrogate, q, given_grads, owned=False):
             assert torch.equal(sum(found.q[1:], found.q[0]), grads[2])
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("surrogate", [BINARY, SMOOTH], ids=["binary", "smooth"])
 @pytest.mark.parametrize("learnable", [False, True], ids=["fixed", "learnable"])
@@ -153,6 +153,7 @@ def atan(grad, u):
     return u.mul_(1.7).mul_(u).add_(1).reciprocal_().mul_(0.4).mul(grad)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("threshold", [0.7, 0.0])
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule.detach_reset], ids=str)
 @pytest.mark.parametrize("shape", [(3, 37), (5, 4, 3, 7, 5), (9, 6), (1, 8)])
@@ -217,7 +218,7 @@ def test_an_owned_current_becomes_its_gradient():
     assert grads.x is not overlapping
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_memory_beyond_the_results_is_a_few_chunks(rule, monkeypatch):
     monkeypatch.setattr(cuts, "chunk_size", lambda device: 1024)
@@ -301,6 +302,7 @@ def test_numbers_that_are_not_finite():
             assert torch.equal(a.isnan(), b.isnan())
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("decay_input", [True, False])
 def test_a_learned_leak_may_be_summed_over_chunks(dtype, decay_input, monkeypatch):

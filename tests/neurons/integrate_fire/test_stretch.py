@@ -63,7 +63,7 @@ def frames(steps, size=8):
     return torch.rand(steps, 2, 2, size, size) * 3
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("make", NEURONS.values(), ids=NEURONS)
 @pytest.mark.parametrize("steps", [2, 3, 4, 9, 17])
 def test_gradients_are_stocks(make, steps):
@@ -103,6 +103,7 @@ def replace(net, t):
             module.v = module.v * 0.5 + 0.1
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("between", [zero_an_episode, write_unseen, cut, replace])
 @pytest.mark.parametrize("make", [NEURONS["lif"], NEURONS["plif"]])
 def test_what_a_script_does_to_membranes_between_two_steps(make, between):
@@ -191,7 +192,7 @@ def test_a_convolution_runs_at_most_twice_a_step(norm):
 
 
 @pytest.mark.parametrize(("steps", "least"), [(1, 20), (2, 7), (4, 7), (8, 10), (32, 15)])
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_few_membranes_are_held(steps, least):
     found = []
     for net in pair(NEURONS["if"], width=16, norm=False):

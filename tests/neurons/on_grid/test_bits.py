@@ -61,6 +61,7 @@ def train(net: Loop, x_seq: Tensor) -> Tensor:
     return torch.stack(losses).detach()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.filterwarnings("error:.*goes on in stock's arithmetic")
 @pytest.mark.parametrize("framework", ["snntorch", "spikingjelly"])
 def test_training_is_as_near_to_stock_whatever_the_threshold(framework: str) -> None:

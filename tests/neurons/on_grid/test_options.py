@@ -108,35 +108,29 @@ def options() -> Iterator[tuple[str, dict[str, Any]]]:
             yield kind, {"learned": learned, "reset_mechanism": reset, **extra}
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(6)
 @pytest.mark.filterwarnings("ignore:Inhibition is an unstable feature")
-@pytest.mark.parametrize("kind", STATES)
-def test_options(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "settings"), list(options()))
+def test_options(kind: str, settings: dict[str, Any]) -> None:
     """Bit for bit what autograd does on the same grid, and near stock, with the same gradients given."""
-    tried = 0
-    for name, settings in options():
-        if name != kind:
-            continue
-        net = Loop(lambda name=name, settings=settings: make(name, **settings))
-        x_seq = torch.randn(7, 3, 5) * 2 + 0.3
-        stock = train(copy.deepcopy(net), x_seq)
-        srp.convert_to_reversible(net)
-        assert all(map(convert.is_on_grid, (net.lif1, net.lif2))), settings
-        twin = copy.deepcopy(net)
-        with convert.differentiated(twin):
-            expected = train(twin, x_seq)
-        actual = train(net, x_seq)
-        assert not net.lif1.off_grid_reason, settings
-        assert equal(actual, expected), settings
-        for ours, theirs in zip(itertools.chain(*actual), itertools.chain(*stock), strict=True):
-            assert (ours is None) == (theirs is None), settings
-            if ours is not None:
-                assert ours.dtype is theirs.dtype and ours.shape == theirs.shape, settings
-                assert torch.allclose(ours, theirs, atol=5e-3, rtol=1e-3), settings
-        with torch.no_grad():
-            assert equal(net(x_seq), actual[0]), settings
-        tried += 1
-    assert tried >= 10
+    net = Loop(lambda: make(kind, **settings))
+    x_seq = torch.randn(7, 3, 5) * 2 + 0.3
+    stock = train(copy.deepcopy(net), x_seq)
+    srp.convert_to_reversible(net)
+    assert all(map(convert.is_on_grid, (net.lif1, net.lif2)))
+    twin = copy.deepcopy(net)
+    with convert.differentiated(twin):
+        expected = train(twin, x_seq)
+    actual = train(net, x_seq)
+    assert not net.lif1.off_grid_reason
+    assert equal(actual, expected)
+    for ours, theirs in zip(itertools.chain(*actual), itertools.chain(*stock), strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            assert ours.dtype is theirs.dtype and ours.shape == theirs.shape
+            assert torch.allclose(ours, theirs, atol=5e-3, rtol=1e-3)
+    with torch.no_grad():
+        assert equal(net(x_seq), actual[0])
 
 
 @pytest.mark.filterwarnings("ignore:.*it goes on in stock's arithmetic")
@@ -160,7 +154,7 @@ def test_leaving_the_range_at_the_step_that_autograd_leaves_it(
     assert equal(actual, expected)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @pytest.mark.filterwarnings("ignore:Inhibition is an unstable feature")
 @pytest.mark.parametrize(
     ("kind", "settings", "most"),
@@ -266,6 +260,7 @@ def test_reasons() -> None:
         assert reason in convert.settings_of(net).off_grid["1"]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("how", ["autocast", "network", "input"])
 def test_half_precision_has_stocks_dtypes(half: torch.dtype, how: str) -> None:
@@ -302,6 +297,7 @@ def test_half_precision_has_stocks_dtypes(half: torch.dtype, how: str) -> None:
     assert on_the_grid >= {"autocast": 6, "input": 4, "network": 3}[how]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["Leaky", "Lapicque"])
 def test_gradients_of_parameters_in_half_precision_are_rounded_as_by_autograd(
@@ -335,6 +331,7 @@ class Stepped(nn.Module):
         return seen
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("function", SURROGATES)
 @pytest.mark.parametrize("v_reset", [None, 0.0])
 def test_spikingjellys_neurons_with_surrogates_that_users_wrote(

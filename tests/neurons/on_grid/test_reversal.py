@@ -117,6 +117,7 @@ def x_of(steps: int = 12, batch: int = 3) -> Tensor:
     return torch.randn(steps, batch, 5) * 2 + 0.3
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("learned", [False, True], ids=["fixed", "learned"])
 @pytest.mark.parametrize("reset", ["subtract", "zero", "none"])
 @pytest.mark.parametrize("kind", GRID_KINDS)
@@ -128,6 +129,7 @@ def test_snntorch(kind: str, reset: str, learned: bool) -> None:
     assert spikes.abs().sum() > 0
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("beta", [1.0, 0.99, 0.75, 0.5, 0.3, 0.1, 1 / 300])
 @pytest.mark.parametrize("reset", ["subtract", "zero", "none"])
 def test_decays(beta: float, reset: str) -> None:
@@ -150,6 +152,10 @@ def test_snntorch_surrogates(surrogate_function: Any) -> None:
     assert_as_autograd(leaky(spike_grad=surrogate_function), x_of())
 
 
+@pytest.mark.one_in(9)
+@pytest.mark.parametrize(
+    "function", [sj_surrogate.ATan(), sj_surrogate.Sigmoid(), sj_surrogate.PiecewiseLeakyReLU()]
+)
 @pytest.mark.parametrize("detach_reset", [False, True])
 @pytest.mark.parametrize("v_reset", [None, 0.0, -0.3])
 @pytest.mark.parametrize("make_neuron", [
@@ -159,15 +165,10 @@ def test_snntorch_surrogates(surrogate_function: Any) -> None:
     lambda **k: neuron.ParametricLIFNode(init_tau=1.7, **k),
     lambda **k: neuron.ParametricLIFNode(init_tau=3.0, decay_input=False, **k),
 ], ids=["IF", "LIF", "LIF plain input", "PLIF", "PLIF plain input"])  # fmt: skip
-def test_spikingjelly(make_neuron: Any, v_reset: float | None, detach_reset: bool) -> None:
-    for function in (sj_surrogate.ATan(), sj_surrogate.Sigmoid(), sj_surrogate.PiecewiseLeakyReLU()):
-        net = Stepped(
-            lambda function=function: make_neuron(
-                v_reset=v_reset, detach_reset=detach_reset, surrogate_function=function, v_threshold=0.7
-            )
-        )
-        found = assert_as_autograd(net, x_of())
-        assert torch.stack(found[0]).any()
+def test_spikingjelly(make_neuron: Any, v_reset: float | None, detach_reset: bool, function: Any) -> None:
+    settings = {"v_reset": v_reset, "detach_reset": detach_reset, "surrogate_function": function}
+    found = assert_as_autograd(Stepped(lambda: make_neuron(v_threshold=0.7, **settings)), x_of())
+    assert torch.stack(found[0]).any()
 
 
 @pytest.mark.parametrize(("steps", "batch"), [(1, 1), (1, 0), (3, 0), (2, 1), (40, 129)])
@@ -217,6 +218,7 @@ def test_autocast() -> None:
     assert_as_autograd(leaky(learn_beta=True), x_of(), script)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.filterwarnings("ignore:.*goes on in stock's arithmetic")
 @pytest.mark.parametrize("node", [neuron.IFNode, neuron.LIFNode, neuron.ParametricLIFNode])
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
@@ -283,6 +285,7 @@ def retained_gradients(net: nn.Module, x_seq: Tensor) -> list[Any]:
     return [out.grad for out in outputs]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "script", [several_backward_passes, partial_gradients, a_loss_on_the_stack, retained_gradients]
 )
@@ -781,10 +784,10 @@ def test_bytes_held(beta: float, most: float) -> None:
                 total = total + spk
             return total
 
-    net, x_seq = srp.convert_to_reversible(Net()), torch.rand(400, 32, 64) * 2
+    net, x_seq = srp.convert_to_reversible(Net()), torch.rand(200, 32, 64) * 2
     held, _ = count_step(lambda: net(x_seq).sum())
     ends = 2 * 4 * 3 * 32 * 64  # the newest membrane and two more tensors a layer
-    assert (held - ends) / (400 * 2 * 32 * 64) < most
+    assert (held - ends) / (200 * 2 * 32 * 64) < most
 
 
 def test_the_spikes_of_the_last_reset_are_kept_as_bits() -> None:

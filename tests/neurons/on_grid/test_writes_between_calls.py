@@ -62,6 +62,7 @@ GRID = [
 ]  # fmt: skip
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("write", ["zero", "scale", "copy"])
 @pytest.mark.parametrize(("kind", "settings"), GRID)
 def test_on_the_grid(kind: str, settings: dict[str, Any], write: str) -> None:
