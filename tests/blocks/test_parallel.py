@@ -37,7 +37,7 @@ def one_by_one(model):
     return model
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("kind", [chain, parts_chain])
 @pytest.mark.parametrize("parallel", [2, 3, 8])
 @pytest.mark.parametrize("states", ["carry", "reset"])

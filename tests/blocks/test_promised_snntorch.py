@@ -75,12 +75,14 @@ OF_SEVERAL_CALLS = (carries_on, detaches_before_backward)
 OF_ONE_CALL = [one for one in SCRIPTS if one not in (*OF_SEVERAL_CALLS, is_copied_and_pickled)]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("script", [*OF_ONE_CALL, is_copied, is_copied_unread])
 @pytest.mark.parametrize("kind", ["Leaky", "RSynaptic"])
 def test_states_are_the_plain_runs(script, kind):
     same(script, lambda: chain(kind, depth=2), sequence)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("script", [reads_before_backward, carries_on])
 @pytest.mark.parametrize("kind", SNNTORCH)
 def test_states_of_every_kind_are_the_plain_runs(script, kind):

@@ -135,6 +135,7 @@ def test_a_block_is_the_sums_that_were_found(kind, training):
     assert torch.equal(expected, x)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", FOUND, ids=lambda kind: kind.__name__)
 def test_chains_of_them_train_as_a_plain_run(kind):
     model = nn.Sequential(
@@ -407,6 +408,7 @@ CHAINS = {
 }  # fmt: skip
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", CHAINS)
 @pytest.mark.filterwarnings("ignore:.*has no spiking neuron that the converter knows")
 def test_published_networks(name):

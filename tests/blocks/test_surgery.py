@@ -108,7 +108,7 @@ def against_plain(model, x, **settings):
     assert_same(train(model, x, **settings), train(plain, x, **settings))
 
 
-@pytest.mark.one_in(6)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize(
     ("name", "converted"),
     [*((name, False) for name in TRAINED), *((name, True) for name in TRAINED if name in CONVERTED)],
@@ -414,8 +414,9 @@ def test_several_branches_of_one_block_and_a_list_of_blocks():
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype):
-    model, x = make("sew_resnet18 ADD LIF"), torch.rand(2, 2, 3, 32, 32)
+    model = make("sew_resnet18 ADD LIF")
     srp.wrap_residual_blocks(model)
+    x = torch.rand(2, 1, 3, 32, 32)  # one image: some CPUs have no fast products of these numbers
     against_plain(model, x, autocast=dtype)
 
 
@@ -626,7 +627,7 @@ class TestRunning:
 
 @pytest.mark.parametrize("copier", ["deepcopy", "pickle", "torch.save"])
 @pytest.mark.parametrize("converted", [False, True])
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_copies_stay_wrapped(copier, converted):
     model, x = sew(), torch.rand(2, 2, 3, 32, 32)
     if converted:

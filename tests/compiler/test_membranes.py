@@ -153,7 +153,10 @@ def test_parameters_change_before_it_is_read(change):
 
 
 def test_changed_behind_its_back():
-    net = Both().net
+    net = Net()
+    run = srp.compile(net)
+    for _ in range(2):
+        step(run, net, of_spikes)
     with torch.no_grad():
         net.second.weight.mul_(2)
     with pytest.raises(RuntimeError, match=r"a membrane that a compiled network left.*Read the membrane"):

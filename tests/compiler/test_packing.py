@@ -33,6 +33,7 @@ def there_and_back(tensors, levels):
     return back, stored
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     "shape", [(), (1,), (3,), (8,), (17,), (5, 3), (16, 2, 3), (3, 16, 2), (2, 3, 5, 7), (0, 4)]
 )

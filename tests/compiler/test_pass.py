@@ -103,7 +103,7 @@ NETWORKS = {
 }
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_equal_bit_for_bit_and_small(name):
     """Both modes where layers are many time steps wide, and where a loop steps them."""

@@ -20,7 +20,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize("first", range(0, PROGRAMS, AT_ONCE))
 def test_programs_train_converted_as_they_do_stock(first):
     refused = 0

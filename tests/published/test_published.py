@@ -61,7 +61,7 @@ def assert_equal(expected, found):
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
-@pytest.mark.one_in(6)
+@pytest.mark.one_in(12)
 def test_trains_as_stock(family, autocast):
     if autocast and not family.amp:
         pytest.skip("its own function knows nothing of autocast")
@@ -76,7 +76,7 @@ def test_trains_as_stock(family, autocast):
         assert_equal(expected, train(family, model, x, autocast))
 
 
-@pytest.mark.one_in(6)
+@pytest.mark.one_in(9)
 def test_trains_as_it_is_converted_by_default(family, monkeypatch):
     # What a step costs is measured in the benchmarks.
     monkeypatch.setattr(

@@ -181,6 +181,7 @@ MODES_THAT_HELP = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("mode", MODES_THAT_HELP)
 def test_a_budget_that_nothing_fits_in_is_refused_with_what_is_not_in_use_yet(mode):
     model = build() if mode is None else srp.convert_to_reversible(build(), mode=mode)

@@ -26,7 +26,7 @@ from snntorch_against_stock import (
 )
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("hidden", [False, True], ids=["explicit", "hidden"])
 @pytest.mark.parametrize("learned", [False, True], ids=["fixed", "learned"])
 @pytest.mark.parametrize("reset", RESETS)
@@ -44,6 +44,7 @@ def test_steps_are_stock_steps(
     assert bool(charged) == (kind != "Alpha" or reset == "zero")
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("reset", RESETS)
 @pytest.mark.parametrize("kind", STATES)
 def test_inputs_without_a_gradient(kind: str, reset: str) -> None:
@@ -60,6 +61,7 @@ def test_inputs_without_a_gradient(kind: str, reset: str) -> None:
                 assert_same(neuron, inputs(3, 3, 4), of_inputs=False, start=start)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", STATES)
 def test_fifty_steps(kind: str) -> None:
     assert_same(make(kind, True, spike_grad=surrogate.fast_sigmoid()), inputs(50, 5, 4))
@@ -81,6 +83,7 @@ def test_reset_without_delay_fails_in_rsynaptic_as_in_stock() -> None:
             one(torch.randn(3, 4).requires_grad_())
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     "shape", [(4,), (0, 4), (1, 4), (2, 7, 4), (2, 3, 5, 4), (0, 3, 5, 4), (3, 0)], ids=str
 )
@@ -95,6 +98,7 @@ def test_a_single_number_is_left_to_stock(charged: list[str]) -> None:
     assert not charged
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", ["atan", "fast_sigmoid", "sigmoid", "straight_through_estimator"])
 @pytest.mark.parametrize("kind", ["Leaky", "Lapicque", "Synaptic", "RSynaptic"])
 def test_layouts(kind: str, name: str) -> None:
@@ -108,6 +112,7 @@ def test_layouts(kind: str, name: str) -> None:
         assert_same(neuron, [torch.randn(2, 4, 1, 5).expand(2, 4, 6, 5) for _ in range(2)])
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("kind", ["Leaky", "Synaptic", "RLeaky", "RSynaptic"])
 @pytest.mark.parametrize("shape", [(4,), (1,), (3, 4)], ids=str)
 def test_parameters_of_each_neuron(kind: str, shape: tuple[int, ...], charged: list[str]) -> None:
@@ -176,14 +181,16 @@ CLOSURES = {
 ANALYTIC = set(CLOSURES) - {"SSO", "custom_surrogate", "lambda", "tensor", "soft"}
 
 
+@pytest.mark.one_in(6)
+@pytest.mark.parametrize("kind", ["Leaky", "RSynaptic"])
+@pytest.mark.parametrize("reset", RESETS)
 @pytest.mark.parametrize("name", CLOSURES)
-def test_surrogates(name: str, charged: list[str]) -> None:
+def test_surrogates(name: str, reset: str, kind: str, charged: list[str]) -> None:
     assert (analytic.known_surrogate(CLOSURES[name]) is not None) == (name in ANALYTIC)
-    for kind, reset in itertools.product(("Leaky", "RSynaptic"), RESETS):
-        for dtype in (torch.float32, torch.float64):
-            one_to_one = {"all_to_all": False} if kind.startswith("R") else {}
-            neuron = make(kind, True, reset_mechanism=reset, spike_grad=CLOSURES[name], **one_to_one)
-            assert_same(neuron.to(dtype), inputs(4, 3, 4, dtype=dtype))
+    for dtype in (torch.float32, torch.float64):
+        one_to_one = {"all_to_all": False} if kind.startswith("R") else {}
+        neuron = make(kind, True, reset_mechanism=reset, spike_grad=CLOSURES[name], **one_to_one)
+        assert_same(neuron.to(dtype), inputs(4, 3, 4, dtype=dtype))
     assert charged
 
 
@@ -241,6 +248,7 @@ def test_float64(kind: str, charged: list[str]) -> None:
     assert charged
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["Leaky", "Lapicque", "Synaptic", "Alpha"])
 def test_half_precision_currents(kind: str, dtype: torch.dtype) -> None:

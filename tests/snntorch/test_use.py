@@ -37,6 +37,7 @@ from snntorch_against_stock import (
 # Settings.
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("delay", [True, False], ids=["delayed", "undelayed"])
 @pytest.mark.parametrize("learned", [False, True], ids=["fixed", "learned"])
 def test_graded_spikes(learned: bool, delay: bool) -> None:

@@ -36,6 +36,7 @@ def assert_same_graph(ours, theirs):
             assert np.all(value == other), (name, key)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", NEURONS)
 @pytest.mark.parametrize("arithmetic", ["stock", "auto"])
 def test_the_graph_is_stocks(name, arithmetic):

@@ -40,6 +40,7 @@ def assert_as_specified(node, *given, run=called, again=2, **how):
     return fused
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_their_float32_between_two_casts(old, kind):
     names = itertools.cycle(name for name in NAMES if hasattr(old.surrogate, name))
@@ -80,6 +81,7 @@ def test_layouts(old, layout):
         assert assert_as_specified(make(old, kind), LAYOUTS[layout](x)).treatment == "analytic"
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_a_membrane_of_another_dtype_is_promoted_as_theirs_is(old, dtype):
     x, v = torch.randn(3, 2, 5).mul(2).half(), torch.randn(2, 5).to(dtype)

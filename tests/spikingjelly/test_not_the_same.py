@@ -67,6 +67,7 @@ def with_part(sj, part):
     return made(Mine, sj)
 
 
+@pytest.mark.one_in(2)
 def test_a_part_is_looked_at_too(sj):
     node = with_part(sj, Part)
     assert assert_like_stock(node, X).treatment == "analytic"
@@ -174,6 +175,7 @@ class Plain:
         self.v = self.v + x
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("own", [True, False], ids=["written", "inherited"])
 @pytest.mark.parametrize("multi", [False, True], ids=["steps", "sequences"])
 def test_a_method_set_on_the_instance(sj, own, multi):
@@ -237,6 +239,7 @@ def test_a_subclass_of_a_subclass(sj):
     assert assert_like_stock(made(other, sj, v_reset=None), X).treatment == "generic replay"
 
 
+@pytest.mark.one_in(2)
 def test_a_surrogate_that_is_exchanged(sj):
     node = made(type("Mine", (Plain, simple(sj)), {}), sj)
 
@@ -292,6 +295,7 @@ def test_a_surrogate_of_a_users_is_a_part_of_its_neuron(sj):
     assert rev.treatment == "analytic"
 
 
+@pytest.mark.one_in(2)
 def test_empty_batches_and_single_steps(sj):
     multi = True
     node = made(type("Mine", (Plain, sequences(sj)), {}), sj, multi=multi)
@@ -317,6 +321,7 @@ def test_a_factor_that_a_tensor_holds(sj):
     assert assert_like_stock(made(Mine, sj), X).treatment == "generic replay"
 
 
+@pytest.mark.one_in(2)
 def test_terms_in_another_order_where_they_lie_otherwise(sj):
     """``x + v`` has the values of ``v + x``, and is laid out as x is."""
 
@@ -340,6 +345,7 @@ def test_sequences_alone_are_no_claim():
         assert assert_like_stock(made(Mine, sj, multi=multi), X, multi=multi).treatment == "generic replay"
 
 
+@pytest.mark.one_in(2)
 def test_on_the_grid_other_equations_for_another_shape(sj):
     class Mine(sj.neuron.SimpleBaseNode if sj.version == "2.0" else sj.neuron.BaseNode):
         tau = 2.0

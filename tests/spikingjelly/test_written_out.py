@@ -109,21 +109,22 @@ def steps(sj):
     return Stepped
 
 
-@pytest.mark.one_in(6)
+@pytest.mark.one_in(10)
+@pytest.mark.parametrize(
+    ("v_reset", "detach_reset"), [(0.0, False), (0.0, True), (None, True), (-0.2, False)]
+)
 @pytest.mark.parametrize("written", [charges, undecayed, resets, fires, steps])
 @pytest.mark.parametrize("multi", [False, True], ids=["steps", "sequences"])
-def test_what_is_the_same_is_proved(sj, written, multi):
+def test_what_is_the_same_is_proved(sj, written, multi, v_reset, detach_reset):
     if multi and sj.version == "0.0.0.0.12":
         pytest.skip("it is a type there, which has no step of its own")
-    cls, found = written(sj), []
-    for v_reset, detach_reset in [(0.0, False), (0.0, True), (None, True), (-0.2, False)]:
-        node = made(cls, sj, multi=multi, v_reset=v_reset, detach_reset=detach_reset, v_threshold=0.7)
-        for given in ((X,), (X.transpose(1, 2), V.transpose(0, 1))):
-            converted = assert_like_stock(node, *given, multi=multi)
-            found.append((v_reset, getattr(converted, "treatment", "") == "analytic"))
+    node = made(written(sj), sj, multi=multi, v_reset=v_reset, detach_reset=detach_reset, v_threshold=0.7)
     # A charge that pulls to zero is another where the membrane rests elsewhere.
     pulls_to_zero = written in (undecayed, steps)
-    assert found == [(v_reset, not (pulls_to_zero and v_reset)) for v_reset, _ in found]
+    for given in ((X,), (X.transpose(1, 2), V.transpose(0, 1))):
+        converted = assert_like_stock(node, *given, multi=multi)
+        proved = getattr(converted, "treatment", "") == "analytic"
+        assert proved == (not (pulls_to_zero and v_reset))
 
 
 def test_sequences_of_the_release_with_two_types():
@@ -165,6 +166,7 @@ def test_a_learned_leak(sj):
     assert_like_stock(srp.restore(converted), X, multi=multi)
 
 
+@pytest.mark.one_in(2)
 def test_other_dtypes_shapes_and_surrogates(sj):
     cls = charges(sj)
     for dtype, function in [(torch.float64, "Sigmoid"), (torch.bfloat16, "ATan")]:
@@ -175,6 +177,7 @@ def test_other_dtypes_shapes_and_surrogates(sj):
         assert_like_stock(made(cls, sj), X, V)
 
 
+@pytest.mark.one_in(2)
 def test_in_loops_they_run_on_the_grid(sj):
     net = nn.Sequential(nn.Linear(5, 6), made(charges(sj), sj), nn.Linear(6, 3), made(steps(sj), sj))
     srp.convert_to_reversible(net)
@@ -193,6 +196,7 @@ def test_in_loops_they_run_on_the_grid(sj):
         assert torch.equal(a, b)
 
 
+@pytest.mark.one_in(2)
 def test_it_holds_what_the_known_one_holds(sj):
     def held(cls):
         node = made(cls, sj, multi=sj.version != "0.0.0.0.12", detach_reset=True)
@@ -346,6 +350,7 @@ def wrong(sj):
 NAMES = [cls.__name__ for cls in wrong(modules("2.0"))]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_what_differs_is_not_proved(sj, name):
     cls, why = next((cls, why) for cls, why in wrong(sj).items() if cls.__name__ == name)
@@ -421,6 +426,7 @@ CHANGES = [(ReadsANumber, _factor, False), (ReadsANumber, _a_charge_of_its_own, 
            (InTraining, _evaluation, False)]  # fmt: skip
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("mixin", "change", "still"), CHANGES)
 def test_what_it_reads_is_looked_at_again(sj, mixin, change, still, monkeypatch):
     monkeypatch.setitem(globals(), "GAIN", 1.0)
@@ -431,6 +437,7 @@ def test_what_it_reads_is_looked_at_again(sj, mixin, change, still, monkeypatch)
     assert (converted.treatment == "analytic") == still
 
 
+@pytest.mark.one_in(2)
 def test_a_branch_on_the_shape(sj):
     cls = type("Mine", (ByTheSteps, against(sj)), {})
     node = made(cls, sj)
@@ -452,6 +459,7 @@ def test_code_that_is_exchanged_is_seen(sj):
     assert converted.treatment == "generic replay"
 
 
+@pytest.mark.one_in(2)
 def test_on_the_grid_a_branch_is_seen_too(sj):
     cls = type("Mine", (ByTheSteps, against(sj)), {})
     net = srp.convert_to_reversible(nn.Sequential(nn.Linear(5, 5), made(cls, sj)))
@@ -479,6 +487,7 @@ def test_a_step_that_stays_stock_says_why():
     assert "sets an attribute, calls" in report["1"]
 
 
+@pytest.mark.one_in(2)
 def test_what_was_proved_does_not_keep_a_neuron(sj):
     node = srp.convert_to_reversible(made(charges(sj), sj), arithmetic="stock")
     outcome(node, X)

@@ -114,7 +114,7 @@ ZOO = {
 }
 
 
-@pytest.mark.one_in(6)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize("name", ZOO)
 @pytest.mark.parametrize("mode", ["memory", "speed"])
 def test_spikingjelly_models(name, mode):
@@ -168,6 +168,7 @@ def test_spikingjelly_recurrent_cells(kind):
     assert settings_of(converted).stays_stock
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("arithmetic", ASSERT_ALIKE)
 def test_single_step_resnet_in_a_users_loop(arithmetic):
     from torch import nn

@@ -88,6 +88,7 @@ def compare(make, arithmetic, write, x_seq):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("write", WRITES)
 @pytest.mark.parametrize("make", [of_snntorch, of_spikingjelly])
 @pytest.mark.parametrize("arithmetic", ["stock", "auto"])
@@ -146,6 +147,7 @@ class WithAHead(nn.Module):
         return self.head(self.state()) + spikes.sum()
 
 
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize(("write", "around"), [(clamp, False), (clamp, True), (by_numpy, False)])
 @pytest.mark.parametrize("kind", HIDDEN.values(), ids=HIDDEN)
 @pytest.mark.parametrize("arithmetic", ["stock", "auto"])

@@ -206,6 +206,7 @@ SCRIPTS = [
 ]
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", NEURONS)
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_it_is_stocks(script, name, device):

@@ -174,6 +174,7 @@ def interrupt_everywhere(name, opcodes, most):
     print(f"{name}: {tried} interrupts")
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("opcodes", [False, True], ids=["lines", "opcodes"])
 def test_the_next_step_is_a_fresh_ones(name, opcodes):

@@ -34,6 +34,7 @@ def test_currents_of_one_layer_are_computed_once(neuron, least, steps):
     assert times_less(net, spikes(steps))[0] > least
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("steps", [20, 32, 200])
 def test_a_long_loop_keeps_one_step_in_many(steps):
     net = Alternating(scan, [Scale(128) for _ in range(3)])

@@ -102,7 +102,7 @@ def kept(model):
     return [list(plan.kept) for plan in settings_of(model).plans.by_first.values() if plan is not None]
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_the_peak_is_memory_s_and_products_run_once_where_it_leaves_room(network):
     build, shape, runs_less = NETWORKS[network]

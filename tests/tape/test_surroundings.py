@@ -97,6 +97,7 @@ COUNTERS = {
 }
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("counter", [*COUNTERS, "any"])
@@ -108,6 +109,7 @@ def test_counters_without_a_gradient(make, settings, counter):
     assert found[0] == found[1] and found[0]
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("counter", COUNTERS)
@@ -163,6 +165,7 @@ def fresh(net):
     utils.reset(net)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("make", [multi_step, Loop, hidden])
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -182,6 +185,7 @@ def test_a_trace_is_stocks(make, settings, grad):
         assert torch.equal(stock, ours)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("how", ["export", "make_fx"])

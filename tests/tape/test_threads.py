@@ -118,6 +118,7 @@ def _threads_take_turns_often():
     sys.setswitchinterval(before)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.usefixtures("_threads_take_turns_often")
 @pytest.mark.parametrize("make", [of_spikingjelly, OfSnnTorch])
 @pytest.mark.parametrize("arithmetic", ["stock", "auto"])

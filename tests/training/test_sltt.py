@@ -179,6 +179,7 @@ def assert_same_buffers(a, b):
         assert torch.equal(x, y), name
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("convert", [False, True], ids=["stock", "converted"])
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("steps", [1, 7])
@@ -587,6 +588,7 @@ def states_of(model):
     return kept
 
 
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("name", ["LIF", "multi-step", "Leaky", "recurrent", "own module"])
 @pytest.mark.parametrize("loss_on", ["step", "mean"])
 @pytest.mark.parametrize("fails_at", [0, 1, 4])

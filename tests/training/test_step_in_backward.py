@@ -294,6 +294,7 @@ def test_accumulation_is_refused_before_it_adds():
     optimizer.step()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "read",
     [
