@@ -18,6 +18,10 @@ FUZZ_SECONDS ?= 3600
 export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 1099511627776
 
+# What is compiled from source is kept: without, each process of the tests that imports torch compiles it anew,
+# several seconds of a core.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help venv demo test full wheel notebooks browser matrix lint format types docs unit slow fuzz bench quick clean
 
 help:  ## list the targets
