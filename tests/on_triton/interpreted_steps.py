@@ -77,6 +77,7 @@ def check(step: decays.Step, u: torch.Tensor, current: torch.Tensor, threshold) 
     assert same_bits(gated, current * threshold * (1 - spikes))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("reset", RESETS)
 @pytest.mark.parametrize("beta", BETAS)
 def test_units_of_every_kind_are_rounded_and_rebuilt(beta, reset):
@@ -131,6 +132,7 @@ def test_sizes(n, reset):
     check(step_of(float(torch.tensor(0.9)), reset, 0.5), on_grid(n), torch.randn(n), 0.5)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("reset", RESETS)
 @pytest.mark.parametrize("smallest", [0.6, 0.4, 0.01])
 def test_a_beta_and_a_threshold_for_each_neuron(smallest, reset):
@@ -142,6 +144,7 @@ def test_a_beta_and_a_threshold_for_each_neuron(smallest, reset):
     check(one, on_grid(n, 4.0), torch.randn(n), torch.tensor(0.75))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("to", [None, 0.0, -0.25, 1.5])
 @pytest.mark.parametrize(("n", "size", "each"), [(0, 1.0, False), (1, 1.0, False), (333, 40.0, True)])
 def test_resets_at_once_by_themselves_and_with_their_charge(n, size, each, to):
@@ -323,6 +326,7 @@ def test_gradients_of_a_step(to, detach):
             assert same_bits(by_v, by_x)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("beta", [1.0, 0.8, 0.3])
 @pytest.mark.parametrize("to", [None, 0.0, -0.25])
 def test_a_step_is_undone_with_its_gradients(to, beta):
