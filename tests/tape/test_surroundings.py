@@ -9,6 +9,7 @@ import torch
 from snntorch import utils
 from spikingjelly.activation_based import functional, layer, neuron, op_counter
 from torch import nn
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -229,3 +230,36 @@ def test_symbolic_traces(settings):
             graph = torch.fx.GraphModule(net, Leaves().trace(net))
         outputs.append(graph(x_seq))
     assert torch.equal(*outputs)
+
+
+class Straight(nn.Module):
+    """A surrogate of torch's operations, which have formulas in forward mode too."""
+
+    def forward(self, x):
+        soft = torch.sigmoid(4 * x)
+        return (x > 0).float() + soft - soft.detach()
+
+
+class Readout(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.lif = nn.Linear(6, 8), snntorch.Leaky(beta=0.9, spike_grad=Straight())
+
+    def forward(self, x_seq):
+        mem, total = self.lif.init_leaky(), 0
+        for x in x_seq:
+            spikes, mem = self.lif(self.fc(x), mem)
+            total = total + spikes
+        return total
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_gradients_in_forward_mode(settings):
+    net, converted = pair(Readout, settings)
+    x, direction = torch.rand(3, 2, 6), torch.rand(3, 2, 6)
+    found = []
+    for model in (net, converted):
+        with forward_ad.dual_level():
+            found.append(forward_ad.unpack_dual(model(forward_ad.make_dual(x, direction))))
+    (primal, tangent), (ours, ours_along) = found
+    assert torch.equal(primal, ours) and torch.equal(tangent, ours_along) and tangent.any()

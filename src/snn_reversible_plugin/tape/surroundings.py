@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from snn_reversible_plugin.ops.interrupts import Switch
@@ -51,10 +52,13 @@ def to_be_repeated() -> AbstractContextManager[None]:
 def runs_eagerly() -> bool:
     """Whether operations are computed here as they are called, and nobody has to see stock's.
 
-    No compiler, no tracer, no ``torch.func`` transform, and none of the modes in the note above.
+    No compiler, no tracer, no ``torch.func`` transform, no gradient in forward mode, and none of the modes
+    in the note above.
     """
     if torch.compiler.is_compiling() or torch._C._is_tracing() or _transforms() is not None:
         return False
+    if forward_ad._current_level >= 0:
+        return False  # the functions of this package have formulas for the backward alone
     for at in range(_depth()):
         if not isinstance(_mode_at(at), OwnMode):
             return not _is_watched()
