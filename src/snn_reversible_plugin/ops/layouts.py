@@ -14,15 +14,35 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
+STRIDED = torch.strided
+NO_DISPATCH = Tensor.__torch_dispatch__
+"""Of a tensor that is computed with as it is; a class that has another wraps tensors of its own."""
+
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor has a storage of its own kind: not sparse, not opaque."""
-    return tensor.layout is torch.strided
+    """Whether a tensor's values stand in a storage of its own: it is not sparse, not opaque, no wrapper
+    around others (a nested one, what tensor parallelism and quantized training make). Who asks of each
+    operation of each step writes it out, without a call."""
+    return tensor.layout is STRIDED and type(tensor).__torch_dispatch__ is NO_DISPATCH
 
 
 def storage_key(tensor: Tensor) -> int:
     """Identifies a live storage."""
     return tensor.untyped_storage()._cdata
+
+
+def parts_in_memory(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The plain tensors that one is made of: itself; values and places of a sparse one; of others none."""
+    if is_plain(tensor):
+        return (tensor,)
+    if tensor.layout is torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    return ()
+
+
+def size_in_bytes(tensor: Tensor) -> int:
+    """Bytes of a tensor's elements, and of their places where it is sparse."""
+    return sum(part.nbytes for part in parts_in_memory(tensor))
 
 
 def is_dense(tensor: Tensor) -> bool:

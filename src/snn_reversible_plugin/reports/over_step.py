@@ -23,7 +23,7 @@ from torch import nn
 
 from snn_reversible_plugin.modules.tracking import tracked
 from snn_reversible_plugin.ops.allocations import Allocation, mark
-from snn_reversible_plugin.ops.layouts import is_plain
+from snn_reversible_plugin.ops.layouts import parts_in_memory
 from snn_reversible_plugin.reports.measure import AllocationCounter
 from snn_reversible_plugin.reports.trial import tensors_in
 from snn_reversible_plugin.training.step_in_backward import SteppedGradient
@@ -226,8 +226,6 @@ class _Marks:
 
 def _dense_parts(gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors with a storage that a gradient is made of."""
-    if gradient.is_sparse:
-        return gradient._indices(), gradient._values()
-    if isinstance(gradient, SteppedGradient):  # it is used, and freed
-        return ()
-    return (gradient,) if is_plain(gradient) else ()
+    return (
+        () if isinstance(gradient, SteppedGradient) else parts_in_memory(gradient)
+    )  # it is used, and freed

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from snn_reversible_plugin.ops.layouts import is_plain, storage_key
+from snn_reversible_plugin.ops.layouts import is_plain, parts_in_memory, storage_key
 from snn_reversible_plugin.reports.trial import Step, tensors_in
 from snn_reversible_plugin.tape.findings import Findings, FoundBits, KeptInFull
 from snn_reversible_plugin.tape.handles import Handle, storage_once
@@ -41,7 +41,9 @@ class SavedByStock:
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
         size = storage_once(tensor, self._seen)
         if size:
-            name, _ = self._returned.get(storage_key(tensor), (self.where or "model", None))
+            keys = map(storage_key, parts_in_memory(tensor))
+            names = [self._returned[key][0] for key in keys if key in self._returned]
+            name = names[0] if names else self.where or "model"
             self.held[name] += size
         return tensor.detach()
 

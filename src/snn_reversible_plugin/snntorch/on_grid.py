@@ -31,6 +31,7 @@ from snn_reversible_plugin.neurons.on_grid.resets import ResetByGiven, Undelayed
 from snn_reversible_plugin.neurons.on_grid.step import Parameters, Stepped, step
 from snn_reversible_plugin.neurons.surrogates import of_users
 from snn_reversible_plugin.ops.devices import may_look
+from snn_reversible_plugin.ops.layouts import NO_DISPATCH
 from snn_reversible_plugin.snntorch import neurons
 from snn_reversible_plugin.snntorch.last_reset import LastReset, leave_less
 from snn_reversible_plugin.snntorch.steps import (
@@ -196,7 +197,7 @@ def _check_dtypes(spec: Spec, settings: Settings, input_: Tensor, states: dict[s
     membrane, whatever it was; an operation in place leaves it its dtype.
     """
     for tensor in (input_, *states.values()):  # at each step: without a generator's calls
-        if tensor.dtype is not torch.float32:
+        if tensor.dtype is not torch.float32 or type(tensor).__torch_dispatch__ is not NO_DISPATCH:
             break
     else:
         return

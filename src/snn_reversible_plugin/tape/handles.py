@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from snn_reversible_plugin.ops.autocast import without_autocast
-from snn_reversible_plugin.ops.layouts import storage_key
+from snn_reversible_plugin.ops.layouts import NO_DISPATCH, STRIDED, is_plain, parts_in_memory, storage_key
 from snn_reversible_plugin.tape.unseen import Unseen, WrittenUnseen, checksum, of_value
 
 
@@ -122,8 +122,10 @@ def stored_once(key: int, size: int, seen: set[int]) -> int:
 
 
 def storage_once(tensor: torch.Tensor, seen: set[int]) -> int:
-    """Bytes of a tensor's storage, if it is not in ``seen`` yet."""
-    return stored_once(storage_key(tensor), tensor.untyped_storage().nbytes(), seen)
+    """Bytes of a tensor's storage, or of those that it is made of, if they are not in ``seen`` yet."""
+    if tensor.layout is STRIDED and type(tensor).__torch_dispatch__ is NO_DISPATCH:
+        return stored_once(storage_key(tensor), tensor.untyped_storage().nbytes(), seen)
+    return sum(storage_once(part, seen) for part in parts_in_memory(tensor))
 
 
 class Exposure:
@@ -188,9 +190,16 @@ class Kept(Handle):
             return self.exposure.value(self), False
         if self.version >= 0 and self.tensor._version != self.version:
             self.check_version()
-        if self.parameter and self.tensor.numel() and not self.tensor.untyped_storage().nbytes():
+        tensor = self.tensor
+        if (
+            self.parameter
+            and tensor.layout is STRIDED
+            and tensor.numel()
+            and not tensor.untyped_storage().nbytes()
+            and is_plain(tensor)
+        ):
             raise RuntimeError(
-                f"{self.where or 'the model'}: a parameter of shape {tuple(self.tensor.shape)} was let go "
+                f"{self.where or 'the model'}: a parameter of shape {tuple(tensor.shape)} was let go "
                 "of when its layer had run, and a neuron's backward computes that layer again. Shard "
                 "with fully_shard(layer, reshard_after_forward=False), or the converted model as a whole."
             )
@@ -280,7 +289,7 @@ _local = threading.local()
 
 def note_ownership(value: torch.Tensor, owned: bool) -> None:
     """Remember for :func:`owns` whether the value that is about to be handed out is the caller's."""
-    if value.layout is not torch.strided:
+    if value.layout is not STRIDED or type(value).__torch_dispatch__ is not NO_DISPATCH:
         return
     fresh = _local.__dict__.setdefault("fresh", {})
     if len(fresh) > 64:

@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 
-from snn_reversible_plugin.ops.layouts import is_plain, storage_key
+from snn_reversible_plugin.ops.layouts import NO_DISPATCH, STRIDED, is_plain, storage_key
 from snn_reversible_plugin.tape.handles import Handle
 from snn_reversible_plugin.tape.spans import ANY, Span
 
 OUTSIDE: Any = object()
-_STRIDED = torch.strided
 
 
 # NOTE [When an entry holds]
@@ -70,8 +69,8 @@ def enter(
     """Write down a tensor's handle, and what is known of its values. A new view gets the version counter of
     its ``base`` only after the operation has returned, so the base is asked. ``ended``: it is a state whose
     history is no longer wanted."""
-    if tensor.layout is not _STRIDED:
-        return
+    if tensor.layout is not STRIDED or type(tensor).__torch_dispatch__ is not NO_DISPATCH:
+        return  # see is_plain
     entry = _Entry(tensor, _drop_handle)
     entry.handle, entry.span, entry.ended = handle, span, ended
     counted = tensor if base is None else base

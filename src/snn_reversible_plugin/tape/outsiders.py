@@ -9,10 +9,10 @@ import weakref
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
+from snn_reversible_plugin.ops.layouts import NO_DISPATCH, STRIDED
 from snn_reversible_plugin.tape.handles import Kept
-
-_STRIDED = torch.strided
 
 
 class Outsiders:
@@ -40,8 +40,9 @@ class Outsiders:
             self._latest_view = tensor, kept
         if kept is not None and kept.version == tensor._version:
             # Whether what is kept is this view, and was not copied away since.
-            mine, strided = kept.tensor, tensor.layout is _STRIDED
-            if (mine.data_ptr() == tensor.data_ptr()) if strided else (mine is tensor):
+            mine = kept.tensor
+            plain = tensor.layout is STRIDED and type(tensor).__torch_dispatch__ is NO_DISPATCH
+            if (mine.data_ptr() == tensor.data_ptr()) if plain else (mine is tensor):
                 return kept
         self._latest_view = None, None
         return None
@@ -62,7 +63,8 @@ class Outsiders:
 
 
 def _key(tensor: torch.Tensor) -> Any:
-    if tensor.is_leaf or tensor.layout is not _STRIDED:
+    plain = tensor.layout is STRIDED and type(tensor).__torch_dispatch__ is NO_DISPATCH
+    if tensor.is_leaf or not plain:
         return id(tensor)
     bits = tensor.is_conj(), tensor.is_neg()
     # The storage's key, as this is asked for each operand of each step: without another call.
@@ -83,6 +85,9 @@ _Unseen, _Set = torch._C._DisableTorchDispatch, torch._C._SetExcludeDispatchKeyG
 
 def alias(tensor: torch.Tensor) -> torch.Tensor:
     """The same storage and version counter, without the tensor's place in the graph."""
+    if type(tensor).__torch_dispatch__ is not NO_DISPATCH:
+        with _disable_current_modes():  # its class says what it is without that place
+            return tensor.detach()
     if _is_excluded(_VIEWS):
         with _Unseen(), _Set(_VIEWS, False):
             return tensor.detach()

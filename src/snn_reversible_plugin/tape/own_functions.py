@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from snn_reversible_plugin.ops.layouts import STRIDED, size_in_bytes
 from snn_reversible_plugin.tape.copies import copy_of
 from snn_reversible_plugin.tape.handles import Handle, Kept
 from snn_reversible_plugin.tape.operators import Kind, Operator
@@ -100,8 +101,11 @@ def is_from_bits(handle: Replayed, size: int) -> bool:
         one = waiting.pop()
         if isinstance(one, Replayed) and one.products:
             return False
-        if isinstance(one, Kept) and 8 * one.tensor.nbytes >= size:
-            return False
+        if isinstance(one, Kept):
+            kept = one.tensor
+            held = kept.nbytes if kept.layout is STRIDED else size_in_bytes(kept)
+            if 8 * held >= size:
+                return False
         more = [operand for operand in one.relies_on() if operand not in seen]
         seen.update(more)
         waiting += more

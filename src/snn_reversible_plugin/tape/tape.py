@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from snn_reversible_plugin.ops.layouts import is_plain, storage_key
+from snn_reversible_plugin.ops.layouts import NO_DISPATCH, STRIDED, is_plain, storage_key
 from snn_reversible_plugin.tape.as_stock import ByStorage, by_reference, follow, is_stocks
 from snn_reversible_plugin.tape.by_values import packed_by_values
 from snn_reversible_plugin.tape.carried import owe, pay
@@ -377,10 +377,10 @@ class Tape(Recording):
     def _remember(self, kept: Kept) -> None:
         if self.where is not None:
             kept.where = self.where
-        if kept.tensor.layout is torch.strided:
-            self.kept_by_storage.setdefault(kept.tensor.untyped_storage()._cdata, []).append(
-                weakref.ref(kept)
-            )
+        tensor = kept.tensor
+        if tensor.layout is STRIDED and type(tensor).__torch_dispatch__ is NO_DISPATCH:
+            storage = tensor.untyped_storage()._cdata
+            self.kept_by_storage.setdefault(storage, []).append(weakref.ref(kept))
 
     def _enter(
         self,

@@ -38,6 +38,8 @@ def checksum(tensor: torch.Tensor) -> torch.Tensor:
     Which of the many NaN an operation gives is nobody's promise, and may hang on the place in a vector.
     """
     tensor = tensor.detach()
+    if tensor.is_nested:
+        tensor = tensor.contiguous().values()
     if tensor.is_floating_point():
         tensor = tensor.masked_fill(tensor.isnan(), torch.nan)
     words = tensor.contiguous().reshape(-1).view(torch.uint8).to(torch.int64)

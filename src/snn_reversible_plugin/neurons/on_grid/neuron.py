@@ -22,6 +22,7 @@ from snn_reversible_plugin.modules.swap import STRICT, SwappedClass
 from snn_reversible_plugin.neurons.on_grid import switches
 from snn_reversible_plugin.ops import devices
 from snn_reversible_plugin.ops.devices import may_look
+from snn_reversible_plugin.ops.layouts import is_plain
 
 # NOTE [Leaving the grid, and coming back]
 #
@@ -163,12 +164,14 @@ _warned: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def check_dtypes(x: Tensor, *states: Tensor) -> None:
-    """Refuse an input and states of which stock would make states that are not float32.
+    """Refuse an input and states of which stock would make states that are not float32, or no tensors.
 
     Raises:
-        OffGrid: naming the dtype.
+        OffGrid: naming the dtype, or the class.
     """
     for tensor in (x, *states):
+        if not is_plain(tensor):
+            raise OffGrid(f"A step on the grid takes plain tensors, not {type(tensor).__name__}.")
         if not tensor.is_floating_point() or tensor.dtype is torch.float64:
             raise OffGrid(
                 f"A step on the grid takes floating-point numbers up to float32, not {tensor.dtype}."
