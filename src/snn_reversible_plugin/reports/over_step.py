@@ -226,6 +226,5 @@ class _Marks:
 
 def _dense_parts(gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors with a storage that a gradient is made of."""
-    return (
-        () if isinstance(gradient, SteppedGradient) else parts_in_memory(gradient)
-    )  # it is used, and freed
+    is_freed = isinstance(gradient, SteppedGradient)
+    return () if is_freed else parts_in_memory(gradient)
