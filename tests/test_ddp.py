@@ -250,3 +250,56 @@ def test_replicas_of_data_parallel(monkeypatch):
         found.append([*outputs, *(p.grad for p in net.parameters())])
     for a, b in zip(*found, strict=True):
         assert torch.equal(a, b)
+
+
+class Split(nn.Module):
+    """A loop whose first layer is split by columns, and the second by rows."""
+
+    def __init__(self, lif, node):
+        super().__init__()
+        self.fc1, self.lif, self.fc2, self.node = nn.Linear(6, 8), lif, nn.Linear(8, 4), node
+
+    def forward(self, x_seq):
+        functional.reset_net(self)
+        mem, total = self.lif.init_leaky(), 0
+        for x in x_seq:
+            spikes, mem = self.lif(self.fc1(x), mem)
+            total = total + self.node(self.fc2(spikes))
+        return total + self.node.v
+
+
+def train_split(rank):
+    """For whether neurons get DTensors, and whether the layers are split after the conversion: whether two
+    steps leave the stock network's parameters."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (2,))
+    found = {}
+    for local in (True, False):
+        for late in (True, False):
+            parameters = []
+            for converts in (False, True):
+                torch.manual_seed(0)
+                net = Split(snntorch.Leaky(beta=0.9), neuron.LIFNode())
+                plan = {"fc1": ColwiseParallel(use_local_output=local), "fc2": RowwiseParallel()}
+                if converts and late:
+                    srp.convert_to_reversible(net, arithmetic="stock")
+                parallelize_module(net, mesh, plan)
+                if converts and not late:
+                    srp.convert_to_reversible(net, arithmetic="stock")
+                optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+                torch.manual_seed(1)
+                for _ in range(2):
+                    optimizer.zero_grad()
+                    net(torch.rand(5, 3, 6) * 2).square().sum().backward()
+                    optimizer.step()
+                parameters.append([p.full_tensor() for p in net.parameters()])
+            found[local, late] = all(torch.equal(a, b) for a, b in zip(*parameters, strict=True))
+    return found
+
+
+@pytest.mark.one_in(2)
+def test_layers_that_are_split_over_processes(tmp_path):
+    expected = {(local, late): True for local in (True, False) for late in (True, False)}
+    assert together(tmp_path, train_split) == 2 * [expected]
