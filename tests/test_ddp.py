@@ -299,7 +299,6 @@ def train_split(rank):
     return found
 
 
-@pytest.mark.one_in(2)
 def test_layers_that_are_split_over_processes(tmp_path):
     expected = {(local, late): True for local in (True, False) for late in (True, False)}
     assert together(tmp_path, train_split) == 2 * [expected]
