@@ -461,3 +461,32 @@ def test_a_loop_longer_than_the_stack_is_deep_trains():
                 total = total + (v * v).mean()
         found.append(torch.autograd.grad(total, weight)[0])
     torch.testing.assert_close(*found)
+
+
+def test_values_that_are_used_twice_again_and_again_are_looked_at_once():
+    """As many ways lead to the first as there are subsets of the uses, which nobody lives to go through."""
+    torch.manual_seed(0)
+    start = torch.randn(64, 8, 8)
+    found = []
+    for mode in ("minimal", None):
+        x, v = start.clone().requires_grad_(), torch.zeros(())
+        with nullcontext() if mode is None else tape.recording(mode):
+            v = x
+            for _ in range(24):
+                v = v * 0.5 + v.sin()
+            loss = (v * v).sum()
+        found.append(torch.autograd.grad(loss, x)[0])
+    torch.testing.assert_close(*found)
+
+
+def test_recipes_of_other_operations_have_proofs_of_their_own():
+    aten, x = torch.ops.aten, Kept(torch.rand(8, 8))
+
+    def signature(factors, one_and_the_same=False):
+        products = [Replayed(aten.mul.Tensor, (x, factor), {}) for factor in factors]
+        both = [products[0], products[0 if one_and_the_same else 1]]
+        return cut._signature(Replayed(aten.cat.default, (both, 0), {}))
+
+    assert signature((2.0, 2.0)) == signature((2.0, 2.0))
+    assert signature((2.0, 2.0)) != signature((2.0, 3.0))
+    assert signature((2.0, 2.0)) != signature((2.0, 2.0), one_and_the_same=True)

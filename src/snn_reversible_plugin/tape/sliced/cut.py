@@ -351,21 +351,28 @@ def _groups(size: torch.Size, handle: Handle) -> Iterator[tuple[int, int]]:
 
 
 def _signature(handle: Any) -> Any:
-    """What decides the kernels of a recipe."""
-    if handle.__class__ in PLAIN:
-        return (
-            handle.func,
-            handle.index,
-            tuple(_signature(arg) for arg in handle.args),
-            tuple((name, _signature(arg)) for name, arg in handle.kwargs.items()),
-        )
-    if isinstance(handle, Kept):
-        return handle.tensor.shape, handle.tensor.stride(), handle.tensor.dtype, handle.tensor.device
-    if isinstance(handle, Packed):
-        return handle.size, handle.stride, handle.dtype
-    if isinstance(handle, Handle):
-        return handle.__class__
-    return repr(handle)
+    """What decides the kernels of a recipe: each operation once, as many ways may lead to it."""
+    operations: list[Any] = []
+    return _noted(handle, {}, operations), tuple(operations)
+
+
+def _noted(value: Any, numbers: dict[Handle, int], operations: list[Any]) -> Any:
+    """What stands for a value: the number of its operation, which is written down, or what it is."""
+    if value.__class__ in PLAIN:
+        if value not in numbers:
+            of_args = [_noted(arg, numbers, operations) for arg in (*value.args, *value.kwargs.values())]
+            numbers[value] = len(operations)
+            operations.append((value.func, value.index, *value.kwargs, *of_args))
+        return numbers[value]
+    if isinstance(value, (list, tuple)):
+        return tuple(_noted(one, numbers, operations) for one in value)
+    if isinstance(value, Kept):
+        return value.tensor.shape, value.tensor.stride(), value.tensor.dtype, value.tensor.device
+    if isinstance(value, Packed):
+        return value.size, value.stride, value.dtype
+    if isinstance(value, Handle):
+        return value.__class__
+    return repr(value)
 
 
 def parts_of(*cuts: Cut, nbytes: int = 0) -> Iterator[tuple[Part, dict[Handle, Tensor]]]:
