@@ -76,7 +76,8 @@ def _known(times: list[int]) -> tuple[int, int]:
 
 def _values(case: pytest.Item) -> list[tuple[str, int]]:
     """Its parameters' values, which are the same objects in all cases of a test."""
-    return [(name, id(value)) for name, value in case.callspec.params.items()]
+    callspec = getattr(case, "callspec", None)
+    return [] if callspec is None else [(name, id(value)) for name, value in callspec.params.items()]
 
 
 # Of snnTorch 0.9.1: Synaptic mistakes its membrane for its current, and heaviside can't be called.

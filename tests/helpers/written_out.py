@@ -8,6 +8,7 @@ from spikingjelly.activation_based import base, neuron, surrogate
 
 import snn_reversible_plugin as srp
 from old_spikingjelly import release
+from one_neuron import outcome
 
 RELEASES = ["0.0.0.0.12", "0.0.0.0.14", "2.0"]
 
@@ -25,22 +26,6 @@ def made(cls, sj, *, multi=False, **settings):
     if hasattr(node, "step_mode"):
         node.step_mode = "m" if multi else "s"
     return node
-
-
-def outcome(node, x, v=None, calls=2, multi=False):
-    """Outputs, states and gradients of calls of a neuron, one after the other."""
-    node.reset()
-    node.zero_grad()
-    x = x.detach().clone().requires_grad_()
-    if v is not None:
-        v = v.detach().clone().requires_grad_()
-        node.v = v
-    seen = []
-    for _ in range(calls):
-        seen += [node(x) if multi else torch.stack([node(step) for step in x]), node.v]
-    weights = [torch.linspace(-1, 1, t.numel()).view_as(t).to(t) for t in seen]
-    sum((t * w).sum() for t, w in zip(seen, weights, strict=True)).backward()
-    return [*seen, x.grad, None if v is None else v.grad, *(p.grad for p in node.parameters())]
 
 
 def same(a, b):

@@ -11,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import snn_reversible_plugin as srp
 from as_cuda import as_cuda
-from between_casts import as_specified, called
-from between_casts import outcome as outcome_of
+from between_casts import as_specified
 from interpreted import libdevice
 from old_spikingjelly import HOMES, make, release
+from one_neuron import outcome
 from snn_reversible_plugin.grid.step import triton_gradient_kernels
 from snn_reversible_plugin.neurons.integrate_fire import on_device, on_triton
 from snn_reversible_plugin.neurons.integrate_fire.reference import (
@@ -27,7 +27,7 @@ from snn_reversible_plugin.neurons.integrate_fire.reference import (
     sequence_vjp,
 )
 from snn_reversible_plugin.spikingjelly.surrogates import as_autograd
-from written_out import outcome, same
+from written_out import same
 
 KINDS = {"IFNode": {}, "LIFNode": {"tau": 1.7}, "ParametricLIFNode": {"init_tau": 1.7}}
 # A CPU's sigmoid has an exponential of its own, so no kernel is taken for it.
@@ -113,9 +113,9 @@ def test_fused_sequences(version, kind, launches, monkeypatch):
         srp.convert_to_reversible(ours, arithmetic="fused")
         x = (torch.randn(1 if number in (4, 5) else 3, 2, 11) * 1.5 + 0.4).half()
         how = {"v": torch.randn(2, 11) * 0.5, "calls": 2} if number % 4 >= 2 else {"calls": 1}
-        outcome_of(as_specified, stock, x, **how)  # TorchScript adds up in another order at first
-        before, expected = dict(launches), outcome_of(as_specified, stock, x, **how)
-        found = outcome_of(called, ours, x, **how)
+        outcome(stock, x, run=as_specified, **how)  # TorchScript adds up in another order at first
+        before, expected = dict(launches), outcome(stock, x, run=as_specified, **how)
+        found = outcome(ours, x, multi=True, **how)
         assert [*map(same, expected, found)] == [True] * len(found), (given, type(function).__name__)
         assert all(launches[name] > before[name] for name in launches), (given, type(function).__name__)
         assert (ours.treatment, ours.arithmetic) == ("analytic", "fused")
@@ -126,8 +126,8 @@ def test_fused_sequences_that_are_not_launched_are_formulas(version, launches):
     old = release(version)
     stock, ours = make(old, "LIFNode"), srp.convert_to_reversible(make(old, "LIFNode"), arithmetic="fused")
     x = torch.randn(2, 2, 3, 2, 2).transpose(1, 2).half()
-    outcome_of(as_specified, stock, x)
-    assert all(map(same, outcome_of(as_specified, stock, x), outcome_of(called, ours, x)))
+    outcome(stock, x, run=as_specified)
+    assert all(map(same, outcome(stock, x, run=as_specified), outcome(ours, x, multi=True)))
     assert not any(launches.values()) and ours.arithmetic == "fused"
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 import snn_reversible_plugin as srp
-from between_casts import KINDS, as_specified, called, outcome, settings
+from between_casts import KINDS, as_specified, called, settings
 from old_spikingjelly import HOMES, make, release
+from one_neuron import outcome
 from snn_reversible_plugin.convert import differentiated
 from snn_reversible_plugin.reports.memory_report import _about_neuron
 from written_out import same
@@ -33,8 +34,8 @@ def assert_as_specified(node, *given, run=called, again=2, **how):
     node.reset()
     fused = srp.convert_to_reversible(copy.deepcopy(node), arithmetic="fused")
     for _ in range(again):  # TorchScript adds up in another order when it runs a function first
-        expected = outcome(as_specified, node, *given, **how)
-    found = outcome(run, fused, *given, **how)
+        expected = outcome(node, *given, run=as_specified, **how)
+    found = outcome(fused, *given, run=run, **how)
     assert [*map(same, expected, found)] == [True] * len(expected)
     assert fused.arithmetic == "fused"
     return fused
@@ -117,11 +118,11 @@ def test_set_to_cupy_they_compute_as_torch(old, monkeypatch):
     in_cupy.backend = "cupy"
     x = torch.randn(3, 2, 5).mul(2).half()
     for _ in range(2):
-        expected = outcome(as_specified, node, x)
-    assert all(map(same, expected, outcome(called, in_cupy, x)))
+        expected = outcome(node, x, run=as_specified)
+    assert all(map(same, expected, outcome(in_cupy, x, run=called)))
     with differentiated(in_cupy):
         for _ in range(2):
-            found = outcome(called, in_cupy, x)
+            found = outcome(in_cupy, x, run=called)
     assert all(map(same, expected, found)) and in_cupy.backend == "cupy"
 
 
@@ -219,5 +220,5 @@ def test_what_is_not_in_half_precision_is_stocks(old):
     node = make(old, "LIFNode")
     fused = srp.convert_to_reversible(copy.deepcopy(node), arithmetic="fused")
     x = torch.randn(3, 2, 5) * 2
-    found = [outcome(called, one, x) for one in (node, node, fused)]
+    found = [outcome(one, x, run=called) for one in (node, node, fused)]
     assert all(map(same, found[1], found[2])) and fused.arithmetic == "stock"

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import snn_reversible_plugin as srp
+from one_neuron import outcome
 from snn_reversible_plugin.spikingjelly import written_out as written_out_there
-from written_out import V, X, assert_like_stock, made, modules, outcome, same
+from written_out import V, X, assert_like_stock, made, modules, same
 
 
 @pytest.fixture(autouse=True)

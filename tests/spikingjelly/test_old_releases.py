@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fresh
+import one_neuron
 import snn_reversible_plugin as srp
 from old_spikingjelly import HOMES, folder, make, release
 from snn_reversible_plugin.convert import settings_of
@@ -19,30 +20,12 @@ from snn_reversible_plugin.spikingjelly.copies import InTorch
 
 THREE = {"IFNode": {}, "LIFNode": {"tau": 1.7}, "ParametricLIFNode": {"init_tau": 1.7}}
 RESETS = (0.0, None, -0.2)
+outcome = functools.partial(one_neuron.outcome, calls=1, multi=True)
 
 
 @pytest.fixture(params=HOMES)
 def old(request):
     return release(request.param)
-
-
-def outcome(node, x, v=None, *, multi=True, calls=1):
-    """Outputs, states and gradients of calls of a neuron."""
-    node.reset()
-    node.zero_grad()
-    x = x.detach().clone().requires_grad_()
-    if v is not None:
-        v = v.detach().clone().requires_grad_()
-        node.v = v
-    seen = []
-    for _ in range(calls):
-        seen += [node(x) if multi else torch.stack([node(step) for step in x]), node.v]
-        if multi and isinstance(stored := getattr(node, "v_seq", None), torch.Tensor):
-            seen.append(stored)
-    generator = torch.Generator().manual_seed(1)
-    weights = [torch.randn(t.shape, generator=generator).to(t) for t in seen]
-    sum((t * w).sum() for t, w in zip(seen, weights, strict=True) if t.requires_grad).backward()
-    return [*seen, x.grad, None if v is None else v.grad, *(p.grad for p in node.parameters())]
 
 
 def same(a, b):

@@ -11,8 +11,9 @@ from torch import nn
 
 import snn_reversible_plugin as srp
 from old_spikingjelly import release
+from one_neuron import outcome
 from snn_reversible_plugin.reports.measure import count_step
-from written_out import V, X, assert_like_stock, made, modules, outcome, same
+from written_out import V, X, assert_like_stock, made, modules, same
 
 OTHER = "its step is none of IFNode's, LIFNode's or ParametricLIFNode's, operation by operation"
 
