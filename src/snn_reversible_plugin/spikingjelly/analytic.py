@@ -154,7 +154,8 @@ class Analytic(ServedInTorch):
             spikes = Analytic.forward(self, args[0].float()).to(args[0].dtype)
             _ran_wide.add(self)
             return spikes
-        _ran_wide.discard(self)
+        if not torch.compiler.is_compiling():  # older compilers stop at a weak set
+            _ran_wide.discard(self)
         if not tape.may_record():
             with InTorch(self):  # type: ignore[arg-type]
                 return super().forward(*args, **kwargs)  # type: ignore[misc]
@@ -167,8 +168,7 @@ class Analytic(ServedInTorch):
 
     def reset(self) -> None:
         """Set the states to their reset values."""
-        memories = self.__dict__["_memories"]
-        if isinstance(memories, Memories):
+        if isinstance(memories := self.__dict__["_memories"], Memories):
             memories.forget()
         super().reset()  # type: ignore[misc]
 
