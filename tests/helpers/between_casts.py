@@ -10,10 +10,6 @@ def as_specified(node, x):
     return node(x.float()).to(x.dtype)
 
 
-def called(node, x):
-    return node(x)
-
-
 def settings(kind):
     """Those of a neuron that decide the order of its operations."""
     decays = [{}] if kind == "IFNode" else [{"decay_input": yes} for yes in (True, False)]

@@ -8,7 +8,7 @@ def outcome(node, x, v=None, calls=2, multi=False, run=None):
 
     ``multi``: of all time steps; ``run(node, x)``: another way to call it.
     """
-    run = run or (_at_once if multi else _step_by_step)
+    run = run or (at_once if multi else _step_by_step)
     node.reset()
     node.zero_grad()
     x = x.detach().clone().requires_grad_()
@@ -26,7 +26,7 @@ def outcome(node, x, v=None, calls=2, multi=False, run=None):
     return [*seen, x.grad, None if v is None else v.grad, *(p.grad for p in node.parameters())]
 
 
-def _at_once(node, x):
+def at_once(node, x):
     return node(x)
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import snn_reversible_plugin as srp
-from between_casts import KINDS, as_specified, called, settings
+from between_casts import KINDS, as_specified, settings
 from old_spikingjelly import HOMES, make, release
-from one_neuron import outcome
+from one_neuron import at_once, outcome
 from snn_reversible_plugin.convert import differentiated
 from snn_reversible_plugin.reports.memory_report import _about_neuron
 from written_out import same
@@ -29,7 +29,7 @@ def taped(node, x):
         return node(x)
 
 
-def assert_as_specified(node, *given, run=called, again=2, **how):
+def assert_as_specified(node, *given, run=at_once, again=2, **how):
     """A fused neuron has the outcome of a stock one between two casts."""
     node.reset()
     fused = srp.convert_to_reversible(copy.deepcopy(node), arithmetic="fused")
@@ -50,7 +50,7 @@ def test_it_is_their_float32_between_two_casts(old, kind):
             given["store_v_seq"] = True
         node = make(old, kind, surrogate_function=getattr(old.surrogate, next(names))(), **given)
         x, v = (torch.randn(4, 3, 5) * 1.5 + 0.4).to(dtype), torch.randn(3, 5) * 0.5
-        for run, one in ((called, (x,)), (taped, (x, v)), (called, (x[:1], v)), (taped, (x[:, :1, :1],))):
+        for run, one in ((at_once, (x,)), (taped, (x, v)), (at_once, (x[:1], v)), (taped, (x[:, :1, :1],))):
             assert assert_as_specified(node, *one, run=run).treatment == "analytic"
 
 
@@ -97,7 +97,7 @@ def test_a_membrane_of_another_shape_is_what_theirs_is(old):
     node = make(old, "LIFNode")
     assert_as_specified(node, torch.randn(3, 2, 5).mul(2).half(), torch.randn(5), again=4)
     fused = srp.convert_to_reversible(make(old, "LIFNode"), arithmetic="fused")
-    for one, run in ((node, as_specified), (fused, called)):
+    for one, run in ((node, as_specified), (fused, at_once)):
         one.reset()
         one.v = torch.zeros(7)
         with pytest.raises(RuntimeError, match="size of tensor"):
@@ -119,10 +119,10 @@ def test_set_to_cupy_they_compute_as_torch(old, monkeypatch):
     x = torch.randn(3, 2, 5).mul(2).half()
     for _ in range(2):
         expected = outcome(node, x, run=as_specified)
-    assert all(map(same, expected, outcome(in_cupy, x, run=called)))
+    assert all(map(same, expected, outcome(in_cupy, x, run=at_once)))
     with differentiated(in_cupy):
         for _ in range(2):
-            found = outcome(in_cupy, x, run=called)
+            found = outcome(in_cupy, x, run=at_once)
     assert all(map(same, expected, found)) and in_cupy.backend == "cupy"
 
 
@@ -143,7 +143,7 @@ def test_evaluation_is_theirs_between_the_casts(old):
         fused = srp.convert_to_reversible(copy.deepcopy(node), arithmetic="fused")
         with torch.set_grad_enabled(grad):
             found = []
-            for one, run in ((node, as_specified), (node, as_specified), (fused, called)):
+            for one, run in ((node, as_specified), (node, as_specified), (fused, at_once)):
                 one.reset()
                 found.append((run(one, x.clone().requires_grad_()), one.v))
         assert all(map(same, found[1], found[2]))
@@ -220,5 +220,5 @@ def test_what_is_not_in_half_precision_is_stocks(old):
     node = make(old, "LIFNode")
     fused = srp.convert_to_reversible(copy.deepcopy(node), arithmetic="fused")
     x = torch.randn(3, 2, 5) * 2
-    found = [outcome(one, x, run=called) for one in (node, node, fused)]
+    found = [outcome(one, x, run=at_once) for one in (node, node, fused)]
     assert all(map(same, found[1], found[2])) and fused.arithmetic == "stock"

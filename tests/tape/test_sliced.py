@@ -469,9 +469,8 @@ def test_values_that_are_used_twice_again_and_again_are_looked_at_once():
     start = torch.randn(64, 8, 8)
     found = []
     for mode in ("minimal", None):
-        x, v = start.clone().requires_grad_(), torch.zeros(())
+        v = x = start.clone().requires_grad_()
         with nullcontext() if mode is None else tape.recording(mode):
-            v = x
             for _ in range(24):
                 v = v * 0.5 + v.sin()
             loss = (v * v).sum()
