@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import snn_reversible_plugin as srp
+from own_neurons import lif
 from snn_reversible_plugin.tape.sliced import alone, cut
 
 neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
@@ -49,6 +50,33 @@ class Net(nn.Module):
         return x
 
 
+class Own(nn.Module):
+    """A user's neuron."""
+
+    def forward(self, x_seq):
+        return lif(x_seq)
+
+
+class Stream(nn.Module):
+    """Neurons of two kinds that read a sum, which is rebuilt as a whole."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.fires = nn.ModuleList([neuron.LIFNode(step_mode="m"), Own(), neuron.IFNode(step_mode="m")])
+        convs = [layer.Conv2d(4, 4, 3, padding=1, bias=False, step_mode="m") for _ in self.fires]
+        self.convs = nn.ModuleList(convs)
+
+    def forward(self, x):
+        self.seen = []
+        for fires, conv in zip(self.fires, self.convs, strict=True):
+            spikes = fires(x)
+            x = x + conv(spikes)
+            self.seen += [spikes, x]
+        return x
+
+
+NETS = [Net, Stream]
 X = 3, 6, 4, 8, 8
 HELD = range(5)  # all of what is seen but the output
 
@@ -102,11 +130,12 @@ def by_node_hook(net, loss):
     return found
 
 
+@pytest.mark.parametrize("make", NETS)
 @pytest.mark.parametrize("held", [by_hook, by_view_in_a_hook, by_retain_grad, by_capture, by_node_hook])
-def test_a_gradient_that_somebody_holds_is_left_alone(held):
+def test_a_gradient_that_somebody_holds_is_left_alone(held, make):
     found = []
-    x = torch.rand(X)
-    for net in (Net(), srp.convert_to_reversible(Net(), mode="minimal")):
+    x = torch.rand(X).requires_grad_()
+    for net in (make(), srp.convert_to_reversible(make(), mode="minimal")):
         loss = net(x).square().mean()
         found.append(held(net, loss))
     for one, other in zip(*found, strict=True):
@@ -114,11 +143,12 @@ def test_a_gradient_that_somebody_holds_is_left_alone(held):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * scale)
 
 
-def test_a_gradient_that_several_get_is_left_alone():
+@pytest.mark.parametrize("make", NETS)
+def test_a_gradient_that_several_get_is_left_alone(make):
     found = []
-    x = torch.rand(X)
+    x = torch.rand(X).requires_grad_()
     for mode in (None, "minimal"):
-        net, beside = Net(), torch.zeros(X, requires_grad=True)
+        net, beside = make(), torch.zeros(X, requires_grad=True)
         more = torch.zeros(X, requires_grad=True)
         if mode:
             srp.convert_to_reversible(net, mode=mode)
@@ -130,10 +160,12 @@ def test_a_gradient_that_several_get_is_left_alone():
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(one.abs().max()))
 
 
-def test_a_gradient_that_was_handed_in_is_left_alone():
-    net, grad = srp.convert_to_reversible(Net(), mode="minimal"), torch.rand(X)
+@pytest.mark.filterwarnings("ignore:.*no spiking neuron that the converter knows")
+@pytest.mark.parametrize("make", [*NETS, lambda: Stream().fires[0], lambda: Stream().fires[1]])
+def test_a_gradient_that_was_handed_in_is_left_alone(make):
+    net, grad = srp.convert_to_reversible(make(), mode="minimal"), torch.rand(X)
     before = grad.clone()
-    net(torch.rand(X)).backward(grad)
+    net(torch.rand(X).requires_grad_()).backward(grad)
     assert torch.equal(before, grad)
 
 
@@ -162,6 +194,21 @@ def test_a_gradient_that_a_function_keeps_for_itself_is_left_alone(monkeypatch, 
     srp.convert_to_reversible(net, mode="minimal")
     Constant.apply(net(torch.rand(X))).sum().backward()
     assert torch.equal(before, Constant.kept)
+
+
+def test_those_of_neurons_whose_input_stands_are_overwritten(overwritten):
+    found = []
+    for mode in (None, "minimal"):
+        torch.manual_seed(2)
+        net, x = Stream(), torch.rand(X).requires_grad_()
+        if mode:
+            srp.convert_to_reversible(net, mode=mode)
+        net(x).square().mean().backward()
+        found.append([x.grad, *(p.grad for p in net.parameters())])
+    ways = [way.__name__ for way, spare in overwritten if spare and isinstance(way, type)]
+    assert ways == ["MultiStep", "_Sequence", "MultiStep"]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(one.abs().max()))
 
 
 def test_one_that_nobody_holds_is_overwritten(overwritten):

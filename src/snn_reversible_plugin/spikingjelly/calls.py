@@ -19,7 +19,7 @@ from torch import Tensor
 
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.neurons.integrate_fire.in_place import multi_step, multi_step_vjp
-from snn_reversible_plugin.neurons.integrate_fire.in_slices import sequence_vjp_in_slices
+from snn_reversible_plugin.neurons.integrate_fire.in_slices import sequence_vjp_in_slices, sequence_vjp_over
 from snn_reversible_plugin.neurons.integrate_fire.reference import (
     Neuron,
     OutputGradients,
@@ -177,9 +177,9 @@ class MultiStep(torch.autograd.Function):
         cut = tape.cut_of(x_seq)
         owned = cut is None and tape.owns(x_seq)
         call: Call = ctx.call
-        asks = cut is not None or call is _TRIED
-        if cut is not None:
+        if ctx.in_slices and call is not _TRIED:
             tape.try_out(MultiStep, _tried)
+        asks = ctx.in_slices or call is _TRIED
         overwrites = asks and tape.is_alone(MultiStep, tape.references(g_s))
         nothing = (None,) * (len(ctx.needs_input_grad) - 5)
         g_v, g_v_seq = (*g_states, None)[:2]
@@ -209,11 +209,18 @@ class MultiStep(torch.autograd.Function):
         else:
             # What is saved is part of the forward's graph, and a gradient must not be.
             x = x_seq.detach()
-            found = multi_step_vjp(x, start, grads, neuron, wanted, owned=owned, v_last=v_last)
+            if overwrites and wanted.x and not owned and _is_laid_out_like(x, g_s):
+                found = sequence_vjp_over(x, start, grads, neuron, wanted, v_last)
+            else:
+                found = multi_step_vjp(x, start, grads, neuron, wanted, owned=owned, v_last=v_last)
         if final is not None and v_last is not None:
             final.keep(v_last)
         g_ws = call.leak_vjp(found.q, neuron.q, w) if wanted.q else nothing  # type: ignore[arg-type]
         return found.x, *found.v, None, None, *g_ws
+
+
+def _is_laid_out_like(x: Tensor, g: Tensor | None) -> bool:
+    return g is not None and (g.shape, g.stride(), g.dtype) == (x.shape, x.stride(), x.dtype)
 
 
 def _start_to_save(x_seq: Tensor, v: Tensor | float, call: Call) -> Tensor | None:

@@ -258,6 +258,13 @@ def held_in(walk: int, handle: Any) -> None:
     held.append(weakref.ref(handle))
 
 
+def bytes_cached() -> int:
+    """Of all values that the backward that runs has cached."""
+    seen: set[int] = set()
+    values = (handle.cache for ref in _held.get(_walk(), ()) if (handle := ref()) is not None)
+    return sum(storage_once(value, seen) for value in values if value is not None)
+
+
 def _end(walk: int) -> None:
     for ref in _held.pop(walk, ()):
         handle = ref()

@@ -246,8 +246,7 @@ class Tape(Recording):
             # for the value that it will have.
             spared = () if operator.inplace else just_kept
             return self._run_mutating(func, operator, types, args, kwargs, spared)
-        run = func if self.slices is None or types else self.slices.running(func)
-        out = run(*args, **kwargs)
+        out = (func if self.slices is None or types else self.slices.running(func))(*args, **kwargs)
         counts = kind is Kind.NORM and args[5]  # its running statistics
         if counts:
             leave_alone(just_kept, args[3:5])
@@ -258,6 +257,8 @@ class Tape(Recording):
         if kind is Kind.VIEW and look_up(args[0]) is OUTSIDE:
             return out
         operands = tensors_among(args, kwargs)
+        if operator.work and self.slices is not None:
+            self.slices.room.product(operands, out)
         end_histories(func, operands, self._began)
         unknown = kind is Kind.OPAQUE or may_be_filled(operator, operands, self._began)
         if types or self._suspended or unknown:

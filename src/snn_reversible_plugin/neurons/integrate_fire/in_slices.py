@@ -1,10 +1,14 @@
-"""A sequence's backward where its input is rebuilt a slice of the batch at a time.
+"""A sequence's backward on a slice of the batch at a time: of an input that is rebuilt that way, or where
+the input's gradient takes the place of the one that came in.
 
 The one idea: neurons don't see each other, so all time steps of some samples make a sequence of their own.
-What stands whole is the gradient that comes in and the one that goes out. Source: this package's own.
+What stands whole is the gradient that comes in and the one that goes out, which may be one tensor. Source:
+this package's own.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -17,7 +21,7 @@ from snn_reversible_plugin.neurons.integrate_fire.reference import (
     OutputGradients,
     Wanted,
 )
-from snn_reversible_plugin.tape.sliced.rows import Part
+from snn_reversible_plugin.tape.sliced.cut import step_of
 
 
 def sequence_vjp_in_slices(
@@ -37,65 +41,105 @@ def sequence_vjp_in_slices(
         v, grads, neuron, wanted, v_last: as there.
         overwrites: the gradient of the spikes may be overwritten with that of the input.
     """
-    wanted = wanted._replace(sums_chunks=True)
-    way = cut.size[0], cut.size[1]
-    parts = cut.parts(way) if way in cut.exact else []
+    parts = cut.parts(way) if (way := (cut.size[0], cut.size[1])) in cut.exact else []
     if len(parts) < 2:  # one part of all may be a view of what others hold
         x_seq = cut.whole()
         cut.release()
+        wanted = wanted._replace(sums_chunks=True)
         return multi_step_vjp(x_seq, v, grads, neuron, wanted, owned=True, v_last=v_last)
-    whole = _Whole(cut, v_last, wanted, grads.s if overwrites else None)
-    for part in parts:
-        samples = slice(part.start, part.stop)
+    g_x = None
+    if wanted.x:
+        g_x = grads.s if overwrites and grads.s is not None and cut.is_like(grads.s) else cut.empty()
+
+    def inputs() -> Iterator[tuple[slice, Tensor]]:
+        for part in parts:
+            samples = slice(part.start, part.stop)
+            yield samples, cut.rows(part).reshape(part.outer, part.stop - part.start, *cut.size[2:])
+
+    found = _put_together(inputs(), v, grads, neuron, wanted, _Whole(cut.size[1], g_x, v_last))
+    cut.release()
+    return found
+
+
+def sequence_vjp_over(
+    x_seq: Tensor,
+    v: Tensor | float,
+    grads: OutputGradients,
+    neuron: Neuron,
+    wanted: Wanted,
+    v_last: Tensor | None = None,
+) -> Gradients:
+    """As :func:`.in_place.multi_step_vjp`, with the input's gradient in place of that of the spikes.
+
+    That one is laid out as the input is. A leak's gradients are sums.
+    """
+    samples = x_seq.shape[1]
+    each = max(1, step_of(x_seq.nbytes, x_seq.device) * samples // max(1, x_seq.nbytes))
+    inputs = (
+        (part, x_seq[:, part])
+        for part in (slice(start, min(start + each, samples)) for start in range(0, samples, each))
+    )
+    return _put_together(inputs, v, grads, neuron, wanted, _Whole(samples, grads.s, v_last))
+
+
+def _put_together(
+    inputs: Iterable[tuple[slice, Tensor]],
+    v: Tensor | float,
+    grads: OutputGradients,
+    neuron: Neuron,
+    wanted: Wanted,
+    whole: _Whole,
+) -> Gradients:
+    """The gradients of all samples; ``inputs``: which, and theirs, some at a time."""
+    wanted = wanted._replace(sums_chunks=True)
+    for samples, x_seq in inputs:
         start = v[samples] if isinstance(v, Tensor) else v
         of_part = OutputGradients(
             *(None if g is None else g[:, samples] if steps else g[samples]
               for g, steps in zip(grads, (True, False, True), strict=True))
         )  # fmt: skip
-        whole.put(samples, _of_part(cut, part, start, of_part, neuron, (wanted, v_last)))
-    cut.release()
-    return Gradients(whole.x, (whole.v[0], whole.v[1]), whole.q.values())
-
-
-def _of_part(
-    cut: tape.Cut,
-    part: Part,
-    v: Tensor | float,
-    grads: OutputGradients,
-    neuron: Neuron,
-    how: tuple[Wanted, Tensor | None],
-) -> tuple[Gradients, Tensor | None]:
-    """The gradients of some samples, and their final membrane if that of all is asked for."""
-    x_seq = cut.rows(part).reshape(part.outer, part.stop - part.start, *cut.size[2:])
-    wanted, v_last = how
-    last = None if v_last is None else torch.empty_like(x_seq[0], dtype=v_last.dtype)
-    owned = x_seq.untyped_storage().nbytes() == x_seq.nbytes  # and no view of what others hold
-    found = multi_step_vjp(x_seq, v, grads, neuron, wanted, owned=owned, v_last=last)
-    return found, last
+        last = whole.last(x_seq)
+        owned = x_seq.untyped_storage().nbytes() == x_seq.nbytes  # and no view of what others hold
+        found = multi_step_vjp(x_seq, start, of_part, neuron, wanted, owned=owned, v_last=last)
+        whole.put(samples, found, last)
+        del x_seq, of_part, found, last  # before the next ones are made
+    return whole.gradients()
 
 
 class _Whole:
-    """The gradients of all samples, put together."""
+    """The gradients of all samples, and their final membrane where that is asked for, put together.
 
-    def __init__(self, cut: tape.Cut, v_last: Tensor | None, wanted: Wanted, spare: Tensor | None) -> None:
-        self._samples, self._v_last = cut.size[1], v_last
-        self.x = None
-        if wanted.x:
-            self.x = spare if spare is not None and cut.is_like(spare) else cut.empty()
-        self.v: list[Tensor | None] = [None, None]
-        self.q = SumsOfSteps()
+    Args:
+        samples: how many there are.
+        g_x: where the input's gradient goes, if it is wanted.
+        v_last: where the final membrane goes.
+    """
 
-    def put(self, samples: slice, of_part: tuple[Gradients, Tensor | None]) -> None:
-        (g_x, g_v, g_q), last = of_part
-        if self.x is not None and g_x is not None:
-            self.x[:, samples] = g_x
+    def __init__(self, samples: int, g_x: Tensor | None, v_last: Tensor | None) -> None:
+        self._samples, self._g_x, self._v_last = samples, g_x, v_last
+        self._g_v: list[Tensor | None] = [None, None]
+        self._g_q = SumsOfSteps()
+
+    def last(self, x_seq: Tensor) -> Tensor | None:
+        """Room for the final membrane of some samples."""
+        return None if self._v_last is None else torch.empty_like(x_seq[0], dtype=self._v_last.dtype)
+
+    def put(self, samples: slice, of_part: Gradients, last: Tensor | None) -> None:
+        """What was found of some."""
+        g_x, g_v, g_q = of_part
+        if self._g_x is not None and g_x is not None:
+            self._g_x[:, samples] = g_x
         if self._v_last is not None and last is not None:
             self._v_last[samples] = last
         for at, g in enumerate(g_v):
             if g is None:
                 continue
-            whole = self.v[at]
+            whole = self._g_v[at]
             if whole is None:
-                whole = self.v[at] = g.new_empty((self._samples, *g.shape[1:]))
+                whole = self._g_v[at] = g.new_empty((self._samples, *g.shape[1:]))
             whole[samples] = g
-        self.q.add(g_q)
+        self._g_q.add(g_q)
+
+    def gradients(self) -> Gradients:
+        """All of it."""
+        return Gradients(self._g_x, (self._g_v[0], self._g_v[1]), self._g_q.values())

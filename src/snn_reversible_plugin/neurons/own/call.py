@@ -95,11 +95,13 @@ class _Sequence(torch.autograd.Function):
     takes_slices = True
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, proof: Proof) -> Tensor:
+    def forward(ctx: Any, x: Tensor, proof: Proof | None) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.proof = proof
+        ctx.proof, ctx.in_slices = proof, tape.mode_inside("") == "minimal"
         ctx.save_for_backward(x)
         with tape.paused():
+            if proof is None:
+                return x.clone()
             out = _empty(proof.out)
             for programs, rows in proof.parts():
                 part = _cut(x, proof.dim, rows)
@@ -112,12 +114,21 @@ class _Sequence(torch.autograd.Function):
         if g is None:
             return None, None
         (x,) = ctx.saved_tensors
-        proof: Proof = ctx.proof
+        proof: Proof | None = ctx.proof
         cut = tape.cut_of(x)
+        if ctx.in_slices and proof is not None:
+            tape.try_out(_Sequence, _tried)
+        asks = ctx.in_slices or proof is None
+        overwrites = asks and tape.is_alone(_Sequence, tape.references(g))
+        if proof is None:
+            return g, None
+        overwrites = overwrites and proof.dim == proof.out_dim and proof.grad == Kind.of(g)
         if cut is not None:
             try:
                 if g.is_contiguous() and (way := proof.way()) in cut.exact:
-                    return _in_slices(proof, cut.parts(way), cut, g), None
+                    g_x = g if overwrites else _empty(proof.grad)
+                    _in_slices(proof, cut, cut.parts(way), g, g_x)
+                    return g_x, None
                 x = cut.whole()
             finally:
                 cut.release()
@@ -126,7 +137,7 @@ class _Sequence(torch.autograd.Function):
         owned = (cut is not None or tape.owns(x)) and proof.kind == proof.grad == Kind.of(x)
         # What is saved is part of the forward's graph, and a gradient must not be.
         x = x.detach()
-        g_x = x if owned else _empty(proof.grad)
+        g_x = x if owned else g if overwrites else _empty(proof.grad)
         with tape.paused():
             for programs, rows in proof.parts():
                 found = programs.backward(_cut(x, proof.dim, rows), _cut(g, proof.out_dim, rows))
@@ -134,17 +145,27 @@ class _Sequence(torch.autograd.Function):
         return g_x, None
 
 
-def _in_slices(proof: Proof, parts: list[Part], cut: tape.Cut, g: Tensor) -> Tensor:
-    """The gradient of an input that is rebuilt some rows at a time, where it will be written."""
-    g_x = _empty(proof.grad)
+def _in_slices(proof: Proof, cut: tape.Cut, parts: list[Part], g: Tensor, g_x: Tensor) -> None:
+    """Write the gradient of an input that is rebuilt some rows at a time into ``g_x``, or over ``g``."""
     with tape.paused():
         for part in parts:
             rows = slice(part.start, part.stop)
-            _cut(g_x, proof.dim, rows).copy_(cut.rows(part).reshape(_cut(g_x, proof.dim, rows).shape))
+            of_rows, target = _cut(g, proof.out_dim, rows), _cut(g_x, proof.dim, rows)
+            if g_x is g:
+                of_rows = of_rows.clone()
+            # The input stands where its gradient will, laid out as it was recorded.
+            target.copy_(cut.rows(part).reshape(target.shape))
             for programs, some in proof.parts(rows):
-                found = programs.backward(_cut(g_x, proof.dim, some), _cut(g, proof.out_dim, some))
-                _cut(g_x, proof.dim, some).copy_(found)
-    return g_x
+                among = slice(some.start - rows.start, some.stop - rows.start)
+                found = programs.backward(
+                    _cut(target, proof.dim, among), _cut(of_rows, proof.out_dim, among)
+                )
+                _cut(target, proof.dim, among).copy_(found)
+
+
+def _tried(x: Tensor) -> Tensor:
+    """A sequence whose backward is asked how a gradient comes to it."""
+    return _Sequence.apply(x, None)  # type: ignore[no-any-return]
 
 
 def _by_autograd(proof: Proof, x: Tensor, g: Tensor) -> Tensor:

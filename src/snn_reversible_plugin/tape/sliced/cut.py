@@ -25,16 +25,18 @@ from snn_reversible_plugin.tape.packed import Packed
 from snn_reversible_plugin.tape.replayed import PLAIN, Replayed
 from snn_reversible_plugin.tape.sliced import forward
 from snn_reversible_plugin.tape.sliced.alone import try_out_operators
+from snn_reversible_plugin.tape.sliced.room import Room
 from snn_reversible_plugin.tape.sliced.rows import (
     MOST_OPERATIONS,
     Noted,
     Part,
     Whole,
-    last_product,
     note,
+    note_taken,
     rows_of,
     size_of,
 )
+from snn_reversible_plugin.tape.sliced.sources import last_product
 
 # NOTE [What is cut]
 #
@@ -88,6 +90,11 @@ class Cut(Handle):
     def treatment(self) -> str:  # type: ignore[override]
         """That of what is cut, for reports."""
         return f"{self.handle.treatment} in slices" if self.is_large() else self.handle.treatment
+
+    @property
+    def room(self) -> Room:
+        """What its forward had standing."""
+        return self._slices.room
 
     @property
     def nbytes(self) -> int:
@@ -229,6 +236,7 @@ class Slices:
     def __init__(self, tape: Any) -> None:
         self._tape = weakref.ref(tape)  # autograd keeps what is cut, and must not keep the tape
         self.largest = 0
+        self.room = Room()
         try_out_operators()
 
     def running(self, func: Any) -> Any:
@@ -239,6 +247,7 @@ class Slices:
         """A tensor has a recipe."""
         if isinstance(recipe, Replayed) and not _is_small(out):
             note(recipe, Noted(out.size()))
+            note_taken(recipe)
 
     def normalized(self, recipe: Replayed, x: Tensor, outputs: Sequence[Tensor]) -> None:
         """A batch norm ran: what it gave beside its result is noted with that."""

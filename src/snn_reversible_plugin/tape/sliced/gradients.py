@@ -16,6 +16,7 @@ from torch import Tensor
 
 from snn_reversible_plugin.tape.operators import aten
 from snn_reversible_plugin.tape.sliced.cut import Cut, parts_of
+from snn_reversible_plugin.tape.sliced.filled import Filled
 from snn_reversible_plugin.tape.sliced.rows import Part, Whole
 
 # NOTE [Sums over slices]
@@ -31,37 +32,13 @@ from snn_reversible_plugin.tape.sliced.rows import Part, Whole
 # else's (`alone`), is as large and laid out alike, it is overwritten: `spare`.
 
 
+PIECES = 4  # of a slice
+
+
 class Turned(NamedTuple):
     """A cut tensor with its last two dimensions exchanged."""
 
     cut: Cut
-
-
-class _Whole:
-    """A result that is filled a slice at a time, laid out as its slices are."""
-
-    def __init__(self, size: torch.Size | tuple[int, ...], spare: Tensor | None = None) -> None:
-        self._size = torch.Size(size)
-        self.value: Tensor | None = None
-        self._spare = spare if spare is not None and spare.shape == self._size else None
-
-    def put(self, part: Part, rows: Tensor) -> None:
-        if self.value is None:
-            layout = torch.contiguous_format
-            if rows.dim() == 4 and not rows.is_contiguous():
-                layout = torch.channels_last
-            spare = self._spare
-            if (
-                spare is not None
-                and spare.dtype is rows.dtype
-                and spare.is_contiguous(memory_format=layout)
-            ):
-                self.value = spare
-            else:
-                self.value = torch.empty(
-                    self._size, dtype=rows.dtype, device=rows.device, memory_format=layout
-                )
-        part.put(rows, self.value)
 
 
 def _refuse_parts_of_samples(*cuts: Cut) -> None:
@@ -103,7 +80,7 @@ def _convolution(
     mask = how[-1]
     _refuse_parts_of_samples(x)
     _refuse_large_sum(weight.nbytes if mask[1] else 0, x, grad)
-    g_x, g_weight, g_bias = _Whole(x.size, spare), _Sum(), _Sum()
+    g_x, g_weight, g_bias = Filled(x.size, spare), _Sum(), _Sum()
     for part, found in parts_of(x, nbytes=grad.nbytes):
         one, of_weight, of_bias = func(part.of(grad), x.rows(part, found), weight, *how)
         if mask[0]:
@@ -151,9 +128,14 @@ def _normalized(
     total, along = _Sum(), _Sum()  # of the gradient, and of it along x - mean
     if own or mask[1] or mask[2]:
         for part, found in parts_of(x):
-            g = part.of(grad).to(wide)
-            total.add(g.sum(dims, dtype=torch.float64))
-            along.add((x.rows(part, found).to(wide) - mean).mul_(g).sum(dims, dtype=torch.float64))
+            pairs = (
+                one.split(max(1, -(-len(one) // PIECES))) for one in (part.of(grad), x.rows(part, found))
+            )
+            for g, piece in zip(*pairs, strict=True):  # of which there is a copy twice as wide for a moment
+                g = g.to(wide)
+                total.add(g.sum(dims, dtype=torch.float64))
+                along.add((piece.to(wide) - mean).mul_(g).sum(dims, dtype=torch.float64))
+            del found, pairs, g, piece
     g_total, g_along = total.value(), along.value()
     g_x = None
     if mask[0]:
@@ -183,7 +165,7 @@ def _max_pool(func: Any, grad: Tensor, x: Any, *how: Any) -> Tensor | None:
     *window, indices = how
     cuts = [one for one in (x, indices) if isinstance(one, Cut)]
     _refuse_parts_of_samples(*cuts)
-    g_x = _Whole(x.size if isinstance(x, Cut) else x.shape)
+    g_x = Filled(x.size if isinstance(x, Cut) else x.shape)
     for part, found in parts_of(*cuts):
         of_x, of_indices = (
             one.rows(part, found) if isinstance(one, Cut) else part.of(one) for one in (x, indices)
@@ -195,7 +177,7 @@ def _max_pool(func: Any, grad: Tensor, x: Any, *how: Any) -> Tensor | None:
 def _pool(func: Any, grad: Tensor, x: Cut, *how: Any) -> Tensor | None:
     """One that wants to know x's size and layout, and none of its values."""
     _refuse_parts_of_samples(x)
-    g_x = _Whole(x.size)
+    g_x = Filled(x.size)
     for part, _ in parts_of(x):
         size = part.sized(x.size)
         layout = torch.contiguous_format
@@ -227,7 +209,7 @@ def _bmm(func: Any, one: Any, other: Any) -> Tensor | None:
     sizes = [arg.size if isinstance(arg, Cut) else arg.shape for arg in opened]
     rows = sizes[0][-1] if isinstance(one, Turned) else sizes[0][-2]
     columns = sizes[1][-2] if isinstance(other, Turned) else sizes[1][-1]
-    result = _Whole((sizes[0][0], rows, columns))
+    result = Filled((sizes[0][0], rows, columns))
 
     def factor(arg: Any, part: Part, found: Any) -> Tensor:
         if isinstance(arg, Turned):

@@ -82,12 +82,13 @@ class Part(NamedTuple):
 
 @dataclass(slots=True)
 class Noted:
-    """What a forward notes of a large value: its size, and what a batch norm normalized it by, with whether
-    the kernel of evaluation gave the same bits."""
+    """What a forward notes of a large value: its size, what a batch norm normalized it by, with whether the
+    kernel of evaluation gave the same bits, and how many operations took it."""
 
     size: torch.Size
     statistics: tuple[Tensor, Tensor] | None = None
     exact: bool = True
+    taken: int = 0
 
 
 _noted: weakref.WeakKeyDictionary[Handle, Noted] = weakref.WeakKeyDictionary()
@@ -98,6 +99,18 @@ def note(handle: Handle, noted: Noted) -> None:
     _noted[handle] = noted
 
 
+def note_taken(handle: Replayed) -> None:
+    """Remember that an operation took its operands."""
+    for operand in handle.operands():
+        if (before := _noted.get(operand)) is not None:
+            before.taken += 1
+
+
+def noted_of(handle: Handle) -> Noted | None:
+    """What was noted of a value."""
+    return _noted.get(handle)
+
+
 def size_of(handle: Any) -> torch.Size | None:
     """The size of what a handle stands for; None where it is small, or no handle."""
     if isinstance(handle, Kept):
@@ -106,24 +119,6 @@ def size_of(handle: Any) -> torch.Size | None:
         return handle.size
     noted = _noted.get(handle) if isinstance(handle, Handle) else None
     return None if noted is None else noted.size
-
-
-def last_product(handle: Handle) -> Replayed | None:
-    """The convolution or matrix product that a value comes from by operations that are exact in slices."""
-    while handle.__class__ in PLAIN:
-        assert isinstance(handle, Replayed)
-        if isinstance(handle.func, OpOverload):
-            if operator_of(handle.func).work:
-                return handle
-        elif handle.func not in _functions:
-            return None
-        noted = _noted.get(handle)
-        if noted is None or not noted.exact or not handle.args or not isinstance(handle.args[0], Handle):
-            return None
-        if any(isinstance(arg, Handle) and arg in _noted for arg in handle.args[1:]):
-            return None  # a sum of two: what is made of both would have to stand
-        handle = handle.args[0]
-    return None
 
 
 def rows_of(handle: Handle, part: Part, found: dict[Handle, Tensor], after: int = 0) -> Tensor:
@@ -204,6 +199,11 @@ def by_element(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tenso
     """Decorator: recipes of a function that is no operator, and sees one element at a time."""
     _functions.add(function)
     return function
+
+
+def is_by_element(function: Any) -> bool:
+    """Whether a recipe's function is one of these."""
+    return function in _functions
 
 
 class _Run(NamedTuple):

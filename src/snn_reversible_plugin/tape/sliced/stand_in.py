@@ -20,8 +20,18 @@ from snn_reversible_plugin.tape.operators import aten
 from snn_reversible_plugin.tape.replayed import Replayed
 from snn_reversible_plugin.tape.sliced.alone import spare_gradient
 from snn_reversible_plugin.tape.sliced.cut import Cut
+from snn_reversible_plugin.tape.sliced.filled import Filled
 from snn_reversible_plugin.tape.sliced.gradients import BY_SLICES, Turned
-from snn_reversible_plugin.tape.sliced.rows import Whole
+from snn_reversible_plugin.tape.sliced.rows import Whole, rows_of, size_of
+from snn_reversible_plugin.tape.sliced.sources import given_to_norm
+
+# NOTE [What three ask for]
+#
+# A neuron's backward asks for slices of its current, and that of the batch norm in front of it, twice, for
+# slices of what it was given: three products more. Where there is room (`room`) what the norm was given is
+# put together for the first and stands until the last has it, so that the product runs again once. For
+# example a VGG of equal layers: in the forward a layer's spikes and its convolution's result stand; in the
+# backward its gradient, which each operator overwrites, and that result.
 
 # Nodes whose backward is an operator of `gradients`.
 TAKERS = frozenset(
@@ -99,13 +109,32 @@ def unpack(handle: Handle) -> Tensor:
     inner = handle.handle
     if torch.is_grad_enabled() or torch._C._current_graph_task_id() == -1 or not _is_taken(handle):
         return handles.unpack(inner)
-    if isinstance(inner, Replayed) and (inner.stands() or not handle.is_at_hand()):
-        return handles.unpack(inner)
-    if isinstance(inner, Replayed) and inner.awaited is not None:
-        inner.awaited()  # a stream, which is undone by this; parameters may change before it is asked for
+    if isinstance(inner, Replayed) and not inner.stands():
+        if not handle.is_at_hand():
+            return handles.unpack(inner)
+        if inner.awaited is not None:
+            # A stream, which is undone by this; parameters may change before it is asked for.
+            inner.awaited()
+        _share_with_norm(handle)
     if inner.checksum is not None:
         inner.verified(handle.whole(), "putting it together from slices")
     return StandIn(handle)
+
+
+def _share_with_norm(cut: Cut) -> None:
+    """Let what a batch norm was given stand until that asks for it, where there is room."""
+    given = given_to_norm(cut.handle) if cut.exact else None
+    size = size_of(given)
+    if given is None or size is None or given.stands() or not given.needs:
+        return
+    nbytes, arrives = size.numel() * cut.dtype.itemsize, _gradient_of(torch._C._current_autograd_node())
+    # The gradient of what the norm was given is as large, and takes the place of what arrives if it can.
+    if cut.room.has(nbytes, nbytes if arrives == nbytes else nbytes + arrives):
+        whole = Filled(size)
+        for part in cut.exact_parts():
+            whole.put(part, rows_of(given, part, {}))
+        assert whole.value is not None
+        given.hold(whole.value, torch._C._current_graph_task_id())
 
 
 def _is_taken(cut: Cut) -> bool:
@@ -121,8 +150,11 @@ def _is_taken(cut: Cut) -> bool:
 
 def _laid_out(node: Any) -> int:
     """The bytes of a gradient that a node's kernel may lay out anew."""
-    if node.name() != "ConvolutionBackward0":
-        return 0
+    return _gradient_of(node) if node.name() == "ConvolutionBackward0" else 0
+
+
+def _gradient_of(node: Any) -> int:
+    """The bytes of the gradient that comes to a node."""
     of_output = node._input_metadata[0]
     return math.prod(of_output.shape) * of_output.dtype.itemsize  # type: ignore[no-any-return]
 
