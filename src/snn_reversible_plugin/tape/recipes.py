@@ -114,7 +114,7 @@ def price(
     """
     size = 0
     for tensor in outputs:
-        if tensor.layout is not _STRIDED:
+        if tensor.layout is not _STRIDED or tensor.is_nested:
             return Refused.LAYOUT
         if (of_output := tensor.numel() * tensor.element_size()) > size:
             size = of_output
@@ -123,7 +123,7 @@ def price(
     carried, free = NOTHING, []
     for tensor in operands:
         handle = known[id(tensor)]
-        if tensor.layout is not _STRIDED:
+        if tensor.layout is not _STRIDED or tensor.is_nested:
             return Refused.LAYOUT
         if operator.atomic and tensor.is_cuda:
             return Refused.ATOMIC

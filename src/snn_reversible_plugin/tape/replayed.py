@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from snn_reversible_plugin.ops.layouts import is_plain
 from snn_reversible_plugin.tape.carried import NOTHING, Carried
 from snn_reversible_plugin.tape.handles import Handle, labelled, note_ownership, storage_once
 from snn_reversible_plugin.tape.operators import aten
@@ -381,7 +382,7 @@ def _among(value: torch.Tensor, values: Iterable[Any]) -> bool:
 
 def constant(func: Any, args: tuple[Any, ...], out: torch.Tensor) -> Replayed | None:
     """The recipe of a tensor that one number fills: it needs no example to be made again, but its shape."""
-    if not out.is_contiguous():
+    if not (is_plain(out) and out.is_contiguous()):
         return None
     value = args[1] if func is aten.full_like.default else int(func is aten.ones_like.default)
     options = {"dtype": out.dtype, "device": out.device}
