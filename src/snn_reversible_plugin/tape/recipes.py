@@ -16,12 +16,13 @@ import torch
 
 from snn_reversible_plugin.ops.layouts import is_plain
 from snn_reversible_plugin.tape.carried import NOTHING, Carried, together, unpaid
+from snn_reversible_plugin.tape.constants import number_in
 from snn_reversible_plugin.tape.copies import known_of
 from snn_reversible_plugin.tape.handles import Handle, Kept
 from snn_reversible_plugin.tape.operators import Kind, Operator
 from snn_reversible_plugin.tape.origins import OUTSIDE, is_ended, look_up
 from snn_reversible_plugin.tape.packed import Packed
-from snn_reversible_plugin.tape.replayed import NO_PRODUCTS, PLAIN, Products, Replayed, number_in
+from snn_reversible_plugin.tape.replayed import NO_PRODUCTS, PLAIN, Products, Replayed
 
 # NOTE [What gets a recipe]
 #
