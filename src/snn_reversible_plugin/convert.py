@@ -23,7 +23,7 @@ from snn_reversible_plugin.blocks.surgery import wrap_by_conversion
 from snn_reversible_plugin.blocks.wrapped import run_plainly, wrapped_chains
 from snn_reversible_plugin.modules.checks import bytes_of, check_model, skipped_modules
 from snn_reversible_plugin.modules.flat import make_flat
-from snn_reversible_plugin.modules.kinds import is_spiking, load_adapters
+from snn_reversible_plugin.modules.kinds import is_spiking, load_adapters, own_neuron_types
 from snn_reversible_plugin.modules.registry import StaysStock, reversible_type, type_on_grid
 from snn_reversible_plugin.modules.states import stored_buffers
 from snn_reversible_plugin.modules.swap import (
@@ -186,8 +186,8 @@ def convert_to_reversible(
     if not (swaps or settings.stays_stock):
         warnings.warn(
             f"{type(model).__name__} has no spiking neuron that the converter knows (SpikingJelly's and "
-            "snnTorch's): it is recorded as it is, and what is computed from spikes is replayed. "
-            "memory_report shows what that saves; register_reversible teaches the converter a neuron.",
+            f"snnTorch's). Its own{own_neuron_types(model)} are recorded as they are; what is computed "
+            "from spikes is replayed, see memory_report. register_reversible teaches it a neuron.",
             stacklevel=2,
         )
     if blocks and not (surgery := wrap_by_conversion(model, skip)).chains:

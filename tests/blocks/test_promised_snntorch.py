@@ -9,24 +9,21 @@ import torch
 from torch import nn
 
 import snn_reversible_plugin as srp
+from reading_states import (
+    carries_on,
+    detach,
+    detaches_before_backward,
+    membranes,
+    neurons,
+    reads_before_backward,
+    reset,
+)
 from snn_reversible_plugin.blocks import starts
 from snn_reversible_plugin.modules.states import reset_states
 from snn_reversible_plugin.reports.measure import count_step
 from snn_reversible_plugin.tape.final_membrane import _promises
 from tests.blocks.test_chain import SNNTORCH, Loop, assert_same
-from tests.blocks.test_promised_states import (
-    SCRIPTS,
-    carries_on,
-    detach,
-    detaches_before_backward,
-    is_copied_and_pickled,
-    membranes,
-    neurons,
-    promises,
-    reads_before_backward,
-    reset,
-    same,
-)
+from tests.blocks.test_promised_states import SCRIPTS, is_copied_and_pickled, promises, same
 from two_processes import together
 
 

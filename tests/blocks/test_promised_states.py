@@ -4,52 +4,32 @@ import copy
 import pickle
 
 import pytest
-import snntorch
 import torch
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 
 import snn_reversible_plugin as srp
+from reading_states import SCRIPTS as READING
+from reading_states import (
+    detach,
+    learns_from_membranes,
+    membranes,
+    neurons,
+    reads_after_backward,
+    reads_before_backward,
+    reset,
+    table,
+)
 from snn_reversible_plugin.modules.states import reset_states
 from snn_reversible_plugin.reports.measure import count_step
 from snn_reversible_plugin.tape.final_membrane import FinalMembrane, _promises
 from tests.blocks.test_chain import NEURONS, assert_same, chain
 from two_processes import together
 
-STATES = ("v", "mem", "syn", "syn_exc", "syn_inh", "spk")
-
-
-def neurons(model):
-    kinds = (neuron.BaseNode, snntorch.SpikingNeuron)
-    return [module for module in model.modules() if isinstance(module, kinds)]
-
-
-def table(module):
-    return module._buffers if isinstance(module, snntorch.SpikingNeuron) else module._memories
-
-
-def membranes(model):
-    """Every state, read as an attribute."""
-    return [getattr(module, key) for module in neurons(model) for key in STATES if key in table(module)]
-
 
 def promises(model):
     values = (dict.values(table(module)) for module in neurons(model))
     return [value for of_neuron in values for value in of_neuron if isinstance(value, FinalMembrane)]
-
-
-def detach(model):
-    functional.detach_net(model)
-    for module in neurons(model):
-        if isinstance(module, snntorch.SpikingNeuron):
-            type(module).detach(*membranes(module))  # what its `detach_hidden` does to all there are
-
-
-def reset(model):
-    functional.reset_net(model)
-    for module in neurons(model):
-        if isinstance(module, snntorch.SpikingNeuron):
-            module.reset_mem()
 
 
 def batch(seed=1):
@@ -79,92 +59,6 @@ def same(script, make, x=batch):
             assert a.requires_grad == b.requires_grad
 
 
-def reads_before_backward(model, x):
-    loss = model(x).square().sum()
-    found = membranes(model)
-    loss.backward()
-    return found + membranes(model)
-
-
-def reads_after_backward(model, x):
-    model(x).square().sum().backward()
-    return membranes(model)
-
-
-def learns_from_membranes(model, x):
-    out = model(x)
-    (out.sum() + sum((v * v).mean() for v in membranes(model))).backward()
-    return [out]
-
-
-def learns_from_one_membrane_alone(model, x):
-    model(x)
-    membranes(model)[2].square().sum().backward()
-    return membranes(model)
-
-
-def reads_without_grad(model, x):
-    out = model(x)
-    with torch.no_grad():
-        found = membranes(model)
-    with torch.inference_mode():
-        found += membranes(model)
-    (out.sum() + found[0].sum()).backward()
-    return found
-
-
-def reads_under_autocast(model, x):
-    with torch.autocast("cpu", torch.bfloat16):
-        out = model(x)
-        found = membranes(model)
-    out.float().sum().backward()
-    return found
-
-
-def carries_on(model, x):
-    out = model(x) + model(x.flip(0)) + model(x * 2)
-    out.square().sum().backward()
-    return membranes(model)
-
-
-def truncates(model, x):
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
-    found = []
-    for part in (x, x.flip(0), x.flip(1)):
-        optimizer.zero_grad()
-        loss = model(part).square().sum()
-        loss.backward()
-        optimizer.step()
-        detach(model)
-        found += [loss, *membranes(model)]
-    return found
-
-
-def detaches_before_backward(model, x):
-    loss = model(x).square().sum()
-    detach(model)
-    loss = loss + model(x).sum()
-    loss.backward()
-    return membranes(model)
-
-
-def backward_never_comes(model, x):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    model(x)
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    optimizer.step()
-    return membranes(model)
-
-
-def two_backwards(model, x):
-    out = model(x)
-    out.sum().backward(retain_graph=True)
-    found = membranes(model)
-    (out.square().sum() + found[-1].sum()).backward()
-    return found
-
-
 def evaluates_after_training(model, x):
     model(x).sum().backward()
     model.eval()
@@ -182,11 +76,7 @@ def is_copied_and_pickled(model, x):
     return [*found, copied(x)]
 
 
-SCRIPTS = [
-    reads_before_backward, reads_after_backward, learns_from_membranes, learns_from_one_membrane_alone,
-    reads_without_grad, reads_under_autocast, carries_on, truncates, detaches_before_backward,
-    backward_never_comes, two_backwards, evaluates_after_training, is_copied_and_pickled,
-]  # fmt: skip
+SCRIPTS = [*READING, evaluates_after_training, is_copied_and_pickled]
 
 
 @pytest.mark.one_in(2)
@@ -242,13 +132,13 @@ def test_a_reset_reads_nothing_and_lets_go():
     model, runs = chain(), []
     for block in model.blocks:
         block.f.register_forward_hook(lambda *_: runs.append(1))
-    for reset in (functional.reset_net, reset_states):
+    for refresh in (functional.reset_net, reset_states):
         before = len(_promises())
         out = model(batch())
         assert len(promises(model)) == len(_promises()) - before == 12
         assert len(runs) == 3
         assert "reset" in vars(neurons(model)[0])
-        reset(model)
+        refresh(model)
         assert not promises(model) and len(_promises()) == before
         assert len(runs) == 3
         assert all(module.v == 0.0 and "reset" not in vars(module) for module in neurons(model))

@@ -14,6 +14,7 @@ from snn_reversible_plugin.modules.kinds import (  # noqa: E402
     is_multi_step,
     is_neuron,
     is_spiking,
+    own_neuron_types,
     spikes_of,
 )
 from snn_reversible_plugin.modules.registry import (  # noqa: E402
@@ -101,3 +102,11 @@ def test_derived_types_stay_stock_for_the_reason_of_the_nearest_row():
         reversible_type(Mine(4, 4, beta=0.9))
     with pytest.raises(StaysStock, match="linear"):
         reversible_type(neuron.NonSpikingIFNode())
+
+
+def test_neurons_of_ones_own_by_their_names_and_those_of_copied_bases():
+    """As in OTTT's repository, which has copied SpikingJelly's ``base`` and ``neuron``."""
+    base = type("BaseNode", (nn.Module,), {})
+    model = nn.Sequential(nn.Linear(2, 2), type("Online", (base,), {})(), type("LIF", (nn.Module,), {})())
+    assert own_neuron_types(model) == " (Online, LIF)"
+    assert own_neuron_types(nn.Sequential(nn.ReLU(), nn.Identity(), nn.ModuleList())) == ""

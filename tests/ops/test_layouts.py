@@ -6,6 +6,7 @@ import warnings
 import pytest
 import snntorch
 import torch
+from spikingjelly.activation_based import functional, neuron
 from torch import nn
 from torch.utils._pytree import tree_map
 
@@ -60,6 +61,13 @@ def nested(spikes, mem):
     return torch.nested.to_padded_tensor(both * 2, 0.0).sum(0)
 
 
+def nested_product(spikes, mem, w):
+    """Nested tensors with strides have a storage, and neither a shape nor strides."""
+    both = torch.nested.as_nested_tensor([spikes[:1], mem])
+    product = torch.nn.functional.linear(both.relu() * 2, w)
+    return torch.cat([(product + torch.zeros_like(product)).unbind()[0] for _ in range(2)])
+
+
 def wrapped(spikes, mem):
     return Unwrap.apply((Wrap.apply(spikes) * 2).sigmoid() * Wrap.apply(mem))
 
@@ -76,6 +84,7 @@ BETWEEN = {
         )
         + mem @ w
     ),
+    "nested, a product": nested_product,
     "wrapped": lambda spikes, mem, w: (
         Unwrap.apply((Wrap.apply(spikes) * 2).sigmoid() * Wrap.apply(mem)) @ w
     ),
@@ -117,7 +126,7 @@ def x_fixture():
     return torch.rand(5, 2, 6) * 2
 
 
-@pytest.mark.parametrize("mode", ["memory", "speed", "minimal"])
+@pytest.mark.parametrize("mode", ["memory", "speed", "minimal", "auto"])
 @pytest.mark.parametrize("between", BETWEEN)
 def test_gradients_are_stocks(between, mode, x):
     net = Net(BETWEEN[between])
@@ -133,6 +142,56 @@ def test_check_mode_and_reports(between, x):
         net(x).sum().backward()
     report = srp.memory_report(net, x)
     assert report.converted.held > 0 and report.stock.held > 0
+
+
+class OfNested(nn.Module):
+    """A neuron that is given the parts of a nested current, and nested outputs."""
+
+    def __init__(self, layout):
+        super().__init__()
+        self.fc, self.lif, self.out = nn.Linear(6, 8), neuron.LIFNode(step_mode="m"), nn.Linear(8, 3)
+        self.layout = layout
+
+    def forward(self, x):
+        of_parts = []
+        for part in self.fc(torch.nested.as_nested_tensor([x[0], x[1, :1]], layout=self.layout)).unbind():
+            functional.reset_net(self)
+            of_parts.append(self.lif(part[None])[0])
+        return self.out(torch.nested.as_nested_tensor(of_parts, layout=self.layout))
+
+
+@pytest.mark.parametrize("mode", ["memory", "auto"])
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_verified_where_layers_are_given_nested_tensors(layout, mode, x):
+    def loss(output):
+        return sum(part.square().sum() for part in output.unbind())
+
+    net = srp.convert_to_reversible(OfNested(layout), mode=mode)
+    found = srp.verify(net, x, loss=loss, repeats=1)
+    assert found.ok and not found.unseen
+    assert srp.memory_report(net, x, loss=loss).converted.held > 0
+
+
+class LoopOfNested(nn.Module):
+    """A neuron's state is a nested tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.lif = nn.Linear(6, 8), snntorch.Leaky(beta=0.9)
+
+    def forward(self, x):
+        total, mem = 0, self.lif.init_leaky()
+        currents = self.fc(torch.nested.as_nested_tensor([x[0], x[1, :1]], layout=torch.jagged))
+        for _ in range(3):
+            _, mem = self.lif(currents, mem)
+            total = total + mem.values()
+        return total
+
+
+@pytest.mark.filterwarnings("ignore:.*goes on in stock's arithmetic")
+def test_verified_where_states_are_nested_tensors(x):
+    found = srp.verify(srp.convert_to_reversible(LoopOfNested()), x, repeats=1)
+    assert found.ok and not found.flipped_spikes
 
 
 class OfWrapped(nn.Module):
@@ -165,3 +224,7 @@ def test_what_tensors_are_made_of():
     assert is_plain(dense) and parts_in_memory(dense) == (dense,)
     assert not is_plain(sparse) and sum(part.numel() for part in parts_in_memory(sparse)) == 9
     assert not is_plain(Wrapped(dense)) and parts_in_memory(Wrapped(dense)) == ()
+    values = torch.nested.as_nested_tensor([dense, dense], layout=torch.jagged)
+    assert any(part.numel() == 18 for part in parts_in_memory(values))
+    strided = torch.nested.as_nested_tensor([dense, dense])
+    assert not is_plain(strided) and parts_in_memory(strided) == (strided,)

@@ -13,6 +13,11 @@ pytest.importorskip("spikingjelly")
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 
 import snn_reversible_plugin as srp
+from reading_states import SCRIPTS as READING
+from reading_states import (
+    membranes,
+    reads_before_backward,
+)
 from snn_reversible_plugin.reports.measure import AllocationCounter
 from snn_reversible_plugin.tape.final_membrane import FinalMembrane, Memories, _promises
 
@@ -60,96 +65,6 @@ def same(script, make, device):
             assert a.requires_grad == b.requires_grad
 
 
-def membranes(model):
-    return [module.v for module in model if hasattr(module, "v")]
-
-
-def reads_before_backward(model, x):
-    loss = model(x).square().sum()
-    found = membranes(model)
-    loss.backward()
-    return found + membranes(model)
-
-
-def reads_after_backward(model, x):
-    model(x).square().sum().backward()
-    return membranes(model)
-
-
-def learns_from_membranes(model, x):
-    out = model(x)
-    (out.sum() + sum((v * v).mean() for v in membranes(model))).backward()
-    return [out]
-
-
-def learns_from_one_membrane_alone(model, x):
-    model(x)
-    model[2].v.square().sum().backward()
-    return membranes(model)
-
-
-def reads_without_grad(model, x):
-    out = model(x)
-    with torch.no_grad():
-        found = membranes(model)
-    with torch.inference_mode():
-        found += membranes(model)
-    (out.sum() + found[0].sum()).backward()
-    return found
-
-
-def reads_under_autocast(model, x):
-    with torch.autocast(x.device.type, torch.bfloat16):
-        out = model(x)
-        found = membranes(model)
-    out.float().sum().backward()
-    return found
-
-
-def carries_on(model, x):
-    out = model(x) + model(x.flip(0)) + model(x * 2)
-    out.square().sum().backward()
-    return membranes(model)
-
-
-def truncates(model, x):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    found = []
-    for part in (x, x.flip(0), x.flip(1)):
-        optimizer.zero_grad()
-        loss = model(part).square().sum()
-        loss.backward()
-        optimizer.step()
-        functional.detach_net(model)
-        found += [loss, *membranes(model)]
-    return found
-
-
-def detaches_before_backward(model, x):
-    loss = model(x).square().sum()
-    functional.detach_net(model)
-    loss = loss + model(x).sum()
-    loss.backward()
-    return membranes(model)
-
-
-def backward_never_comes(model, x):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    model(x)
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    optimizer.step()
-    return membranes(model)
-
-
-def two_backwards(model, x):
-    out = model(x)
-    out.sum().backward(retain_graph=True)
-    found = membranes(model)
-    (out.square().sum() + found[-1].sum()).backward()
-    return found
-
-
 def asks_for_a_part(model, x):
     hidden = model[:3](x)
     out = model[3:](hidden)
@@ -187,17 +102,7 @@ def channels_last(model, x):
 
 
 SCRIPTS = [
-    reads_before_backward,
-    reads_after_backward,
-    learns_from_membranes,
-    learns_from_one_membrane_alone,
-    reads_without_grad,
-    reads_under_autocast,
-    carries_on,
-    truncates,
-    detaches_before_backward,
-    backward_never_comes,
-    two_backwards,
+    *READING,
     asks_for_a_part,
     resets_between,
     sets_it,

@@ -349,6 +349,37 @@ def test_in_mode_minimal_no_layer_below_a_stream_waits_for_its_turn():
     assert peaks[4] - peaks[2] < x.nbytes / 2  # a block more is no tensor more that waits
 
 
+class Spiking(nn.Module):
+    """Adds a branch that ends in spikes to a stream of spikes, as SEW-ResNet's do."""
+
+    def __init__(self, inplace):
+        super().__init__()
+        self.conv, self.inplace = nn.Conv2d(4, 4, 3, padding=1), inplace
+
+    def forward(self, x):
+        spikes = Heaviside.apply(self.conv(x.flatten(0, 1))).view_as(x)
+        return spikes.add_(x) if self.inplace else x + spikes
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_of_a_stream_of_spikes_few_sums_stand_at_a_time(inplace):
+    torch.manual_seed(0)
+    x, peaks = (torch.rand(2, 2, 4, 32, 32) > 0.5).float(), {}
+    for depth in (4, 12):
+        model = nn.Sequential(*(Spiking(inplace) for _ in range(depth)))
+        with AllocationCounter() as counter:
+            with tape.recording("memory"):
+                loss = model(x).square().sum()
+            loss.backward()
+        peaks[depth] = counter.peak
+    ours = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    model(x).square().sum().backward()
+    for parameter, one in zip(model.parameters(), ours, strict=True):
+        assert torch.equal(parameter.grad, one)
+    assert peaks[12] - peaks[4] < 3.5 * x.nbytes  # of 8 sums more every fourth, and bits
+
+
 def test_nothing_rebuilt_stays_alive(net, x):
     with AllocationCounter() as counter:
         with tape.recording():

@@ -8,11 +8,12 @@ so the guess is too high, but by the same for every plan. Source:
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from torch import fx
 
-from snn_reversible_plugin.compiler.graph import Joint, is_view, name_of, size_of
+from snn_reversible_plugin.compiler.graph import Joint, is_view, name_of, size_of, tensor_of
+from snn_reversible_plugin.compiler.levels import Levels
 
 
 def backward_order(joint: Joint, stored: set[fx.Node], codes: Collection[fx.Node]) -> list[fx.Node]:
@@ -37,7 +38,7 @@ def backward_order(joint: Joint, stored: set[fx.Node], codes: Collection[fx.Node
     return order
 
 
-def peak_of(joint: Joint, stored: set[fx.Node], codes: Collection[fx.Node]) -> int:
+def peak_of(joint: Joint, stored: set[fx.Node], codes: Mapping[fx.Node, Levels]) -> int:
     """Bytes alive at the highest point of the backward, of what is stored and what is computed in it."""
     order = backward_order(joint, stored, codes)
     owner: dict[fx.Node, fx.Node] = {}  # of the memory that a value lies in
@@ -57,7 +58,7 @@ def peak_of(joint: Joint, stored: set[fx.Node], codes: Collection[fx.Node]) -> i
         ends.setdefault(index, []).append(node)
     results = set(next(iter(reversed(joint.graph.nodes))).all_input_nodes)
     kept = stored.difference(codes)  # codes are small, and stay to the end
-    live = peak = sum(size_of(node) for node in kept) + sum(size_of(node) // 32 for node in codes)
+    live = peak = sum(size_of(node) for node in kept) + sum(map(_packed_size, codes, codes.values()))
     for index, node in enumerate(order):
         if owner[node] is node:
             live += size_of(node)
@@ -66,3 +67,10 @@ def peak_of(joint: Joint, stored: set[fx.Node], codes: Collection[fx.Node]) -> i
             if dead in kept or (owner.get(dead) is dead and dead not in results):
                 live -= size_of(dead)
     return peak
+
+
+def _packed_size(node: fx.Node, levels: Levels) -> int:
+    """The bytes of a value's codes."""
+    value, bits = tensor_of(node), levels.bits
+    assert value is not None and bits is not None
+    return size_of(node) * bits // (8 * value.element_size())

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import re
 import sys
 import warnings
 from typing import Any
@@ -236,6 +237,24 @@ def is_neuron(module: nn.Module) -> bool:
     """Whether a module is a neuron of a known framework, spiking or not."""
     framework = framework_of(module)
     return framework is not None and framework.is_neuron(type(module))
+
+
+def own_neuron_types(model: nn.Module) -> str:
+    """For a message: the types of a model that are called as neurons are, in brackets; empty without any.
+
+    A repository's own, or copied with the base classes of a framework.
+
+    Example:
+        >>> class OnlineIFNode(nn.Module): ...
+        >>> own_neuron_types(nn.Sequential(nn.Linear(2, 2), OnlineIFNode()))
+        ' (OnlineIFNode)'
+    """
+    types = {type(module): None for module in model.modules()}
+    names = [cls.__name__ for cls in types if any(_NEURON.search(base.__name__) for base in cls.__mro__)]
+    return f" ({', '.join(names)})" if names else ""
+
+
+_NEURON = re.compile(r"IF(?![a-z])|Neuron|Node$")
 
 
 def is_multi_step(module: nn.Module) -> bool:

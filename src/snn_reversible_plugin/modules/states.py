@@ -22,6 +22,7 @@ from snn_reversible_plugin.modules.kinds import (
     is_neuron,
     is_spiking,
 )
+from snn_reversible_plugin.ops.layouts import numbers_in
 
 # NOTE [Which tables]
 #
@@ -155,7 +156,7 @@ class Contents:
             elif isinstance(value, dict):
                 value.clear()
                 value.update(content)
-            elif not torch.equal(value.detach(), content):
+            elif not torch.equal(numbers_in(value.detach()), numbers_in(content)):
                 with torch.no_grad():
                     value.copy_(content)
 

@@ -13,6 +13,7 @@ from itertools import repeat
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 STRIDED = torch.strided
 NO_DISPATCH = Tensor.__torch_dispatch__
@@ -23,7 +24,11 @@ def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor's values stand in a storage of its own: it is not sparse, not opaque, no wrapper
     around others (a nested one, what tensor parallelism and quantized training make). Who asks of each
     operation of each step writes it out, without a call."""
-    return tensor.layout is STRIDED and type(tensor).__torch_dispatch__ is NO_DISPATCH
+    return (
+        tensor.layout is STRIDED
+        and type(tensor).__torch_dispatch__ is NO_DISPATCH
+        and not tensor.is_nested  # it has a storage, and neither a shape nor strides
+    )
 
 
 def storage_key(tensor: Tensor) -> int:
@@ -32,11 +37,15 @@ def storage_key(tensor: Tensor) -> int:
 
 
 def parts_in_memory(tensor: Tensor) -> tuple[Tensor, ...]:
-    """The plain tensors that one is made of: itself; values and places of a sparse one; of others none."""
-    if is_plain(tensor):
+    """The tensors with a storage that one is made of: itself; values and places of a sparse one; what a
+    wrapper says that it wraps; of others none."""
+    if tensor.layout is STRIDED and type(tensor).__torch_dispatch__ is NO_DISPATCH:
         return (tensor,)
     if tensor.layout is torch.sparse_coo:
         return tensor._indices(), tensor._values()
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        return tuple(part for name in names for part in parts_in_memory(getattr(tensor, name)))
     return ()
 
 
@@ -45,8 +54,22 @@ def size_in_bytes(tensor: Tensor) -> int:
     return sum(part.nbytes for part in parts_in_memory(tensor))
 
 
+def numbers_in(tensor: Tensor) -> Tensor:
+    """All numbers of a tensor in one that is plain: of a nested one, those of its parts in a row."""
+    if tensor.is_nested:
+        return torch.cat([part.reshape(-1) for part in tensor.unbind()])
+    return tensor if tensor.layout is STRIDED else tensor.to_dense()
+
+
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    """The shape; of a nested tensor, whose parts differ, the number of its elements."""
+    return (tensor.numel(),) if tensor.is_nested else tuple(tensor.shape)
+
+
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one stretch of memory, in whatever order of dimensions."""
+    if tensor.is_nested:
+        return False
     expected = 1
     for stride, size in sorted(
         (stride, size) for stride, size in zip(tensor.stride(), tensor.size(), strict=True) if size != 1

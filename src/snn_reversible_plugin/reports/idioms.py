@@ -73,10 +73,14 @@ class Idioms(SavedByTape):
         return found
 
     def _memory_of(self, where: str | None, tensor: torch.Tensor) -> None:
-        """Whether somebody else than torch has allocated it, and it was not handed in."""
+        """Whether somebody else than torch has allocated it, and it was not handed in.
+
+        What torch allocated can't be resized either once somebody has looked at it by numpy.
+        """
         if not is_plain(tensor) or tensor.untyped_storage().resizable():
             return
-        if storage_key(tensor) not in self._own:
+        by_torch = self.made_by(tensor) not in ("", *FROM_ELSEWHERE)
+        if not by_torch and storage_key(tensor) not in self._own:
             self.unseen(Unseen(where or "model", f"{of_value(tensor)} lies in {ELSEWHERE}", FROM_OUTSIDE))
 
     def watching(self) -> AbstractContextManager[None]:

@@ -20,6 +20,7 @@ from snn_reversible_plugin import convert, tape
 from snn_reversible_plugin.compiler.entry import look_of
 from snn_reversible_plugin.modules.kinds import is_multi_step, is_spiking, spikes_of
 from snn_reversible_plugin.modules.tracking import tracked
+from snn_reversible_plugin.ops.layouts import numbers_in
 from snn_reversible_plugin.ops.units import shown
 from snn_reversible_plugin.reports.compiled import CompiledVerification, verify_compiled
 from snn_reversible_plugin.reports.idioms import Idioms
@@ -322,7 +323,7 @@ def _run(step: Step) -> _Run:
 
     def watch(module: nn.Module, _inputs: Any, output: Any) -> None:
         with tape.paused(), torch.no_grad():
-            spikes.append(spikes_of(module, output).ne(0))
+            spikes.append(numbers_in(spikes_of(module, output)).ne(0))
 
     watched = [module for module in step.model.modules() if is_spiking(module)]
     hooks = [module.register_forward_hook(watch) for module in watched]
@@ -341,7 +342,8 @@ def _run(step: Step) -> _Run:
 
 def _equal(expected: list[Any], actual: list[Any]) -> bool:
     return all(
-        (a is None and b is None) or (a is not None and b is not None and _same(_dense(a), _dense(b)))
+        (a is None and b is None)
+        or (a is not None and b is not None and _same(numbers_in(a), numbers_in(b)))
         for a, b in zip(expected, actual, strict=True)
     )
 
@@ -352,7 +354,7 @@ def _equal_to_rounding(expected: list[Any], actual: list[Any]) -> bool:
     Some are all rounding, as that of a bias in front of a batch norm: what they may differ by follows the
     largest of all.
     """
-    sizes = [float(_dense(a).abs().max()) for a in expected if a is not None and a.numel()]
+    sizes = [float(numbers_in(a).abs().max()) for a in expected if a is not None and a.numel()]
     largest = max(sizes, default=0.0)
     for a, b in zip(expected, actual, strict=True):
         if a is None or b is None or not a.numel():
@@ -360,7 +362,7 @@ def _equal_to_rounding(expected: list[Any], actual: list[Any]) -> bool:
                 return False
             continue
         rounding = max(ROUNDING, 8 * torch.finfo(a.dtype).eps)
-        allowed = rounding * float(_dense(a).abs().max()) + rounding / 10 * largest
+        allowed = rounding * float(numbers_in(a).abs().max()) + rounding / 10 * largest
         if not _difference([a], [b]) <= allowed:
             return False
     return True
@@ -373,10 +375,6 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
-def _dense(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.layout is torch.strided else tensor.to_dense()
-
-
 def _difference(expected: list[Any], actual: list[Any]) -> float:
     largest = 0.0
     for a, b in zip(expected, actual, strict=True):
@@ -384,7 +382,7 @@ def _difference(expected: list[Any], actual: list[Any]) -> float:
             continue
         if a is None or b is None:
             return float("inf")
-        a, b = _dense(a), _dense(b)
+        a, b = numbers_in(a), numbers_in(b)
         if a.numel():
             wide = torch.complex128 if a.is_complex() else torch.float64
             off = (a.to(wide) - b.to(wide)).abs()  # of what is infinite in both it is NaN

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from snn_reversible_plugin.ops.layouts import is_plain, storage_key
+from snn_reversible_plugin.ops.layouts import is_plain, parts_in_memory, shape_of, storage_key
 from snn_reversible_plugin.ops.units import shown
 from snn_reversible_plugin.tape.handles import Handle, Kept
 from snn_reversible_plugin.tape.operators import Kind, Operator
@@ -116,8 +116,9 @@ class Findings:
             handle = look_up(tensor)
             if isinstance(handle, Packed):
                 self._bits[handle] = where, operator.name
-            elif is_plain(tensor):
-                self._made[storage_key(tensor)] = operator.name, refused or _why_kept(operator)
+                continue
+            why = refused or (_why_kept(operator) if is_plain(tensor) else Refused.LAYOUT)
+            self._made |= dict.fromkeys(map(storage_key, parts_in_memory(tensor)), (operator.name, why))
 
     def made_by(self, tensor: torch.Tensor) -> str:
         """The operation that filled a tensor's storage; empty for none that was recorded."""
@@ -134,7 +135,7 @@ class Findings:
         operation, why = "", OTHER
         if is_plain(tensor):
             operation, why = self._made.get(storage_key(tensor), (operation, why))
-        return KeptInFull(handle.where or module, operation, tuple(tensor.shape), size, why, REMEDIES[why])
+        return KeptInFull(handle.where or module, operation, shape_of(tensor), size, why, REMEDIES[why])
 
     def bits(self, stored: list[tuple[str, Packed, int]]) -> list[FoundBits]:
         """A line for each module and operation that made bits; ``stored``: module, handle, bytes."""

@@ -16,7 +16,14 @@ from typing import Any
 import torch
 
 from snn_reversible_plugin.ops.autocast import without_autocast
-from snn_reversible_plugin.ops.layouts import NO_DISPATCH, STRIDED, is_plain, parts_in_memory, storage_key
+from snn_reversible_plugin.ops.layouts import (
+    NO_DISPATCH,
+    STRIDED,
+    is_plain,
+    parts_in_memory,
+    shape_of,
+    storage_key,
+)
 from snn_reversible_plugin.tape.unseen import Unseen, WrittenUnseen, checksum, of_value
 
 
@@ -105,7 +112,7 @@ class Handle:
             raise WrittenUnseen(
                 Unseen(
                     self.where or "the model",
-                    f"{how} gave another value than the forward did (shape {tuple(value.shape)}, "
+                    f"{how} gave another value than the forward did (shape {shape_of(value)}, "
                     f"{value.dtype}). It is not deterministic, or something it reads has changed",
                     "Leave that module out with skip=, or make it deterministic.",
                 )
@@ -224,7 +231,7 @@ class Kept(Handle):
         """Refuse a value that was changed in place."""
         if self.version >= 0 and self.tensor._version != self.version:
             raise RuntimeError(
-                f"{self.where or 'the model'}: a tensor of shape {tuple(self.tensor.shape)} "
+                f"{self.where or 'the model'}: a tensor of shape {shape_of(self.tensor)} "
                 f"({self.tensor.dtype}) that the backward needs was modified by an inplace operation: "
                 f"it is at version {self.tensor._version}, the forward saw version {self.version}. "
                 "Call backward before changing parameters or inputs, or change a clone."

@@ -69,7 +69,8 @@ def enter(
     """Write down a tensor's handle, and what is known of its values. A new view gets the version counter of
     its ``base`` only after the operation has returned, so the base is asked. ``ended``: it is a state whose
     history is no longer wanted."""
-    if tensor.layout is not STRIDED or type(tensor).__torch_dispatch__ is not NO_DISPATCH:
+    cls = type(tensor)
+    if tensor.layout is not STRIDED or cls.__torch_dispatch__ is not NO_DISPATCH or tensor.is_nested:
         return  # see is_plain
     entry = _Entry(tensor, _drop_handle)
     entry.handle, entry.span, entry.ended = handle, span, ended

@@ -64,7 +64,7 @@ class Outsiders:
 
 def _key(tensor: torch.Tensor) -> Any:
     plain = tensor.layout is STRIDED and type(tensor).__torch_dispatch__ is NO_DISPATCH
-    if tensor.is_leaf or not plain:
+    if tensor.is_leaf or tensor.is_nested or not plain:
         return id(tensor)
     bits = tensor.is_conj(), tensor.is_neg()
     # The storage's key, as this is asked for each operand of each step: without another call.

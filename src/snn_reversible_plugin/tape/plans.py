@@ -254,6 +254,6 @@ def _device_of(out: Any) -> str:
 
 
 def _product(operator: Operator, args: tuple[Any, ...], out: Any) -> Product:
-    shapes = tuple([tuple(one.shape) for one in tensors_among(args)])
+    shapes = tuple([tuple(one.shape) for one in tensors_among(args) if not one.is_nested])
     first = tensors_among((out,))[0]
     return operator.name, shapes, first.dtype, str(first.device), torch.is_grad_enabled()

@@ -16,12 +16,13 @@ import torch
 
 from snn_reversible_plugin.ops.layouts import is_plain
 from snn_reversible_plugin.tape.carried import NOTHING, Carried, together, unpaid
+from snn_reversible_plugin.tape.constants import number_in
 from snn_reversible_plugin.tape.copies import known_of
 from snn_reversible_plugin.tape.handles import Handle, Kept
 from snn_reversible_plugin.tape.operators import Kind, Operator
 from snn_reversible_plugin.tape.origins import OUTSIDE, is_ended, look_up
 from snn_reversible_plugin.tape.packed import Packed
-from snn_reversible_plugin.tape.replayed import NO_PRODUCTS, PLAIN, Products, Replayed, number_in
+from snn_reversible_plugin.tape.replayed import NO_PRODUCTS, PLAIN, Products, Replayed
 
 # NOTE [What gets a recipe]
 #
@@ -114,7 +115,7 @@ def price(
     """
     size = 0
     for tensor in outputs:
-        if tensor.layout is not _STRIDED:
+        if tensor.layout is not _STRIDED or tensor.is_nested:
             return Refused.LAYOUT
         if (of_output := tensor.numel() * tensor.element_size()) > size:
             size = of_output
@@ -123,7 +124,7 @@ def price(
     carried, free = NOTHING, []
     for tensor in operands:
         handle = known[id(tensor)]
-        if tensor.layout is not _STRIDED:
+        if tensor.layout is not _STRIDED or tensor.is_nested:
             return Refused.LAYOUT
         if operator.atomic and tensor.is_cuda:
             return Refused.ATOMIC

@@ -266,7 +266,7 @@ class Sizes:
 
 def multiplications(operator: Operator, operands: list[torch.Tensor], outputs: list[torch.Tensor]) -> int:
     """How many a product takes, nearly."""
-    if not outputs or len(operands) < 2:
+    if not outputs or len(operands) < 2 or any(one.is_nested for one in operands):
         return 0
     if "conv" in operator.name:
         weight = operands[1]

@@ -24,6 +24,7 @@ from snn_reversible_plugin.tape.as_stock import ByStorage, by_reference, follow,
 from snn_reversible_plugin.tape.by_values import packed_by_values
 from snn_reversible_plugin.tape.carried import owe, pay
 from snn_reversible_plugin.tape.checked import about_to_write, compared
+from snn_reversible_plugin.tape.constants import constant
 from snn_reversible_plugin.tape.exposed import leave_alone, look_after
 from snn_reversible_plugin.tape.few_bits import few_bits
 from snn_reversible_plugin.tape.findings import Observer
@@ -47,7 +48,7 @@ from snn_reversible_plugin.tape.own_functions import OwnFunctions, enter_unknown
 from snn_reversible_plugin.tape.packed import Packed
 from snn_reversible_plugin.tape.plans import Following
 from snn_reversible_plugin.tape.recipes import WORK_LIMIT, Prices, handles_for, tensors_among, view_of
-from snn_reversible_plugin.tape.replayed import Replayed, constant
+from snn_reversible_plugin.tape.replayed import Replayed
 from snn_reversible_plugin.tape.sliced.cut import Slices
 from snn_reversible_plugin.tape.spans import Span
 from snn_reversible_plugin.tape.unseen import checksum

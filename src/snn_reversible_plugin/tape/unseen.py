@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from snn_reversible_plugin.ops.layouts import numbers_in, shape_of
+
 
 @dataclass(frozen=True)
 class Unseen:
@@ -29,7 +31,7 @@ class WrittenUnseen(RuntimeError):
 
 def of_value(tensor: torch.Tensor) -> str:
     """A tensor, for messages."""
-    return f"a tensor of shape {tuple(tensor.shape)} ({tensor.dtype})"
+    return f"a tensor of shape {shape_of(tensor)} ({tensor.dtype})"
 
 
 def checksum(tensor: torch.Tensor) -> torch.Tensor:
@@ -37,9 +39,7 @@ def checksum(tensor: torch.Tensor) -> torch.Tensor:
 
     Which of the many NaN an operation gives is nobody's promise, and may hang on the place in a vector.
     """
-    tensor = tensor.detach()
-    if tensor.is_nested:
-        tensor = tensor.contiguous().values()
+    tensor = numbers_in(tensor.detach())
     if tensor.is_floating_point():
         tensor = tensor.masked_fill(tensor.isnan(), torch.nan)
     words = tensor.contiguous().reshape(-1).view(torch.uint8).to(torch.int64)

@@ -27,10 +27,10 @@ from snn_reversible_plugin.neurons.on_grid.places import NewSpikes, NewState, co
 from snn_reversible_plugin.neurons.on_grid.promised import Left, Promised
 from snn_reversible_plugin.neurons.on_grid.timeline import REMEDY, Timeline
 from snn_reversible_plugin.ops.layouts import is_dense
+from snn_reversible_plugin.tape.constants import constant, number_in
 from snn_reversible_plugin.tape.final_membrane import OfFirstStep
 from snn_reversible_plugin.tape.operators import aten
 from snn_reversible_plugin.tape.origins import enter, look_up
-from snn_reversible_plugin.tape.replayed import constant, number_in
 
 Parameters = tuple[Tensor, ...]
 
