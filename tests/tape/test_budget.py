@@ -107,6 +107,65 @@ def test_what_is_foreseen_is_what_the_allocator_counts(make, part):
     assert taken <= part * needs
 
 
+class Node(nn.Module):
+    """A neuron of one's own, whose membrane is an attribute."""
+
+    def forward(self, x):
+        self.mem, spikes = 0.0, []
+        for current in x:
+            self.mem = self.mem + (current - self.mem) / 2
+            spikes.append(torch.sigmoid(4 * self.mem - 2))
+        return torch.stack(spikes)
+
+
+def with_own_neurons():
+    conv1, conv2 = layer.Conv2d(2, 16, 3, padding=1), layer.Conv2d(16, 16, 3, padding=1)
+    head = layer.AvgPool2d(2), layer.Flatten(), layer.Linear(16 * 64, 10)
+    model = nn.Sequential(conv1, Node(), neuron.LIFNode(), conv2, Node(), neuron.LIFNode(), *head)
+    functional.set_step_mode(model, "m")
+    return model
+
+
+def with_convolutions_in_series():
+    def conv(inputs):
+        return layer.Conv2d(inputs, 16, 3, padding=1)
+
+    head = layer.AvgPool2d(2), layer.Flatten(), layer.Linear(16 * 64, 10)
+    model = nn.Sequential(conv(2), neuron.LIFNode(), conv(16), conv(16), neuron.LIFNode(), *head)
+    functional.set_step_mode(model, "m")
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*has no spiking neuron that the converter knows")
+@pytest.mark.parametrize("make", [with_own_neurons, with_convolutions_in_series])
+def test_membranes_that_come_from_a_kept_result_are_held_no_earlier(make):
+    x, found = torch.rand(X), []
+    for settings in ({}, {"budget": "1GiB"}):
+        model = srp.convert_to_reversible(make(), **settings)
+        step(model, x)
+        step(model, x)
+        model.zero_grad()
+        functional.reset_net(model)
+        with AllocationCounter() as counter:
+            loss = model(x).square().sum()
+            between = counter.live
+            loss.backward()
+            del loss
+            found.append((between, counter.live))
+    (plan,) = settings_of(model).plans.by_first.values()
+    results = [bytes_of(one) for one, keeps in zip(plan.products, plan.kept, strict=True) if keeps]
+    (between, after), (between_kept, after_kept) = found
+    assert results
+    assert between_kept <= between + sum(results)
+    assert after_kept <= after
+
+
+def bytes_of(product):
+    """Of the result of a convolution with a padding of 1."""
+    (batch, _, *size), (channels, *_), *_ = product[1]
+    return 4 * batch * channels * size[0] * size[1]
+
+
 def test_a_budget_below_what_was_measured_is_refused_with_the_bytes_that_it_takes():
     stock, x = build(), torch.rand(X)
     needs = total(srp.convert_to_reversible(copy.deepcopy(stock)), x)

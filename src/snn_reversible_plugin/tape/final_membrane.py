@@ -125,7 +125,7 @@ class FinalMembrane:
             if is_kept:
                 kept.append(handle)  # type: ignore[arg-type]
             if is_kept or not lean:
-                size += handle.stored(seen)
+                size += held_by(handle, seen)
                 if size >= room:
                     return False
         if size >= room:
@@ -177,6 +177,12 @@ def behind(handles: tuple[Handle, ...]) -> Iterator[Handle]:
         more = [other for other in handle.relies_on() if other not in met]
         met.update(more)
         waiting += more
+
+
+def held_by(handle: Handle, seen: set[int]) -> int:
+    """Bytes that a handle holds for as long as a promise may: a product's result that a plan keeps stands
+    to its turn in the backward, promise or not."""
+    return 0 if isinstance(handle, Replayed) else handle.stored(seen)
 
 
 class OfFirstStep(FinalMembrane):

@@ -23,7 +23,7 @@ from snn_reversible_plugin import tape
 from snn_reversible_plugin.modules.kinds import framework_of
 from snn_reversible_plugin.modules.swap import SwappedClass, parts_of, swap, swapped_class
 from snn_reversible_plugin.ops.layouts import is_dense, is_plain
-from snn_reversible_plugin.tape.final_membrane import FinalMembrane, behind, promise_among
+from snn_reversible_plugin.tape.final_membrane import FinalMembrane, behind, held_by, promise_among
 from snn_reversible_plugin.tape.handles import Handle, Kept
 from snn_reversible_plugin.tape.origins import enter, look_up
 from snn_reversible_plugin.tape.replayed import PLAIN
@@ -61,7 +61,7 @@ class LeftState(FinalMembrane):
         seen: set[int] = set()
         size = 0
         for handle in behind(self.held):
-            if handle.treatment == "reversed" or (size := size + handle.stored(seen)) >= tensor.nbytes:
+            if handle.treatment == "reversed" or (size := size + held_by(handle, seen)) >= tensor.nbytes:
                 return False
         tensor.untyped_storage().resize_(0)
         return True
