@@ -166,7 +166,7 @@ def _rooms(layers: Sequence[Layer], limit: int | None) -> tuple[list[list[_Room]
 
 def _own(at: int, layer: Layer, moment: Moment) -> int:
     """What a layer's own result takes at a moment of its backward, where it is kept."""
-    return 0 if layer.shared and at in moment.standing else layer.result
+    return layer.result if moment.overwriting or at not in moment.standing else 0
 
 
 def _rooms_in(at: int, layer: Layer, below: float, made: int) -> tuple[list[_Room], list[_Room]]:

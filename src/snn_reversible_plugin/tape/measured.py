@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from snn_reversible_plugin.ops.allocations import Allocation, given_out, mark, start, stop
+from snn_reversible_plugin.ops.layouts import is_plain
 from snn_reversible_plugin.tape.recipes import tensors_among
 from snn_reversible_plugin.tape.replayed import Replayed
 from snn_reversible_plugin.tape.sizes import Moment
@@ -222,7 +223,7 @@ class Measured:
         else:
             self._window = _Window(number, alive, kind, {}, None)
 
-    def _leaves(self, number: int, *_: Any) -> None:
+    def _leaves(self, number: int, gradients: Any, *_: Any) -> None:
         window = self._window
         if window is None or window.number != number or _graph_task() != self._task:
             return
@@ -238,6 +239,8 @@ class Measured:
         del window, running  # a profiler takes memory itself
         net = sum(event.size for event in events)
         moments = _moments(events, results, self._layer(number))
+        if self._overwrites(self._layer(number), gradients):
+            moments = [one._replace(overwriting=True) for one in moments]
         transient = max(one.alive for one in moments) - max(0, net)
         self._transient[kind] = max(transient, self._transient.get(kind, 0))
         for one in moments:
@@ -254,6 +257,12 @@ class Measured:
             for layer, one in storages.items()
             if one is not None or layer == own
         }
+
+    def _overwrites(self, layer: int, gradients: Any) -> bool:
+        """Whether a node gave back a gradient in the memory of the layer's result."""
+        result = self._results[layer]() if layer in self._results else None
+        plain = (one for one in gradients if isinstance(one, torch.Tensor) and is_plain(one))
+        return result is not None and any(one.untyped_storage() is result for one in plain)
 
     def _backward_over(self) -> None:
         self._done, self._task = True, None
@@ -304,7 +313,10 @@ def _that_decide(moments: Sequence[Moment]) -> list[Moment]:
     found: list[Moment] = []
     for one in sorted(moments, key=lambda one: (-one.alive, len(one.standing))):
         if not any(
-            other.standing <= one.standing and other.rebuilding in (None, one.rebuilding) for other in found
+            other.standing <= one.standing
+            and other.rebuilding in (None, one.rebuilding)
+            and other.overwriting >= one.overwriting
+            for other in found
         ):
             found.append(one)
     return found

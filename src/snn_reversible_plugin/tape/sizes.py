@@ -55,11 +55,13 @@ OF_WEIGHTS = 4  # and of a convolution's on a CPU, in sizes of its weights, a th
 
 class Moment(NamedTuple):
     """Bytes that were alive once in a layer's backward, the layers whose products' results, rebuilt, were
-    among them, and the layer whose product was just running again."""
+    among them, the layer whose product was just running again, and whether somebody was overwriting the
+    layer's own result, and would copy a kept one."""
 
     alive: int
     standing: frozenset[int] = frozenset()
     rebuilding: int | None = None
+    overwriting: bool = False
 
 
 @dataclass(slots=True)
