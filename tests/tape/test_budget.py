@@ -8,6 +8,7 @@ import pytest
 import torch
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import snn_reversible_plugin as srp
 from snn_reversible_plugin.convert import settings_of
@@ -92,19 +93,43 @@ def test_more_budget_keeps_more_and_none_is_overdrawn():
     assert found[0] < found[-1] == 4
 
 
-@pytest.mark.one_in(2)
-@pytest.mark.parametrize("make", [build, Stream])
-@pytest.mark.parametrize("part", [1.15, 1.4, 1000])
-def test_what_is_foreseen_is_what_the_allocator_counts(make, part):
-    stock, x = make(), torch.rand(X)
-    needs = total(srp.convert_to_reversible(copy.deepcopy(stock)), x)
-    model = srp.convert_to_reversible(copy.deepcopy(stock), budget=int(part * needs))
-    step(model, x)
-    taken = total(model, x)
-    (plan,) = settings_of(model).plans.by_first.values()
-    assert abs(plan.least / needs - 1) < 0.05
-    assert abs(plan.peak / taken - 1) < 0.05
-    assert taken <= part * needs
+class Reversed(nn.Module):
+    """A chain of reversible blocks, whose backward runs its branches again in its nodes."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(
+            layer.Conv2d(2, 16, 3, padding=1), layer.BatchNorm2d(16), neuron.LIFNode()
+        )
+        self.chain = srp.RevSSequence([srp.RevSBlock(branch(), branch()) for _ in range(2)])
+        self.head = nn.Sequential(layer.AvgPool2d(2), layer.Flatten(), layer.Linear(16 * 64, 10))
+        functional.set_step_mode(self, "m")
+
+    def forward(self, x):
+        return self.head(self.chain(self.stem(x)))
+
+
+def branch():
+    return nn.Sequential(neuron.LIFNode(), layer.Conv2d(8, 8, 3, padding=1), layer.BatchNorm2d(8))
+
+
+class Checkpointed(Stream):
+    def forward(self, x):
+        x = self.stem(x)
+        for fire, *layers in self.blocks:
+            x = x + checkpoint(nn.Sequential(*layers), fire(x), use_reentrant=False)
+        return self.head(x)
+
+
+class Loop(nn.Module):
+    """More weights than a step takes beside them, and many nodes."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2, self.node = nn.Linear(2 * 256, 512), nn.Linear(512, 10), neuron.LIFNode()
+
+    def forward(self, x):
+        return torch.stack([self.fc2(self.node(self.fc1(one.flatten(1)))) for one in x])
 
 
 class Node(nn.Module):
@@ -134,6 +159,24 @@ def with_convolutions_in_series():
     model = nn.Sequential(conv(2), neuron.LIFNode(), conv(16), conv(16), neuron.LIFNode(), *head)
     functional.set_step_mode(model, "m")
     return model
+
+
+MAKES = build, Stream, with_own_neurons, Reversed, Checkpointed, Loop
+
+
+@pytest.mark.one_in(2)
+@pytest.mark.parametrize("make", MAKES)
+@pytest.mark.parametrize("part", [1.15, 1.4, 1000])
+def test_what_is_foreseen_is_what_the_allocator_counts(make, part):
+    stock, x = make(), torch.rand(X)
+    needs = total(srp.convert_to_reversible(copy.deepcopy(stock)), x)
+    model = srp.convert_to_reversible(copy.deepcopy(stock), budget=int(part * needs))
+    step(model, x)
+    taken = total(model, x)
+    (plan,) = settings_of(model).plans.by_first.values()
+    assert abs(plan.least / needs - 1) < 0.05
+    assert abs(plan.peak / taken - 1) < 0.05
+    assert taken <= part * needs
 
 
 @pytest.mark.filterwarnings("ignore:.*has no spiking neuron that the converter knows")

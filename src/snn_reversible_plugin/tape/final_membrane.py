@@ -125,7 +125,8 @@ class FinalMembrane:
             if is_kept:
                 kept.append(handle)  # type: ignore[arg-type]
             if is_kept or not lean:
-                size += held_by(handle, seen)
+                # A product's result that a plan keeps stands to its turn in the backward, promise or not.
+                size += 0 if isinstance(handle, Replayed) else handle.stored(seen)
                 if size >= room:
                     return False
         if size >= room:
@@ -177,12 +178,6 @@ def behind(handles: tuple[Handle, ...]) -> Iterator[Handle]:
         more = [other for other in handle.relies_on() if other not in met]
         met.update(more)
         waiting += more
-
-
-def held_by(handle: Handle, seen: set[int]) -> int:
-    """Bytes that a handle holds for as long as a promise may: a product's result that a plan keeps stands
-    to its turn in the backward, promise or not."""
-    return 0 if isinstance(handle, Replayed) else handle.stored(seen)
 
 
 class OfFirstStep(FinalMembrane):
