@@ -8,6 +8,7 @@ import pytest
 import torch
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import snn_reversible_plugin as srp
 from snn_reversible_plugin.convert import settings_of
@@ -92,8 +93,79 @@ def test_more_budget_keeps_more_and_none_is_overdrawn():
     assert found[0] < found[-1] == 4
 
 
+class Reversed(nn.Module):
+    """A chain of reversible blocks, whose backward runs its branches again in its nodes."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(
+            layer.Conv2d(2, 16, 3, padding=1), layer.BatchNorm2d(16), neuron.LIFNode()
+        )
+        self.chain = srp.RevSSequence([srp.RevSBlock(branch(), branch()) for _ in range(2)])
+        self.head = nn.Sequential(layer.AvgPool2d(2), layer.Flatten(), layer.Linear(16 * 64, 10))
+        functional.set_step_mode(self, "m")
+
+    def forward(self, x):
+        return self.head(self.chain(self.stem(x)))
+
+
+def branch():
+    return nn.Sequential(neuron.LIFNode(), layer.Conv2d(8, 8, 3, padding=1), layer.BatchNorm2d(8))
+
+
+class Checkpointed(Stream):
+    def forward(self, x):
+        x = self.stem(x)
+        for fire, *layers in self.blocks:
+            x = x + checkpoint(nn.Sequential(*layers), fire(x), use_reentrant=False)
+        return self.head(x)
+
+
+class Loop(nn.Module):
+    """More weights than a step takes beside them, and many nodes."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2, self.node = nn.Linear(2 * 256, 512), nn.Linear(512, 10), neuron.LIFNode()
+
+    def forward(self, x):
+        return torch.stack([self.fc2(self.node(self.fc1(one.flatten(1)))) for one in x])
+
+
+class Node(nn.Module):
+    """A neuron of one's own, whose membrane is an attribute."""
+
+    def forward(self, x):
+        self.mem, spikes = 0.0, []
+        for current in x:
+            self.mem = self.mem + (current - self.mem) / 2
+            spikes.append(torch.sigmoid(4 * self.mem - 2))
+        return torch.stack(spikes)
+
+
+def with_own_neurons():
+    conv1, conv2 = layer.Conv2d(2, 16, 3, padding=1), layer.Conv2d(16, 16, 3, padding=1)
+    head = layer.AvgPool2d(2), layer.Flatten(), layer.Linear(16 * 64, 10)
+    model = nn.Sequential(conv1, Node(), neuron.LIFNode(), conv2, Node(), neuron.LIFNode(), *head)
+    functional.set_step_mode(model, "m")
+    return model
+
+
+def with_convolutions_in_series():
+    def conv(inputs):
+        return layer.Conv2d(inputs, 16, 3, padding=1)
+
+    head = layer.AvgPool2d(2), layer.Flatten(), layer.Linear(16 * 64, 10)
+    model = nn.Sequential(conv(2), neuron.LIFNode(), conv(16), conv(16), neuron.LIFNode(), *head)
+    functional.set_step_mode(model, "m")
+    return model
+
+
+MAKES = build, Stream, with_own_neurons, Reversed, Checkpointed, Loop
+
+
 @pytest.mark.one_in(2)
-@pytest.mark.parametrize("make", [build, Stream])
+@pytest.mark.parametrize("make", MAKES)
 @pytest.mark.parametrize("part", [1.15, 1.4, 1000])
 def test_what_is_foreseen_is_what_the_allocator_counts(make, part):
     stock, x = make(), torch.rand(X)
@@ -105,6 +177,36 @@ def test_what_is_foreseen_is_what_the_allocator_counts(make, part):
     assert abs(plan.least / needs - 1) < 0.05
     assert abs(plan.peak / taken - 1) < 0.05
     assert taken <= part * needs
+
+
+@pytest.mark.filterwarnings("ignore:.*has no spiking neuron that the converter knows")
+@pytest.mark.parametrize("make", [with_own_neurons, with_convolutions_in_series])
+def test_membranes_that_come_from_a_kept_result_are_held_no_earlier(make):
+    x, found = torch.rand(X), []
+    for settings in ({}, {"budget": "1GiB"}):
+        model = srp.convert_to_reversible(make(), **settings)
+        step(model, x)
+        step(model, x)
+        model.zero_grad()
+        functional.reset_net(model)
+        with AllocationCounter() as counter:
+            loss = model(x).square().sum()
+            between = counter.live
+            loss.backward()
+            del loss
+            found.append((between, counter.live))
+    (plan,) = settings_of(model).plans.by_first.values()
+    results = [bytes_of(one) for one, keeps in zip(plan.products, plan.kept, strict=True) if keeps]
+    (between, after), (between_kept, after_kept) = found
+    assert results
+    assert between_kept <= between + sum(results)
+    assert after_kept <= after
+
+
+def bytes_of(product):
+    """Of the result of a convolution with a padding of 1."""
+    (batch, _, *size), (channels, *_), *_ = product[1]
+    return 4 * batch * channels * size[0] * size[1]
 
 
 def test_a_budget_below_what_was_measured_is_refused_with_the_bytes_that_it_takes():

@@ -126,7 +126,7 @@ class BranchRun:
 
     def first(self, *inputs: Tensor) -> Tensor:
         """Run without a graph. The caller keeps :meth:`tensors`."""
-        tape.takes(math.inf)
+        tape.takes(math.inf, self._lives())
         self._drop_scratch()
         before, random = Snapshot(self._modules), RandomNumbers(x.device for x in inputs)
         versions = [x._version for x in inputs]
@@ -173,6 +173,11 @@ class BranchRun:
             for parameter in module._parameters.values():
                 if parameter is not None:
                     yield parameter
+
+    def _lives(self) -> Iterator[Tensor]:
+        yield from self.parameters()
+        for module in self._modules:
+            yield from (buffer for buffer in module._buffers.values() if buffer is not None)
 
     def _recording(self, inputs: Sequence[Tensor]) -> Any:
         layers = sum(any(p.dim() > 1 for p in module._parameters.values() if p is not None)

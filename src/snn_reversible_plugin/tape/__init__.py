@@ -300,11 +300,14 @@ def returns(key: object, state: torch.Tensor, taken: int = 1, held: bool = True)
     returned[id(key)] = steps + taken, weakref.ref(state), held
 
 
-def takes(size: float) -> None:
-    """Say that the backward of what runs now will have so many bytes alive; infinity where nobody knows."""
+def takes(size: float, lives: Iterable[torch.Tensor] = ()) -> None:
+    """Say that the backward of what runs now will have so many bytes alive; infinity where nobody knows.
+
+    ``lives``: parameters and buffers of it that no recorded operation meets.
+    """
     tape = current()
     if tape is not None and tape.sizes is not None:
-        tape.sizes.takes(size)
+        tape.sizes.takes(size, lives)
 
 
 def _let_go(tape: Tape) -> set[int]:

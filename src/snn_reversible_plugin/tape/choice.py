@@ -26,7 +26,8 @@ from snn_reversible_plugin.tape.sizes import Layer, Moment
 #    floating-point stream, is rebuilt at once when the turn of its last layer comes.
 # 2. What is kept of a layer takes room in all later ones. In its own it would be rebuilt, so that it takes
 #    room only until then (`rest`). But one who would overwrite what is rebuilt (a neuron, where no batch
-#    norm is between) copies.
+#    norm is between) copies: by bounds any but a batch norm may, in a measured step those did whose
+#    gradient was in the result's memory. A kept result goes when a rebuilt one went for the last time.
 # 3. The gradients that stand are those of parameters whose last use the backward has met; if a script keeps
 #    gradients from step to step, all of them. There must be room either way.
 # 4. Where the room doesn't do for all, products that save most multiplications a byte go first, and later
@@ -166,7 +167,7 @@ def _rooms(layers: Sequence[Layer], limit: int | None) -> tuple[list[list[_Room]
 
 def _own(at: int, layer: Layer, moment: Moment) -> int:
     """What a layer's own result takes at a moment of its backward, where it is kept."""
-    return 0 if layer.shared and at in moment.standing else layer.result
+    return layer.result if moment.overwriting or at not in moment.standing else 0
 
 
 def _rooms_in(at: int, layer: Layer, below: float, made: int) -> tuple[list[_Room], list[_Room]]:

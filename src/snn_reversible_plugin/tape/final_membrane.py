@@ -125,7 +125,8 @@ class FinalMembrane:
             if is_kept:
                 kept.append(handle)  # type: ignore[arg-type]
             if is_kept or not lean:
-                size += handle.stored(seen)
+                # A product's result that a plan keeps stands to its turn in the backward, promise or not.
+                size += 0 if isinstance(handle, Replayed) else handle.stored(seen)
                 if size >= room:
                     return False
         if size >= room:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from snn_reversible_plugin.ops.allocations import Allocation, given_out, mark, start, stop
+from snn_reversible_plugin.ops.layouts import is_plain
 from snn_reversible_plugin.tape.recipes import tensors_among
 from snn_reversible_plugin.tape.replayed import Replayed
 from snn_reversible_plugin.tape.sizes import Moment
@@ -35,18 +36,20 @@ from snn_reversible_plugin.tape.sizes import Moment
 #    of it a forward or a node leaves is known where both counts are, and taken off. What remains of that
 #    at the end, where gradients are the only tensors that are new, has been let go between nodes: as much
 #    after each. Where a graph has so many nodes for so few bytes (a loop of many steps and small layers)
-#    that this is too vague, nobody knows.
+#    that this is too vague for a budget, nobody knows.
 # 4. A node is a layer's by its number: nodes are numbered as the forward makes them.
 # 5. Of the nodes after the first MANY, a loop's, those of a kind and size that was seen are taken to need
 #    what the largest of these did beyond what was alive before it and after: the first node of a layer
 #    rebuilds all of it, which stands afterwards, and the same node of its other steps finds it.
+# 6. A parameter that several nodes use, as in a loop, has its gradients summed up behind a node, where no
+#    profiler is on: a third tensor stands beside the two for that.
 #
 # For example, two layers, numbers 0 to 2 and 3 to 5: the second's begin at 3. A node with number 4 that
 # finds 10 MiB more given out than before the forward, and in which 6 are taken and 2 given back before
 # another 1, has 16 alive at its peak, and that is the second layer's, if no other node of it has more.
 
 MANY = 256
-DOUBT = 0.05  # of the peak
+DOUBT = 0.05  # of the peak, what lives anyway included: as much of a budget stays free
 OF_A_NODE = 512  # bytes on the heap that may come or go unseen with each node: loops of 7,840 showed 300
 _PRODUCT = "product"
 _REBUILDS, _REBUILT = "rebuilds", "rebuilt"  # a layer's product; and where its result is
@@ -92,6 +95,7 @@ class Measured:
         self._window: _Window | None = None
         self._transient: dict[tuple[Any, ...], int] = {}  # beyond what was alive before and after, by kind
         self._windows = 0
+        self._arrived: set[int] = set()  # parameters that have a gradient, by id
         self.is_blind = False  # somebody's profiler was on, or the allocator says nothing
 
     @property
@@ -105,20 +109,29 @@ class Measured:
         before = {one: bytes_ for one in ("cpu", "cuda") if (bytes_ := given_out(one)) is not None}
         return None if torch.autograd._profiler_enabled() else cls(before, start())
 
-    def layers(self) -> list[tuple[int, list[Moment]]] | None:
+    def layers(self, lives: int, results: set[int]) -> list[tuple[int, list[Moment]]] | None:
         """What was alive in each layer's forward and backward, beyond what was before the step, gradients
-        apart: those of the layers of :class:`.sizes.Sizes`, in their order. None: nobody knows."""
+        apart: those of the layers of :class:`.sizes.Sizes`, in their order. None: nobody knows.
+
+        ``lives``: bytes that live anyway, and count in a budget; ``results``: the layers whose products'
+        results may be kept."""
         made, standing = self.gradients
         on_heap = self._device == "cpu"
         let_go = max(0, made - standing - self._after) if on_heap else 0
         forward = [one + standing for one in self._forward]
         backward: list[list[Moment]] = [[] for _ in forward]
-        for layer, moment, ran in self._backward:
+        stood = results & {one for _, moment, _ in self._backward for one in moment.standing}
+        again: set[int] = set()  # layers whose results stand later
+        for layer, moment, ran in reversed(self._backward):
             beside = standing + let_go * ran // max(1, len(self._numbers))
-            backward[layer].append(moment._replace(alive=moment.alive + beside))
+            # A kept result goes with its last use, as a rebuilt one does that is not rebuilt again.
+            now = {one for one in moment.standing if one > 0}
+            stands = frozenset(now | (stood - again))
+            backward[layer].append(moment._replace(alive=moment.alive + beside, standing=stands))
+            again |= now
         doubt = OF_A_NODE * len(self._numbers) if on_heap else 0
         peak = max(*forward, *(one.alive for moments in backward for one in moments), 0)
-        if self.is_blind or doubt > DOUBT * peak:
+        if self.is_blind or doubt > DOUBT * (lives + peak):
             return None
         # What follows the last product and what stands for the loss are measured as one.
         pairs = [*zip(forward, map(_that_decide, backward), strict=True)]
@@ -204,7 +217,8 @@ class Measured:
             self._numbers.add(number)
             self._waiting.add(number)
             node.register_prehook(partial(self._enters, number, (name,)))
-            node.register_hook(partial(self._leaves, number))
+            parameters = [_parameter(following) for following, _ in node.next_functions]
+            node.register_hook(partial(self._leaves, number, parameters))
             waiting += [following for following, _ in node.next_functions if following is not None]
 
     def _enters(self, number: int, kind: tuple[Any, ...], gradients: Any) -> None:
@@ -217,12 +231,11 @@ class Measured:
             self.is_blind = True
         elif self._windows < MANY or kind not in self._transient:
             self._windows += 1
-            layer = self._layer(number)
-            self._window = _Window(number, alive, kind, self._standing_results(layer), start())
+            self._window = _Window(number, alive, kind, self._standing_results(), start())
         else:
             self._window = _Window(number, alive, kind, {}, None)
 
-    def _leaves(self, number: int, *_: Any) -> None:
+    def _leaves(self, number: int, parameters: Sequence[int | None], gradients: Any, *_: Any) -> None:
         window = self._window
         if window is None or window.number != number or _graph_task() != self._task:
             return
@@ -230,6 +243,7 @@ class Measured:
         number, alive, kind, results, running = window
         if running is None:
             self._note(number, Moment(max(alive, self._now() - self._others) + self._transient[kind]))
+            self._adds_up(number, parameters, gradients)
             return
         if not torch.autograd._profiler_enabled():
             self.is_blind = True
@@ -237,23 +251,37 @@ class Measured:
         events = stop(running, self._device)
         del window, running  # a profiler takes memory itself
         net = sum(event.size for event in events)
-        moments = _moments(events, results, self._layer(number))
+        moments = _moments(events, results)
+        if self._overwrites(self._layer(number), gradients):
+            moments = [one._replace(overwriting=True) for one in moments]
         transient = max(one.alive for one in moments) - max(0, net)
         self._transient[kind] = max(transient, self._transient.get(kind, 0))
         for one in moments:
             self._note(number, one._replace(alive=alive + one.alive))
         if self._device == "cpu":
             self._others = self._now() - alive - net
+        self._adds_up(number, parameters, gradients)
 
-    def _standing_results(self, own: int) -> dict[int, int]:
-        """Where results stand that the backward has rebuilt, by layer; of the layer whose turn it is also
-        where it has let go of it, as it would of a kept one."""
+    def _adds_up(self, number: int, parameters: Sequence[int | None], gradients: Any) -> None:
+        """Where a parameter's gradient comes second, a sum is made beside both when the node is over."""
+        alive = self._now() - self._others
+        for parameter, gradient in zip(parameters, gradients, strict=False):
+            if parameter is None or not isinstance(gradient, torch.Tensor):
+                continue
+            if parameter in self._arrived:
+                self._note(number, Moment(alive + gradient.nbytes, _standing(self._standing_results())))
+            self._arrived.add(parameter)
+
+    def _standing_results(self) -> dict[int, int]:
+        """Where results stand that the backward has rebuilt, by layer."""
         storages = {layer: ref() for layer, ref in self._results.items()}
-        return {
-            layer: _GONE if one is None else one.data_ptr()
-            for layer, one in storages.items()
-            if one is not None or layer == own
-        }
+        return {layer: one.data_ptr() for layer, one in storages.items() if one is not None}
+
+    def _overwrites(self, layer: int, gradients: Any) -> bool:
+        """Whether a node gave back a gradient in the memory of the layer's result."""
+        result = self._results[layer]() if layer in self._results else None
+        plain = (one for one in gradients if isinstance(one, torch.Tensor) and is_plain(one))
+        return result is not None and any(one.untyped_storage() is result for one in plain)
 
     def _backward_over(self) -> None:
         self._done, self._task = True, None
@@ -269,15 +297,19 @@ class Measured:
         return (given_out(self._device) or 0) - self._before.get(self._device, 0)
 
 
-def _moments(events: Sequence[Allocation], results: dict[int, int], own: int) -> list[Moment]:
+def _parameter(node: Any) -> int | None:
+    """The id of the parameter whose gradients come together in a node."""
+    return id(node.variable) if hasattr(node, "variable") else None
+
+
+def _moments(events: Sequence[Allocation], results: dict[int, int]) -> list[Moment]:
     """The most that was alive in a node, beyond what was before, for each state of rebuilt results.
 
     Args:
         results: where results stood before, by layer.
-        own: the node's layer.
     """
     addresses, alive = dict(results), 0
-    moment = Moment(0, frozenset(addresses))
+    moment = Moment(0, _standing(addresses))
     most = {moment: 0}
     for event in events:
         what, *numbers = event.operator.split() if not event.size else ("",)  # a mark
@@ -286,17 +318,21 @@ def _moments(events: Sequence[Allocation], results: dict[int, int], own: int) ->
         elif what == _REBUILT:
             layer, address = map(int, numbers)
             addresses[layer] = address
-            moment = Moment(0, moment.standing | {layer})
+            moment = Moment(0, _standing(addresses))
         elif event.size < 0 and event.address in addresses.values():
             addresses = {
                 layer: _GONE if address == event.address else address
                 for layer, address in addresses.items()
-                if layer == own or address != event.address
             }
-            moment = moment._replace(standing=frozenset(addresses))
+            moment = moment._replace(standing=_standing(addresses))
         alive += event.size
         most[moment] = max(alive, most.get(moment, alive))
     return [moment._replace(alive=alive) for moment, alive in most.items()]
+
+
+def _standing(addresses: dict[int, int]) -> frozenset[int]:
+    """The layers whose results stand, and minus those whose results the node has let go of."""
+    return frozenset(-layer if address == _GONE else layer for layer, address in addresses.items())
 
 
 def _that_decide(moments: Sequence[Moment]) -> list[Moment]:
@@ -304,7 +340,10 @@ def _that_decide(moments: Sequence[Moment]) -> list[Moment]:
     found: list[Moment] = []
     for one in sorted(moments, key=lambda one: (-one.alive, len(one.standing))):
         if not any(
-            other.standing <= one.standing and other.rebuilding in (None, one.rebuilding) for other in found
+            other.standing <= one.standing
+            and other.rebuilding in (None, one.rebuilding)
+            and other.overwriting >= one.overwriting
+            for other in found
         ):
             found.append(one)
     return found

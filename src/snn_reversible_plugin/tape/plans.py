@@ -40,8 +40,7 @@ from snn_reversible_plugin.tape.sizes import Layer, Sizes
 # 7. Plans are of a place and a process: copies and pickles of a model start without.
 # 8. Within a budget a plan waits for the first backward, and is made when the next forward of that shape
 #    begins. Where nothing could be measured (somebody's profiler was on, the allocator doesn't say, TRIES
-#    forwards had no backward, a backward runs layers again that nobody has seen), bounds decide, as
-#    without a budget.
+#    forwards had no backward), bounds decide, as without a budget.
 # 9. The hooks that measure change which sums of gradients autograd forms in place, so that later steps may
 #    take a tensor more than the one that was measured. What is kept leaves RESERVE for that.
 
@@ -188,8 +187,10 @@ class Following:
         """The plan of a shape whose first step is over; none yet where its backward never came."""
         plans, measured = self._plans, pending.measured
         assert measured is not None
-        if measured.is_whole and not any(layer.unknown for layer in pending.layers):
-            for layer, one in zip(pending.layers, measured.layers() or (), strict=False):
+        if measured.is_whole:
+            results = {at for at, layer in enumerate(pending.layers) if layer.needed}
+            found = measured.layers(pending.lives, results) or ()
+            for layer, one in zip(pending.layers, found, strict=False):
                 layer.forward, layer.backward = one
         elif not measured.is_blind and plans.tries > 1:
             plans.tries -= 1

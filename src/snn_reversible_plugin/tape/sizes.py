@@ -42,7 +42,9 @@ from snn_reversible_plugin.tape.replayed import Replayed
 #    it, another one is made beside it, and at most their sum. Such layers, a loop's, keep no products:
 #    one of a loop over 20 steps that was kept raised the peak by its own size, all bounds in spite.
 # 4. What runs without grad mode runs in a function of somebody's own, and what saves nothing through the
-#    tape is checkpointed: their backward runs layers again that nobody has seen. There may be any amount.
+#    tape is checkpointed: their backward runs layers again that nobody has seen. There may be any amount,
+#    until a backward was measured: what runs in a node is the node's. Parameters and buffers of chains of
+#    reversible blocks, which no recorded operation meets, are told (`takes`).
 # 5. A black box (neurons/rerun.py) builds stock's graph of itself: it says how much that is.
 #
 # For example, the second of two layers (3x3 convolution, batch norm, neuron), all tensors of n bytes: at
@@ -55,11 +57,13 @@ OF_WEIGHTS = 4  # and of a convolution's on a CPU, in sizes of its weights, a th
 
 class Moment(NamedTuple):
     """Bytes that were alive once in a layer's backward, the layers whose products' results, rebuilt, were
-    among them, and the layer whose product was just running again."""
+    among them, the layer whose product was just running again, and whether somebody was overwriting the
+    layer's own result, and would copy a kept one."""
 
     alive: int
     standing: frozenset[int] = frozenset()
     rebuilding: int | None = None
+    overwriting: bool = False
 
 
 @dataclass(slots=True)
@@ -137,8 +141,11 @@ class Sizes:
                 self._relied_on.append((weakref.ref(one), len(self._layers) - 1))
             waiting += one.relies_on()
 
-    def takes(self, size: float) -> None:
-        """The backward of something in this layer will have so many bytes alive."""
+    def takes(self, size: float, lives: Iterable[torch.Tensor]) -> None:
+        """The backward of something in this layer will have so many bytes alive; ``lives``: what it met
+        that lives anyway."""
+        for tensor in filter(is_plain, lives):
+            self._meets(tensor, len(self._layers) - 1)
         if math.isinf(size):
             self._layers[-1].unknown = True
         else:
@@ -156,10 +163,7 @@ class Sizes:
             if not is_plain(tensor):
                 continue
             if look_up(tensor) is OUTSIDE:
-                whole = tensor if tensor._base is None else tensor._base
-                self.lives += storage_once(whole, self._outside)
-                if whole.requires_grad and whole.is_leaf:
-                    self._uses(whole, here)
+                self._meets(tensor, here)
             else:
                 self._life(tensor, here - operator.work).used = here
         for tensor in outputs:
@@ -218,6 +222,13 @@ class Sizes:
         layer.rest = layer.result + 2 * self._largest
         self._made = self._largest = 0
         self._others = set()
+
+    def _meets(self, tensor: torch.Tensor, here: int) -> None:
+        """A layer met something that lives anyway."""
+        whole = tensor if tensor._base is None else tensor._base
+        self.lives += storage_once(whole, self._outside)
+        if whole.requires_grad and whole.is_leaf:
+            self._uses(whole, here)
 
     def _uses(self, parameter: torch.Tensor, here: int) -> None:
         """A layer uses a parameter."""

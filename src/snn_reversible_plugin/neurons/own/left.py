@@ -26,7 +26,7 @@ from snn_reversible_plugin.ops.layouts import is_dense, is_plain
 from snn_reversible_plugin.tape.final_membrane import FinalMembrane, behind, promise_among
 from snn_reversible_plugin.tape.handles import Handle, Kept
 from snn_reversible_plugin.tape.origins import enter, look_up
-from snn_reversible_plugin.tape.replayed import PLAIN
+from snn_reversible_plugin.tape.replayed import PLAIN, Replayed
 
 # NOTE [What is let go of]
 #
@@ -61,7 +61,9 @@ class LeftState(FinalMembrane):
         seen: set[int] = set()
         size = 0
         for handle in behind(self.held):
-            if handle.treatment == "reversed" or (size := size + handle.stored(seen)) >= tensor.nbytes:
+            # A product's result that a plan keeps stands to its turn in the backward, promise or not.
+            size += 0 if isinstance(handle, Replayed) else handle.stored(seen)
+            if handle.treatment == "reversed" or size >= tensor.nbytes:
                 return False
         tensor.untyped_storage().resize_(0)
         return True
