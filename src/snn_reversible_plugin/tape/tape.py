@@ -117,8 +117,8 @@ class Tape(Recording):
             self._just_kept.append(handle)
         if self._check:
             compared(self, [(handle, tensor)])
-        if self.observer is not None:
-            handle.where = handle.where or self.where
+        if self.observer is not None and not handle.where:
+            handle.where = self.where
         if is_state and is_stocks(caller):
             handle = follow(self.kept_by_storage, handle, tensor)
         elif self.slices is not None:
@@ -183,9 +183,7 @@ class Tape(Recording):
         if isinstance(out, torch.Tensor):
             if out.dtype is torch.bool and base is None:
                 return enter(out, Packed())
-            span = recipe = None
-            if operator.bounded:
-                span, recipe = few_bits(operator, args, kwargs)
+            span, recipe = few_bits(operator, args, kwargs) if operator.bounded else (None, None)
             if recipe is None and base is not None:
                 recipe = self._parts.read(func, args, kwargs, out)
                 if recipe is None and len(operands) == 1 and not kwargs:
