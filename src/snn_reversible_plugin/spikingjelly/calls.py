@@ -19,7 +19,11 @@ from torch import Tensor
 
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.neurons.integrate_fire.in_place import multi_step, multi_step_vjp
-from snn_reversible_plugin.neurons.integrate_fire.in_slices import sequence_vjp_in_slices, sequence_vjp_over
+from snn_reversible_plugin.neurons.integrate_fire.in_slices import (
+    may_be_written_over,
+    sequence_vjp_in_slices,
+    sequence_vjp_over,
+)
 from snn_reversible_plugin.neurons.integrate_fire.reference import (
     Neuron,
     OutputGradients,
@@ -209,7 +213,7 @@ class MultiStep(torch.autograd.Function):
         else:
             # What is saved is part of the forward's graph, and a gradient must not be.
             x = x_seq.detach()
-            if overwrites and wanted.x and not owned and _is_laid_out_like(x, g_s):
+            if overwrites and wanted.x and not owned and may_be_written_over(x, g_s, neuron):
                 found = sequence_vjp_over(x, start, grads, neuron, wanted, v_last)
             else:
                 found = multi_step_vjp(x, start, grads, neuron, wanted, owned=owned, v_last=v_last)
@@ -217,10 +221,6 @@ class MultiStep(torch.autograd.Function):
             final.keep(v_last)
         g_ws = call.leak_vjp(found.q, neuron.q, w) if wanted.q else nothing  # type: ignore[arg-type]
         return found.x, *found.v, None, None, *g_ws
-
-
-def _is_laid_out_like(x: Tensor, g: Tensor | None) -> bool:
-    return g is not None and (g.shape, g.stride(), g.dtype) == (x.shape, x.stride(), x.dtype)
 
 
 def _start_to_save(x_seq: Tensor, v: Tensor | float, call: Call) -> Tensor | None:

@@ -71,15 +71,22 @@ def sequence_vjp_over(
 ) -> Gradients:
     """As :func:`.in_place.multi_step_vjp`, with the input's gradient in place of that of the spikes.
 
-    That one is laid out as the input is. A leak's gradients are sums.
+    That one :func:`may_be_written_over`. A leak's gradients are sums.
     """
-    samples = x_seq.shape[1]
-    each = max(1, step_of(x_seq.nbytes, x_seq.device) * samples // max(1, x_seq.nbytes))
-    inputs = (
-        (part, x_seq[:, part])
-        for part in (slice(start, min(start + each, samples)) for start in range(0, samples, each))
-    )
-    return _put_together(inputs, v, grads, neuron, wanted, _Whole(samples, grads.s, v_last))
+    count = x_seq.shape[1]
+    each = max(1, step_of(x_seq.nbytes, x_seq.device) * count // x_seq.nbytes)
+    parts = [slice(start, min(start + each, count)) for start in range(0, count, each)]
+    inputs = ((part, x_seq[:, part].contiguous() if neuron.launched else x_seq[:, part]) for part in parts)
+    return _put_together(inputs, v, grads, neuron, wanted, _Whole(count, grads.s, v_last))
+
+
+def may_be_written_over(x_seq: Tensor, g_s: Tensor | None, neuron: Neuron) -> bool:
+    """Whether the gradient of an input may take the place of that of the spikes, by their layouts; and if
+    there are several samples, so that anything is won."""
+    if g_s is None or x_seq.shape[1] < 2 or not x_seq.numel():
+        return False
+    alike = (g_s.shape, g_s.stride(), g_s.dtype) == (x_seq.shape, x_seq.stride(), x_seq.dtype)
+    return alike and (x_seq.is_contiguous() or not neuron.launched)
 
 
 def _put_together(
