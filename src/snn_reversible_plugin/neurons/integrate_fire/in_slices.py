@@ -21,7 +21,7 @@ from snn_reversible_plugin.neurons.integrate_fire.reference import (
     OutputGradients,
     Wanted,
 )
-from snn_reversible_plugin.tape.sliced.cut import step_of
+from snn_reversible_plugin.tape.sliced.cut import is_few_slices, step_of
 
 
 def sequence_vjp_in_slices(
@@ -82,8 +82,8 @@ def sequence_vjp_over(
 
 def may_be_written_over(x_seq: Tensor, g_s: Tensor | None, neuron: Neuron) -> bool:
     """Whether the gradient of an input may take the place of that of the spikes, by their layouts; and if
-    there are several samples, so that anything is won."""
-    if g_s is None or x_seq.shape[1] < 2 or not x_seq.numel():
+    it is large and of several samples, so that anything is won."""
+    if g_s is None or x_seq.shape[1] < 2 or is_few_slices(x_seq):
         return False
     alike = (g_s.shape, g_s.stride(), g_s.dtype) == (x_seq.shape, x_seq.stride(), x_seq.dtype)
     return alike and (x_seq.is_contiguous() or not neuron.launched)

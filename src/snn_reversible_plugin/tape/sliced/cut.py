@@ -66,6 +66,11 @@ def step_of(nbytes: int, device: torch.device) -> int:
     return min(most, max(nbytes // SHARE, most // LEAST))
 
 
+def is_few_slices(tensor: Tensor) -> bool:
+    """Whether its slices are the smallest: what one of them spares is little, and calls cost as much."""
+    return _is_small(tensor, SHARE)
+
+
 def _is_small(tensor: Tensor, slices: int = 1) -> bool:
     """Whether it is not as many of the smallest slices."""
     return tensor.nbytes < slices * step_of(0, tensor.device)

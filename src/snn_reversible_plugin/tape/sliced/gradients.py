@@ -32,7 +32,7 @@ from snn_reversible_plugin.tape.sliced.rows import Part, Whole
 # else's (`alone`), is as large and laid out alike, it is overwritten: `spare`.
 
 
-PIECES = 4  # of a slice
+PIECE = 1 << 18  # bytes of a slice to take at a time where a copy of it is made
 
 
 class Turned(NamedTuple):
@@ -128,14 +128,14 @@ def _normalized(
     total, along = _Sum(), _Sum()  # of the gradient, and of it along x - mean
     if own or mask[1] or mask[2]:
         for part, found in parts_of(x):
-            pairs = (
-                one.split(max(1, -(-len(one) // PIECES))) for one in (part.of(grad), x.rows(part, found))
-            )
+            rows = x.rows(part, found)
+            each = max(1, len(rows) * PIECE // max(1, rows.nbytes))
+            pairs = part.of(grad).split(each), rows.split(each)
             for g, piece in zip(*pairs, strict=True):  # of which there is a copy twice as wide for a moment
                 g = g.to(wide)
                 total.add(g.sum(dims, dtype=torch.float64))
                 along.add((piece.to(wide) - mean).mul_(g).sum(dims, dtype=torch.float64))
-            del found, pairs, g, piece
+            del found, rows, pairs, g, piece
     g_total, g_along = total.value(), along.value()
     g_x = None
     if mask[0]:
