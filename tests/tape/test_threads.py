@@ -1,5 +1,6 @@
 """Several threads, each with a tape: what one does is no business of the others."""
 
+import gc
 import sys
 import threading
 
@@ -62,6 +63,35 @@ def test_the_table_does_not_grow(monkeypatch):
     assert all(entry() is not None for entry in origins._entries.values())
     storages = {entry().untyped_storage()._cdata for entry in origins._entries.values()}
     assert set(origins._writes) <= storages
+
+
+def test_garbage_may_be_collected_while_the_table_is_swept(monkeypatch):
+    """Whose finalizers, or the threads that take over meanwhile, enter more."""
+    alive = [torch.ones(1) for _ in range(9000)]
+    entered = []
+
+    class Garbage:
+        def __init__(self):
+            self.itself = self
+
+        def __del__(self):
+            entered.append(torch.ones(1))
+            origins.enter(entered[-1], None)
+
+    for one in alive:
+        origins.enter(one, None)
+    monkeypatch.setattr(origins, "_many", 0)
+    before = gc.get_threshold()
+    gc.collect()
+    gc.set_threshold(1000, *before[1:])
+    try:
+        for _ in range(20):
+            Garbage()
+        origins.tidy()
+    finally:
+        gc.set_threshold(*before)
+    gc.collect()
+    assert len(entered) == 20
 
 
 def of_spikingjelly():

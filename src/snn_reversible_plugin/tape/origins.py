@@ -52,7 +52,7 @@ class _Entry(weakref.ref):
 _entries: dict[int, _Entry] = {}
 _writes: dict[int, int] = {}
 _latest_write = -1  # of all: what was entered since has been written to by nobody
-_writing = threading.Lock()
+_writing = threading.RLock()  # a finalizer may write while it is held
 _serial = itertools.count()
 _drop_handle = vars(_Entry)["handle"].__delete__
 _FEW = 4096
@@ -188,7 +188,9 @@ def tidy() -> None:
         return
     before = next(_serial)
     storages = set()
-    for key, entry in list(_entries.items()):
+    # Copied at once: a list of pairs is made of objects, and garbage that is collected meanwhile may enter
+    # more.
+    for key, entry in _entries.copy().items():
         tensor = entry()
         if tensor is not None:
             storages.add(storage_key(tensor))
@@ -196,7 +198,7 @@ def tidy() -> None:
             del _entries[key]
     with _writing:
         # Written since, by another thread, of a tensor that it entered since: that one counts.
-        for key, serial in list(_writes.items()):
+        for key, serial in _writes.copy().items():
             if serial < before and key not in storages:
                 del _writes[key]
     _many = max(_FEW, 2 * (len(_entries) + len(_writes)))
