@@ -94,6 +94,29 @@ def test_garbage_may_be_collected_while_the_table_is_swept(monkeypatch):
     assert len(entered) == 20
 
 
+@pytest.mark.usefixtures("_threads_take_turns_often")
+def test_several_threads_may_sweep_the_table_at_once(monkeypatch):
+    errors = []
+
+    def sweep():
+        try:
+            for _ in range(20):
+                for one in [torch.ones(1) for _ in range(1000)]:
+                    origins.enter(one, None)
+                origins._many = 0
+                origins.tidy()
+        except BaseException as error:
+            errors.append(error)
+
+    monkeypatch.setattr(origins, "_many", 0)
+    threads = [threading.Thread(target=sweep) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors, errors
+
+
 def of_spikingjelly():
     return nn.Sequential(
         nn.Linear(6, 16), neuron.LIFNode(step_mode="m"), nn.Linear(16, 8),

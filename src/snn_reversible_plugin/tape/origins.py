@@ -194,11 +194,11 @@ def tidy() -> None:
         tensor = entry()
         if tensor is not None:
             storages.add(storage_key(tensor))
-        elif _entries.get(key) is entry:
-            del _entries[key]
+        elif _entries.get(key) is entry and (gone := _entries.pop(key, entry)) is not entry:
+            _entries.setdefault(key, gone)  # another thread's, of a tensor that it entered just now
     with _writing:
         # Written since, by another thread, of a tensor that it entered since: that one counts.
         for key, serial in _writes.copy().items():
             if serial < before and key not in storages:
-                del _writes[key]
+                _writes.pop(key, None)
     _many = max(_FEW, 2 * (len(_entries) + len(_writes)))
