@@ -227,3 +227,34 @@ def test_one_that_nobody_holds_is_overwritten(overwritten):
     assert (
         sum(spare for _, spare in overwritten) == 5
     )  # the first convolution's input stands, and is no cut
+
+
+class Shared(nn.Module):
+    """A current that is rebuilt as a whole for one and then read by two neurons."""
+
+    def __init__(self, make):
+        super().__init__()
+        torch.manual_seed(1)
+        self.fires = neuron.LIFNode(step_mode="m")
+        self.conv = layer.Conv2d(4, 4, 3, padding=1, step_mode="m")
+        self.one, self.other = make(), make()
+
+    def forward(self, x):
+        current = self.conv(self.fires(x))
+        spikes = self.one(current) + 2 * self.other(current)
+        return spikes + nn.functional.softplus(current)
+
+
+@pytest.mark.parametrize("samples", [1, 2, 6])
+@pytest.mark.parametrize("make", [lambda: neuron.IFNode(step_mode="m"), Own])
+def test_a_current_that_stands_for_others_is_left_alone(make, samples):
+    found = []
+    for mode in (None, "minimal"):
+        torch.manual_seed(2)
+        net, x = Shared(make), 2 * torch.rand(X[0], samples, *X[2:]).requires_grad_()
+        if mode:
+            srp.convert_to_reversible(net, mode=mode)
+        net(x).square().mean().backward()
+        found.append([p.grad for p in net.parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(one.abs().max()))

@@ -43,10 +43,10 @@ def sequence_vjp_in_slices(
     """
     parts = cut.parts(way) if (way := (cut.size[0], cut.size[1])) in cut.exact else []
     if len(parts) < 2:  # one part of all may be a view of what others hold
-        x_seq = cut.whole()
+        x_seq, owned = cut.whole(), not cut.stands()
         cut.release()
         wanted = wanted._replace(sums_chunks=True)
-        return multi_step_vjp(x_seq, v, grads, neuron, wanted, owned=True, v_last=v_last)
+        return multi_step_vjp(x_seq, v, grads, neuron, wanted, owned=owned, v_last=v_last)
     g_x = None
     if wanted.x:
         g_x = grads.s if overwrites and grads.s is not None and cut.is_like(grads.s) else cut.empty()

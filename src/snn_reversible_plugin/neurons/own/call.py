@@ -123,6 +123,7 @@ class _Sequence(torch.autograd.Function):
         if proof is None:
             return g, None
         overwrites = overwrites and proof.dim == proof.out_dim and proof.grad == Kind.of(g)
+        owned = tape.owns(x) if cut is None else not cut.stands()
         if cut is not None:
             try:
                 if g.is_contiguous() and (way := proof.way()) in cut.exact:
@@ -134,7 +135,7 @@ class _Sequence(torch.autograd.Function):
                 cut.release()
         if not g.is_contiguous():
             return _by_autograd(proof, x, g), None
-        owned = (cut is not None or tape.owns(x)) and proof.kind == proof.grad == Kind.of(x)
+        owned = owned and proof.kind == proof.grad == Kind.of(x)
         # What is saved is part of the forward's graph, and a gradient must not be.
         x = x.detach()
         g_x = x if owned else g if overwrites else _empty(proof.grad)

@@ -168,9 +168,13 @@ class Cut(Handle):
             part.put(self.rows(part), whole)
         return whole
 
+    def stands(self) -> bool:
+        """Whether the whole is at hand, for others, too: nobody may write to it."""
+        return isinstance(self.handle, Replayed) and self.handle.at_hand() is not None
+
     def whole(self) -> Tensor:
-        """The whole, from parts where these are the forward's bits; the caller's, unless it is at hand."""
-        if not isinstance(self.handle, Replayed) or self.handle.at_hand() is not None:
+        """The whole, from parts where these are the forward's bits; the caller's, unless it stands."""
+        if not isinstance(self.handle, Replayed) or self.stands():
             return self.peek()
         return self.assembled() if self.exact else self._around_a_product()
 
@@ -205,9 +209,7 @@ class Cut(Handle):
         except Whole:
             first = operand.peek()
         others = [arg.peek() if isinstance(arg, Handle) else arg for arg in product.args[1:]]
-        named = {
-            name: arg.peek() if isinstance(arg, Handle) else arg for name, arg in product.kwargs.items()
-        }
+        named = {key: arg.peek() if isinstance(arg, Handle) else arg for key, arg in product.kwargs.items()}
         return product.func(first, *others, **named)  # type: ignore[no-any-return]
 
     def empty_meta(self) -> Tensor:
