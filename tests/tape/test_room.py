@@ -140,3 +140,9 @@ def test_a_part_of_a_backward_leaves_nothing_standing(monkeypatch):
     net[4].register_forward_hook(lambda _module, _inputs, out: seen.append(out))
     torch.autograd.grad(net(X).square().mean(), seen, retain_graph=True)
     assert held and all(one.cache is None for one in held)
+
+
+def test_products_of_several_results_and_of_sparse_operands_are_counted():
+    found, dense = room.Room(), torch.rand(4, 4)
+    found.product([dense.to_sparse(), dense], (dense, dense, None, 3))
+    assert found.has(3 * dense.nbytes, 0) and not found.has(3 * dense.nbytes + 1, 0)

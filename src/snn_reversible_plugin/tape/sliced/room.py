@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor
 
-from snn_reversible_plugin.ops.layouts import is_plain
+from snn_reversible_plugin.ops.layouts import is_plain, size_in_bytes
+from snn_reversible_plugin.tape.recipes import tensors_among
 from snn_reversible_plugin.tape.replayed import bytes_cached
 
 # NOTE [Room]
@@ -36,10 +38,12 @@ class Room:
         self._stood = 0
         self._without_gradient: dict[int, weakref.ref[Tensor]] = {}  # parameters, by id
 
-    def product(self, operands: Iterable[Tensor], out: Tensor) -> None:
-        """A product was computed."""
-        stood = out.nbytes
+    def product(self, operands: Iterable[Tensor], out: Any) -> None:
+        """A product was computed; ``out``: its result, or several."""
+        stood = sum(map(size_in_bytes, tensors_among((out,))))
         for one in operands:
+            if not is_plain(one):
+                continue
             whole = one if one._base is None else one._base
             if not (whole.is_leaf and whole.requires_grad):
                 stood += one.nbytes
