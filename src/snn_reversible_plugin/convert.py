@@ -22,7 +22,7 @@ from snn_reversible_plugin.blocks.streams_on_grid import OnGrid, carries_a_membr
 from snn_reversible_plugin.blocks.surgery import wrap_by_conversion
 from snn_reversible_plugin.blocks.wrapped import run_plainly, wrapped_chains
 from snn_reversible_plugin.modules.checks import bytes_of, check_model, skipped_modules
-from snn_reversible_plugin.modules.flat import make_flat
+from snn_reversible_plugin.modules.flat import BETWEEN, make_flat
 from snn_reversible_plugin.modules.kinds import is_spiking, load_adapters, own_neuron_types
 from snn_reversible_plugin.modules.registry import StaysStock, reversible_type, type_on_grid
 from snn_reversible_plugin.modules.states import stored_buffers
@@ -42,7 +42,7 @@ from snn_reversible_plugin.modules.tracking import tracked
 from snn_reversible_plugin.neurons.on_grid import switches
 from snn_reversible_plugin.neurons.own.call import own_neurons
 from snn_reversible_plugin.neurons.own.left import let_go
-from snn_reversible_plugin.tape import hand_over, suspended
+from snn_reversible_plugin.tape import between, hand_over, suspended
 from snn_reversible_plugin.tape.final_membrane import compute_all
 from snn_reversible_plugin.tape.settings import Settings, settings_for
 
@@ -216,7 +216,7 @@ def convert_to_reversible(
             'SpikingJelly are, in 0.0.0.0.12 MultiStepIFNode and so on. Use arithmetic="auto".'
         )
     if mode == "minimal":
-        make_flat(module for module in model.modules() if id(module) not in within_skipped)
+        make_flat((one for one in model.modules() if id(one) not in within_skipped), between)
     for module in skipped:
         swap(module, swapped_class(Skipped, type(module)))
     swap(model, swapped_class(Recorded, type(model)))
@@ -284,7 +284,7 @@ def restore(model: M) -> M:
     """
     for module in model.modules():
         unswap(module)
-        for attribute in (SETTINGS, NAME, ON_GRID, STRICT, FUSED):
+        for attribute in (SETTINGS, NAME, ON_GRID, STRICT, FUSED, BETWEEN):
             attribute.clear(module)
     for chain in wrapped_chains(model):
         if chain.by_conversion:

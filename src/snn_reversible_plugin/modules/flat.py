@@ -2,22 +2,32 @@
 
 The one idea: a call holds its arguments until it returns, so a Sequential that is called by another one
 keeps its first layer's input alive until its last layer has run. Where nobody hooks into that call, its
-layers may as well be called by the outer one, which holds nothing but what the next layer needs.
+layers may as well be called by the outer one, which holds nothing but what the next layer needs. What that
+is, and that nobody hooks into that layer's call, it says to whoever asked for it.
 
 Source: the forward of ``nn.Sequential``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.nn.modules import module as of_modules
 
-from snn_reversible_plugin.modules.swap import SwappedClass, swap, swapped_class
+from snn_reversible_plugin.modules.swap import Mark, SwappedClass, swap, swapped_class
 from snn_reversible_plugin.modules.tracking import is_tracking
+
+
+class Between(Protocol):
+    """Is told what a layer is about to take; its layer is None where somebody looks on."""
+
+    def hand_on(self, value: Any, layer: nn.Module | None) -> None: ...
+
+
+BETWEEN: Mark[Callable[[], Between | None]] = Mark("between")  # of a flat Sequential: whom it tells
 
 
 class Flat(SwappedClass):
@@ -27,10 +37,13 @@ class Flat(SwappedClass):
         """As the stock forward, layer by layer."""
         if torch.compiler.is_compiling():
             return super().forward(input)  # type: ignore[misc]
+        between = told() if (told := BETWEEN.of(self)) is not None else None  # type: ignore[arg-type]
         entered: list[nn.Sequential] = []
         try:
             for module, ends in _layers(self, entered):  # type: ignore[arg-type]
                 if not ends:
+                    if between is not None:
+                        between.hand_on(input, module if _is_unwatched(module) else None)
                     input = module(input)
                     continue
                 entered.pop()
@@ -38,16 +51,20 @@ class Flat(SwappedClass):
                     hook(module, (), input)
             return input
         finally:
+            if between is not None:
+                between.hand_on(input, None)
             for module in reversed(entered):  # left by an exception
                 for hook in module._forward_hooks.values():
                     hook(module, (), None)
 
 
-def make_flat(modules: Iterable[nn.Module]) -> None:
-    """Let the Sequentials among modules run flat."""
+def make_flat(modules: Iterable[nn.Module], between: Callable[[], Between | None] | None = None) -> None:
+    """Let the Sequentials among modules run flat; ``between`` gives whom to tell what is handed on."""
     for module in modules:
         if _is_plain(module):
             swap(module, swapped_class(Flat, type(module)))
+            if between is not None:
+                BETWEEN.set(module, between)
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -74,7 +91,12 @@ def _layers(sequential: nn.Sequential, entered: list[nn.Sequential]) -> Iterator
 
 def _is_transparent(module: nn.Module) -> bool:
     """Whether nobody would see that a Sequential is not called."""
-    if not _is_plain(module) or "forward" in module.__dict__:
+    return _is_plain(module) and _is_unwatched(module)
+
+
+def _is_unwatched(module: nn.Module) -> bool:
+    """Whether nobody but a layer itself sees what it is called with."""
+    if "forward" in module.__dict__ or type(module).__call__ is not nn.Module.__call__:
         return False
     if module._compiled_call_impl is not None or of_modules._has_any_global_hook():
         return False

@@ -149,6 +149,12 @@ def as_rows(x: Tensor, order: tuple[int, ...]) -> Tensor:
     return x.permute(order).reshape(x.shape[0], math.prod(x.shape[1:]))
 
 
+def in_place_of(tensor: Tensor) -> Tensor:
+    """A tensor to be filled, in the memory of another, and laid out as that; no view of it to autograd."""
+    out = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return out.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())  # type: ignore[call-overload,no-any-return]
+
+
 def empty_in(
     x_seq: Tensor, order: tuple[int, ...], steps: bool = True, dtype: torch.dtype | None = None
 ) -> Tensor:

@@ -164,7 +164,8 @@ class MultiStep(torch.autograd.Function):
         with tape.paused():
             builds_v_seq = call.store_v_seq and stored is None
             neuron = call.with_leak(ws[0] if ws else None)
-            how: Any = {"drops_last": final is not None, "in_chunks": ctx.in_slices}
+            over = ctx.in_slices and tape.may_be_replaced(x_seq)
+            how: Any = {"drops_last": final is not None, "in_chunks": ctx.in_slices, "over": over}
             spikes, v, v_seq = multi_step(x_seq, v, neuron, builds_v_seq, **how)
             if stored is not None:
                 v_seq = stored.placeholder(spikes, spikes.new_zeros((), dtype=v.dtype))

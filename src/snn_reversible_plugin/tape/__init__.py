@@ -61,6 +61,7 @@ from snn_reversible_plugin.tape.plans import Plans
 from snn_reversible_plugin.tape.recipes import WORK_LIMIT
 from snn_reversible_plugin.tape.replayed import Replayed
 from snn_reversible_plugin.tape.sliced.alone import is_alone, references, try_out
+from snn_reversible_plugin.tape.sliced.between import Between
 from snn_reversible_plugin.tape.sliced.cut import Cut
 from snn_reversible_plugin.tape.sliced.stand_in import cut_of
 from snn_reversible_plugin.tape.sliced.stand_in import unpack as unpack_in_slices
@@ -71,6 +72,7 @@ __all__ = [
     "MODES",
     "MOST_COUNTS",
     "Cut",
+    "between",
     "current",
     "cut_of",
     "hand_over",
@@ -82,6 +84,7 @@ __all__ = [
     "mark_opaque",
     "mark_spikes",
     "mark_state",
+    "may_be_replaced",
     "may_promise",
     "may_record",
     "mode_inside",
@@ -214,6 +217,18 @@ def mode_inside(mode: str) -> str:
     """The mode of a tape for a block that is rebuilt: "minimal" where all around it is."""
     tape = current()
     return mode if tape is None or tape.slices is None else "minimal"
+
+
+def between() -> Between | None:
+    """What is handed on between the layers of a Sequential, where that matters."""
+    tape = current()
+    return None if tape is None or tape.slices is None else tape.slices.between
+
+
+def may_be_replaced(x: torch.Tensor) -> bool:
+    """Whether what is computed from a tensor may take its place: see :mod:`.tape.sliced.between`."""
+    tape = current()
+    return tape is not None and tape.slices is not None and tape.slices.may_be_replaced(x)
 
 
 def suspended() -> AbstractContextManager[None]:

@@ -75,7 +75,7 @@ class Tape(Recording):
         self.observer = observer
         self._following = following
         self.sizes = None if following is None else following.sizes
-        self.slices = Slices(self) if mode == "minimal" else None
+        self.slices = Slices(self, check) if mode == "minimal" else None
         tidy()
         self._began = now()
         self.latest_writes: list[Any] = []  # in check mode
@@ -230,6 +230,8 @@ class Tape(Recording):
                 kept.spill(any(kept is one for one in spared))
 
     def run(self, func: Any, types: Any, args: Args, kwargs: dict[str, Any]) -> Any:
+        if self.slices is not None and self.slices.between.holds_bits:
+            self.slices.between.before(func, tensors_among(args, kwargs))
         just_kept = self._just_kept
         if just_kept:
             self._just_kept = []
@@ -245,7 +247,8 @@ class Tape(Recording):
             # for the value that it will have.
             spared = () if operator.inplace else just_kept
             return self._run_mutating(func, operator, types, args, kwargs, spared)
-        out = (func if self.slices is None or types else self.slices.running(func))(*args, **kwargs)
+        slices = None if types else self.slices
+        out = func(*args, **kwargs) if slices is None else slices.run(func, operator, args, kwargs)
         counts = kind is Kind.NORM and args[5]  # its running statistics
         if counts:
             leave_alone(just_kept, args[3:5])
@@ -277,11 +280,9 @@ class Tape(Recording):
     def _run_mutating(
         self, func: Any, operator: Operator, types: Any, args: Args, kwargs: Any, spared: Sequence[Kept]
     ) -> Any:
-        mutated = list(
-            tensors_among(
-                kwargs.get(at) if isinstance(at, str) else args[at] if at < len(args) else None
-                for at in operator.mutated
-            )
+        mutated = tensors_among(
+            kwargs.get(at) if isinstance(at, str) else args[at] if at < len(args) else None
+            for at in operator.mutated
         )
         recipe: Handle | None = None
         root = after = parts = span = None

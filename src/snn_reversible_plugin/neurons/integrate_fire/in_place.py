@@ -29,7 +29,13 @@ from snn_reversible_plugin.neurons.integrate_fire.reference import (
     sequence_vjp,
 )
 from snn_reversible_plugin.ops.chunks import cuts
-from snn_reversible_plugin.ops.layouts import as_rows, empty_in, is_contiguous_in, order_of_steps
+from snn_reversible_plugin.ops.layouts import (
+    as_rows,
+    empty_in,
+    in_place_of,
+    is_contiguous_in,
+    order_of_steps,
+)
 
 # NOTE [Fewer operations, same bits]
 #
@@ -62,11 +68,13 @@ def multi_step(
     *,
     drops_last: bool = False,
     in_chunks: bool = False,
+    over: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """:func:`.neurons.integrate_fire.reference.sequence`, with less memory and time.
 
     ``drops_last``: of the final membrane only the layout is asked for; it may come on the device "meta".
-    ``in_chunks``: a device has small buffers and many launches, as a CPU has anyway.
+    ``in_chunks``: a device has small buffers and many launches, as a CPU has anyway. ``over``: spikes may
+    take the place of x_seq.
 
     Example:
         >>> import torch
@@ -80,7 +88,7 @@ def multi_step(
         (tensor([0., 1., 0.]), tensor([0.7500]))
     """
     if neuron.launched:
-        return on_device.multi_step(x_seq, v, neuron, store_v_seq)
+        return on_device.multi_step(x_seq, v, neuron, store_v_seq, over=over)
     if neuron.wide and x_seq.dtype is not torch.float32:
         how: Any = {"drops_last": drops_last, "in_chunks": in_chunks}
         spikes, v_last, v_seq = multi_step(x_seq.float(), v, neuron, store_v_seq, **how)
@@ -89,7 +97,7 @@ def multi_step(
     if order is None:
         return sequence(x_seq, v, neuron, store_v_seq)
     drops_last = drops_last and not store_v_seq and x_seq.numel() > on_numba.MOST
-    spikes = empty_in(x_seq, order)
+    spikes = in_place_of(x_seq) if over and is_contiguous_in(x_seq, order) else empty_in(x_seq, order)
     v_last = empty_in(x_seq.to("meta") if drops_last else x_seq, order, steps=False)
     v_seq = empty_in(x_seq, order) if store_v_seq else None
     x2, s2, v1 = as_rows(x_seq, order), as_rows(spikes, order), as_rows(v_last[None], order)[0]

@@ -24,7 +24,14 @@ from snn_reversible_plugin.neurons.integrate_fire.reference import (
 )
 from snn_reversible_plugin.neurons.surrogates import in_one_pass
 from snn_reversible_plugin.ops.forms import SEQUENCE, form_of
-from snn_reversible_plugin.ops.layouts import as_rows, empty_in, is_contiguous_in, is_dense, order_of_steps
+from snn_reversible_plugin.ops.layouts import (
+    as_rows,
+    empty_in,
+    in_place_of,
+    is_contiguous_in,
+    is_dense,
+    order_of_steps,
+)
 
 # NOTE [Layouts of a device's kernel]
 #
@@ -60,17 +67,21 @@ def takes(neuron: Neuron, device: torch.device) -> bool:
 
 
 def multi_step(
-    x_seq: Tensor, v: Tensor | float, neuron: Neuron, store_v_seq: bool
+    x_seq: Tensor, v: Tensor | float, neuron: Neuron, store_v_seq: bool, *, over: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """:func:`.neurons.integrate_fire.reference.sequence`: the membranes are float32."""
+    """:func:`.neurons.integrate_fire.reference.sequence`: the membranes are float32. ``over``: spikes may
+    take the place of x_seq."""
     form: Any = form_of(SEQUENCE, x_seq.device)
     order = order_of(x_seq, v)
     assert order is not None  # others are left to stock
+    spikes = in_place_of(x_seq) if over and is_contiguous_in(x_seq, order) else None
     if neuron.rule.order == Order():
-        spikes, v_last = torch.empty_like(x_seq), torch.empty_like(_one_step(x_seq, v), dtype=torch.float32)
+        spikes = torch.empty_like(x_seq) if spikes is None else spikes
+        v_last = torch.empty_like(_one_step(x_seq, v), dtype=torch.float32)
         v_seq = torch.empty_like(x_seq, dtype=torch.float32) if store_v_seq else None
     else:
-        spikes, v_last = empty_in(x_seq, order), empty_in(x_seq, order, False, torch.float32)
+        spikes = empty_in(x_seq, order) if spikes is None else spikes
+        v_last = empty_in(x_seq, order, False, torch.float32)
         v_seq = empty_in(x_seq, order, dtype=torch.float32) if store_v_seq else None
     made = form.Made(
         as_rows(spikes, order), _row(v_last, order), None if v_seq is None else as_rows(v_seq, order)

@@ -31,8 +31,10 @@ def _as_bits(part: torch.Tensor, bits_each: int) -> np.ndarray[Any, Any]:
     if bits_each == 1:
         if part.dtype is torch.bool:
             return part.numpy()
-        # numpy has no bfloat16, and compares the others faster than torch does.
-        return (part.ne(0) if part.dtype is torch.bfloat16 else part).numpy() != 0
+        if part.dtype is torch.bfloat16:  # numpy has none
+            return part.ne(0).numpy()
+        # numpy compares faster than torch does. After `.numpy()` spikes could never let go of their bytes.
+        return np.from_dlpack(part) != 0
     values = part.to(torch.uint8).numpy()
     return np.unpackbits(values[:, None], axis=1, count=bits_each, bitorder="little")
 

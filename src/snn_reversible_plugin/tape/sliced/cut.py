@@ -19,12 +19,13 @@ from torch import Tensor
 from snn_reversible_plugin.ops.layouts import is_dense, is_plain, storage_key
 from snn_reversible_plugin.tape.handles import Handle, Kept
 from snn_reversible_plugin.tape.off_stack import OffStack
-from snn_reversible_plugin.tape.operators import aten
-from snn_reversible_plugin.tape.outsiders import alias
+from snn_reversible_plugin.tape.operators import Kind, Operator, aten
+from snn_reversible_plugin.tape.origins import look_up
 from snn_reversible_plugin.tape.packed import Packed
 from snn_reversible_plugin.tape.replayed import PLAIN, Replayed
-from snn_reversible_plugin.tape.sliced import forward
+from snn_reversible_plugin.tape.sliced import forward, norm
 from snn_reversible_plugin.tape.sliced.alone import try_out_operators
+from snn_reversible_plugin.tape.sliced.between import Between
 from snn_reversible_plugin.tape.sliced.room import Room
 from snn_reversible_plugin.tape.sliced.rows import (
     MOST_OPERATIONS,
@@ -240,15 +241,25 @@ class Cut(Handle):
 class Slices:
     """What a recording in mode "minimal" cuts. ``largest`` are the bytes of the largest of that."""
 
-    def __init__(self, tape: Any) -> None:
+    def __init__(self, tape: Any, check: bool) -> None:
         self._tape = weakref.ref(tape)  # autograd keeps what is cut, and must not keep the tape
         self.largest = 0
         self.room = Room()
+        self.between = Between(tape, step_of, check)
         try_out_operators()
 
-    def running(self, func: Any) -> Any:
-        """What runs an operator."""
-        return _convolution if func is aten.convolution.default else func
+    def run(self, func: Any, operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What an operator gives."""
+        between = self.between
+        if func is aten.convolution.default and not kwargs:
+            return forward.convolution(args, step_of, between)
+        if operator.kind is Kind.NORM and not kwargs:
+            over = between.is_given_up(args[0]) and norm.is_proved(func, args)
+            return norm.batch_norm(func, args, step_of, over)
+        out = func(*args, **kwargs)
+        if operator.kind is Kind.VIEW and between.holds_bits:
+            between.viewed(args[0], out)
+        return out
 
     def computed(self, recipe: Handle | None, out: Tensor) -> None:
         """A tensor has a recipe."""
@@ -257,22 +268,9 @@ class Slices:
             note_taken(recipe)
 
     def normalized(self, recipe: Replayed, x: Tensor, outputs: Sequence[Tensor]) -> None:
-        """A batch norm ran: what it gave beside its result is noted with that."""
-        out, mean, deviation = outputs[:3]
-        if _is_small(out) or not isinstance(recipe.args[0], Handle):
-            return
-        noted = Noted(out.size(), (alias(mean), alias(deviation)) if mean.numel() else None)
-        note(recipe, noted)
-        part = Part(1, len(x), 0, min(len(x), 2))
-        key = recipe.func, x.size(), x.stride(), x.dtype, x.device, bool(mean.numel())
-        if key not in _proved:
-            try:
-                with OffStack(self._tape()), torch.no_grad():
-                    rows = rows_of(recipe, part, {recipe.args[0]: part.of(x.detach())})
-                    _proved[key] = torch.equal(rows, part.of(out.detach()))
-            except Whole:
-                _proved[key] = None
-        noted.exact = bool(_proved[key])
+        """A batch norm ran."""
+        if not _is_small(outputs[0]):
+            norm.note_normalized(self._tape(), recipe, x, outputs)
 
     def cut(self, handle: Handle, tensor: Tensor) -> Handle:
         """What autograd gets for a tensor that it saves: the handle, or one that can be cut."""
@@ -284,6 +282,13 @@ class Slices:
             return handle
         self.largest = max(self.largest, cut.nbytes)
         return cut
+
+    def may_be_replaced(self, x: Tensor) -> bool:
+        """Whether what a neuron makes of a current may take its place: nobody else has it, and its slices
+        are the forward's bits."""
+        with OffStack(self._tape()):
+            cut = self._cut(look_up(x), x) if self.between.is_given_up(x) else None
+        return cut is not None and bool(cut.exact)
 
     def exactly(self, handle: Handle, tensor: Tensor) -> Cut | None:
         """A tensor's handle, cut, if its parts are the forward's bits."""
@@ -319,12 +324,9 @@ class Slices:
         if key not in _proved:
             if len(_proved) > 4096:
                 _proved.clear()
+            self.between.unpack(tensor)
             _proved[key] = _compared(cut, tensor, {parts[0], parts[-1]})
         return _proved[key]
-
-
-def _convolution(*args: Any) -> Tensor:
-    return forward.convolution(args, step_of)
 
 
 def _compared(cut: Cut, tensor: Tensor, parts: Iterable[Part]) -> bool | None:
@@ -348,9 +350,8 @@ def _compared(cut: Cut, tensor: Tensor, parts: Iterable[Part]) -> bool | None:
 
 
 def _groups(size: torch.Size, handle: Handle) -> Iterator[tuple[int, int]]:
-    """Into how many groups of how many rows a tensor may be cut: into its time steps' samples, if a layer
-    that sees no time led to it; into its first dimension; into what that was in what led to it, as where
-    heads of an attention are told apart."""
+    """How many groups of how many rows: of time steps' samples, if a layer that sees no time led to it; of
+    its first dimension; of what that was in what led to it, as where an attention tells heads apart."""
     one: Any = handle
     coarser: list[int] = []
     while one.__class__ in PLAIN and one.args:

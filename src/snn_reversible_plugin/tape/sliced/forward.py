@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from snn_reversible_plugin.ops.layouts import is_plain
 from snn_reversible_plugin.tape.operators import aten
+from snn_reversible_plugin.tape.sliced.between import Between
 from snn_reversible_plugin.tape.sliced.rows import Part, Whole
 from snn_reversible_plugin.tape.surroundings import OwnMode
 
@@ -35,25 +36,33 @@ _seen: dict[Any, _Result | None] = {}  # None: other bits in slices, or nothing 
 StepOf = Callable[[int, torch.device], int]
 
 
-def convolution(args: tuple[Any, ...], step_of: StepOf) -> Tensor:
-    """The convolution of its arguments, in slices where these have its bits; ``step_of``: their bytes."""
+def convolution(args: tuple[Any, ...], step_of: StepOf, between: Between | None = None) -> Tensor:
+    """The convolution of its arguments, in slices where these have its bits.
+
+    Args:
+        args: the operator's.
+        step_of: bytes of a slice.
+        between: says whether the input is in bits: it is unpacked, a slice at a time if that serves.
+    """
     func = aten.convolution.default
-    if not _is_large(args, step_of):
-        return func(*args)  # type: ignore[no-any-return]
     x, *others = args
-    key = (step_of(0, x.device), torch.get_num_threads(), *map(_kind, args))
-    if key not in _seen:
-        if len(_seen) > 4096:
-            _seen.clear()
-        whole = func(*args)
-        _seen[key] = _result(args, whole, step_of)
-        return whole  # type: ignore[no-any-return]
-    known = _seen[key]
+    known = key = None
+    if is_large := _is_large(args, step_of):
+        key = (step_of(0, x.device), torch.get_num_threads(), *map(kind_of, args))
+        known = _seen.get(key)
     if known is None:
-        return func(*args)  # type: ignore[no-any-return]
+        if between is not None:
+            between.unpack(x)
+        whole = func(*args)
+        if is_large and key not in _seen:
+            if len(_seen) > 4096:
+                _seen.clear()
+            _seen[key] = _result(args, whole, step_of)
+        return whole  # type: ignore[no-any-return]
     out = torch.empty_strided(known.size, known.stride, dtype=known.dtype, device=x.device)
     for part in known.parts:
-        part.put(func(part.of(x), *others), out)
+        rows = part.of(x) if between is None else between.rows(x, part)
+        part.put(func(rows, *others), out)
     return out
 
 
@@ -65,7 +74,8 @@ def _is_large(args: tuple[Any, ...], step_of: StepOf) -> bool:
     return x.nbytes >= 2 * step or x.nbytes // x.shape[1] * len(weight) >= 2 * step
 
 
-def _kind(arg: Any) -> Any:
+def kind_of(arg: Any) -> Any:
+    """What of an operator's argument decides which kernel runs."""
     if not isinstance(arg, Tensor):
         return repr(arg)
     return arg.shape, arg.stride(), arg.dtype, arg.device

@@ -46,7 +46,7 @@ class Room:
                 continue
             whole = one if one._base is None else one._base
             if not (whole.is_leaf and whole.requires_grad):
-                stood += one.nbytes
+                stood += min(one.nbytes, one.untyped_storage().nbytes())  # none while it is in bits
             elif whole.grad is None:
                 self._without_gradient[id(whole)] = weakref.ref(whole)
         self._stood = max(self._stood, stood)

@@ -1,0 +1,235 @@
+"""What a layer of a Sequential hands on to the next one: nobody else's, so that it need not stand as it is.
+
+The one idea: between two layers of a Sequential nobody sees what is handed on but the Sequential. So spikes
+may be bits until the next layer asks for them, and a batch norm's result, or a neuron's spikes, may take
+the place of what they were computed from.
+
+Source: this package's own.
+"""
+
+from __future__ import annotations
+
+import enum
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AvgPoolNd, _MaxPoolNd
+
+from snn_reversible_plugin.ops.layouts import is_plain, storage_key
+from snn_reversible_plugin.tape.off_stack import OffStack
+from snn_reversible_plugin.tape.operators import Kind, aten, operator_of
+from snn_reversible_plugin.tape.origins import enter, look_up
+from snn_reversible_plugin.tape.packed import Packed
+from snn_reversible_plugin.tape.replayed import Replayed
+from snn_reversible_plugin.tape.sliced.alone import is_alone, references, try_out
+from snn_reversible_plugin.tape.sliced.rows import Part, Whole, rows_of
+
+if TYPE_CHECKING:
+    from snn_reversible_plugin.tape.tape import Tape
+
+# NOTE [What is handed on]
+#
+# 1. It is nobody else's where its counts are those of a value that only a variable of the Sequential holds:
+#    one that a hook, a list or a node of the graph holds as well, or a part of it, counts more. What a tape
+#    keeps it holds too.
+# 2. The layer that takes it is one whose code is known: a convolution, linear layer, batch norm or pooling
+#    of torch's or made of it, which read a tensor by operators and in no other way, or a neuron that asks.
+#    No hook, no mode of somebody else's looks on.
+# 3. Spikes that are in bits have a storage without bytes. Views of them are made as ever; a convolution
+#    whose slices are known to have the bits of the whole unpacks a slice at a time; for any other operator,
+#    and for a layer that is not known, they are unpacked first, in place.
+# 4. A result takes its input's place only where the input is a recipe that was shown to be exact in slices:
+#    whoever asks later computes it, and it was compared while it stood. So the first time of a shape runs
+#    as if nobody handed anything on.
+#
+# For example, convolution, batch norm, neuron, convolution with tensors of n bytes: the norm writes over
+# the convolution's result, the neuron its spikes over that, which become n / 32 of bits before the next
+# convolution has its result. So n and bits stand, and never 2 n.
+
+
+LEAST = 4  # slices: what is smaller than as many of the smallest is handed on as it is
+_HELD = "by a variable of a Sequential"
+_READ_BY_OPERATORS = (
+    nn.Linear, nn.Flatten, _ConvNd, _BatchNorm, _AvgPoolNd, _AdaptiveAvgPoolNd, _MaxPoolNd,
+)  # fmt: skip
+_OF_FRAMEWORKS = ("torch.nn.modules.", "spikingjelly.activation_based.")
+
+
+class Taker(enum.Enum):
+    """How a layer reads what it is called with."""
+
+    BY_OPERATORS = "by operators of torch alone"
+    BY_ITSELF = "it asks whether it may write over it"
+
+
+_takers: weakref.WeakKeyDictionary[type[nn.Module], Taker | None] = weakref.WeakKeyDictionary()
+
+
+def _taker(layer: nn.Module) -> Taker | None:
+    cls = type(layer)
+    if cls not in _takers:
+        known = issubclass(cls, _READ_BY_OPERATORS) and cls.forward.__module__.startswith(_OF_FRAMEWORKS)
+        asks = getattr(cls, "asks_for_its_input", False)
+        _takers[cls] = Taker.BY_ITSELF if asks else Taker.BY_OPERATORS if known else None
+    return _takers[cls]
+
+
+class _InBits:
+    """A storage without bytes, of spikes and of views of them; ``nbytes``: those that it had.
+
+    It is held, so that no other gets its address.
+    """
+
+    __slots__ = ("handle", "nbytes", "storage", "tensors")
+
+    def __init__(self, spikes: Tensor, handle: Packed) -> None:
+        self.handle, self.storage = handle, spikes.untyped_storage()
+        self.nbytes = self.storage.nbytes()
+        self.tensors = [weakref.ref(spikes)]
+
+    def live(self) -> list[Tensor]:
+        """Those of the tensors that are alive."""
+        return [one for ref in self.tensors if (one := ref()) is not None]
+
+
+class Between:
+    """What is handed on in one recording.
+
+    Args:
+        tape: the recording.
+        step_of: bytes of a slice.
+        check: somebody compares what operators took with what it was, later.
+    """
+
+    def __init__(self, tape: Tape, step_of: Callable[[int, torch.device], int], check: bool) -> None:
+        self._tape: Callable[[], Tape | None] = weakref.ref(tape)
+        self._step_of, self._check = step_of, check
+        self._given_up: int | None = None
+        self._in_bits: dict[int, _InBits] = {}  # by storage
+        try_out(_HELD, _try_out)
+
+    # -- for the Sequential --------------------------------------------------------------------------
+
+    def hand_on(self, value: Any, layer: nn.Module | None) -> None:
+        """A layer is about to take what a variable of the caller's holds; None: one that is looked at, or
+        whoever called the Sequential."""
+        self._given_up = None
+        if self._in_bits:
+            self._in_bits = {key: one for key, one in self._in_bits.items() if one.live()}
+        taker = None if layer is None else _taker(layer)
+        if not isinstance(value, Tensor) or not is_plain(value):
+            return
+        if self.are_in_bits(value):
+            if taker is not Taker.BY_OPERATORS:
+                self.unpack(value)
+            return
+        if taker is None or value.nbytes < LEAST * self._step_of(0, value.device) or self._is_watched():
+            return
+        if not is_alone(_HELD, references(value)):
+            return
+        handle = look_up(value)
+        if isinstance(handle, Replayed):
+            self._given_up = storage_key(value)
+        elif type(handle) is Packed and taker is Taker.BY_OPERATORS and value._base is None:
+            self._leave_bits(value, handle)
+
+    def _is_watched(self) -> bool:
+        """Whether the values are somebody else's to see, or nothing is recorded of them."""
+        tape = self._tape()
+        if tape is None or self._check or tape.keeps_everything or not torch.is_grad_enabled():
+            return True
+        return torch._C._len_torch_dispatch_stack() != 1 or torch._C._len_torch_function_stack() > 0  # type: ignore[attr-defined]
+
+    def is_given_up(self, value: Tensor) -> bool:
+        """Whether what is computed from a value may take its place, as far as others are concerned."""
+        if self._given_up is None or storage_key(value) != self._given_up:
+            return False
+        return isinstance(look_up(value), Replayed)
+
+    # -- spikes in bits ------------------------------------------------------------------------------
+
+    def _leave_bits(self, spikes: Tensor, handle: Packed) -> None:
+        with OffStack(self._tape()):
+            handle.materialize(spikes)
+            if not spikes.untyped_storage().resizable():
+                return
+            found = self._in_bits[storage_key(spikes)] = _InBits(spikes, handle)
+            found.storage.resize_(0)
+            enter(spikes, handle)
+
+    def unpack(self, tensor: Tensor) -> None:
+        """Let a tensor have its bytes again, if it is without."""
+        found = self._in_bits.pop(storage_key(tensor), None) if self._in_bits else None
+        if found is None:
+            return
+        live, handle = found.live(), found.handle
+        known = [look_up(one) for one in live]
+        with OffStack(self._tape()):
+            found.storage.resize_(found.nbytes)
+            flat = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+            handle.unpack_range(0, flat.set_(found.storage, 0, (handle.size.numel(),), (1,)))
+        for one, handle_of_one in zip(live, known, strict=True):
+            enter(one, handle_of_one, one._base)
+
+    def are_in_bits(self, tensor: Any) -> bool:
+        """Whether a tensor is without its bytes."""
+        return isinstance(tensor, Tensor) and is_plain(tensor) and storage_key(tensor) in self._in_bits
+
+    @property
+    def holds_bits(self) -> bool:
+        """Whether anything is without its bytes."""
+        return bool(self._in_bits)
+
+    def rows(self, tensor: Tensor, part: Part) -> Tensor:
+        """Rows of a tensor, whether it has its bytes or not."""
+        if self.are_in_bits(tensor):
+            try:
+                return rows_of(look_up(tensor), part, {})
+            except Whole:
+                self.unpack(tensor)
+        return part.of(tensor)
+
+    def before(self, func: Any, operands: list[Tensor]) -> None:
+        """An operator is about to run: what it can't take in bits is unpacked."""
+        if operator_of(func).kind is Kind.VIEW or func is aten.convolution.default:
+            return
+        for one in operands:
+            if is_plain(one):
+                self.unpack(one)
+
+    def viewed(self, base: Tensor, out: Any) -> None:
+        """A view was made."""
+        found = self._in_bits.get(storage_key(base)) if is_plain(base) else None
+        if found is not None and isinstance(out, Tensor):
+            found.tensors.append(weakref.ref(out))
+
+
+def _is_held_once(value: Tensor) -> bool:
+    return is_alone(_HELD, references(value))
+
+
+def _try_out(x: Tensor) -> Tensor:
+    """What is asked of what a variable holds: a function's result, an operator's, and a view."""
+    value = _Same.apply(x)
+    _is_held_once(value)
+    value = functional.conv2d(value, torch.ones(2, 2, 1, 1, device="cpu"))
+    _is_held_once(value)
+    value = value.flatten(0, 1)
+    _is_held_once(value)
+    return value  # type: ignore[no-any-return]
+
+
+class _Same(torch.autograd.Function):
+    @staticmethod
+    def forward(_ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(_ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad
