@@ -209,3 +209,16 @@ def test_torch_divides_by_a_number_as_the_device_does(decay_input, monkeypatch):
         assert same(ours[0], theirs[0]) and same(ours[1], theirs[1]) and same(ours[2].x, theirs[2].x)
         assert all(map(same, ours[2].v, theirs[2].v))
     assert not same(by_product[2].x, by_division[2].x)
+
+
+@pytest.mark.parametrize("order", [Order(), Order(scales=True, selects=True, cats=True, numbers=True)])
+@pytest.mark.parametrize("v_reset", [None, 0.0])
+def test_spikes_may_take_the_place_of_currents(order, v_reset):
+    rule = Rule(1.7, True, 0.7, v_reset, False, order)
+    neuron = Neuron(rule, as_autograd(release("0.0.0.0.12").surrogate.ATan()), launched=True)
+    x, v = torch.randn(3, 40), torch.randn(40)
+    expected = on_device.multi_step(x, v, neuron, True)
+    memory = x.data_ptr()
+    found = on_device.multi_step(x, v, neuron, True, over=True)
+    assert found[0].data_ptr() == memory
+    assert all(map(same, expected, found))

@@ -218,6 +218,23 @@ def test_an_owned_current_becomes_its_gradient():
     assert grads.x is not overlapping
 
 
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("store_v_seq", [False, True])
+def test_spikes_may_take_the_place_of_currents(rule, store_v_seq, monkeypatch):
+    monkeypatch.setattr(sweeps.on_numba, "MOST", 0)
+    monkeypatch.setattr(cuts, "chunk_size", lambda device: 7)
+    for surrogate, layout in itertools.product((BINARY, SMOOTH), (torch.contiguous_format, "last")):
+        x_seq, neuron = torch.randn(4, 3, 2, 5, 3) * 1.3, Neuron(rule, surrogate)
+        if layout == "last":
+            x_seq = x_seq.movedim(2, -1).contiguous().movedim(-1, 2)
+        expected = sweeps.multi_step(x_seq, 0.3, neuron, store_v_seq)
+        memory = x_seq.data_ptr()
+        found = sweeps.multi_step(x_seq, 0.3, neuron, store_v_seq, over=True)
+        assert found[0].data_ptr() == memory and found[0].stride() == expected[0].stride()
+        for one, other in zip(expected, found, strict=True):
+            assert one is other is None or same_bits(one, other)
+
+
 @pytest.mark.one_in(6)
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_memory_beyond_the_results_is_a_few_chunks(rule, monkeypatch):

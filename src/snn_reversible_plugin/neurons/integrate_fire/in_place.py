@@ -97,7 +97,8 @@ def multi_step(
     if order is None:
         return sequence(x_seq, v, neuron, store_v_seq)
     drops_last = drops_last and not store_v_seq and x_seq.numel() > on_numba.MOST
-    spikes = in_place_of(x_seq) if over and is_contiguous_in(x_seq, order) else empty_in(x_seq, order)
+    over = over and is_contiguous_in(x_seq, order) and x_seq.numel() > on_numba.MOST
+    spikes = in_place_of(x_seq) if over else empty_in(x_seq, order)
     v_last = empty_in(x_seq.to("meta") if drops_last else x_seq, order, steps=False)
     v_seq = empty_in(x_seq, order) if store_v_seq else None
     x2, s2, v1 = as_rows(x_seq, order), as_rows(spikes, order), as_rows(v_last[None], order)[0]
