@@ -205,6 +205,18 @@ def test_a_mode_of_somebody_elses_sees_values():
     assert len(sums) > 9
 
 
+def test_what_autograd_saves_by_other_hooks_stays_as_it_is():
+    """They hold the tensors themselves, and a neuron's input is saved when it has run."""
+
+    class Saves(nn.Sequential):
+        def forward(self, x):
+            with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
+                return super().forward(x)
+
+    parts = [*network()]
+    assert_as_stock(nn.Sequential(Saves(nn.Sequential(*parts[:6])), *parts[6:]))
+
+
 def test_without_gradients_nothing_is_handed_on(monkeypatch):
     net = srp.convert_to_reversible(network(), mode="minimal")
     for _ in range(2):

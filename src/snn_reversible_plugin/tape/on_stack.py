@@ -47,6 +47,12 @@ _set_compiler: Callable[[Any], Any] = getattr(
 Hooks = tuple[Callable[..., Any], Callable[..., Any]]
 
 
+def are_on_top(pack: Callable[..., Any]) -> bool:
+    """Whether hooks with this one to pack are those that autograd asks; False where that can't be known."""
+    top = None if _top_hooks is None else _top_hooks(False)
+    return top is not None and top[0] == pack
+
+
 class OnThread:
     """A mode and a pair of hooks on this thread, and what it had on before them."""
 

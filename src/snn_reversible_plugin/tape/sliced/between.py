@@ -23,6 +23,7 @@ from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AvgPoolNd, _MaxPoolNd
 
 from snn_reversible_plugin.ops.layouts import is_plain, storage_key
 from snn_reversible_plugin.tape.off_stack import OffStack
+from snn_reversible_plugin.tape.on_stack import are_on_top
 from snn_reversible_plugin.tape.operators import Kind, aten, operator_of
 from snn_reversible_plugin.tape.origins import enter, look_up
 from snn_reversible_plugin.tape.packed import Packed
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 #    keeps it holds too.
 # 2. The layer that takes it is one whose code is known: a convolution, linear layer, batch norm or pooling
 #    of torch's or made of it, which read a tensor by operators and in no other way, or a neuron that asks.
-#    No hook, no mode of somebody else's looks on.
+#    No hook, no mode of somebody else's looks on, and autograd saves by the tape's hooks.
 # 3. Spikes that are in bits have a storage without bytes. Views of them are made as ever; a convolution
 #    whose slices are known to have the bits of the whole unpacks a slice at a time; for any other operator,
 #    and for a layer that is not known, they are unpacked first, in place.
@@ -143,6 +144,8 @@ class Between:
         """Whether the values are somebody else's to see, or nothing is recorded of them."""
         tape = self._tape()
         if tape is None or self._check or tape.keeps_everything or not torch.is_grad_enabled():
+            return True
+        if not are_on_top(tape.pack):
             return True
         return torch._C._len_torch_dispatch_stack() != 1 or torch._C._len_torch_function_stack() > 0  # type: ignore[attr-defined]
 
