@@ -63,6 +63,7 @@ from snn_reversible_plugin.tape.replayed import Replayed
 from snn_reversible_plugin.tape.sliced.alone import is_alone, references, try_out
 from snn_reversible_plugin.tape.sliced.between import Between
 from snn_reversible_plugin.tape.sliced.cut import Cut
+from snn_reversible_plugin.tape.sliced.norm_sums import SumsForNorm, sums_for_norm
 from snn_reversible_plugin.tape.sliced.stand_in import cut_of
 from snn_reversible_plugin.tape.sliced.stand_in import unpack as unpack_in_slices
 from snn_reversible_plugin.tape.surroundings import runs_eagerly, to_be_repeated
@@ -72,6 +73,7 @@ __all__ = [
     "MODES",
     "MOST_COUNTS",
     "Cut",
+    "SumsForNorm",
     "between",
     "current",
     "cut_of",
@@ -98,6 +100,7 @@ __all__ = [
     "returns",
     "runs_eagerly",
     "set_compiler",
+    "sums_for_norm",
     "suspended",
     "takes",
     "to_be_repeated",

@@ -9,6 +9,7 @@ this package's own.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from snn_reversible_plugin.neurons.integrate_fire.reference import (
     Wanted,
 )
 from snn_reversible_plugin.tape.sliced.cut import is_few_slices, step_of
+
+_Input = tuple[slice, Tensor, dict[Any, Tensor]]  # of which samples, and what was found on the way to it
 
 
 def sequence_vjp_in_slices(
@@ -51,14 +54,23 @@ def sequence_vjp_in_slices(
     if wanted.x:
         g_x = grads.s if overwrites and grads.s is not None and cut.is_like(grads.s) else cut.empty()
 
-    def inputs() -> Iterator[tuple[slice, Tensor]]:
-        for part in parts:
-            samples = slice(part.start, part.stop)
-            yield samples, cut.rows(part).reshape(part.outer, part.stop - part.start, *cut.size[2:])
+    sums = None if g_x is None else tape.sums_for_norm(cut.handle)
 
-    found = _put_together(inputs(), v, grads, neuron, wanted, _Whole(cut.size[1], g_x, v_last))
+    def inputs() -> Iterator[_Input]:
+        for part in parts:
+            found: dict[Any, Tensor] = {}
+            yield (
+                slice(part.start, part.stop),
+                cut.rows(part, found).reshape(part.outer, -1, *cut.size[2:]),
+                found,
+            )
+
+    whole = _Whole(cut.size[1], g_x, v_last, sums)
+    gradients = _put_together(inputs(), v, grads, neuron, wanted, whole)
+    if sums is not None and g_x is not None:
+        sums.leave(g_x)
     cut.release()
-    return found
+    return gradients
 
 
 def sequence_vjp_over(
@@ -76,7 +88,9 @@ def sequence_vjp_over(
     count = x_seq.shape[1]
     each = max(1, step_of(x_seq.nbytes, x_seq.device) * count // x_seq.nbytes)
     parts = [slice(start, min(start + each, count)) for start in range(0, count, each)]
-    inputs = ((part, x_seq[:, part].contiguous() if neuron.launched else x_seq[:, part]) for part in parts)
+    inputs: Iterator[_Input] = (
+        (part, x_seq[:, part].contiguous() if neuron.launched else x_seq[:, part], {}) for part in parts
+    )
     return _put_together(inputs, v, grads, neuron, wanted, _Whole(count, grads.s, v_last))
 
 
@@ -90,16 +104,17 @@ def may_be_written_over(x_seq: Tensor, g_s: Tensor | None, neuron: Neuron) -> bo
 
 
 def _put_together(
-    inputs: Iterable[tuple[slice, Tensor]],
+    inputs: Iterable[_Input],
     v: Tensor | float,
     grads: OutputGradients,
     neuron: Neuron,
     wanted: Wanted,
     whole: _Whole,
 ) -> Gradients:
-    """The gradients of all samples; ``inputs``: which, and theirs, some at a time."""
+    """The gradients of all samples; ``inputs``: which, theirs, and what was found on the way to that, some
+    at a time."""
     wanted = wanted._replace(sums_chunks=True)
-    for samples, x_seq in inputs:
+    for samples, x_seq, on_the_way in inputs:
         start = v[samples] if isinstance(v, Tensor) else v
         of_part = OutputGradients(
             *(None if g is None else g[:, samples] if steps else g[samples]
@@ -108,7 +123,8 @@ def _put_together(
         last = whole.last(x_seq)
         owned = x_seq.untyped_storage().nbytes() == x_seq.nbytes  # and no view of what others hold
         found = multi_step_vjp(x_seq, start, of_part, neuron, wanted, owned=owned, v_last=last)
-        whole.put(samples, found, last)
+        whole.put(samples, found, last, on_the_way)
+        on_the_way.clear()
         del x_seq, of_part, found, last  # before the next ones are made
     return whole.gradients()
 
@@ -120,10 +136,17 @@ class _Whole:
         samples: how many there are.
         g_x: where the input's gradient goes, if it is wanted.
         v_last: where the final membrane goes.
+        sums: for the norm in front, which are taken on the way.
     """
 
-    def __init__(self, samples: int, g_x: Tensor | None, v_last: Tensor | None) -> None:
-        self._samples, self._g_x, self._v_last = samples, g_x, v_last
+    def __init__(
+        self,
+        samples: int,
+        g_x: Tensor | None,
+        v_last: Tensor | None,
+        sums: tape.SumsForNorm | None = None,
+    ) -> None:
+        self._samples, self._g_x, self._v_last, self._sums = samples, g_x, v_last, sums
         self._g_v: list[Tensor | None] = [None, None]
         self._g_q = SumsOfSteps()
 
@@ -131,11 +154,15 @@ class _Whole:
         """Room for the final membrane of some samples."""
         return None if self._v_last is None else torch.empty_like(x_seq[0], dtype=self._v_last.dtype)
 
-    def put(self, samples: slice, of_part: Gradients, last: Tensor | None) -> None:
+    def put(
+        self, samples: slice, of_part: Gradients, last: Tensor | None, on_the_way: dict[Any, Tensor]
+    ) -> None:
         """What was found of some."""
         g_x, g_v, g_q = of_part
         if self._g_x is not None and g_x is not None:
             self._g_x[:, samples] = g_x
+            if self._sums is not None:
+                self._sums.add(g_x, on_the_way)
         if self._v_last is not None and last is not None:
             self._v_last[samples] = last
         for at, g in enumerate(g_v):

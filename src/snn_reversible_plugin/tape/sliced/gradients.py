@@ -17,6 +17,7 @@ from torch import Tensor
 from snn_reversible_plugin.tape.operators import aten
 from snn_reversible_plugin.tape.sliced.cut import Cut, parts_of
 from snn_reversible_plugin.tape.sliced.filled import Filled
+from snn_reversible_plugin.tape.sliced.norm_sums import Sums, left_for
 from snn_reversible_plugin.tape.sliced.rows import Part, Whole
 
 # NOTE [Sums over slices]
@@ -30,9 +31,6 @@ from snn_reversible_plugin.tape.sliced.rows import Part, Whole
 #
 # A slice of a gradient is needed for that slice of the next one and no longer. Where the gradient is nobody
 # else's (`alone`), is as large and laid out alike, it is overwritten: `spare`.
-
-
-PIECE = 1 << 18  # bytes of a slice to take at a time where a copy of it is made
 
 
 class Turned(NamedTuple):
@@ -122,30 +120,24 @@ def _normalized(
     _refuse_parts_of_samples(x)
     mean, deviation, own = by
     wide = torch.promote_types(x.dtype, torch.float32)
-    dims = [dim for dim in range(len(x.size)) if dim != 1]
     shape = [1, -1] + [1] * (len(x.size) - 2)
-    mean, deviation = (one.to(wide).view(shape) for one in (mean, deviation))
-    total, along = _Sum(), _Sum()  # of the gradient, and of it along x - mean
+    sums = None
     if own or mask[1] or mask[2]:
-        for part, found in parts_of(x):
-            rows = x.rows(part, found)
-            each = max(1, len(rows) * PIECE // max(1, rows.nbytes))
-            pairs = part.of(grad).split(each), rows.split(each)
-            for g, piece in zip(*pairs, strict=True):  # of which there is a copy twice as wide for a moment
-                g = g.to(wide)
-                total.add(g.sum(dims, dtype=torch.float64))
-                along.add((piece.to(wide) - mean).mul_(g).sum(dims, dtype=torch.float64))
-            del found, rows, pairs, g, piece
-    g_total, g_along = total.value(), along.value()
+        sums = left_for(x.handle, grad)
+        if sums is None:
+            sums = Sums(mean)
+            for part, found in parts_of(x):
+                sums.add(part.of(grad), x.rows(part, found))
+    mean, deviation = (one.to(wide).view(shape) for one in (mean, deviation))
     g_x = None
     if mask[0]:
         scale = deviation if weight is None else deviation * weight.to(wide).view(shape)
         whole = spare if spare is not None and x.is_like(spare) else x.empty()
         if own:
-            assert g_total is not None and g_along is not None
+            assert sums is not None
             n = x.size.numel() // x.size[1]
-            shift = (g_total / n).to(wide).view(shape)
-            slope = (g_along / n).to(wide).view(shape) * deviation.square()
+            shift = (sums.total / n).to(wide).view(shape)
+            slope = (sums.along / n).to(wide).view(shape) * deviation.square()
         for part, found in parts_of(x):
             g = part.of(grad)
             if own:
@@ -156,8 +148,8 @@ def _normalized(
                 part.put(g * scale, whole)
         g_x = whole
     like = deviation.view(-1) if weight is None else weight
-    g_weight = (g_along * deviation.view(-1)).to(like.dtype) if mask[1] and g_along is not None else None
-    g_bias = g_total.to(like.dtype) if mask[2] and g_total is not None else None
+    g_weight = (sums.along * deviation.view(-1)).to(like.dtype) if mask[1] and sums is not None else None
+    g_bias = sums.total.to(like.dtype) if mask[2] and sums is not None else None
     return g_x, g_weight, g_bias
 
 

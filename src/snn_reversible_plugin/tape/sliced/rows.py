@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from snn_reversible_plugin.tape.handles import Handle, Kept
-from snn_reversible_plugin.tape.operators import aten, operator_of
+from snn_reversible_plugin.tape.operators import Operator, aten, operator_of
 from snn_reversible_plugin.tape.packed import Packed
 from snn_reversible_plugin.tape.replayed import PLAIN, Replayed
 
@@ -83,12 +83,14 @@ class Part(NamedTuple):
 @dataclass(slots=True)
 class Noted:
     """What a forward notes of a large value: its size, what a batch norm normalized it by, with whether the
-    kernel of evaluation gave the same bits, and how many operations took it."""
+    kernel of evaluation gave the same bits, how many operations took it, and what a backward has left for
+    another one's node."""
 
     size: torch.Size
     statistics: tuple[Tensor, Tensor] | None = None
     exact: bool = True
     taken: int = 0
+    left: Any = None
 
 
 _noted: weakref.WeakKeyDictionary[Handle, Noted] = weakref.WeakKeyDictionary()
@@ -189,6 +191,11 @@ _BY_SAMPLE = frozenset(
      "avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "upsample_nearest2d",
      "upsample_bilinear2d", "mm", "linear"]
 )  # fmt: skip
+
+
+def is_reshape(operator: Operator) -> bool:
+    """Whether an operator gives the same elements in the same order, or expands them."""
+    return operator.name in _RESHAPES
 
 
 MOST_OPERATIONS = 64  # one inside the other

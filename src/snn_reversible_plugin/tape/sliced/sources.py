@@ -13,7 +13,7 @@ from torch._ops import OpOverload
 from snn_reversible_plugin.tape.handles import Handle
 from snn_reversible_plugin.tape.operators import Kind, operator_of
 from snn_reversible_plugin.tape.replayed import PLAIN, Replayed
-from snn_reversible_plugin.tape.sliced.rows import is_by_element, noted_of
+from snn_reversible_plugin.tape.sliced.rows import is_by_element, is_reshape, noted_of
 
 
 def _sources(handle: Handle) -> Iterator[Replayed]:
@@ -52,6 +52,21 @@ def given_to_norm(handle: Handle) -> Replayed | None:
             return None
         is_norm = isinstance(one.func, OpOverload) and operator_of(one.func).kind is Kind.NORM
         was_normalized = was_normalized or (is_norm and bool(one.args[5]))
+    return None
+
+
+def norm_before(handle: Handle) -> Replayed | None:
+    """The result of a batch norm of the batch's statistics that a value is, reshaped or as it is, where
+    nobody else uses that: its gradient is the value's."""
+    for one in _sources(handle):
+        if _users(one) > 1 or not isinstance(one.func, OpOverload):
+            return None
+        operator = operator_of(one.func)
+        if operator.kind is Kind.NORM:
+            noted = noted_of(one)
+            return one if one.args[5] and noted is not None and noted.statistics is not None else None
+        if not is_reshape(operator):
+            return None
     return None
 
 
