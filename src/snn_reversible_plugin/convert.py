@@ -22,8 +22,9 @@ from snn_reversible_plugin.blocks.streams_on_grid import OnGrid, carries_a_membr
 from snn_reversible_plugin.blocks.surgery import wrap_by_conversion
 from snn_reversible_plugin.blocks.wrapped import run_plainly, wrapped_chains
 from snn_reversible_plugin.modules.checks import bytes_of, check_model, skipped_modules
-from snn_reversible_plugin.modules.flat import BETWEEN, make_flat
+from snn_reversible_plugin.modules.flat import make_flat
 from snn_reversible_plugin.modules.kinds import is_spiking, load_adapters, own_neuron_types
+from snn_reversible_plugin.modules.last_use import tell_last_uses, tell_no_more
 from snn_reversible_plugin.modules.registry import StaysStock, reversible_type, type_on_grid
 from snn_reversible_plugin.modules.states import stored_buffers
 from snn_reversible_plugin.modules.swap import (
@@ -216,7 +217,9 @@ def convert_to_reversible(
             'SpikingJelly are, in 0.0.0.0.12 MultiStepIFNode and so on. Use arithmetic="auto".'
         )
     if mode == "minimal":
-        make_flat((one for one in model.modules() if id(one) not in within_skipped), between)
+        recorded = [module for module in model.modules() if id(module) not in within_skipped]
+        make_flat(recorded)
+        tell_last_uses(recorded, between)
     for module in skipped:
         swap(module, swapped_class(Skipped, type(module)))
     swap(model, swapped_class(Recorded, type(model)))
@@ -284,7 +287,8 @@ def restore(model: M) -> M:
     """
     for module in model.modules():
         unswap(module)
-        for attribute in (SETTINGS, NAME, ON_GRID, STRICT, FUSED, BETWEEN):
+        tell_no_more(module)
+        for attribute in (SETTINGS, NAME, ON_GRID, STRICT, FUSED):
             attribute.clear(module)
     for chain in wrapped_chains(model):
         if chain.by_conversion:

@@ -96,7 +96,7 @@ _ran_wide: weakref.WeakSet[Any] = weakref.WeakSet()
 class Analytic(ServedInTorch):
     """Mixin in front of one of the three neurons."""
 
-    lean = asks_for_its_input = True
+    lean = may_write_over_input = True
 
     @property
     def arithmetic(self) -> str:

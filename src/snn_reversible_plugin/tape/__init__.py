@@ -188,6 +188,8 @@ class recording(Restoring):
     def __exit__(self, *exc: object) -> None:
         if self._tape is not None:
             self.put_back(exc[0] is not None)
+            if self._tape.slices is not None:
+                self._tape.slices.between.end()
             self._tape.finish(_let_go(self._tape), self._look)
             self._tape = self._look = None
             if self._following is not None:

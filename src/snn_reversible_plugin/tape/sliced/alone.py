@@ -93,16 +93,29 @@ def try_out(way: Any, trial: Callable[[Tensor], Tensor]) -> None:
         way: a name for it.
         trial: something whose backward asks :func:`is_alone`, of an input [2, 2, 2, 2].
     """
+
+    def backward(x: Tensor) -> None:
+        for reshape in (Tensor.clone, lambda out: out.flatten(0, 1) * 2):
+            reshape(trial(x)).square().sum().backward()
+
+    learn(way, backward)
+
+
+def learn(way: Any, run: Callable[[Tensor], Any]) -> None:
+    """Learn counts from something that asks :func:`is_alone` of tensors that nobody else holds; once.
+
+    Args:
+        way: a name for how they come.
+        run: takes an input [2, 2, 2, 2] with a gradient.
+    """
     if way in _alone:
         return
     noted: list[References | None] = []
     _noted.tensors = noted
     try:
         with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad(), without_autocast():
-            for reshape in (Tensor.clone, lambda out: out.flatten(0, 1) * 2):
-                # No random numbers, which would be missing from those of the training.
-                x = torch.linspace(0, 1, 16, device="cpu").view(2, 2, 2, 2).requires_grad_()
-                reshape(trial(x)).square().sum().backward()
+            # No random numbers, which would be missing from those of the training.
+            run(torch.linspace(0, 1, 16, device="cpu").view(2, 2, 2, 2).requires_grad_())
     finally:
         _noted.tensors = None
     _alone[way] = frozenset(one for one in noted if one is not None)

@@ -1,25 +1,20 @@
-"""What a layer of a Sequential hands on to the next one: nobody else's, so that it need not stand as it is.
+"""What one layer hands on to the next, and nobody reads again: it need not stand as it is.
 
-The one idea: between two layers of a Sequential nobody sees what is handed on but the Sequential. So spikes
-may be bits until the next layer asks for them, and a batch norm's result, or a neuron's spikes, may take
-the place of what they were computed from.
+The one idea: a layer that is the last to use its input has it to itself. So spikes may be bits while it
+runs, and a batch norm's result, or a neuron's spikes, may take the place of what they were computed from.
 
 Source: this package's own.
 """
 
 from __future__ import annotations
 
-import enum
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AvgPoolNd, _MaxPoolNd
+from torch import Tensor
 
 from snn_reversible_plugin.ops.layouts import is_plain, storage_key
 from snn_reversible_plugin.tape.off_stack import OffStack
@@ -28,7 +23,7 @@ from snn_reversible_plugin.tape.operators import Kind, aten, operator_of
 from snn_reversible_plugin.tape.origins import enter, look_up
 from snn_reversible_plugin.tape.packed import Packed
 from snn_reversible_plugin.tape.replayed import Replayed
-from snn_reversible_plugin.tape.sliced.alone import is_alone, references, try_out
+from snn_reversible_plugin.tape.sliced.alone import is_alone, learn, references
 from snn_reversible_plugin.tape.sliced.rows import Part, Whole, rows_of
 
 if TYPE_CHECKING:
@@ -36,12 +31,12 @@ if TYPE_CHECKING:
 
 # NOTE [What is handed on]
 #
-# 1. It is nobody else's where its counts are those of a value that only a variable of the Sequential holds:
-#    one that a hook, a list or a node of the graph holds as well, or a part of it, counts more. What a tape
-#    keeps it holds too.
+# 1. It is nobody else's where a layer's caller reads it no more (`modules/last_use.py`), and its counts are
+#    those of a value that this caller holds alone: one that a hook, a list or a node of the graph holds as
+#    well, or a part of it, counts more. What a tape keeps it holds too.
 # 2. The layer that takes it is one whose code is known: a convolution, linear layer, batch norm or pooling
 #    of torch's or made of it, which read a tensor by operators and in no other way, or a neuron that asks.
-#    No hook, no mode of somebody else's looks on, and autograd saves by the tape's hooks.
+#    No mode of somebody else's looks on, and autograd saves by the tape's hooks.
 # 3. Spikes that are in bits have a storage without bytes. Views of them are made as ever; a convolution
 #    whose slices are known to have the bits of the whole unpacks a slice at a time; for any other operator,
 #    and for a layer that is not known, they are unpacked first, in place.
@@ -54,31 +49,11 @@ if TYPE_CHECKING:
 # convolution has its result. So n and bits stand, and never 2 n.
 
 
+POOLINGS = frozenset(
+    [aten.avg_pool2d.default, aten._adaptive_avg_pool2d.default, aten.max_pool2d_with_indices.default]
+)
+TAKE_BITS = POOLINGS | {aten.convolution.default}
 LEAST = 4  # slices: what is smaller than as many of the smallest is handed on as it is
-_HELD = "by a variable of a Sequential"
-_READ_BY_OPERATORS = (
-    nn.Linear, nn.Flatten, _ConvNd, _BatchNorm, _AvgPoolNd, _AdaptiveAvgPoolNd, _MaxPoolNd,
-)  # fmt: skip
-_OF_FRAMEWORKS = ("torch.nn.modules.", "spikingjelly.activation_based.")
-
-
-class Taker(enum.Enum):
-    """How a layer reads what it is called with."""
-
-    BY_OPERATORS = "by operators of torch alone"
-    BY_ITSELF = "it asks whether it may write over it"
-
-
-_takers: weakref.WeakKeyDictionary[type[nn.Module], Taker | None] = weakref.WeakKeyDictionary()
-
-
-def _taker(layer: nn.Module) -> Taker | None:
-    cls = type(layer)
-    if cls not in _takers:
-        known = issubclass(cls, _READ_BY_OPERATORS) and cls.forward.__module__.startswith(_OF_FRAMEWORKS)
-        asks = getattr(cls, "asks_for_its_input", False)
-        _takers[cls] = Taker.BY_ITSELF if asks else Taker.BY_OPERATORS if known else None
-    return _takers[cls]
 
 
 class _InBits:
@@ -111,34 +86,68 @@ class Between:
     def __init__(self, tape: Tape, step_of: Callable[[int, torch.device], int], check: bool) -> None:
         self._tape: Callable[[], Tape | None] = weakref.ref(tape)
         self._step_of, self._check = step_of, check
-        self._given_up: int | None = None
+        self._given_up: tuple[int, bool] | None = None  # a storage, and whether a neuron takes it
         self._in_bits: dict[int, _InBits] = {}  # by storage
-        try_out(_HELD, _try_out)
+        self._trying: Any = None  # the way whose counts are being learned
 
-    # -- for the Sequential --------------------------------------------------------------------------
+    # -- for the layers --------------------------------------------------------------------------
 
-    def hand_on(self, value: Any, layer: nn.Module | None) -> None:
-        """A layer is about to take what a variable of the caller's holds; None: one that is looked at, or
-        whoever called the Sequential."""
+    def is_worth(self, value: Any) -> bool:
+        """Whether it matters what becomes of a value."""
         self._given_up = None
-        if self._in_bits:
-            self._in_bits = {key: one for key, one in self._in_bits.items() if one.live()}
-        taker = None if layer is None else _taker(layer)
-        if not isinstance(value, Tensor) or not is_plain(value):
+        if self._trying is not None:
+            return True
+        return (
+            isinstance(value, Tensor)
+            and is_plain(value)
+            and value.nbytes >= LEAST * self._step_of(0, value.device)
+            and not self._is_watched()
+        )
+
+    def take(self, value: Tensor, layer: Any, way: Any, calls: Callable[..., None]) -> None:
+        """A layer is about to take what its caller has no more use for.
+
+        Args:
+            value: which tensor.
+            layer: reads it by operators of torch alone, or is a neuron, which ``may_write_over_input``.
+            way: how the call came. Who calls in one has as many references.
+            calls: makes some in a way, with this object and an input.
+        """
+        if self._trying is not None:
+            if way == self._trying:
+                is_alone(way, references(value))
             return
-        if self.are_in_bits(value):
-            if taker is not Taker.BY_OPERATORS:
-                self.unpack(value)
+        if not is_alone(way, references(value)):
+            self._learn(way, calls)
             return
-        if taker is None or value.nbytes < LEAST * self._step_of(0, value.device) or self._is_watched():
-            return
-        if not is_alone(_HELD, references(value)):
-            return
-        handle = look_up(value)
+        handle, is_neuron = look_up(value), getattr(layer, "may_write_over_input", False)
         if isinstance(handle, Replayed):
-            self._given_up = storage_key(value)
-        elif type(handle) is Packed and taker is Taker.BY_OPERATORS and value._base is None:
+            self._given_up = storage_key(value), is_neuron
+        elif type(handle) is Packed and way.at_once and value._base is None and not is_neuron:
             self._leave_bits(value, handle)
+
+    def _learn(self, way: Any, calls: Callable[..., None]) -> None:
+        """What counts are of one reference, for the next call that comes in a way."""
+        self._trying = way
+        try:
+            learn(way, partial(calls, way, self))
+        finally:
+            self._trying = None
+
+    def taken(self, value: Any, failed: bool) -> None:
+        """The layer has returned, and who called it reads the value no more; or it failed."""
+        self._given_up = None
+        if self._in_bits and self._trying is None:
+            found = self._in_bits.get(storage_key(value))
+            if failed or (found is not None and any(one is not value for one in found.live())):
+                self.unpack(value)
+            self._in_bits.clear()
+
+    def end(self) -> None:
+        """The recording is over, perhaps by an interrupt, of which no layer hears."""
+        for found in list(self._in_bits.values()):
+            for one in found.live():
+                self.unpack(one)
 
     def _is_watched(self) -> bool:
         """Whether the values are somebody else's to see, or nothing is recorded of them."""
@@ -149,9 +158,10 @@ class Between:
             return True
         return torch._C._len_torch_dispatch_stack() != 1 or torch._C._len_torch_function_stack() > 0  # type: ignore[attr-defined]
 
-    def is_given_up(self, value: Tensor) -> bool:
-        """Whether what is computed from a value may take its place, as far as others are concerned."""
-        if self._given_up is None or storage_key(value) != self._given_up:
+    def is_given_up(self, value: Tensor, to_neuron: bool) -> bool:
+        """Whether what a neuron, or an operator, computes from a value may take its place, as far as others
+        are concerned."""
+        if self._given_up is None or (storage_key(value), to_neuron) != self._given_up:
             return False
         return isinstance(look_up(value), Replayed)
 
@@ -200,7 +210,7 @@ class Between:
 
     def before(self, func: Any, operands: list[Tensor]) -> None:
         """An operator is about to run: what it can't take in bits is unpacked."""
-        if operator_of(func).kind is Kind.VIEW or func is aten.convolution.default:
+        if operator_of(func).kind is Kind.VIEW or func in TAKE_BITS:
             return
         for one in operands:
             if is_plain(one):
@@ -211,28 +221,3 @@ class Between:
         found = self._in_bits.get(storage_key(base)) if is_plain(base) else None
         if found is not None and isinstance(out, Tensor):
             found.tensors.append(weakref.ref(out))
-
-
-def _is_held_once(value: Tensor) -> bool:
-    return is_alone(_HELD, references(value))
-
-
-def _try_out(x: Tensor) -> Tensor:
-    """What is asked of what a variable holds: a function's result, an operator's, and a view."""
-    value = _Same.apply(x)
-    _is_held_once(value)
-    value = functional.conv2d(value, torch.ones(2, 2, 1, 1, device="cpu"))
-    _is_held_once(value)
-    value = value.flatten(0, 1)
-    _is_held_once(value)
-    return value  # type: ignore[no-any-return]
-
-
-class _Same(torch.autograd.Function):
-    @staticmethod
-    def forward(_ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(_ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        return grad

@@ -25,7 +25,7 @@ from snn_reversible_plugin.tape.packed import Packed
 from snn_reversible_plugin.tape.replayed import PLAIN, Replayed
 from snn_reversible_plugin.tape.sliced import forward, norm
 from snn_reversible_plugin.tape.sliced.alone import try_out_operators
-from snn_reversible_plugin.tape.sliced.between import Between
+from snn_reversible_plugin.tape.sliced.between import POOLINGS, Between
 from snn_reversible_plugin.tape.sliced.room import Room
 from snn_reversible_plugin.tape.sliced.rows import (
     MOST_OPERATIONS,
@@ -253,8 +253,10 @@ class Slices:
         between = self.between
         if func is aten.convolution.default and not kwargs:
             return forward.convolution(args, step_of, between)
+        if func in POOLINGS and not kwargs and between.are_in_bits(args[0]):
+            return forward.pooling(func, args, step_of, between)
         if operator.kind is Kind.NORM and not kwargs:
-            over = between.is_given_up(args[0]) and norm.is_proved(func, args)
+            over = between.is_given_up(args[0], False) and norm.is_proved(func, args)
             return norm.batch_norm(func, args, step_of, over)
         out = func(*args, **kwargs)
         if operator.kind is Kind.VIEW and between.holds_bits:
@@ -284,10 +286,9 @@ class Slices:
         return cut
 
     def may_be_replaced(self, x: Tensor) -> bool:
-        """Whether what a neuron makes of a current may take its place: nobody else has it, and its slices
-        are the forward's bits."""
+        """Whether what a neuron makes of a current may take its place."""
         with OffStack(self._tape()):
-            cut = self._cut(look_up(x), x) if self.between.is_given_up(x) else None
+            cut = self._cut(look_up(x), x) if self.between.is_given_up(x, True) else None
         return cut is not None and bool(cut.exact)
 
     def exactly(self, handle: Handle, tensor: Tensor) -> Cut | None:
@@ -301,9 +302,8 @@ class Slices:
             return None
         if handle.__class__ not in PLAIN and not isinstance(handle, (Kept, Packed)):
             return None
-        if isinstance(handle, Kept) and handle.parameter:
-            return None
-        if isinstance(handle, Replayed) and handle.depth > MOST_OPERATIONS:
+        is_deep = isinstance(handle, Replayed) and handle.depth > MOST_OPERATIONS
+        if is_deep or (isinstance(handle, Kept) and handle.parameter):
             return None
         for groups in _groups(tensor.size(), handle):
             cut = Cut(handle, tensor, groups, self)

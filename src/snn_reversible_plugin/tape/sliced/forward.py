@@ -1,8 +1,8 @@
-"""A convolution's forward on slices of the batch, so that its kernel's workspace is that of a slice.
+"""The forward of a convolution or a pooling on slices of the batch.
 
-The one idea: a kernel may lay out its whole input and output anew, which is more than both together. Slices
-are taken where they were seen to give the forward's bits: the first time of a shape it runs as a whole, and
-its slices are compared. Source: this package's own.
+The one idea: a kernel may lay out its whole input and output anew, which is more than both together, and
+its input may be bits that are unpacked for it. Slices are taken where they were seen to give the forward's
+bits: the first time of a shape it runs as a whole, and its slices are compared. Source: this package's own.
 """
 
 from __future__ import annotations
@@ -22,11 +22,9 @@ from snn_reversible_plugin.tape.surroundings import OwnMode
 
 
 class _Result(NamedTuple):
-    """What a convolution of some shapes gives, in slices."""
+    """What an operator of some shapes gives, each by size, strides and dtype, in slices."""
 
-    size: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
+    made: list[tuple[torch.Size, tuple[int, ...], dict[str, Any]]]
     parts: list[Part]
 
 
@@ -45,25 +43,56 @@ def convolution(args: tuple[Any, ...], step_of: StepOf, between: Between | None 
         between: says whether the input is in bits: it is unpacked, a slice at a time if that serves.
     """
     func = aten.convolution.default
+    found = _in_slices(func, args, step_of, between) if _is_large(args, step_of) else None
+    if found is not None:
+        return found[0]
+    if between is not None:
+        between.unpack(args[0])
+    return func(*args)  # type: ignore[no-any-return]
+
+
+def pooling(func: Any, args: tuple[Any, ...], step_of: StepOf, between: Between) -> Any:
+    """A pooling of spikes that are in bits; else as :func:`convolution`."""
+    x = args[0]
+    found = _in_slices(func, args, step_of, between) if x.dim() == 4 and len(x) > 3 else None
+    if found is None:
+        between.unpack(x)
+        return func(*args)
+    return found if len(found) > 1 else found[0]
+
+
+def _in_slices(
+    func: Any, args: tuple[Any, ...], step_of: StepOf, between: Between | None
+) -> tuple[Tensor, ...] | None:
+    """What an operator gives, in slices or, the first time, as a whole; None: not to be had in slices."""
     x, *others = args
-    known = key = None
-    if is_large := _is_large(args, step_of):
-        key = (step_of(0, x.device), torch.get_num_threads(), *map(kind_of, args))
-        known = _seen.get(key)
-    if known is None:
+    key = (func, step_of(0, x.device), torch.get_num_threads(), *map(kind_of, args))
+    if key not in _seen:
+        if len(_seen) > 4096:
+            _seen.clear()
         if between is not None:
             between.unpack(x)
-        whole = func(*args)
-        if is_large and key not in _seen:
-            if len(_seen) > 4096:
-                _seen.clear()
-            _seen[key] = _result(args, whole, step_of)
-        return whole  # type: ignore[no-any-return]
-    out = torch.empty_strided(known.size, known.stride, dtype=known.dtype, device=x.device)
+        whole = _as_tuple(func(*args))
+        _seen[key] = _result(func, args, whole, step_of)
+        return whole
+    known = _seen[key]
+    if known is None:
+        return None
+    made = tuple(torch.empty_strided(*like, device=x.device, **kind) for *like, kind in known.made)
     for part in known.parts:
         rows = part.of(x) if between is None else between.rows(x, part)
-        part.put(func(rows, *others), out)
-    return out
+        _put(part, func(rows, *others), made)
+        del rows  # before the next ones are made
+    return made
+
+
+def _put(part: Part, found: Any, made: tuple[Tensor, ...]) -> None:
+    for one, out in zip(_as_tuple(found), made, strict=True):
+        part.put(one, out)
+
+
+def _as_tuple(found: Any) -> tuple[Tensor, ...]:
+    return found if isinstance(found, tuple) else (found,)
 
 
 def _is_large(args: tuple[Any, ...], step_of: StepOf) -> bool:
@@ -81,22 +110,24 @@ def kind_of(arg: Any) -> Any:
     return arg.shape, arg.stride(), arg.dtype, arg.device
 
 
-def _result(args: tuple[Any, ...], whole: Tensor, step_of: StepOf) -> _Result | None:
-    func, (x, *others) = aten.convolution.default, args
-    nbytes = max(x.nbytes, whole.nbytes)
+def _result(func: Any, args: tuple[Any, ...], whole: tuple[Tensor, ...], step_of: StepOf) -> _Result | None:
+    x, *others = args
+    nbytes = max(one.nbytes for one in (x, *whole))
     step = step_of(nbytes, x.device)
-    if not is_plain(whole) or nbytes < 2 * step:
+    if not all(map(is_plain, whole)) or nbytes < 2 * step:
         return None
     rows = len(x)
     slices = min(rows // 2, -(-nbytes // step))  # never one row alone
     ends = [rows * at // slices for at in range(slices + 1)]
     parts = [Part(1, rows, *ends[at : at + 2]) for at in range(slices)]
     try:
-        if not all(torch.equal(func(part.of(x), *others), part.of(whole)) for part in parts):
-            return None
+        for part in parts:
+            alone = _as_tuple(func(part.of(x), *others))
+            if not all(torch.equal(one, part.of(all_)) for one, all_ in zip(alone, whole, strict=True)):
+                return None
     except Whole:
         return None
-    return _Result(whole.size(), whole.stride(), whole.dtype, parts)
+    return _Result([(one.size(), one.stride(), {"dtype": one.dtype}) for one in whole], parts)
 
 
 class ConvolutionsInSlices(OwnMode, TorchDispatchMode):
