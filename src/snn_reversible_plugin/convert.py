@@ -217,8 +217,7 @@ def convert_to_reversible(
             'SpikingJelly are, in 0.0.0.0.12 MultiStepIFNode and so on. Use arithmetic="auto".'
         )
     if mode == "minimal":
-        recorded = [module for module in model.modules() if id(module) not in within_skipped]
-        make_flat(recorded)
+        make_flat(recorded := [one for one in model.modules() if id(one) not in within_skipped])
         tell_last_uses(recorded, between)
     for module in skipped:
         swap(module, swapped_class(Skipped, type(module)))
@@ -232,16 +231,13 @@ def _reasons(off_grid: dict[str, str]) -> str:
     names: dict[str, list[str]] = {}
     for name, why in off_grid.items():
         names.setdefault(why, []).append(name or "the model")
-    return "; ".join(
-        f"{first}{f' and {len(others)} more' if others else ''}: {why}"
-        for why, (first, *others) in names.items()
-    )
+    more = {why: f" and {len(others)} more" if others else "" for why, (_, *others) in names.items()}
+    return "; ".join(f"{first}{more[why]}: {why}" for why, (first, *_) in names.items())
 
 
 def _fuse(modules: Iterable[nn.Module]) -> int:
     """Mark those that can have float32 membranes whatever comes in; how many."""
-    fused = [module for module in modules if getattr(module, "may_fuse", False)]
-    for module in fused:
+    for module in (fused := [module for module in modules if getattr(module, "may_fuse", False)]):
         FUSED.set(module, True)
     return len(fused)
 
@@ -260,13 +256,13 @@ def _put_streams_on_grid(model: nn.Module, skipped: set[int]) -> int:
 
 
 def _put_on_grid(module: nn.Module, name: str, settings: Settings) -> None:
+    target, why = None, "its equations are not written for the grid"
     try:
         target = type_on_grid(module)
     except StaysStock as refusal:
-        settings.off_grid[name] = str(refusal)
-        return
+        why = str(refusal)
     if target is None:
-        settings.off_grid[name] = "its equations are not written for the grid"
+        settings.off_grid[name] = why
         return
     swap(module, target)
     NAME.set(module, name)

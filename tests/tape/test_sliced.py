@@ -15,7 +15,7 @@ from snn_reversible_plugin.neurons.surrogates import Surrogate
 from snn_reversible_plugin.reports.measure import AllocationCounter, count_step
 from snn_reversible_plugin.tape.handles import Kept
 from snn_reversible_plugin.tape.replayed import Replayed
-from snn_reversible_plugin.tape.sliced import alone, cut, gradients, rows, stand_in
+from snn_reversible_plugin.tape.sliced import alone, cut, gradients, noted, stand_in
 
 neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
 from spikingjelly.activation_based import functional, layer, surrogate  # noqa: E402
@@ -77,6 +77,18 @@ class Residual(nn.Module):
         return self.one(x) * self.other(x)
 
 
+class Repeated(nn.Module):
+    """An image for each time step."""
+
+    def forward(self, x):
+        return x.unsqueeze(0).repeat(3, 1, 1, 1, 1)
+
+
+class Expanded(nn.Module):
+    def forward(self, x):
+        return x.expand(3, *x.shape)
+
+
 LAYERS = {
     "convolution": lambda: nn.Conv2d(8, 6, 3),
     "strides, dilation, no bias": lambda: nn.Conv2d(8, 6, 3, stride=2, dilation=2, padding=2, bias=False),
@@ -103,6 +115,8 @@ LAYERS = {
     "linear of many dimensions": lambda: nn.Linear(9, 7, bias=False),
     "attention": Attention,
     "product": Residual,
+    "repeated": lambda: nn.Sequential(nn.Conv2d(8, 6, 3), Repeated(), nn.Flatten(0, 1), nn.Conv2d(6, 4, 3)),
+    "expanded": lambda: nn.Sequential(nn.Conv2d(8, 6, 3), Expanded(), nn.Flatten(0, 1), nn.Conv2d(6, 4, 3)),
 }  # fmt: skip
 
 
@@ -116,6 +130,34 @@ def test_an_operator_in_slices_has_autograds_gradients(name, batch, sliced):
     assert bool(sliced) == (batch > 1 or name == "linear of many dimensions")
     for one, other in zip(expected, actual, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("repeat", [Repeated, Expanded])
+@pytest.mark.parametrize("batch", [1, 2, 7, 8])
+def test_neurons_rebuild_what_is_repeated_in_slices(repeat, batch, monkeypatch):
+    """Each of their slices has all time steps of some samples, which one convolution's rows give."""
+    monkeypatch.setitem(cut.STEP, "cpu", 1 << 11)
+    torch.manual_seed(0)
+    stem = nn.Sequential(nn.Conv2d(2, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), repeat())
+    stock = nn.Sequential(stem, neuron.LIFNode(step_mode="m", detach_reset=True))
+    net, x = srp.convert_to_reversible(copy.deepcopy(stock), mode="minimal"), torch.randn(batch, 2, 12, 12)
+    ways, parts = [], cut.Cut.parts
+
+    def noting(self, way=None, **how):
+        ways.append(way)
+        return parts(self, way, **how)
+
+    monkeypatch.setattr(cut.Cut, "parts", noting)
+    for _ in range(2):
+        for one in (stock, net):
+            functional.reset_net(one)
+            one.zero_grad()
+            out = one(x)
+            (out * torch.linspace(-1, 1, out.numel()).cos().view_as(out)).sum().backward()
+        for one, other in zip(stock.parameters(), net.parameters(), strict=True):
+            scale = float(one.grad.abs().max())
+            torch.testing.assert_close(other.grad, one.grad, rtol=1e-4, atol=1e-4 * scale)
+    assert batch < 7 or repeat is Expanded or (3, batch) in ways  # which overlaps, and stands in little
 
 
 class Scores(nn.Module):
@@ -334,9 +376,9 @@ def test_a_sequence_of_one_sample_is_not_its_neurons_to_write_over():
     aten, x = torch.ops.aten, torch.rand(64, 8)
     waits = Replayed(aten.mul.Tensor, (Kept(x), 2.0), {})
     waits.cache = x * 2
-    rows.note(waits, rows.Noted(x.size()))
+    noted.note(waits, noted.Noted(x.size()))
     view = Replayed(aten.view.default, (waits, [64, 1, 8]), {})
-    rows.note(view, rows.Noted(torch.Size([64, 1, 8])))
+    noted.note(view, noted.Noted(torch.Size([64, 1, 8])))
     one = cut.Cut(view, waits.cache.view(64, 1, 8), (64, 1), None)
     one.exact = {*one.ways}
     rule, grad = Rule(2.0, True, 1.0, 0.0, True), Surrogate(lambda grad, u: grad / (1 + u.abs()))

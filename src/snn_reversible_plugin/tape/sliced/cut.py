@@ -26,17 +26,9 @@ from snn_reversible_plugin.tape.replayed import PLAIN, Replayed
 from snn_reversible_plugin.tape.sliced import forward, norm
 from snn_reversible_plugin.tape.sliced.alone import try_out_operators
 from snn_reversible_plugin.tape.sliced.between import POOLINGS, Between
+from snn_reversible_plugin.tape.sliced.noted import Noted, note, note_taken, size_of
 from snn_reversible_plugin.tape.sliced.room import Room
-from snn_reversible_plugin.tape.sliced.rows import (
-    MOST_OPERATIONS,
-    Noted,
-    Part,
-    Whole,
-    note,
-    note_taken,
-    rows_of,
-    size_of,
-)
+from snn_reversible_plugin.tape.sliced.rows import MOST_OPERATIONS, Part, Whole, is_repeated, rows_of
 from snn_reversible_plugin.tape.sliced.sources import last_product
 
 # NOTE [What is cut]
@@ -359,7 +351,7 @@ def _groups(size: torch.Size, handle: Handle) -> Iterator[tuple[int, int]]:
         before = size_of(one)
         if not before:  # small, or one number
             continue
-        if len(size) > 2 and before[0] == size[0] * size[1]:
+        if len(size) > 2 and (before[0] == size[0] * size[1] or is_repeated(before, size)):
             yield size[0], size[1]
             return
         coarser += [rows for rows in accumulate(before, mul) if 1 < rows < size[0] and not size[0] % rows]

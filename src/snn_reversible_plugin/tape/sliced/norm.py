@@ -20,7 +20,8 @@ from snn_reversible_plugin.tape.off_stack import OffStack
 from snn_reversible_plugin.tape.outsiders import alias
 from snn_reversible_plugin.tape.replayed import Replayed
 from snn_reversible_plugin.tape.sliced.forward import StepOf, kind_of
-from snn_reversible_plugin.tape.sliced.rows import Noted, Part, Whole, note, rows_of
+from snn_reversible_plugin.tape.sliced.noted import Noted, note
+from snn_reversible_plugin.tape.sliced.rows import Part, Whole, rows_of
 
 if TYPE_CHECKING:
     from snn_reversible_plugin.tape.tape import Tape

@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from snn_reversible_plugin.ops.layouts import storage_key
 from snn_reversible_plugin.tape.handles import Handle
 from snn_reversible_plugin.tape.replayed import Replayed
-from snn_reversible_plugin.tape.sliced.rows import noted_of
+from snn_reversible_plugin.tape.sliced.noted import noted_of
 from snn_reversible_plugin.tape.sliced.sources import norm_before
 
 PIECE = 1 << 18  # bytes of a slice to take at a time where a copy of it is made

@@ -7,9 +7,7 @@ What is stored in bits is unpacked for these rows alone.
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +18,7 @@ from snn_reversible_plugin.tape.handles import Handle, Kept
 from snn_reversible_plugin.tape.operators import Operator, aten, operator_of
 from snn_reversible_plugin.tape.packed import Packed
 from snn_reversible_plugin.tape.replayed import PLAIN, Replayed
+from snn_reversible_plugin.tape.sliced.noted import noted_of, size_of
 
 # NOTE [Rows]
 #
@@ -78,49 +77,6 @@ class Part(NamedTuple):
         """The size of these rows of a tensor of this size."""
         dims, each = self.split(size)
         return (self.outer * (self.stop - self.start) * each, *size[dims:])
-
-
-@dataclass(slots=True)
-class Noted:
-    """What a forward notes of a large value: its size, what a batch norm normalized it by, with whether the
-    kernel of evaluation gave the same bits, how many operations took it, and what a backward has left for
-    another one's node."""
-
-    size: torch.Size
-    statistics: tuple[Tensor, Tensor] | None = None
-    exact: bool = True
-    taken: int = 0
-    left: Any = None
-
-
-_noted: weakref.WeakKeyDictionary[Handle, Noted] = weakref.WeakKeyDictionary()
-
-
-def note(handle: Handle, noted: Noted) -> None:
-    """Remember a value's size."""
-    _noted[handle] = noted
-
-
-def note_taken(handle: Replayed) -> None:
-    """Remember that an operation took its operands."""
-    for operand in handle.operands():
-        if (before := _noted.get(operand)) is not None:
-            before.taken += 1
-
-
-def noted_of(handle: Handle) -> Noted | None:
-    """What was noted of a value."""
-    return _noted.get(handle)
-
-
-def size_of(handle: Any) -> torch.Size | None:
-    """The size of what a handle stands for; None where it is small, or no handle."""
-    if isinstance(handle, Kept):
-        return handle.tensor.shape
-    if isinstance(handle, Packed):
-        return handle.size
-    noted = _noted.get(handle) if isinstance(handle, Handle) else None
-    return None if noted is None else noted.size
 
 
 def rows_of(handle: Handle, part: Part, found: dict[Handle, Tensor], after: int = 0) -> Tensor:
@@ -224,7 +180,7 @@ class _Run(NamedTuple):
 
     def size(self) -> torch.Size:
         """The size of the whole result."""
-        noted = _noted.get(self.handle)
+        noted = noted_of(self.handle)
         if noted is None:
             raise Whole
         return noted.size
@@ -240,7 +196,7 @@ class _Run(NamedTuple):
             return [self.beside(one) for one in arg] if type(arg) is list else arg
         known = self.found.get(arg)
         if known is None:
-            if isinstance(arg, Packed) or (arg in _noted and not getattr(arg, "cheap", False)):
+            if isinstance(arg, Packed) or (noted_of(arg) is not None and not getattr(arg, "cheap", False)):
                 raise Whole
             known = self.found[arg] = arg.peek()
         return known
@@ -261,10 +217,42 @@ def _run(handle: Replayed, part: Part, found: dict[Handle, Tensor], after: int) 
 
 def _reshaped(run: _Run) -> Tensor:
     """The same elements in the same order: the same rows, whatever a row's size."""
-    rows, size = run.rows(run.handle.args[0]), run.part.sized(run.size())
-    if rows.numel() != math.prod(size):  # expanded
+    source, size = run.handle.args[0], run.part.sized(run.size())
+    if run.name == "expand" and size_of(source) != run.size():
+        return _repeated(run)
+    rows = run.rows(source)
+    if rows.numel() != math.prod(size):
         raise Whole
     return rows.reshape(size)
+
+
+def is_repeated(source: Iterable[int], size: Iterable[int]) -> bool:
+    """Whether something of a size may be what a source repeats in its first dimension: in time."""
+    source, size = tuple(source), tuple(size)
+    return len(size) > 1 and source in (size[1:], (1, *size[1:]))
+
+
+def _repeated(run: _Run) -> Tensor:
+    """Each time step has the same rows."""
+    source, size = run.handle.args[0], run.size()
+    before, part = size_of(source), run.part
+    steps, rows = size[0], part.outer * part.inner
+    if before is None or not is_repeated(before, size) or rows % steps:
+        raise Whole
+    each = rows // steps  # of a step
+
+    def of_step(start: int, stop: int) -> Tensor:
+        first = min(start, max(stop - 2, 0))  # a single row is often a kernel's special case
+        found = rows_of(source, Part(1, each, first, max(stop, min(first + 2, each))), {}, run.after + 1)
+        return found[start - first : stop - first]
+
+    if part.outer == steps:
+        one = of_step(part.start, part.stop)
+        return one.repeat(steps, *[1] * (one.dim() - 1))
+    if part.outer > 1:
+        raise Whole
+    firsts = range(part.start // each * each, part.stop, each)
+    return torch.cat([of_step(max(part.start - at, 0), min(part.stop - at, each)) for at in firsts])
 
 
 def _permuted(run: _Run) -> Tensor:
@@ -353,7 +341,7 @@ def _products(run: _Run) -> Tensor:
 
 def _normalized(run: _Run) -> Tensor:
     x, weight, bias, mean, var, *_ = run.handle.args
-    size, noted = size_of(x), _noted.get(run.handle)
+    size, noted = size_of(x), noted_of(run.handle)
     if run.handle.index or size is None or run.part.split(size)[0] != 1:
         raise Whole
     training, eps = run.handle.args[5], run.handle.args[7]
@@ -370,6 +358,7 @@ def _normalized(run: _Run) -> Tensor:
 
 _RULES: dict[str, Rule] = {
     **dict.fromkeys(_RESHAPES, _reshaped),
+    "repeat": _repeated,
     **dict.fromkeys(["permute", "transpose", "t"], _permuted),
     **dict.fromkeys(["split", "split_with_sizes", "slice", "select", "narrow"], _cut_out),
     **dict.fromkeys(_BY_ELEMENT, _by_element),

@@ -13,7 +13,8 @@ from torch._ops import OpOverload
 from snn_reversible_plugin.tape.handles import Handle
 from snn_reversible_plugin.tape.operators import Kind, operator_of
 from snn_reversible_plugin.tape.replayed import PLAIN, Replayed
-from snn_reversible_plugin.tape.sliced.rows import is_by_element, is_reshape, noted_of
+from snn_reversible_plugin.tape.sliced.noted import noted_of
+from snn_reversible_plugin.tape.sliced.rows import is_by_element, is_reshape
 
 
 def _sources(handle: Handle) -> Iterator[Replayed]:

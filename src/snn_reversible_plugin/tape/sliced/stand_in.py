@@ -22,7 +22,8 @@ from snn_reversible_plugin.tape.sliced.alone import spare_gradient
 from snn_reversible_plugin.tape.sliced.cut import Cut
 from snn_reversible_plugin.tape.sliced.filled import Filled
 from snn_reversible_plugin.tape.sliced.gradients import BY_SLICES, Turned
-from snn_reversible_plugin.tape.sliced.rows import Whole, rows_of, size_of
+from snn_reversible_plugin.tape.sliced.noted import size_of
+from snn_reversible_plugin.tape.sliced.rows import Whole, rows_of
 from snn_reversible_plugin.tape.sliced.sources import given_to_norm
 
 # NOTE [What three ask for]
