@@ -80,8 +80,17 @@ class Residual(nn.Module):
 class Repeated(nn.Module):
     """An image for each time step."""
 
+    def __init__(self, dims=4):
+        super().__init__()
+        self.dims = dims
+
     def forward(self, x):
-        return x.unsqueeze(0).repeat(3, 1, 1, 1, 1)
+        return x.unsqueeze(0).repeat(3, *[1] * self.dims)
+
+
+class Turned(nn.Module):
+    def forward(self, x):
+        return x.transpose(1, 2) + 0.1
 
 
 class Expanded(nn.Module):
@@ -130,6 +139,18 @@ def test_an_operator_in_slices_has_autograds_gradients(name, batch, sliced):
     assert bool(sliced) == (batch > 1 or name == "linear of many dimensions")
     for one, other in zip(expected, actual, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_what_is_repeated_stands_for_nobody_else(monkeypatch):
+    """Its rows are others than those of what it is made of, behind a norm that has room for that."""
+    monkeypatch.setitem(cut.STEP, "cpu", 1 << 11)
+    monkeypatch.setattr(cut.Room, "has", lambda *_: True)
+    torch.manual_seed(0)
+    stem = nn.Sequential(nn.Conv1d(6, 16, 3, padding=1), nn.BatchNorm1d(16), Turned(), Repeated(3))
+    net = srp.convert_to_reversible(nn.Sequential(stem, neuron.LIFNode(step_mode="m")), mode="minimal")
+    for _ in range(2):
+        functional.reset_net(net)
+        net(torch.rand(6, 6, 40)).square().sum().backward()
 
 
 @pytest.mark.parametrize("repeat", [Repeated, Expanded])

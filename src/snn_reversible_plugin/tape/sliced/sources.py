@@ -29,6 +29,8 @@ def _sources(handle: Handle) -> Iterator[Replayed]:
             return
         if any(isinstance(arg, Handle) and noted_of(arg) is not None for arg in handle.args[1:]):
             return  # a sum of two: what is made of both would have to stand
+        if isinstance(handle.func, OpOverload) and operator_of(handle.func).name in ("repeat", "expand"):
+            return  # what is repeated has other rows
         handle = handle.args[0]
 
 
