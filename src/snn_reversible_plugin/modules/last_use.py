@@ -73,7 +73,7 @@ _READ_BY_OPERATORS = (
     _AdaptiveAvgPoolNd,
     _MaxPoolNd,
 )
-_OF_FRAMEWORKS = ("torch.nn.modules.", "spikingjelly.")
+_OF_FRAMEWORKS = ("torch.nn.modules.", "spikingjelly.", "snn_reversible_plugin.models.")
 
 
 def tell_last_uses(modules: Iterable[nn.Module], between: Callable[[], Between | None]) -> None:
