@@ -107,6 +107,7 @@ class Training:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.net = srp.convert_to_reversible(make(), arithmetic=arithmetic)
+        self.net.train()  # neurons share SpikingJelly's default surrogate, and others evaluate theirs
         self.state = {key: value.clone() for key, value in self.net.state_dict().items()}
         self.parameters = list(self.net.parameters())
         self.x_seq = torch.rand(3, 2, 4) * 2

@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import nullcontext
+from itertools import accumulate
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from snn_reversible_plugin import tape
 from snn_reversible_plugin.neurons.integrate_fire.in_slices import sequence_vjp_in_slices
 from snn_reversible_plugin.neurons.integrate_fire.reference import Neuron, OutputGradients, Rule, Wanted
 from snn_reversible_plugin.neurons.surrogates import Surrogate
+from snn_reversible_plugin.ops import allocations
 from snn_reversible_plugin.reports.measure import AllocationCounter, count_step
 from snn_reversible_plugin.tape.handles import Kept
 from snn_reversible_plugin.tape.replayed import Replayed
@@ -377,7 +379,57 @@ def test_no_slices_where_a_sum_of_weights_is_more_than_they_spare(make, sliced):
             module.zero_grad()
         peaks[mode] = counter.peak
     assert peaks["minimal"] <= peaks["memory"]
-    assert not sliced
+    assert bool(sliced) == isinstance(module, nn.Conv2d)  # which goes by channels
+
+
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Conv2d(24, 40, 3, padding=1),
+        lambda: nn.Conv2d(24, 9, 3, stride=2, bias=False),
+        lambda: nn.Conv2d(25, 33, 3, padding=1).to(memory_format=torch.channels_last),
+    ],
+)
+def test_weights_that_are_larger_than_their_layer_go_by_channels(make, learns, sliced, monkeypatch):
+    monkeypatch.setitem(cut.STEP, "cpu", 1 << 8)
+    torch.manual_seed(0)
+    module = make().double().requires_grad_(learns)
+    x = torch.randn(4, module.in_channels, 3, 3, dtype=torch.float64)
+    if module.weight.is_contiguous(memory_format=torch.channels_last) and not module.weight.is_contiguous():
+        x = x.to(memory_format=torch.channels_last)
+    ran, backward = [], gradients._convolution_by_channels
+
+    def noting(*how):
+        ran.append(how)
+        return backward(*how)
+
+    monkeypatch.setattr(gradients, "_convolution_by_channels", noting)
+    expected, actual = (gradients_of(module, x, mode) for mode in (None, "minimal"))
+    assert bool(ran) == learns
+    for one, other in zip(expected, actual, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_a_kernel_lays_out_some_channels_weights_anew():
+    """The gradient of the weights stands, and an eighth of what the kernel made of them beside it."""
+    module, x = nn.Conv2d(512, 512, 3, padding=1, bias=False), torch.rand(4, 512, 2, 2).round()
+
+    def loss():
+        return module(x * 1.5).square().mean()
+
+    net, peaks = srp.convert_to_reversible(nn.Sequential(nn.Identity(), module), mode="minimal"), {}
+    for mode in (None, "minimal"):
+        for _ in range(2):
+            with tape.recording(mode) if mode else nullcontext():
+                out = loss()
+            recorded = allocations.start()
+            out.backward()
+            peaks[mode] = max(accumulate(event.size for event in allocations.stop(recorded)))
+            net.zero_grad()
+    assert peaks[None] > 2 * module.weight.nbytes > 1.5 * module.weight.nbytes > peaks["minimal"]
 
 
 def test_a_whole_that_is_no_slices_is_nobody_elses():

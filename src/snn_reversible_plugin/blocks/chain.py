@@ -128,6 +128,8 @@ class RevSSequence(nn.Module):
         torch.Size([2, 1, 8, 5, 5])
     """
 
+    may_write_over_input = True  # it lets go of it
+
     def __init__(
         self,
         blocks: Iterable[RevSBlock],

@@ -111,6 +111,7 @@ class ChainRun:
     def _forward(self, x1: Tensor, x2: Tensor) -> tuple[Streams, list[list[Tensor]], Undoing]:
         # a and b are the streams, and take turns.
         a, b = entered(x1, x2, self.bits)
+        tape.let_go(x1)
         if self.check:
             self.original = (a.detach().clone(), b.detach().clone())
         kept = []

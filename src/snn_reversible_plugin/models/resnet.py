@@ -93,10 +93,15 @@ class RevSResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = over_time(x, self.T, self.in_channels, type(self).__name__)
         with fresh_states(self):
-            x = self.stem(x)
-            for stage in self.stages:  # called as a whole, the stages would hold their input until the end
-                x = stage(x)
-            return self.fc(self.pool(self.fire(x)).flatten(2)).mean(0)  # type: ignore[no-any-return]
+            return self._from_steps(x)
+
+    def _from_steps(self, x: Tensor) -> Tensor:
+        # A function without a handler: each layer is the last to use its input (`modules/last_use.py`).
+        x = self.stem(x)
+        for stage in self.stages:  # called as a whole, the stages would hold their input until the end
+            x = stage(x)
+        x = self.fire(x)
+        return self.fc(self.pool(x).flatten(2)).mean(0)  # type: ignore[no-any-return]
 
 
 def _branch(width: int, fire: Callable[[], nn.Module]) -> nn.Module:

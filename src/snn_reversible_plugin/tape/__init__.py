@@ -82,6 +82,7 @@ __all__ = [
     "is_alone",
     "is_recording",
     "keep",
+    "let_go",
     "mark_levels",
     "mark_opaque",
     "mark_spikes",
@@ -234,6 +235,12 @@ def may_be_replaced(x: torch.Tensor) -> bool:
     """Whether what is computed from a tensor may take its place: see :mod:`.tape.sliced.between`."""
     tape = current()
     return tape is not None and tape.slices is not None and tape.slices.may_be_replaced(x)
+
+
+def let_go(x: torch.Tensor) -> None:
+    """Say that a layer has copies of its input, whose bytes may go where nobody else uses them."""
+    if (handed_on := between()) is not None:
+        handed_on.let_go(x)
 
 
 def suspended() -> AbstractContextManager[None]:

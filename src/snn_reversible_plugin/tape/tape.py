@@ -195,7 +195,7 @@ class Tape(Recording):
             self._enter(out, recipe, base, span)
             if recipe is None:
                 pass_on_the_end(operands, out, base)
-            if operator.work and isinstance(recipe, Replayed) and self.in_backward:
+            if operator.work and isinstance(recipe, Replayed) and self.in_backward and self.slices is None:
                 self._last_product = recipe, alias(out), out._version
             return
         if not isinstance(out, (tuple, list)):

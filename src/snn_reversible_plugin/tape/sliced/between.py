@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +56,15 @@ TAKE_BITS = POOLINGS | {aten.convolution.default}
 LEAST = 4  # slices: what is smaller than as many of the smallest is handed on as it is
 
 
+class _GivenUp(NamedTuple):
+    """What a layer is the last to use: its storage, whether the layer reads it itself, and whether nobody
+    can look at it any more."""
+
+    storage: int
+    by_itself: bool
+    at_once: bool
+
+
 class _InBits:
     """A storage without bytes, of spikes and of views of them; ``nbytes``: those that it had.
 
@@ -86,7 +95,8 @@ class Between:
     def __init__(self, tape: Tape, step_of: Callable[[int, torch.device], int], check: bool) -> None:
         self._tape: Callable[[], Tape | None] = weakref.ref(tape)
         self._step_of, self._check = step_of, check
-        self._given_up: tuple[int, bool] | None = None  # a storage, and whether a neuron takes it
+        self._given_up: _GivenUp | None = None
+        self._gone: tuple[torch.UntypedStorage, int] | None = None  # what a layer has copied, and its bytes
         self._in_bits: dict[int, _InBits] = {}  # by storage
         self._trying: Any = None  # the way whose counts are being learned
 
@@ -109,7 +119,7 @@ class Between:
 
         Args:
             value: which tensor.
-            layer: reads it by operators of torch alone, or is a neuron, which ``may_write_over_input``.
+            layer: reads it by operators of torch alone, or itself, and then ``may_write_over_input``.
             way: how the call came. Who calls in one has as many references.
             calls: makes some in a way, with this object and an input.
         """
@@ -120,10 +130,10 @@ class Between:
         if not is_alone(way, references(value)):
             self._learn(way, calls)
             return
-        handle, is_neuron = look_up(value), getattr(layer, "may_write_over_input", False)
+        handle, by_itself = look_up(value), getattr(layer, "may_write_over_input", False)
         if isinstance(handle, Replayed):
-            self._given_up = storage_key(value), is_neuron
-        elif type(handle) is Packed and way.at_once and value._base is None and not is_neuron:
+            self._given_up = _GivenUp(storage_key(value), by_itself, way.at_once)
+        elif type(handle) is Packed and way.at_once and value._base is None and not by_itself:
             self._leave_bits(value, handle)
 
     def _learn(self, way: Any, calls: Callable[..., None]) -> None:
@@ -137,17 +147,27 @@ class Between:
     def taken(self, value: Any, failed: bool) -> None:
         """The layer has returned, and who called it reads the value no more; or it failed."""
         self._given_up = None
-        if self._in_bits and self._trying is None:
-            found = self._in_bits.get(storage_key(value))
-            if failed or (found is not None and any(one is not value for one in found.live())):
-                self.unpack(value)
-            self._in_bits.clear()
+        if self._trying is not None or not (self._in_bits or self._gone) or not isinstance(value, Tensor):
+            return
+        key = storage_key(value)
+        if self._gone is not None and self._gone[0]._cdata == key:
+            self._bring_back(failed)
+        found = self._in_bits.get(key)
+        if found is not None and (failed or any(one is not value for one in found.live())):
+            self.unpack(value)
+        self._in_bits.pop(key, None)
 
     def end(self) -> None:
         """The recording is over, perhaps by an interrupt, of which no layer hears."""
+        self._bring_back(True)
         for found in list(self._in_bits.values()):
             for one in found.live():
                 self.unpack(one)
+
+    def _bring_back(self, failed: bool) -> None:
+        if failed and self._gone is not None:  # for who looks at it then: of any value
+            self._gone[0].resize_(self._gone[1])
+        self._gone = None
 
     def _is_watched(self) -> bool:
         """Whether the values are somebody else's to see, or nothing is recorded of them."""
@@ -158,12 +178,20 @@ class Between:
             return True
         return torch._C._len_torch_dispatch_stack() != 1 or torch._C._len_torch_function_stack() > 0  # type: ignore[attr-defined]
 
-    def is_given_up(self, value: Tensor, to_neuron: bool) -> bool:
-        """Whether what a neuron, or an operator, computes from a value may take its place, as far as others
-        are concerned."""
-        if self._given_up is None or (storage_key(value), to_neuron) != self._given_up:
+    def is_given_up(self, value: Tensor, by_itself: bool) -> bool:
+        """Whether what a layer computes from a value, itself or by operators, may take its place, as far as
+        others are concerned."""
+        if self._given_up is None or (storage_key(value), by_itself) != self._given_up[:2]:
             return False
         return isinstance(look_up(value), Replayed)
+
+    def let_go(self, value: Tensor) -> None:
+        """The layer has a copy of a value, whose bytes may go if it is the last to use them."""
+        storage = value.untyped_storage()
+        given = self._given_up == (storage_key(value), True, True)
+        if given and storage.resizable() and self._gone is None:
+            self._gone = storage, storage.nbytes()
+            storage.resize_(0)
 
     # -- spikes in bits ------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ gradients. Source: ``derivatives.yaml`` of PyTorch says which operator each node
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,9 @@ from snn_reversible_plugin.tape.sliced.rows import Part, Whole
 #
 # A slice of a gradient is needed for that slice of the next one and no longer. Where the gradient is nobody
 # else's (`alone`), is as large and laid out alike, it is overwritten: `spare`.
+
+
+WEIGHTS_IN = 8  # slices of channels, where the weights are larger than what goes through them
 
 
 class Turned(NamedTuple):
@@ -77,7 +81,8 @@ def _convolution(
         raise Whole
     mask = how[-1]
     _refuse_parts_of_samples(x)
-    _refuse_large_sum(weight.nbytes if mask[1] else 0, x, grad)
+    if mask[1] and weight.nbytes > x.nbytes + grad.nbytes:
+        return _convolution_by_channels(func, grad, x, weight, *how)
     g_x, g_weight, g_bias = Filled(x.size, spare), _Sum(), _Sum()
     for part, found in parts_of(x, nbytes=grad.nbytes):
         one, of_weight, of_bias = func(part.of(grad), x.rows(part, found), weight, *how)
@@ -89,6 +94,35 @@ def _convolution(
             g_bias.add(of_bias)
         del one, found
     return g_x.value, g_weight.value(), g_bias.value()
+
+
+def _convolution_by_channels(
+    func: Any, grad: Tensor, x: Cut, weight: Tensor, *how: Any
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Some channels' weights at a time, all samples: what a kernel lays out anew is part of the weights."""
+    (_, *others, transposed, padding, groups, mask), slices = how, WEIGHTS_IN
+    if transposed or groups != 1 or min(weight.shape[:2]) < slices:
+        raise Whole
+    whole, other = x.whole(), (*others, transposed, padding, groups)
+    g_x = torch.empty_like(whole) if mask[0] else None
+    g_weight = torch.empty_like(weight)
+    for a, b in pairwise(weight.shape[0] * at // slices for at in range(slices + 1)):
+        some = grad[:, a:b].contiguous(memory_format=_layout_of(grad))
+        g_weight[a:b] = func(some, whole, weight[a:b], None, *other, [False, True, False])[1]
+        del some
+    if g_x is not None:
+        for a, b in pairwise(weight.shape[1] * at // slices for at in range(slices + 1)):
+            some = whole[:, a:b].contiguous(memory_format=_layout_of(whole))
+            some_weights = weight[:, a:b].contiguous(memory_format=_layout_of(weight))
+            g_x[:, a:b] = func(grad, some, some_weights, None, *other, [True, False, False])[0]
+            del some, some_weights
+    dims = [dim for dim in range(grad.dim()) if dim != 1]
+    return g_x, g_weight, grad.sum(dims) if mask[2] else None
+
+
+def _layout_of(tensor: Tensor) -> torch.memory_format:
+    last = tensor.dim() == 4 and not tensor.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def _batch_norm(
