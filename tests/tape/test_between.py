@@ -457,3 +457,69 @@ def test_stacks_at_random(seed):
     shape = (draw.choice([1, 3, 4]), draw.choice([1, 2, 7, 8]), 2, 17, 17)
     x = torch.rand(shape, dtype=next(stock.parameters()).dtype)
     assert_as_stock(stock, x, tolerance=1e-4)
+
+
+class Chain(nn.Module):
+    """A chain of reversible blocks between a stem and a head, called one after the other."""
+
+    def __init__(self, raises=False):
+        super().__init__()
+        torch.manual_seed(0)
+
+        def branch():
+            parts = neuron.LIFNode(), layer.Conv2d(C // 2, C // 2, 3, padding=1), layer.BatchNorm2d(C // 2)
+            return nn.Sequential(*parts)
+
+        blocks = [srp.RevSBlock(branch(), branch()) for _ in range(2)]
+        if raises:
+            blocks[1].g.append(nn.Linear(SIDE + 1, 3))
+        self.stem = nn.Sequential(convolution(2), layer.BatchNorm2d(C))
+        self.chain, self.head = srp.RevSSequence(blocks, states="reset"), nn.Sequential(neuron.LIFNode())
+        functional.set_step_mode(self, "m")
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = self.chain(x)
+        return self.head(x)
+
+
+def gone_of(monkeypatch):
+    """Storages that a layer let go of, with the bytes that they were left with."""
+    gone, let_go = [], between.Between.let_go
+
+    def noting(self, value):
+        let_go(self, value)
+        gone.append((value.untyped_storage(), value.untyped_storage().nbytes()))
+
+    monkeypatch.setattr(between.Between, "let_go", noting)
+    return gone
+
+
+def test_a_chain_lets_go_of_its_input(monkeypatch):
+    gone = gone_of(monkeypatch)
+    net, plain = (srp.convert_to_reversible(Chain(), mode=mode) for mode in ("minimal", "memory"))
+    for _ in range(3):
+        assert torch.equal(step(net), step(plain))
+        for one, other in zip(net.parameters(), plain.parameters(), strict=True):
+            scale = float(other.grad.abs().max())
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-4 * scale)
+    assert [nbytes for _, nbytes in gone[1:]] == [0, 0]  # of the first forward counts were learned
+
+
+def test_a_chain_whose_input_others_hold_lets_it_be(monkeypatch):
+    gone, kept = gone_of(monkeypatch), []
+    net = srp.convert_to_reversible(Chain(), mode="minimal")
+    net.stem.register_forward_hook(lambda _module, _inputs, out: kept.append((out, out.detach().clone())))
+    for _ in range(3):
+        step(net)
+    assert [nbytes for _, nbytes in gone] == [ONE] * 3
+    assert all(torch.equal(*both) for both in kept)
+
+
+def test_a_chain_that_raises_leaves_memory_where_its_input_was(monkeypatch):
+    gone, net = gone_of(monkeypatch), srp.convert_to_reversible(Chain(raises=True), mode="minimal")
+    for _ in range(3):
+        functional.reset_net(net)
+        with pytest.raises(RuntimeError):
+            net(X)
+    assert gone[-1][1] == 0 and gone[-1][0].nbytes() == ONE
