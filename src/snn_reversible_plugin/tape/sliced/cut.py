@@ -245,7 +245,7 @@ class Slices:
         between = self.between
         if func is aten.convolution.default and not kwargs:
             return forward.convolution(args, step_of, between)
-        if func in POOLINGS and not kwargs and between.are_in_bits(args[0]):
+        if func in POOLINGS and not kwargs:
             return forward.pooling(func, args, step_of, between)
         if operator.kind is Kind.NORM and not kwargs:
             over = between.is_given_up(args[0], False) and norm.is_proved(func, args)

@@ -52,13 +52,20 @@ def convolution(args: tuple[Any, ...], step_of: StepOf, between: Between | None 
 
 
 def pooling(func: Any, args: tuple[Any, ...], step_of: StepOf, between: Between) -> Any:
-    """A pooling of spikes that are in bits; else as :func:`convolution`."""
+    """A pooling: of spikes that are in bits as :func:`convolution`, and else as a whole."""
     x = args[0]
-    found = _in_slices(func, args, step_of, between) if x.dim() == 4 and len(x) > 3 else None
+    found = None
+    if x.dim() == 4 and len(x) > 3 and is_plain(x) and x.nbytes >= 2 * step_of(0, x.device):
+        is_known = _key(func, args, step_of) in _seen
+        found = _in_slices(func, args, step_of, between) if between.are_in_bits(x) or not is_known else None
     if found is None:
         between.unpack(x)
         return func(*args)
     return found if len(found) > 1 else found[0]
+
+
+def _key(func: Any, args: tuple[Any, ...], step_of: StepOf) -> Any:
+    return func, step_of(0, args[0].device), torch.get_num_threads(), *map(kind_of, args)
 
 
 def _in_slices(
@@ -66,7 +73,7 @@ def _in_slices(
 ) -> tuple[Tensor, ...] | None:
     """What an operator gives, in slices or, the first time, as a whole; None: not to be had in slices."""
     x, *others = args
-    key = (func, step_of(0, x.device), torch.get_num_threads(), *map(kind_of, args))
+    key = _key(func, args, step_of)
     if key not in _seen:
         if len(_seen) > 4096:
             _seen.clear()
