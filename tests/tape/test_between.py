@@ -79,7 +79,7 @@ def assert_as_stock(stock, x=X, amp=None, steps=3, tolerance=1e-5):
 
 def test_half_of_what_stood_in_the_forward():
     """Convolution, norm and neuron: n and bits, where each alone has its input and its result, 2 n."""
-    net = stack(*network(6), layer.MaxPool2d(2), layer.Flatten(), layer.Linear(C * SIDE * SIDE // 4, 2))
+    net = stack(*network(6), layer.AvgPool2d(2), layer.Flatten(), layer.Linear(C * SIDE * SIDE // 4, 2))
     srp.convert_to_reversible(net, mode="minimal")
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-4)
     srp.step_in_backward(optimizer)
