@@ -84,7 +84,7 @@ def test_half_of_what_stood_in_the_forward():
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-4)
     srp.step_in_backward(optimizer)
 
-    x = torch.rand(T, 4 * N, 2, SIDE, SIDE)  # large beside the buffers of a neuron
+    x = torch.rand(T, 16 * N, 2, SIDE, SIDE)  # large beside the buffers of a neuron
 
     def loss():
         functional.reset_net(net)
@@ -95,7 +95,7 @@ def test_half_of_what_stood_in_the_forward():
     net.zero_grad()
     gc.collect()
     held, peak = count_step(loss)
-    assert 4 * ONE < peak < 1.5 * 4 * ONE + held
+    assert 16 * ONE < peak < 1.6 * 16 * ONE + held
 
 
 def test_trains_as_stock():
