@@ -56,7 +56,7 @@ def made(forward, layers=3):
     class Network(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b, self.c = (nn.Linear(4, 4) for _ in range(layers))
+            self.a, self.b, self.c = (nn.Conv1d(2, 2, 1) for _ in range(layers))
             self.kept = []
 
     Network.forward = forward
@@ -292,16 +292,16 @@ def test_a_layer_that_raises_says_so():
     net = made(written_next)
     net(torch.rand(2, 4))
     told.taken_.clear()
-    net.b = nn.Linear(3, 3)
+    net.b = nn.Conv1d(3, 3, 1)
     tell_last_uses([net.b], between)
-    with pytest.raises(RuntimeError, match="shapes"):
+    with pytest.raises(RuntimeError, match="channels"):
         net(torch.rand(2, 4))
     assert told.taken_ == [False, True]
 
 
 def test_types_stay_and_copies_tell_as_well():
     net = made(written_next)
-    assert type(net.a) is nn.Linear
+    assert type(net.a) is nn.Conv1d
     tell_last_uses(net.modules(), between)  # once is enough
     assert len(net.a._forward_pre_hooks) == len(net.a._forward_hooks) == 1
     for layer in (copy.deepcopy(net.b), pickle.loads(pickle.dumps(net.b))):
@@ -312,5 +312,5 @@ def test_types_stay_and_copies_tell_as_well():
         assert (True, True) in told.alone
     for layer in (net.a, net.b):
         tell_no_more(layer)
-        assert layer.__dict__.keys() == nn.Linear(4, 4).__dict__.keys()
+        assert layer.__dict__.keys() == nn.Conv1d(2, 2, 1).__dict__.keys()
         assert not (layer._forward_pre_hooks or layer._forward_hooks or layer._forward_hooks_always_called)

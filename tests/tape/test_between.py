@@ -522,3 +522,19 @@ def test_a_chain_that_raises_leaves_memory_where_its_input_was(monkeypatch):
         with pytest.raises(RuntimeError):
             net(X)
     assert gone[-1][1] == 0 and gone[-1][0].nbytes() == ONE
+
+
+def test_rules_of_somebody_elses_get_spikes_with_their_bytes():
+    """A grid's products run convolutions by a rule of their own."""
+    net, seen = srp.convert_to_reversible(network(), mode="minimal"), []
+    for _ in range(2):
+        step(net)
+
+    def rule(_tape, func, args, kwargs):
+        seen.append(args[0].untyped_storage().nbytes())
+        return func(*args, **kwargs)
+
+    functional.reset_net(net)
+    with srp.reversible(net), tape.overriding({torch.ops.aten.convolution.default: rule}):
+        net(X)
+    assert len(seen) == 3 and all(seen)

@@ -64,15 +64,7 @@ class Between(Protocol):
 
 
 BETWEEN: Mark[Callable[[], Between | None]] = Mark("between")  # of a layer: whom it tells
-_READ_BY_OPERATORS = (
-    nn.Linear,
-    nn.Flatten,
-    _ConvNd,
-    _BatchNorm,
-    _AvgPoolNd,
-    _AdaptiveAvgPoolNd,
-    _MaxPoolNd,
-)
+_READ_BY_OPERATORS = (_ConvNd, _BatchNorm, _AvgPoolNd, _AdaptiveAvgPoolNd, _MaxPoolNd)
 _OF_FRAMEWORKS = ("torch.nn.modules.", "spikingjelly.", "snn_reversible_plugin.models.")
 
 

@@ -231,7 +231,7 @@ class Tape(Recording):
 
     def run(self, func: Any, types: Any, args: Args, kwargs: dict[str, Any]) -> Any:
         if self.slices is not None and self.slices.between.holds_bits:
-            self.slices.between.before(func, tensors_among(args, kwargs))
+            self.slices.between.before(func, args, kwargs, bool(types) or func in self._rules)
         just_kept = self._just_kept
         if just_kept:
             self._just_kept = []

@@ -22,6 +22,7 @@ from snn_reversible_plugin.tape.on_stack import are_on_top
 from snn_reversible_plugin.tape.operators import Kind, aten, operator_of
 from snn_reversible_plugin.tape.origins import enter, look_up
 from snn_reversible_plugin.tape.packed import Packed
+from snn_reversible_plugin.tape.recipes import tensors_among
 from snn_reversible_plugin.tape.replayed import Replayed
 from snn_reversible_plugin.tape.sliced.alone import is_alone, learn, references
 from snn_reversible_plugin.tape.sliced.rows import Part, Whole, rows_of
@@ -34,9 +35,9 @@ if TYPE_CHECKING:
 # 1. It is nobody else's where a layer's caller reads it no more (`modules/last_use.py`), and its counts are
 #    those of a value that this caller holds alone: one that a hook, a list or a node of the graph holds as
 #    well, or a part of it, counts more. What a tape keeps it holds too.
-# 2. The layer that takes it is one whose code is known: a convolution, linear layer, batch norm or pooling
-#    of torch's or made of it, which read a tensor by operators and in no other way, or a neuron that asks.
-#    No mode of somebody else's looks on, and autograd saves by the tape's hooks.
+# 2. The layer that takes it is one whose code is known: a convolution, batch norm or pooling of torch's or
+#    made of it, which read a tensor by operators and in no other way, or a neuron or chain that asks. No
+#    mode of somebody else's looks on, and autograd saves by the tape's hooks.
 # 3. Spikes that are in bits have a storage without bytes. Views of them are made as ever; a convolution
 #    whose slices are known to have the bits of the whole unpacks a slice at a time; for any other operator,
 #    and for a layer that is not known, they are unpacked first, in place.
@@ -213,7 +214,7 @@ class Between:
         known = [look_up(one) for one in live]
         with OffStack(self._tape()):
             found.storage.resize_(found.nbytes)
-            flat = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+            flat = torch.empty(0, dtype=handle.dtype, device=tensor.device)
             handle.unpack_range(0, flat.set_(found.storage, 0, (handle.size.numel(),), (1,)))
         for one, handle_of_one in zip(live, known, strict=True):
             enter(one, handle_of_one, one._base)
@@ -236,11 +237,12 @@ class Between:
                 self.unpack(tensor)
         return part.of(tensor)
 
-    def before(self, func: Any, operands: list[Tensor]) -> None:
-        """An operator is about to run: what it can't take in bits is unpacked."""
-        if operator_of(func).kind is Kind.VIEW or func in TAKE_BITS:
+    def before(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], by_others: bool) -> None:
+        """An operator is about to run, perhaps by others: what it can't take in bits is unpacked."""
+        takes_bits = func in TAKE_BITS and not (kwargs or by_others)
+        if takes_bits or operator_of(func).kind is Kind.VIEW:
             return
-        for one in operands:
+        for one in tensors_among(args, kwargs):
             if is_plain(one):
                 self.unpack(one)
 
