@@ -20,9 +20,9 @@ HOME = os.path.dirname(srp.__file__)
 
 
 class Loop(nn.Module):
-    def __init__(self):
+    def __init__(self, width=8):
         super().__init__()
-        self.fc = nn.ModuleList([nn.Linear(8, 8) for _ in range(LAYERS)])
+        self.fc = nn.ModuleList([nn.Linear(width, width) for _ in range(LAYERS)])
         self.lif = nn.ModuleList([self.make() for _ in range(LAYERS)])
 
 
@@ -94,9 +94,12 @@ def every_count():
     found = {}
     for name, make in MAKES.items():
         shape, each = ((4, 2, 4, 4, 4), LAYERS) if make is Sequence else ((STEPS, 2, 8), STEPS * LAYERS)
-        for mode in ("memory", "speed", "auto"):
+        for mode in ("memory", "speed", "auto", "minimal"):
             net = srp.convert_to_reversible(make(), mode=mode)
             found[f"{name} {mode}"] = calls(net, torch.rand(shape)) / each
+        if make is not Sequence:  # of tensors that have several slices, and weights that are larger
+            net = srp.convert_to_reversible(make(512), mode="minimal")
+            found[f"{name} minimal, wide"] = calls(net, torch.rand(STEPS, 64, 512)) / each
     return found
 
 
@@ -112,11 +115,16 @@ def counts(tmp_path_factory):
         ("OfSpikingJelly memory", 223),
         ("OfSpikingJelly speed", 198),
         ("OfSpikingJelly auto", 226),
+        ("OfSpikingJelly minimal", 266),
+        ("OfSpikingJelly minimal, wide", 303),
         ("OfSnnTorch memory", 238),
         ("OfSnnTorch speed", 214),
+        ("OfSnnTorch minimal", 269),
+        ("OfSnnTorch minimal, wide", 307),
         ("Sequence memory", 707),
         ("Sequence speed", 702),
         ("Sequence auto", 718),
+        ("Sequence minimal", 905),
     ],
 )
 def test_calls_of_a_training_step(counts, name, most):

@@ -88,8 +88,8 @@ class Tape(Recording):
         self._own_functions = OwnFunctions()
         self._refused: str | None = None  # why the last operation has no recipe
 
-    def pack(self, tensor: torch.Tensor) -> Handle:
-        """The pack hook: a handle for one who will unpack it."""
+    def pack(self, tensor: torch.Tensor, whole: bool = False) -> Handle:
+        """The pack hook: a handle for one who will unpack it; ``whole``: and never ask for slices."""
         known = None if self._suspended else look_up(tensor)
         is_state = False
         if isinstance(known, Passing):
@@ -122,7 +122,7 @@ class Tape(Recording):
         if is_state and is_stocks(caller):
             handle = follow(self.kept_by_storage, handle, tensor)
         elif self.slices is not None:
-            handle = self.slices.cut(handle, tensor)
+            handle = self.slices.cut(handle, tensor, whole)
         if self.observer is not None:
             self.observer.packed(self.where, tensor, handle)
         return handle

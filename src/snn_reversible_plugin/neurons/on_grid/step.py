@@ -184,7 +184,7 @@ def step(
     if recorder is not None and recorded:
         timeline = continued(state, constants)
         keeps = not trusted and rests_on_a_state(look_up(current))
-        handle = recorder.keep(current) if keeps else recorder.pack(current)
+        handle = recorder.keep(current) if keeps else recorder.pack(current, whole=True)
     with tape.paused() if recorder is None else recorder.paused():
         before = _before(constants, state, timeline, recorded)
         if first is not None and timeline is None and recorded:

@@ -66,7 +66,8 @@ def is_few_slices(tensor: Tensor) -> bool:
 
 def _is_small(tensor: Tensor, slices: int = 1) -> bool:
     """Whether it is not as many of the smallest slices."""
-    return tensor.nbytes < slices * step_of(0, tensor.device)
+    # As step_of(0) says, which is asked for each tensor that anything is done with: without another call.
+    return tensor.nbytes < slices * (STEP.get(tensor.device.type, LARGE_STEP) // LEAST)
 
 
 class Cut(Handle):
@@ -266,10 +267,16 @@ class Slices:
         if not _is_small(outputs[0]):
             norm.note_normalized(self._tape(), recipe, x, outputs)
 
-    def cut(self, handle: Handle, tensor: Tensor) -> Handle:
-        """What autograd gets for a tensor that it saves: the handle, or one that can be cut."""
+    def cut(self, handle: Handle, tensor: Tensor, whole: bool = False) -> Handle:
+        """What autograd gets for a tensor that it saves: the handle, or one that can be cut; ``whole``: for
+        one who will ask for all of it."""
         if isinstance(handle, Replayed):
             handle.packs += 1
+        if not is_plain(tensor) or _is_small(tensor, 2):
+            return handle
+        if whole:
+            self.largest = max(self.largest, tensor.nbytes)
+            return handle
         with OffStack(self._tape()):
             cut = self._cut(handle, tensor)
         if cut is None:
@@ -290,7 +297,7 @@ class Slices:
 
     def _cut(self, handle: Handle, tensor: Tensor) -> Cut | None:
         # What has one dimension are statistics of channels, which each slice needs.
-        if not is_plain(tensor) or _is_small(tensor, 2) or tensor.dim() < 2 or not is_dense(tensor):
+        if tensor.dim() < 2 or not is_dense(tensor):
             return None
         if handle.__class__ not in PLAIN and not isinstance(handle, (Kept, Packed)):
             return None
