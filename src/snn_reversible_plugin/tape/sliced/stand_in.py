@@ -40,6 +40,7 @@ TAKERS = frozenset(
      "MaxPool2DWithIndicesBackward0", "AvgPool2DBackward0", "AdaptiveAvgPool2DBackward0",
      "MmBackward0", "AddmmBackward0", "BmmBackward0", "MulBackward0"]
 )  # fmt: skip
+_PRODUCTS = frozenset(["MmBackward0", "AddmmBackward0"])
 _UNTURNED = (aten.detach.default, aten.alias.default)
 _TURNED = (aten.t.default, aten.transpose.int)
 
@@ -146,7 +147,16 @@ def _is_taken(cut: Cut) -> bool:
     function = getattr(node, "_forward_cls", None)
     if function is not None:
         return not isinstance(cut.handle, Kept) and getattr(function, "takes_slices", False)
-    return node.name() in TAKERS
+    name = node.name()
+    if isinstance(cut.handle, Kept) and name in _PRODUCTS and _is_sum_large(cut, node):
+        return False  # it stands anyway, as a step's input in a loop, and is cut for such a sum alone
+    return name in TAKERS
+
+
+def _is_sum_large(cut: Cut, node: Any) -> bool:
+    """Whether the gradient of what it was multiplied with is larger than all that slices could spare."""
+    columns = node._input_metadata[0].shape[-1]
+    return bool(cut.size[-1] * columns * cut.dtype.itemsize > cut.nbytes + _gradient_of(node))
 
 
 def _laid_out(node: Any) -> int:
