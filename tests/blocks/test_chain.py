@@ -11,9 +11,11 @@ from torch import nn
 
 import snn_reversible_plugin as srp
 from snn_reversible_plugin import snntorch as snntorch_types
-from snn_reversible_plugin.blocks import RevSBlock, RevSSequence, chain_nodes, second_run
+from snn_reversible_plugin.blocks import RevSBlock, RevSSequence, chain_function, chain_nodes, second_run
 from snn_reversible_plugin.modules.states import reset_states
+from snn_reversible_plugin.ops import allocations
 from snn_reversible_plugin.reports.measure import AllocationCounter, count_step
+from snn_reversible_plugin.tape.sliced import cut, gradients, later
 from two_processes import together
 
 NEURONS = {
@@ -365,6 +367,137 @@ def test_in_mode_minimal_the_first_run_takes_slices_too():
                 model(x)
         peaks[mode] = counter.peak
     assert peaks["minimal"] < peaks["memory"] - x.nbytes / 4
+
+
+class Scaled(torch.autograd.Function):
+    """A view of a weight with a backward of its own."""
+
+    @staticmethod
+    def forward(ctx, weight):
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 3
+
+
+class Conv(nn.Module):
+    """A convolution, its weight used in one way or another."""
+
+    def __init__(self, how, c=192):
+        super().__init__()
+        self.weight, self.how = nn.Parameter(torch.randn(c, c, 3, 3) / 40), how
+
+    def forward(self, x):
+        weight = Scaled.apply(self.weight) if self.how == "scaled" else self.weight
+        y = nn.functional.conv2d(x.flatten(0, 1), weight, padding=1).unflatten(0, x.shape[:2])
+        return y + self.weight.mean() if self.how == "twice" else y
+
+
+class Fork(nn.Module):
+    """What a neuron and a convolution both get: the neuron writes its gradient over what is rebuilt."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.last = Conv("once"), layer.BatchNorm2d(192, step_mode="m"), Conv("once")
+        self.before, self.neuron = NEURONS["lif"](), NEURONS["lif"]()
+
+    def forward(self, x):
+        current = self.norm(self.conv(self.before(x)))
+        spikes = self.neuron(current)
+        return self.last(current) + spikes
+
+
+def large_weights(how="once", mode="minimal", first=False):
+    """Weights of 1.3 MB, and streams of 74 kB."""
+    torch.manual_seed(0)
+
+    of_all = Conv("once")
+
+    def of():
+        if how == "fork":
+            return Fork()
+        neurons = [NEURONS["lif"](), NEURONS["lif"]()]
+        convs = [of_all, Conv("once")] if how == "shared" else [Conv(how), Conv(how)]
+        if how == "repeated":
+            convs[1] = convs[0]
+        layers = [convs[0], neurons[0], convs[1]] if first else [neurons[0], convs[0], neurons[1], convs[1]]
+        return nn.Sequential(*layers)
+
+    def small():
+        return nn.Sequential(NEURONS["lif"](), layer.BatchNorm2d(192, step_mode="m"))
+
+    # The first large weight shares its segment with small ones of branches that are undone before it ends.
+    blocks = [RevSBlock(small(), small()), RevSBlock(of(), of()), RevSBlock(of(), of())]
+    return RevSSequence(blocks, states="reset", mode=mode)
+
+
+def stepped_peak(model, x):
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    arrangement = srp.step_in_backward(optimizer)
+    for _ in range(2):
+        loss = model(x).square().mean()
+        recorded = allocations.start()
+        loss.backward()
+        peak = max(itertools.accumulate(event.size for event in allocations.stop(recorded)))
+        optimizer.step()
+    arrangement.remove()
+    return peak
+
+
+def test_in_mode_minimal_one_weights_gradient_stands_at_a_time(monkeypatch):
+    monkeypatch.setitem(cut.STEP, "cpu", 1 << 12)
+    x = torch.randn(2, 4, 384, 4, 4)
+    model = large_weights()
+    weight = next(p for p in model.parameters() if p.dim() == 4)
+    assert stepped_peak(model, x) < 2 * weight.nbytes < stepped_peak(large_weights(mode="memory"), x)
+
+
+@pytest.mark.parametrize("first", [False, True])  # a convolution of the stream itself
+@pytest.mark.parametrize("how", ["once", "twice", "scaled", "repeated", "shared", "fork"])
+def test_weights_gradients_that_are_computed_later(how, first, monkeypatch):
+    monkeypatch.setitem(cut.STEP, "cpu", 1 << 12)
+    waited = []
+    x = torch.randn(2, 4, 384, 4, 4)
+
+    def asked(weight):
+        found = later.waits_for(weight)
+        waited.append(found is not None)
+        return found
+
+    monkeypatch.setattr(gradients, "waits_for", asked)
+    found = {}
+    for mode in ("memory", "minimal"):
+        model = large_weights(how, mode, first=first)
+        seen = []
+        weight = next(p for p in model.parameters() if p.dim() == 4)
+        weight.register_hook(lambda grad, seen=seen: seen.append(grad.clone()))
+        leaf = x.clone().requires_grad_()
+        loss = model(leaf).square().mean()
+        for again in (True, False):
+            loss.backward(retain_graph=again)
+        assert len(seen) == 2
+        torch.testing.assert_close(weight.grad, seen[0] + seen[1])
+        found[mode] = [leaf.grad, *(p.grad for p in model.parameters())]
+        loss = model(leaf).square().mean()
+        found[mode] += torch.autograd.grad(loss, [weight, leaf])
+    for one, other in zip(*found.values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(one.abs().max()))
+    assert any(waited) == (how in ("once", "shared", "fork"))
+
+
+def test_a_chain_whose_weights_wait_is_compared_once(monkeypatch):
+    monkeypatch.setitem(cut.STEP, "cpu", 1 << 12)
+    compared, difference = [], chain_function.difference
+
+    def noting(*how):
+        compared.append(how)
+        return difference(*how)
+
+    monkeypatch.setattr(chain_function, "difference", noting)
+    model = RevSSequence(large_weights().blocks[1:], states="reset", mode="minimal", check=True)
+    model(torch.randn(2, 4, 384, 4, 4, requires_grad=True)).sum().backward()
+    assert len(compared) == 1 and model.last_rebuild.flipped_bits == 0
 
 
 def test_a_chain_in_segments_equals_the_plain_run(monkeypatch):

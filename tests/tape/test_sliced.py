@@ -17,7 +17,7 @@ from snn_reversible_plugin.ops import allocations
 from snn_reversible_plugin.reports.measure import AllocationCounter, count_step
 from snn_reversible_plugin.tape.handles import Kept
 from snn_reversible_plugin.tape.replayed import Replayed
-from snn_reversible_plugin.tape.sliced import alone, cut, gradients, noted, stand_in
+from snn_reversible_plugin.tape.sliced import alone, cut, gradients, later, noted, stand_in
 
 neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
 from spikingjelly.activation_based import functional, layer, surrogate  # noqa: E402
@@ -411,6 +411,24 @@ def test_weights_that_are_larger_than_their_layer_go_by_channels(make, learns, s
         assert (one is None) == (other is None)
         if one is not None:
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_what_waits_has_its_input_to_itself():
+    """What stands in the tape's cache is somebody else's soon, who writes over it."""
+
+    class Standing:
+        def whole(self):
+            return x
+
+    backward = torch.ops.aten.convolution_backward.default
+    x, grad, weight = torch.randn(4, 16, 3, 3), torch.randn(4, 16, 3, 3), torch.randn(16, 16, 3, 3)
+    how = (None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False])
+    expected = backward(grad, x, weight, *how)[1]
+    with later.waiting({weight.data_ptr()}) as found:
+        _, now, _ = gradients._convolution_by_channels(backward, grad, Standing(), weight, *how)
+    x.zero_()
+    assert now is None
+    torch.testing.assert_close(found[weight.data_ptr()](), expected)
 
 
 def test_a_kernel_lays_out_some_channels_weights_anew():

@@ -39,6 +39,8 @@ from snn_reversible_plugin.tape.unseen import checksum
 # 5. What the second run reads by reference (parameters, statistics of norms in evaluation) must be
 #    unchanged; version counters say so. They don't see `parameter.data = ...`.
 
+WAITING = 1 << 20  # bytes of gradients that may wait for others
+
 Update = tuple[str, nn.Module, str]  # what errors call a branch, the block that runs it, the branch's name
 
 
@@ -90,6 +92,9 @@ class ChainRun:
         )
         self.branches = [BranchRun(*update, how) for update in updates]
         self.shared = shared_parameters(self.branches)
+        if how.mode == "minimal":
+            for branch in self.branches:
+                branch.may_wait = {id(p) for p in branch.parameters() if p.nbytes >= WAITING} - self.shared
         self.strides: list[tuple[int, ...]] = []
         self.checksums: list[Tensor] = []
         self.exits: list[tuple[dict[str, Any], str]] = []
@@ -134,6 +139,16 @@ class ChainRun:
         self.exits = list(exits.values()) if self.carries else []
         self.unchanged = Unchanged(self.chain, "RevSSequence")
         return (a, b), kept, undoing
+
+    def apart(self, parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+        """A branch's parameters, in parts whose gradients need not stand at once."""
+        may_wait = set().union(*(branch.may_wait for branch in self.branches))
+        parts: list[list[nn.Parameter]] = [[]]
+        for one in parameters:
+            if id(one) in may_wait and any(id(other) in may_wait for other in parts[-1]):
+                parts.append([])
+            parts[-1].append(one)
+        return parts
 
     def walk_without_graph(self, streams: Sequence[Tensor], kept: list[list[Tensor]]) -> None:
         """Undo the chain for the states that its neurons were left in."""
@@ -182,12 +197,13 @@ class ChainRun:
 
     def walk_back(self, walk: Walk, first: int) -> None:
         """Walk back to a branch, ``first`` included, with a graph of one branch at a time."""
-        if len(walk.kept) == len(self.branches):
+        left = len(walk.kept)
+        if left == len(self.branches):
             for name, output in (("first", walk.a), ("second", walk.b)):
                 self.watch(f"the output's {name} stream", output)
-        for index in range(len(walk.kept) - 1, first - 1, -1):
+        for index in range(left - 1, first - 1, -1):
             self._step_back(walk, index)
-        if first:
+        if first or not left:  # all were undone already: the rest of the first one's gradients
             return
         self.chain._inspected = True
         if self.original is not None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from snn_reversible_plugin import tape
-from snn_reversible_plugin.blocks.chain_function import ChainRun, Update, Walk
+from snn_reversible_plugin.blocks.chain_function import WAITING, ChainRun, Update, Walk
 from snn_reversible_plugin.grid.range import when_over
 from snn_reversible_plugin.modules.states import Key
 from snn_reversible_plugin.ops.batched import comes_again, one_by_one
@@ -32,8 +32,11 @@ from snn_reversible_plugin.ops.batched import comes_again, one_by_one
 # 3. Whether parameters are unchanged is looked at once, at the exit: those of later segments may have been
 #    stepped when an earlier one runs, and nobody needs them any more.
 # 4. A node costs time: a segment goes on until its parameters are worth one.
-
-WAITING = 1 << 20  # bytes of gradients that may wait for others
+# 5. In mode "minimal" a branch with several large weights is several segments. The first of them to run
+#    undoes and differentiates the branch, where a convolution's weight that is larger than what goes
+#    through it gets no gradient, but how to compute it (tape.sliced.later): its own segment does. For
+#    example a branch of two convolutions of 448 channels, [4 * 8, 448, 4, 4]: weights' gradients are 7.2 MB
+#    each, of which one stands at a time; what waits is two tensors of 0.9 MB for each.
 
 
 def run_reversibly(
@@ -82,9 +85,10 @@ class _Nodes:
             ids = dict.fromkeys(id(p) for p in branch.parameters())
             of_branches.append([left.pop(one) for one in ids if one in left])
         for index, own in enumerate(of_branches):
-            if sum(p.nbytes for p in found[-1][1]) >= WAITING and own:
-                found.append((index, []))
-            found[-1][1].extend(own)
+            for place, some in enumerate(self.run.apart(own)):
+                if place or (sum(p.nbytes for p in found[-1][1]) >= WAITING and some):
+                    found.append((index, []))
+                found[-1][1].extend(some)
         found[0][1].extend(left.values())  # of no branch
         return found
 
@@ -106,10 +110,10 @@ class _Nodes:
         goes_on = ctx.index > 0 and needs[0]
         first = ctx.first if goes_on else 0
         self.run.walk_back(walk, first)
-        of_parameters = [walk.totals.pop(one, None) for one in ctx.parameters]
+        of_parameters = [walk.totals.take(one) for one in ctx.parameters]
         if goes_on:
             self.begun(walk)
-            return (None, None, None, None, _number(walk.a), *of_parameters)
+            return (None, None, None, None, _number(walk.b), *of_parameters)
         if ctx.index:  # nothing before needs a gradient
             return (None, None, None, None, None, *of_parameters)
         g_streams = (None if g is None else g.to(self.dtype) for g in (walk.g_a, walk.g_b))

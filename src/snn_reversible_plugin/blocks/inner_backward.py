@@ -8,11 +8,15 @@ Source: the reentrant form of ``torch.utils.checkpoint``; ``torch.distributed.fs
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence, Set
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from snn_reversible_plugin.ops.layouts import is_plain
+from snn_reversible_plugin.tape.sliced.later import Computed
 
 # NOTE [Whose gradients]
 #
@@ -65,6 +69,47 @@ def gradients(
     return found
 
 
+def convolved_once(
+    outputs: Iterable[Tensor], aliases: dict[int, nn.Parameter], among: Set[int]
+) -> dict[int, int]:
+    """Those parameters that a graph uses once, as a convolution's weight, and their addresses.
+
+    No other node, and no view with a backward of its own, has a part in their gradients.
+
+    Args:
+        outputs: of the graph.
+        aliases: its leaves, by ids of parameters.
+        among: ids of the parameters that are looked for.
+    """
+    if among.isdisjoint(aliases):
+        return {}
+    nodes: list[Any] = [output.grad_fn for output in outputs]
+    seen: set[Any] = set()
+    uses: Counter[int] = Counter()
+    as_weight: set[int] = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for place, (following, _) in enumerate(node.next_functions):
+            leaf = id(getattr(following, "variable", None))
+            uses[leaf] += 1
+            if place == 1 and node.name() == "ConvolutionBackward0":
+                as_weight.add(leaf)
+            nodes.append(following)
+    addresses = Counter(alias.data_ptr() for alias in aliases.values() if is_plain(alias))
+    return {
+        of: alias.data_ptr()
+        for of, alias in aliases.items()
+        if of in among
+        and is_plain(alias)
+        and id(alias) in as_weight
+        and uses[id(alias)] == 1
+        and addresses[alias.data_ptr()] == 1
+    }
+
+
 class Totals(dict[int, Tensor]):
     """Gradients by the ids of their parameters, added up in place as they come.
 
@@ -75,16 +120,25 @@ class Totals(dict[int, Tensor]):
     def __init__(self, shared: set[int]) -> None:
         super().__init__()
         self._shared = shared
+        self._later: dict[int, Computed] = {}
 
-    def add(self, parameter: nn.Parameter, g: Tensor | None) -> None:
-        """One more term."""
+    def add(self, parameter: nn.Parameter, g: Tensor | Computed | None) -> None:
+        """One more term, or how to compute the only one."""
         if g is None:
             return
         key = id(parameter)
+        if not isinstance(g, Tensor):
+            self._later[key] = g
+            return
         if key in self:
             self[key].add_(g)
         else:
             self[key] = g.clone() if key in self._shared else g
+
+    def take(self, key: int) -> Tensor | None:
+        """A whole gradient, which is somebody else's from now on."""
+        later = self._later.pop(key, None)
+        return self.pop(key, None) if later is None else later()
 
 
 def sharded_modules(module: nn.Module) -> list[nn.Module]:

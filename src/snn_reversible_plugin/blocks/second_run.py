@@ -24,6 +24,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from snn_reversible_plugin import tape
 from snn_reversible_plugin.blocks.graphs import reads_statistics
 from snn_reversible_plugin.blocks.inner_backward import (
+    convolved_once,
     gradients,
     settle,
     sharded_modules,
@@ -49,6 +50,7 @@ from snn_reversible_plugin.ops.autocast import Autocast
 from snn_reversible_plugin.ops.interrupts import Left, PuttingBack
 from snn_reversible_plugin.tape.sliced.cut import step_of
 from snn_reversible_plugin.tape.sliced.forward import ConvolutionsInSlices
+from snn_reversible_plugin.tape.sliced.later import Computed, waiting
 
 # NOTE [What makes the second run the first one]
 #
@@ -101,8 +103,8 @@ class BranchRun:
 
     __slots__ = (
         "_autocast", "_block", "_branch", "_changed", "_entry", "_how", "_lean", "_modes", "_module",
-        "_modules", "_random", "_readable", "_scratch", "_sharded", "_statistics", "awaited", "name",
-        "spikes", "wanted",
+        "_modules", "_random", "_readable", "_scratch", "_sharded", "_statistics", "awaited",
+        "may_wait", "name", "spikes", "wanted",
     )  # fmt: skip
 
     def __init__(self, name: str, block: nn.Module, branch: str | None, how: How) -> None:
@@ -123,6 +125,7 @@ class BranchRun:
         self.wanted: set[Key] = set()  # the entry states that get a gradient
         self.awaited: Callable[[Key, Tensor], None] | None = None  # is told of each state at exit
         self.spikes: Spikes = []  # of the first run
+        self.may_wait: set[int] = set()  # ids of the weights whose gradients may be computed later
 
     def first(self, *inputs: Tensor) -> Tensor:
         """Run without a graph. The caller keeps :meth:`tensors`."""
@@ -243,7 +246,7 @@ class BranchRun:
         undo: Callable[[Tensor], None],
         streams: list[Tensor | None],
         g_states: dict[Key, Tensor],
-    ) -> tuple[list[Tensor | None], list[Tensor | None], Spikes]:
+    ) -> tuple[list[Tensor | None], list[Tensor | Computed | None], Spikes]:
         """Run again, and backward.
 
         Args:
@@ -256,7 +259,7 @@ class BranchRun:
             g_states: gradients of the states; in: at exit, out: at entry.
 
         Returns:
-            The inputs' whole gradients, the parameters' gradients, the spikes.
+            The inputs' whole gradients, the parameters' gradients or how to compute them, the spikes.
         """
         managed = sharded_parameters(self._block) if self._sharded else set()
         aliases = {id(p): nn.Parameter(p.detach()) for p in parameters if id(p) not in managed}
@@ -285,11 +288,16 @@ class BranchRun:
         if self._how.inspect and not managed:
             self._refuse_strangers(value, sought)
         del value, identities, output, grad
-        grads = iter(gradients(outputs, g_outputs, sought, accumulate=bool(managed)))
+        addresses = convolved_once(outputs, aliases, self.may_wait)
+        with waiting(set(addresses.values())) as later:
+            grads = iter(gradients(outputs, g_outputs, sought, accumulate=bool(managed)))
         if managed:
             settle(self._block)
         g_inputs = [next(grads) if x.requires_grad else None for x in inputs]
-        found = {alias: next(grads) for alias in aliases}
+        found: dict[int, Tensor | Computed | None] = {}
+        for of in aliases:
+            g = next(grads)
+            found[of] = later.get(addresses.get(of, 0), g)
         for state, g in zip(entry, grads, strict=True):
             if g is not None:  # a state that the branch only reads has a gradient already
                 g_states[state] = g_states[state] + g if state in g_states else g

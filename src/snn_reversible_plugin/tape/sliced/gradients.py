@@ -9,6 +9,7 @@ gradients. Source: ``derivatives.yaml`` of PyTorch says which operator each node
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from snn_reversible_plugin.tape.operators import aten
 from snn_reversible_plugin.tape.sliced.cut import Cut, parts_of
 from snn_reversible_plugin.tape.sliced.filled import Filled
+from snn_reversible_plugin.tape.sliced.later import waits_for
 from snn_reversible_plugin.tape.sliced.norm_sums import Sums, left_for
 from snn_reversible_plugin.tape.sliced.rows import Part, Whole
 
@@ -105,11 +107,11 @@ def _convolution_by_channels(
         raise Whole
     whole, other = x.whole(), (*others, transposed, padding, groups)
     g_x = torch.empty_like(whole) if mask[0] else None
-    g_weight = torch.empty_like(weight)
-    for a, b in pairwise(weight.shape[0] * at // slices for at in range(slices + 1)):
-        some = grad[:, a:b].contiguous(memory_format=_layout_of(grad))
-        g_weight[a:b] = func(some, whole, weight[a:b], None, *other, [False, True, False])[1]
-        del some
+    g_weight, later = None, waits_for(weight)
+    if later is None:
+        g_weight = _weights_by_channels(func, grad, whole, weight, *other)
+    else:  # on a copy: a stream, or what the tape has cached, is written over before it is asked for
+        later(partial(_weights_by_channels, func, grad, whole.clone(), weight, *other))
     if g_x is not None:
         for a, b in pairwise(weight.shape[1] * at // slices for at in range(slices + 1)):
             some = whole[:, a:b].contiguous(memory_format=_layout_of(whole))
@@ -118,6 +120,15 @@ def _convolution_by_channels(
             del some, some_weights
     dims = [dim for dim in range(grad.dim()) if dim != 1]
     return g_x, g_weight, grad.sum(dims) if mask[2] else None
+
+
+def _weights_by_channels(func: Any, grad: Tensor, x: Tensor, weight: Tensor, *other: Any) -> Tensor:
+    g_weight, slices = torch.empty_like(weight), WEIGHTS_IN
+    for a, b in pairwise(weight.shape[0] * at // slices for at in range(slices + 1)):
+        some = grad[:, a:b].contiguous(memory_format=_layout_of(grad))
+        g_weight[a:b] = func(some, x, weight[a:b], None, *other, [False, True, False])[1]
+        del some
+    return g_weight
 
 
 def _layout_of(tensor: Tensor) -> torch.memory_format:
