@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from spikingjelly.activation_based import functional, layer, neuron
+from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -151,6 +151,29 @@ def with_own_neurons():
     return model
 
 
+class OverTime(nn.Module):
+    """A neuron of one's own, which charges by a product over time steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.eye(4)), nn.Parameter(-torch.ones(4, 1))
+        self.fire = surrogate.ATan()
+
+    def forward(self, x):
+        return self.fire(torch.addmm(self.bias, self.weight, x.flatten(1))).view(x.shape)
+
+
+def with_neurons_over_time():
+    """Their products need what a rebuild computes for them."""
+    layers = []
+    for inputs in (2, 16, 16):
+        layers += [layer.Conv2d(inputs, 16, 3, padding=1), layer.BatchNorm2d(16), OverTime()]
+    head = layer.AvgPool2d(2), neuron.LIFNode(), layer.Flatten(), layer.Linear(16 * 64, 10)
+    model = nn.Sequential(*layers, *head)
+    functional.set_step_mode(model, "m")
+    return model
+
+
 def with_convolutions_in_series():
     def conv(inputs):
         return layer.Conv2d(inputs, 16, 3, padding=1)
@@ -161,7 +184,7 @@ def with_convolutions_in_series():
     return model
 
 
-MAKES = build, Stream, with_own_neurons, Reversed, Checkpointed, Loop
+MAKES = build, Stream, with_own_neurons, with_neurons_over_time, Reversed, Checkpointed, Loop
 
 
 @pytest.mark.one_in(2)

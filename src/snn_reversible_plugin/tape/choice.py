@@ -23,7 +23,8 @@ from snn_reversible_plugin.tape.sizes import Layer, Moment
 #    Within a budget, where a first step was measured, a layer's room is what that step left of the budget,
 #    at each moment: a result that had been rebuilt by then, for a layer above, takes none of it, and a
 #    moment at which its product ran again is none any more. A stage of residual blocks, whose sums are a
-#    floating-point stream, is rebuilt at once when the turn of its last layer comes.
+#    floating-point stream, is rebuilt at once when the turn of its last layer comes. What was computed for
+#    a product (early.py) makes room when that is kept.
 # 2. What is kept of a layer takes room in all later ones. In its own it would be rebuilt, so that it takes
 #    room only until then (`rest`). But one who would overwrite what is rebuilt (a neuron, where no batch
 #    norm is between) copies: by bounds any but a batch norm may, in a measured step those did whose
@@ -70,10 +71,13 @@ class _Room:
     def __init__(self, left: float, moment: Moment | None = None) -> None:
         self.left = left
         self._moment = moment or Moment(0)
+        self._early = self._moment.early
 
     def has(self, at: int, result: int) -> bool:
         """Whether there is room for the result of this layer's product."""
-        return result <= self.left or at in self._moment.standing or at == self._moment.rebuilding
+        if at in self._moment.standing or at == self._moment.rebuilding:
+            return True
+        return result <= self.left + sum(size for size, layers in self._early if at in layers)
 
     def take(self, at: int, result: int) -> None:
         """It is kept."""
@@ -81,6 +85,14 @@ class _Room:
             self.left = math.inf
         elif at not in self._moment.standing:
             self.left -= result
+        self.not_early(at)
+
+    def not_early(self, at: int) -> None:
+        """What was there for the sake of this layer's product isn't."""
+        for one in self._early:
+            if at in one[1]:
+                self.left += one[0]
+                self._early -= {one}
 
 
 def choose(layers: Sequence[Layer], limit: int | None = None) -> list[bool]:
@@ -96,7 +108,7 @@ def choose(layers: Sequence[Layer], limit: int | None = None) -> list[bool]:
     for at in sorted(candidates, key=lambda at: (-layers[at].work / layers[at].result, -at)):
         result = layers[at].result
         after = range(at + 1, len(layers))
-        others = [*chain(*rooms[at + 1 :], *(owns[later] for later in after if kept[later]))]
+        others = [*chain(*((owns if kept[later] else rooms)[later] for later in after))]
         if all(one.left >= 0 for one in owns[at]) and all(one.has(at, result) for one in others):
             kept[at] = True
             for one in chain(*rooms[at + 1 :], *owns[at + 1 :]):
@@ -110,13 +122,13 @@ def foreseen(layers: Sequence[Layer], kept: Sequence[bool]) -> int | None:
     for at, (layer, keeps) in enumerate(zip(layers, kept, strict=True)):
         if layer.forward is None or layer.backward is None:
             return None
-        own = layer.result * keeps
-        peak = max(peak, before + own + layer.forward)
-        for moment in layer.backward:
+        own = [0] * len(layer.forward) + [keeps * _own(at, layer, one) for one in layer.backward]
+        for moment, more in zip((*layer.forward, *layer.backward), own, strict=True):
             if moment.rebuilding is None or not kept[moment.rebuilding]:
                 anyway = sum(layers[one].result for one in moment.standing if one < at and kept[one])
-                peak = max(peak, before - anyway + keeps * _own(at, layer, moment) + moment.alive)
-        before += own
+                anyway += sum(size for size, of in moment.early if any(kept[one] for one in of))
+                peak = max(peak, before - anyway + more + moment.alive)
+        before += layer.result * keeps
     return peak
 
 
@@ -174,14 +186,13 @@ def _rooms_in(at: int, layer: Layer, below: float, made: int) -> tuple[list[_Roo
     """``made``: bytes of parameters' gradients that stood where it was measured."""
     if layer.forward is not None and layer.backward is not None:
         below += made
-        rooms = [_Room(below - one.alive, one) for one in layer.backward]
-        own_rooms = [
-            _Room(below - one.alive - _own(at, layer, one), one)
-            for one in layer.backward
-            if one.rebuilding != at
-        ]
-        forward = below - layer.forward
-        return [_Room(forward), *rooms], [_Room(forward - layer.result), *own_rooms]
+        rooms = [_Room(below - one.alive, one) for one in (*layer.forward, *layer.backward)]
+        own_rooms = [_Room(below - one.alive, one) for one in layer.forward]
+        for one in layer.backward:
+            if one.rebuilding != at:
+                own_rooms.append(_Room(below - one.alive - _own(at, layer, one), one))
+                own_rooms[-1].not_early(at)
+        return rooms, own_rooms
     if layer.unknown:
         return [_Room(-math.inf)], [_Room(-math.inf)]
     room = below - layer.most - layer.held

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -270,6 +270,16 @@ class ComputedState(Passing):
 
     def leads_to(self) -> Handle:
         return self._recipe
+
+
+class Watcher:
+    """Who wants to know of rebuilds."""
+
+    def begins(self, order: Sequence[Any], uses: Mapping[Handle, int]) -> None:
+        """One begins: recipes in the order in which they run, and how often each value is used there."""
+
+
+watchers: weakref.WeakValueDictionary[int | None, Watcher] = weakref.WeakValueDictionary()  # by graph task
 
 
 def unpack(handle: Handle) -> torch.Tensor:

@@ -17,8 +17,22 @@ from typing import Any, NamedTuple
 
 import torch
 
-from snn_reversible_plugin.ops.allocations import Allocation, given_out, mark, start, stop
+from snn_reversible_plugin.ops.allocations import given_out, mark, start, stop
 from snn_reversible_plugin.ops.layouts import is_plain
+from snn_reversible_plugin.tape.early import Early, EarlyValues
+from snn_reversible_plugin.tape.moments import (
+    EARLY,
+    GONE,
+    PRODUCT,
+    REBUILDS,
+    REBUILT,
+    made,
+    of_forward,
+    of_node,
+    standing,
+    that_decide,
+    together,
+)
 from snn_reversible_plugin.tape.recipes import tensors_among
 from snn_reversible_plugin.tape.replayed import Replayed
 from snn_reversible_plugin.tape.sizes import Moment
@@ -51,21 +65,19 @@ from snn_reversible_plugin.tape.sizes import Moment
 MANY = 256
 DOUBT = 0.05  # of the peak, what lives anyway included: as much of a budget stays free
 OF_A_NODE = 512  # bytes on the heap that may come or go unseen with each node: loops of 7,840 showed 300
-_PRODUCT = "product"
-_REBUILDS, _REBUILT = "rebuilds", "rebuilt"  # a layer's product; and where its result is
-_GONE = 0  # the address of what was let go of
 
 _graph_task = torch._C._current_graph_task_id
 
 
 class _Window(NamedTuple):
     """A node that runs, what was alive when it began, its kind, where rebuilt results stood then, by layer,
-    and the profiler; None where it is not on."""
+    what was early, by address, and the profiler; None where it is not on."""
 
     number: int
     alive: int
     kind: tuple[Any, ...]
     results: dict[int, int]
+    early: dict[int, Early]
     running: Any
 
 
@@ -82,8 +94,9 @@ class Measured:
         self._device = "cpu"
         self.gradients = 0, 0
         self.is_awaited = False
-        self._forward = [0]  # the most that was alive, by layer
+        self._forward: list[list[Moment]] = []  # up to each product's end, and to the forward's
         self._results: dict[int, weakref.ref[Any]] = {}  # storages of what was rebuilt, by layer
+        self._early = EarlyValues()
         self._backward: list[tuple[int, Moment, int]] = []  # layer, what was alive, nodes that had run
         self._after = 0  # what is alive when all is over
         self._begins: list[int] = []  # the number of the first node of each layer after layer 0
@@ -109,53 +122,61 @@ class Measured:
         before = {one: bytes_ for one in ("cpu", "cuda") if (bytes_ := given_out(one)) is not None}
         return None if torch.autograd._profiler_enabled() else cls(before, start())
 
-    def layers(self, lives: int, results: set[int]) -> list[tuple[int, list[Moment]]] | None:
+    def layers(self, lives: int, results: set[int]) -> list[tuple[list[Moment], list[Moment]]] | None:
         """What was alive in each layer's forward and backward, beyond what was before the step, gradients
         apart: those of the layers of :class:`.sizes.Sizes`, in their order. None: nobody knows.
 
         ``lives``: bytes that live anyway, and count in a budget; ``results``: the layers whose products'
         results may be kept."""
-        made, standing = self.gradients
+        made, before = self.gradients
         on_heap = self._device == "cpu"
-        let_go = max(0, made - standing - self._after) if on_heap else 0
-        forward = [one + standing for one in self._forward]
-        backward: list[list[Moment]] = [[] for _ in forward]
+        let_go = max(0, made - before - self._after) if on_heap else 0
+        forward = [
+            [moment._replace(alive=moment.alive + before) for moment in moments]
+            for moments in ([], *self._forward)  # nothing in front of the first product is a layer's
+        ]
+        backward: list[list[Moment]] = [[] for _ in forward[1:]]
         stood = results & {one for _, moment, _ in self._backward for one in moment.standing}
         again: set[int] = set()  # layers whose results stand later
         for layer, moment, ran in reversed(self._backward):
-            beside = standing + let_go * ran // max(1, len(self._numbers))
+            beside = before + let_go * ran // max(1, len(self._numbers))
             # A kept result goes with its last use, as a rebuilt one does that is not rebuilt again.
             now = {one for one in moment.standing if one > 0}
             stands = frozenset(now | (stood - again))
             backward[layer].append(moment._replace(alive=moment.alive + beside, standing=stands))
             again |= now
         doubt = OF_A_NODE * len(self._numbers) if on_heap else 0
-        peak = max(*forward, *(one.alive for moments in backward for one in moments), 0)
+        peak = max((one.alive for moments in (*forward, *backward) for one in moments), default=0)
         if self.is_blind or doubt > DOUBT * (lives + peak):
             return None
-        # What follows the last product and what stands for the loss are measured as one.
-        pairs = [*zip(forward, map(_that_decide, backward), strict=True)]
-        return [*pairs, pairs[-1]]
+        # The backward of what follows the last product and that of the loss are measured as one.
+        return [*zip(map(that_decide, forward), map(that_decide, (*backward, backward[-1])), strict=True)]
 
-    def product(self, device: str, result: Replayed | None) -> None:
-        """A product of the forward has been computed, on a device."""
+    def product(self, out: torch.Tensor, result: Replayed | None) -> None:
+        """A product of the forward has been computed."""
         if not self._begins:
-            self._device, self.is_blind = device, device not in self._before
+            self._device = out.device.type
+            self.is_blind = self._device not in self._before
         self._begins.append(torch.autograd._get_sequence_nr())
-        self._forward.append(0)
         if result is not None:
-            result.func = self._marking(len(self._begins), result.func)
-        mark(_PRODUCT)
+            self._early.product(result, len(self._begins))
+            result.func = self._marking(len(self._begins), weakref.ref(result), result.func)
+        mark(f"{PRODUCT} {out.untyped_storage().data_ptr() if is_plain(out) else GONE}")
 
-    def _marking(self, layer: int, func: Callable[..., Any]) -> Callable[..., Any]:
+    def _marking(
+        self, layer: int, result: weakref.ref[Replayed], func: Callable[..., Any]
+    ) -> Callable[..., Any]:
         """A product's function, which says when it is run again."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            mark(f"{_REBUILDS} {layer}")
+            mark(f"{REBUILDS} {layer}")
             out = func(*args, **kwargs)
             storage = tensors_among((out,))[0].untyped_storage()
             self._results[layer] = weakref.ref(storage)
-            mark(f"{_REBUILT} {layer} {storage.data_ptr()}")
+            mark(f"{REBUILT} {layer} {storage.data_ptr()}")
+            handle = result()
+            for address in () if handle is None else self._early.ran(handle):
+                mark(f"{EARLY} {address}")
             return out
 
         return run
@@ -168,17 +189,10 @@ class Measured:
         if not torch.autograd._profiler_enabled():  # somebody has ended it, or this is another thread
             self.is_blind = True
             return
-        now, top, layer = 0, 0, 0
-        for event in stop(running, self._device):
-            now += event.size
-            top = max(top, now)
-            if not event.size and event.operator == _PRODUCT:  # with what its kernel took
-                layer += 1
-                self._forward[layer] = top
-                top = now
-        self._forward[layer] = max(self._forward[layer], top)
+        events = stop(running, self._device)
         del running
-        self._others = self._now() - now if self._device == "cpu" else 0
+        self._forward = of_forward(events)
+        self._others = self._now() - sum(event.size for event in events) if self._device == "cpu" else 0
 
     def unpacking(self, unpack: Callable[[Any], torch.Tensor]) -> Callable[[Any], torch.Tensor]:
         """An unpack hook that looks who asks, and so finds the nodes."""
@@ -195,6 +209,7 @@ class Measured:
             return  # a backward in a node of another one is that node's
         if self._task is None:
             self._task = task
+            self._early.watch(task)
             engine = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
             engine.queue_callback(self._backward_over)
         node = torch._C._current_autograd_node()
@@ -231,18 +246,22 @@ class Measured:
             self.is_blind = True
         elif self._windows < MANY or kind not in self._transient:
             self._windows += 1
-            self._window = _Window(number, alive, kind, self._standing_results(), start())
+            early = self._early.begin()
+            self._window = _Window(number, alive, kind, self._standing_results(), early, start())
         else:
-            self._window = _Window(number, alive, kind, {}, None)
+            self._window = _Window(number, alive, kind, self._standing_results(), self._early.now(), None)
 
     def _leaves(self, number: int, parameters: Sequence[int | None], gradients: Any, *_: Any) -> None:
         window = self._window
         if window is None or window.number != number or _graph_task() != self._task:
             return
         self._window = None
-        number, alive, kind, results, running = window
+        number, alive, kind, results, early, running = window
         if running is None:
-            self._note(number, Moment(max(alive, self._now() - self._others) + self._transient[kind]))
+            alive = max(alive, self._now() - self._others) + self._transient[kind]
+            stand = results.items() & self._standing_results().items()  # in all of it
+            early = dict(self._early.now().items() & early.items())
+            self._note(number, Moment(alive, standing(dict(stand)), early=together(early)))
             self._adds_up(number, parameters, gradients)
             return
         if not torch.autograd._profiler_enabled():
@@ -251,7 +270,8 @@ class Measured:
         events = stop(running, self._device)
         del window, running  # a profiler takes memory itself
         net = sum(event.size for event in events)
-        moments = _moments(events, results)
+        still = self._early.end({*made(events)} - {*self._standing_results().values()})
+        moments = of_node(events, results, early, still)
         if self._overwrites(self._layer(number), gradients):
             moments = [one._replace(overwriting=True) for one in moments]
         transient = max(one.alive for one in moments) - max(0, net)
@@ -269,12 +289,13 @@ class Measured:
             if parameter is None or not isinstance(gradient, torch.Tensor):
                 continue
             if parameter in self._arrived:
-                self._note(number, Moment(alive + gradient.nbytes, _standing(self._standing_results())))
+                self._note(number, Moment(alive + gradient.nbytes, standing(self._standing_results())))
             self._arrived.add(parameter)
 
     def _standing_results(self) -> dict[int, int]:
         """Where results stand that the backward has rebuilt, by layer."""
         storages = {layer: ref() for layer, ref in self._results.items()}
+        self._results = {layer: ref for layer, ref in self._results.items() if storages[layer] is not None}
         return {layer: one.data_ptr() for layer, one in storages.items() if one is not None}
 
     def _overwrites(self, layer: int, gradients: Any) -> bool:
@@ -300,50 +321,3 @@ class Measured:
 def _parameter(node: Any) -> int | None:
     """The id of the parameter whose gradients come together in a node."""
     return id(node.variable) if hasattr(node, "variable") else None
-
-
-def _moments(events: Sequence[Allocation], results: dict[int, int]) -> list[Moment]:
-    """The most that was alive in a node, beyond what was before, for each state of rebuilt results.
-
-    Args:
-        results: where results stood before, by layer.
-    """
-    addresses, alive = dict(results), 0
-    moment = Moment(0, _standing(addresses))
-    most = {moment: 0}
-    for event in events:
-        what, *numbers = event.operator.split() if not event.size else ("",)  # a mark
-        if what == _REBUILDS:
-            moment = moment._replace(rebuilding=int(numbers[0]))
-        elif what == _REBUILT:
-            layer, address = map(int, numbers)
-            addresses[layer] = address
-            moment = Moment(0, _standing(addresses))
-        elif event.size < 0 and event.address in addresses.values():
-            addresses = {
-                layer: _GONE if address == event.address else address
-                for layer, address in addresses.items()
-            }
-            moment = moment._replace(standing=_standing(addresses))
-        alive += event.size
-        most[moment] = max(alive, most.get(moment, alive))
-    return [moment._replace(alive=alive) for moment, alive in most.items()]
-
-
-def _standing(addresses: dict[int, int]) -> frozenset[int]:
-    """The layers whose results stand, and minus those whose results the node has let go of."""
-    return frozenset(-layer if address == _GONE else layer for layer, address in addresses.items())
-
-
-def _that_decide(moments: Sequence[Moment]) -> list[Moment]:
-    """Without those that had no more alive than another one, whatever is kept."""
-    found: list[Moment] = []
-    for one in sorted(moments, key=lambda one: (-one.alive, len(one.standing))):
-        if not any(
-            other.standing <= one.standing
-            and other.rebuilding in (None, one.rebuilding)
-            and other.overwriting >= one.overwriting
-            for other in found
-        ):
-            found.append(one)
-    return found

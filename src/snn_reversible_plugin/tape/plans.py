@@ -152,7 +152,7 @@ class Following:
             if recipe is not None and len(self._awaited) < MANY:
                 self._awaited.append(weakref.ref(recipe))
             if self._measured is not None and self.sizes is not None:
-                self._measured.product(_device_of(out), recipe)
+                self._measured.product(tensors_among((out,))[0], recipe)
         if self.sizes is not None:
             self.sizes.computed(operator, args, out)
         return None if self._idle else self
@@ -248,10 +248,6 @@ class Following:
                 self._make(found)
         elif len(self._products) < len(self._plan.products):
             self._stray()
-
-
-def _device_of(out: Any) -> str:
-    return str(tensors_among((out,))[0].device.type)
 
 
 def _product(operator: Operator, args: tuple[Any, ...], out: Any) -> Product:

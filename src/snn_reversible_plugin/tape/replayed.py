@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from snn_reversible_plugin.tape.carried import NOTHING, Carried
-from snn_reversible_plugin.tape.handles import Handle, labelled, note_ownership, storage_once
+from snn_reversible_plugin.tape.handles import Handle, labelled, note_ownership, storage_once, watchers
 from snn_reversible_plugin.tape.operators import aten
 
 # NOTE [When a rebuilt value is let go]
@@ -313,6 +313,8 @@ class _Rebuild:
     def run(self, last: bool) -> tuple[torch.Tensor, bool]:
         """The root's value, and whether it is the caller's; ``last``: nobody else needs it."""
         order, values = self._order, self._values
+        if watchers and (watcher := watchers.get(self._walk)) is not None:
+            watcher.begins(order, self._uses)
         root = order[-1]
         goes_far, passed = root.work > 1, 0
         for handle in order:

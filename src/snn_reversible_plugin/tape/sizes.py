@@ -57,13 +57,15 @@ OF_WEIGHTS = 4  # and of a convolution's on a CPU, in sizes of its weights, a th
 
 class Moment(NamedTuple):
     """Bytes that were alive once in a layer's backward, the layers whose products' results, rebuilt, were
-    among them, the layer whose product was just running again, and whether somebody was overwriting the
-    layer's own result, and would copy a kept one."""
+    among them, the layer whose product was just running again, whether somebody was overwriting the
+    layer's own result, and would copy a kept one, and bytes that are not there where one of some layers'
+    results is kept."""
 
     alive: int
     standing: frozenset[int] = frozenset()
     rebuilding: int | None = None
     overwriting: bool = False
+    early: frozenset[tuple[int, frozenset[int]]] = frozenset()
 
 
 @dataclass(slots=True)
@@ -75,7 +77,8 @@ class Layer:
     ``rest`` at most before anything of it is rebuilt, with the result standing.
     ``learned`` are the gradients of the parameters that it uses last. ``needed``: whether the backward
     rebuilds the result; ``shared``: and nobody there overwrites it. ``unknown``: its backward may have any
-    amount alive. ``forward``, ``backward``: what these had alive in all, where that was measured.
+    amount alive. ``forward``, ``backward``: what was alive in all up to the product's end and in the
+    backward, where that was measured.
     """
 
     result: int = 0
@@ -88,7 +91,7 @@ class Layer:
     needed: bool = False
     shared: bool = False
     unknown: bool = False
-    forward: int | None = None
+    forward: Sequence[Moment] | None = None
     backward: Sequence[Moment] | None = None
 
 
