@@ -52,13 +52,15 @@ def _label_of(handle: Handle) -> Label:
 class Handle:
     """Stands for one tensor. ``get`` returns the tensor, and whether the caller owns its storage.
 
-    ``counts``: whether :meth:`need` and :meth:`release` do anything.
+    ``counts``: whether :meth:`need` and :meth:`release` do anything. ``cheap``: a rebuild is hardly more
+    than a copy.
     """
 
     __slots__ = ("__weakref__",)
 
     treatment: str
     counts = False
+    cheap = False
 
     @property
     def where(self) -> str | None:
@@ -162,7 +164,7 @@ class Kept(Handle):
 
     treatment = "kept"
     __slots__ = (
-        "anchored", "ended", "exposure", "for_stock", "outside", "parameter", "statistic", "tensor",
+        "anchored", "ended", "exposure", "for_stock", "goes", "outside", "parameter", "statistic", "tensor",
         "unpaid", "version",
     )  # fmt: skip
 
@@ -172,6 +174,7 @@ class Kept(Handle):
         self.anchored = False  # something relies on it, so that holding it costs nothing more
         self.outside = self.parameter = False  # whether it came from outside, and whether to be learned
         self.unpaid = 0.0  # bytes held for recipes of which autograd has saved none yet
+        self.goes = False  # whether a backward writes over it when its turn has come
         self.ended = False  # whether it is a state whose history is no longer wanted
         self.statistic = False  # whether a batch norm counts in it, which moves no version
         self.exposure: Exposure | None = None  # how it is known, where somebody may write to it unseen

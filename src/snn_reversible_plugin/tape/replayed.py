@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ Products = Mapping[int, float]
 NO_PRODUCTS: Products = {}
 SHALLOW = 16  # operations down to something stored
 APART = 4  # sums of a stream of spikes
+_CHEAP = attrgetter("cheap")
 _SUMS = frozenset([aten.add.Tensor, aten.add_.Tensor])
 
 
@@ -62,8 +64,8 @@ class Replayed(Handle):
     ``products`` are the convolutions and matrix products that a rebuild runs, by serial number, each with
     the part of one that this value accounts for (see recipes), ``series`` how many run one after another.
     ``carried`` is what is kept for it, see :mod:`.carried`. ``depth`` is the longest chain of operations
-    down to something stored, in operations as large as this one. ``cheap`` says that a rebuild is hardly
-    more than a copy. ``standing`` is the value, with its version, where the forward left it standing.
+    down to something stored, in operations as large as this one. ``standing`` is
+    the value, with its version, where the forward left it standing.
     """
 
     treatment = "replayed"
@@ -302,7 +304,9 @@ class _Rebuild:
                 continue
             begun.add(handle)
             waiting += (handle, None)
-            for operand in reversed(handle.operands()):
+            operands = handle.operands()
+            operands.sort(key=_CHEAP)  # spikes are unpacked when they are used
+            for operand in reversed(operands):
                 if operand.__class__ in PLAIN:
                     if walk is not None:
                         operand.enter(walk)  # type: ignore[attr-defined]
