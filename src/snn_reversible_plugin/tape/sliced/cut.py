@@ -354,7 +354,12 @@ def _groups(size: torch.Size, handle: Handle) -> Iterator[tuple[int, int]]:
     one: Any = handle
     coarser: list[int] = []
     while one.__class__ in PLAIN and one.args:
-        one = one.args[0]
+        before, (one, *how) = size_of(one), one.args
+        if isinstance(one, list):  # of what is put together
+            if before and len(before) == len(size) > 2 and how and how[0] > 1:  # in each step's samples
+                yield size[0], size[1]
+                return
+            one = one[0]
         before = size_of(one)
         if not before:  # small, or one number
             continue

@@ -289,6 +289,17 @@ def _cut_out(run: _Run) -> Tensor:
     return run.call([run.rows(source), *how], {})
 
 
+def _put_together(run: _Run) -> Tensor:
+    """Parts of each row, along a dimension inside of it."""
+    parts, *how = run.handle.args
+    size = run.size()
+    dims, _ = run.part.split(size)
+    dim = (how[0] if how else 0) % len(size)
+    if dim < dims or run.handle.kwargs:
+        raise Whole
+    return run.call([[*map(run.rows, parts)], dim - dims + 1], {})
+
+
 def _by_element(run: _Run) -> Tensor:
     whole = run.size()
     dims, _ = run.part.split(whole)
@@ -361,6 +372,7 @@ _RULES: dict[str, Rule] = {
     "repeat": _repeated,
     **dict.fromkeys(["permute", "transpose", "t"], _permuted),
     **dict.fromkeys(["split", "split_with_sizes", "slice", "select", "narrow"], _cut_out),
+    "cat": _put_together,
     **dict.fromkeys(_BY_ELEMENT, _by_element),
     **dict.fromkeys(_BY_SAMPLE, _by_sample),
     **dict.fromkeys(["native_batch_norm", "cudnn_batch_norm"], _normalized),
