@@ -24,7 +24,7 @@ from snn_reversible_plugin.blocks.undo import Flips, Undo, difference, flipped
 from snn_reversible_plugin.grid import reach, watch
 from snn_reversible_plugin.modules.kinds import load_adapters
 from snn_reversible_plugin.modules.states import Key, state_tensors
-from snn_reversible_plugin.ops.layouts import with_strides
+from snn_reversible_plugin.ops.layouts import storage_key, with_strides
 from snn_reversible_plugin.tape.unseen import checksum
 
 # NOTE [How the backward walks]
@@ -38,6 +38,12 @@ from snn_reversible_plugin.tape.unseen import checksum
 # 4. The range is checked on what is rebuilt (grid, note 3), when the whole backward is over (grid.range).
 # 5. What the second run reads by reference (parameters, statistics of norms in evaluation) must be
 #    unchanged; version counters say so. They don't see `parameter.data = ...`.
+# 6. Where all around it is in mode "minimal", the chain holds its two last streams and not the tensor that
+#    they are put together to, which is a recipe (`tape.mark_put_together`). Streams that nobody else holds
+#    when their turn comes, as counts of references say, are undone in place, and gradients that came as one
+#    tensor of nobody else's are added to in place. So of n bytes of output 2 n stand in the walk, and what
+#    a branch has of one stream. With its output held, the walk would begin with 3 n: copies of the streams
+#    beside it and its gradient.
 
 WAITING = 1 << 20  # bytes of gradients that may wait for others
 
@@ -53,6 +59,7 @@ class Walk:
         g_streams: gradients of the streams, until the next branch is differentiated.
         g_states: gradients of the states; at first at the chain's exit, in the end at its entry.
         shared: ids of the parameters that several branches have.
+        owned: whether nobody else reads the streams, and the gradients.
     """
 
     def __init__(
@@ -62,10 +69,12 @@ class Walk:
         g_streams: Sequence[Tensor | None],
         g_states: dict[Key, Tensor],
         shared: set[int],
+        owned: tuple[bool, bool],
     ) -> None:
         self.a: Any
         self.b: Any
         (self.a, self.b), (self.g_a, self.g_b) = streams, g_streams
+        self.owns_streams, self.owns_gradients = owned
         self.kept, self.g_states, self.totals = kept, g_states, Totals(shared)
         self.flips: dict[str, Flips] = {}
 
@@ -88,11 +97,15 @@ class ChainRun:
         self.carries = chain.states == "carry"
         load_adapters()
         how = How(
-            tape.mode_inside(chain.mode), observe=chain.check, inspect=chain.check or not chain._inspected
+            tape.mode_inside(chain.mode),
+            observe=chain.check,
+            inspect=chain.check or not chain._inspected,
         )
         self.branches = [BranchRun(*update, how) for update in updates]
+        self.holds_streams = dim is None or tape.mode_inside("") == "minimal"  # and not what they make up
+        self.in_slices = how.mode == "minimal"
         self.shared = shared_parameters(self.branches)
-        if how.mode == "minimal":
+        if self.in_slices:
             for branch in self.branches:
                 branch.may_wait = {id(p) for p in branch.parameters() if p.nbytes >= WAITING} - self.shared
         self.strides: list[tuple[int, ...]] = []
@@ -103,7 +116,10 @@ class ChainRun:
         promises = self.carries and not in_backward and not sharded_modules(chain)
         self.promised = PromisedStates(self.branches, chain.modules() if promises else ())
         self.states = state_tensors(chain) if self.carries else []
-        self.read_again = set() if self.carries else shared_tables(self.branches)
+        if not self.carries:
+            read_again = shared_tables(self.branches)
+            for branch in self.branches:
+                branch.forgets = read_again.isdisjoint(branch.tables())
 
     def forward(self, x1: Tensor, x2: Tensor) -> tuple[Streams, list[list[Tensor]], Undoing]:
         """Run every branch."""
@@ -133,7 +149,7 @@ class ChainRun:
             exits.update({(id(table), key): (table, key) for table, key in branch.exits()})
             wanted |= set(exits)
             self.promised.promise(branch, undoing)
-            if not self.carries and self.read_again.isdisjoint(branch.tables()):
+            if branch.forgets:
                 branch.forget_states()  # now, or every block's would stand until the chain has run
         self.strides.append(a.stride())
         self.exits = list(exits.values()) if self.carries else []
@@ -160,21 +176,22 @@ class ChainRun:
             )
         a, b = self.last(streams)
         for index in range(len(self.branches) - 1, -1, -1):
-            undo = self._undo(index, b)
+            undo = self._undo(index, b, not self.holds_streams)
             undo(self.branches[index].without_graph((a,), kept[index]))
             a, b = undo.rebuilt, a
 
     def last(self, outs: Sequence[Tensor]) -> Streams:
         """The two streams in the order in which the walk takes them."""
-        if self.dim is None:
+        if self.holds_streams:
             a, b = outs
         else:
+            assert self.dim is not None
             a, b = (stream.clone() for stream in outs[0].chunk(2, self.dim))  # the output may go
         return with_strides(a, self.strides[-1]), b
 
-    def _undo(self, index: int, stream: Tensor | None) -> Undo:
-        # The first two undone are the outputs themselves, if those were a pair.
-        owned = self.dim is not None or index < len(self.branches) - 2
+    def _undo(self, index: int, stream: Tensor | None, owns_streams: bool) -> Undo:
+        # The first two undone are what was held.
+        owned = owns_streams or index < len(self.branches) - 2
         undo = Undo(self.strides[index], self.bits, owned, partial(self._see, index))
         undo.stream = stream
         return undo
@@ -214,16 +231,28 @@ class ChainRun:
         # Forward: b = before + snap(branch(a)), where `before` and `a` were the streams.
         parameters = list({id(p): p for p in branch.parameters() if id(p) in self.wanted}.values())
         # Nobody reads the chain's first input stream.
-        undo = self._undo(index, walk.b if index or self.check else None)
-        arrived = [walk.g_b, walk.g_a]
+        undo = self._undo(index, walk.b if index or self.check else None, walk.owns_streams)
+        before = walk.g_a if walk.owns_gradients else None
+        arrived = [walk.g_b, walk.g_a if before is None else None]
         walk.b = walk.g_a = None
         leaf = walk.a.detach().requires_grad_()
         (g_total,), g_parameters, spikes = branch.again(
             (leaf,), walk.kept.pop(), parameters, undo, arrived, walk.g_states
         )
+        if before is not None:  # what is passed on as it came is not written over
+            g_parameters = [_apart_from(before, g) for g in g_parameters]
+            walk.g_states.update({key: _apart_from(before, g) for key, g in walk.g_states.items()})
         for parameter, g_p in zip(parameters, g_parameters, strict=True):
             walk.totals.add(parameter, g_p)
+        if before is not None:
+            g_total = before if g_total is None else before.add_(g_total)
         walk.a, walk.b = undo.rebuilt, walk.a
         walk.g_a, walk.g_b = walk.g_b, g_total
         if self.check:
             walk.flips[branch.name] = flipped(branch.name, branch.spikes, spikes)
+
+
+def _apart_from(gradient: Tensor, other: Any) -> Any:
+    """Another gradient, or whatever there is instead of one, in memory of its own."""
+    shares = isinstance(other, Tensor) and storage_key(other) == storage_key(gradient)
+    return other.clone() if shares else other

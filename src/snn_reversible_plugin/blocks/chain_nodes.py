@@ -60,6 +60,9 @@ def run_reversibly(
     outs = _Exit.apply(nodes, len(before), last[0], len(inputs), *inputs, *last[1])  # type: ignore[no-untyped-call]
     streams = 2 if dim is None else 1
     tape.mark_opaque(*outs)
+    if dim is not None and run.holds_streams:
+        tape.mark_put_together(outs[0], nodes.streams, dim)
+    del nodes.streams
     for (table, key), state in zip(run.exits, outs[streams:], strict=True):
         if (id(table), key) in run.promised.places:
             run.promised.may_be_read((id(table), key), state)
@@ -121,6 +124,12 @@ class _Nodes:
         return (None, None, None, None, *g_streams, *g_states, *of_parameters)
 
 
+def _is_sole(tensors: list[Tensor], index: int) -> bool:
+    """Whether nobody but the list holds a tensor."""
+    found, fresh = tape.references(tensors[index]), [torch.empty(1)]
+    return found is not None and found == tape.references(fresh[0])
+
+
 def _number(like: Tensor) -> Tensor:
     return like.new_zeros((), dtype=torch.float32)
 
@@ -161,12 +170,15 @@ class _Exit(torch.autograd.Function):
         with tape.paused(), tape.to_be_repeated():
             _sets_up(ctx, nodes, index, first, tensors[count:])
             del nodes.streams
-            streams, kept, undoing = run.forward(x1, x2)
-            outs = streams if run.dim is None else (torch.cat(streams, run.dim),)
+            nodes.streams, kept, undoing = run.forward(x1, x2)
+            outs = nodes.streams if run.dim is None else (torch.cat(nodes.streams, run.dim),)
+            held = nodes.streams if run.holds_streams else outs
+        if run.dim is not None and run.holds_streams:
+            tape.mark_opaque(*held)
         if run.promised.places:
-            undoing.starts_from(outs, kept)
+            undoing.starts_from(held, kept)
         ctx.counts = [len(tensors) for tensors in kept]
-        ctx.save_for_backward(*outs, *(tensor for tensors in kept for tensor in tensors))
+        ctx.save_for_backward(*held, *(tensor for tensors in kept for tensor in tensors))
         given = {id(tensor) for tensor in (*outs, x1, x2, *tensors, *(state for _, state in run.states))}
         states = []
         for table, key in run.exits:
@@ -184,9 +196,14 @@ class _Exit(torch.autograd.Function):
         if all(g is None for g in grads):  # reached through a state that nobody used
             return (None,) * len(ctx.needs_input_grad)
         run.unchanged.check()
+        owns_gradients = False
+        if run.in_slices and run.dim is not None:
+            run.chain.try_out(_Exit)
+            owns_gradients = tape.is_alone(_Exit, tape.references(grads[0]))
         count = 2 if run.dim is None else 1
-        outs, saved = list(ctx.saved_tensors[:count]), list(ctx.saved_tensors[count:])
         g_outs, g_exits = grads[:count], grads[count:]
+        count = 2 if run.holds_streams else 1
+        held, saved = list(ctx.saved_tensors[:count]), list(ctx.saved_tensors[count:])
         if run.dim is not None:
             g_outs = (None, None) if g_outs[0] is None else g_outs[0].chunk(2, run.dim)
         g_states: dict[Key, Tensor] = {
@@ -195,8 +212,9 @@ class _Exit(torch.autograd.Function):
         if hasattr(ctx, "maybe_clear_saved_tensors") and not comes_again():
             ctx.maybe_clear_saved_tensors()
         kept = [[saved.pop(0) for _ in range(count)] for count in ctx.counts]
-        streams = run.last(outs)
-        outs.clear()  # their last use is soon over
-        walk = Walk(streams, kept, g_outs, g_states, run.shared)
+        owns_streams = not run.holds_streams or all(_is_sole(held, index) for index in range(count))
+        streams = run.last(held)
+        held.clear()  # their last use is soon over
+        walk = Walk(streams, kept, g_outs, g_states, run.shared, (owns_streams, owns_gradients))
         del streams, g_outs, g_states, kept, grads
         return ctx.nodes.backward(ctx, walk)  # type: ignore[no-any-return]

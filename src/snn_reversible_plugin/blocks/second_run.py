@@ -104,7 +104,7 @@ class BranchRun:
     __slots__ = (
         "_autocast", "_block", "_branch", "_changed", "_entry", "_how", "_lean", "_modes", "_module",
         "_modules", "_random", "_readable", "_scratch", "_sharded", "_statistics", "awaited",
-        "may_wait", "name", "spikes", "wanted",
+        "forgets", "may_wait", "name", "spikes", "wanted",
     )  # fmt: skip
 
     def __init__(self, name: str, block: nn.Module, branch: str | None, how: How) -> None:
@@ -124,6 +124,7 @@ class BranchRun:
         self._random: RandomNumbers | None = None
         self.wanted: set[Key] = set()  # the entry states that get a gradient
         self.awaited: Callable[[Key, Tensor], None] | None = None  # is told of each state at exit
+        self.forgets = False  # nobody reads the states that it leaves
         self.spikes: Spikes = []  # of the first run
         self.may_wait: set[int] = set()  # ids of the weights whose gradients may be computed later
 
@@ -186,7 +187,8 @@ class BranchRun:
         layers = sum(any(p.dim() > 1 for p in module._parameters.values() if p is not None)
                      for module in self._modules)  # fmt: skip
         small = sum(x.numel() * x.element_size() for x in inputs) <= SMALL
-        return nullcontext() if small and layers <= 1 else tape.recording(self._how.mode)
+        recording = tape.recording(self._how.mode, forgets_states=self.forgets)
+        return nullcontext() if small and layers <= 1 else recording
 
     def _unrecorded(self) -> Any:
         return ConvolutionsInSlices(step_of) if self._how.mode == "minimal" else nullcontext()
@@ -271,7 +273,7 @@ class BranchRun:
                     value = self._call(inputs)
                 identities = [x.view_as(x) for x in inputs]
             self._tell()
-            for table, key in self.exits():
+            for table, key in () if self.forgets else self.exits():
                 grad = g_states.pop((id(table), key), None)
                 if grad is not None and table[key].requires_grad:
                     outputs.append(table[key])

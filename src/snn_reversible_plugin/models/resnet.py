@@ -22,6 +22,7 @@ from snn_reversible_plugin.models.parts import (
     neuron_maker,
     over_time,
 )
+from snn_reversible_plugin.modules.flat import run_flat
 from snn_reversible_plugin.modules.states import fresh_states
 
 WIDTHS = (64, 128, 256, 448)
@@ -97,9 +98,8 @@ class RevSResNet(nn.Module):
 
     def _from_steps(self, x: Tensor) -> Tensor:
         # A function without a handler: each layer is the last to use its input (`modules/last_use.py`).
-        x = self.stem(x)
-        for stage in self.stages:  # called as a whole, the stages would hold their input until the end
-            x = stage(x)
+        # Called as a whole, the stages would hold their input until the end.
+        x = run_flat(self.stages, [self.stem(x)])
         x = self.fire(x)
         return self.fc(self.pool(x).flatten(2)).mean(0)  # type: ignore[no-any-return]
 

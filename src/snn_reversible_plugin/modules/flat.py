@@ -26,13 +26,22 @@ class Flat(SwappedClass):
         """As the stock forward, layer by layer."""
         if torch.compiler.is_compiling():
             return super().forward(input)  # type: ignore[misc]
-        entered: list[nn.Sequential] = []
-        try:
-            return _run(self, input, entered)  # type: ignore[arg-type]
-        finally:
-            for module in reversed(entered):  # left by an exception
-                for hook in module._forward_hooks.values():
-                    hook(module, (), None)
+        return run_flat(self, [input])  # type: ignore[arg-type]
+
+
+def run_flat(sequential: nn.Sequential, inputs: list[Any]) -> Any:
+    """The layers of a Sequential, one after the other, and those of the Sequentials inside of it.
+
+    Args:
+        inputs: one, which is taken out, so that a caller that has it nowhere else doesn't hold it.
+    """
+    entered: list[nn.Sequential] = []
+    try:
+        return _run(sequential, inputs.pop(), entered)
+    finally:
+        for module in reversed(entered):  # left by an exception
+            for hook in module._forward_hooks.values():
+                hook(module, (), None)
 
 
 def _run(sequential: nn.Sequential, input: Any, entered: list[nn.Sequential]) -> Any:

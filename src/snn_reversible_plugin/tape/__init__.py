@@ -12,7 +12,8 @@ Example:
 
     >>> import torch
     >>> from snn_reversible_plugin import tape
-    >>> from snn_reversible_plugin.tape.origins import look_up
+    >>> from snn_reversible_plugin.tape.operators import aten, operator_of
+from snn_reversible_plugin.tape.origins import look_up
     >>> x, weight = torch.arange(8.0).reshape(2, 4), torch.ones(4, 3, requires_grad=True)
     >>> with tape.recording():
     ...     spikes = x.gt(2.5).float()
@@ -37,8 +38,7 @@ Example:
 from __future__ import annotations
 
 import threading
-import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -46,20 +46,20 @@ from typing import Any
 import torch
 
 from snn_reversible_plugin.ops.interrupts import Left, Restoring, put_back_interrupted
-from snn_reversible_plugin.ops.layouts import storage_key
-from snn_reversible_plugin.tape.as_stock import followed_among
-from snn_reversible_plugin.tape.exposed import compare_later, look_again, sum_later
+from snn_reversible_plugin.tape.exposed import look_again, sum_later
 from snn_reversible_plugin.tape.findings import Observer
 from snn_reversible_plugin.tape.handles import ComputedState, Handle, Kept, owns, peek, unpack
 from snn_reversible_plugin.tape.mode import Rule
 from snn_reversible_plugin.tape.off_stack import OffStack, set_compiler
 from snn_reversible_plugin.tape.on_stack import OnThread
+from snn_reversible_plugin.tape.operators import aten, operator_of
 from snn_reversible_plugin.tape.origins import OUTSIDE, enter, look_up
 from snn_reversible_plugin.tape.outlived import forget_spent_graphs
 from snn_reversible_plugin.tape.packed import Packed, PackedLevels
 from snn_reversible_plugin.tape.plans import Plans
 from snn_reversible_plugin.tape.recipes import WORK_LIMIT
 from snn_reversible_plugin.tape.replayed import Replayed
+from snn_reversible_plugin.tape.returned import let_go_of_returned, note_returned
 from snn_reversible_plugin.tape.sliced.alone import is_alone, references, try_out
 from snn_reversible_plugin.tape.sliced.between import Between
 from snn_reversible_plugin.tape.sliced.cut import Cut
@@ -85,6 +85,7 @@ __all__ = [
     "let_go",
     "mark_levels",
     "mark_opaque",
+    "mark_put_together",
     "mark_spikes",
     "mark_state",
     "may_be_replaced",
@@ -131,12 +132,13 @@ class recording(Restoring):
         check: compare each rebuilt tensor with a checksum from the forward.
         observer: is told of each saved tensor.
         plans: of the model that runs: which products are kept, by what its earlier forwards took.
+        forgets_states: whether nobody reads the states that a block leaves when a backward rebuilds it.
 
     Raises:
         ValueError: an unknown mode.
     """
 
-    __slots__ = ("_following", "_look", "_tape", "check", "mode", "observer", "plans")
+    __slots__ = ("_following", "_look", "_tape", "check", "forgets_states", "mode", "observer", "plans")
 
     def __init__(
         self,
@@ -145,10 +147,12 @@ class recording(Restoring):
         check: bool = False,
         observer: Observer | None = None,
         plans: Plans | None = None,
+        forgets_states: bool = False,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode must be one of {MODES}, not {mode!r}")
         self.mode, self.check, self.observer, self.plans = mode, check, observer, plans
+        self.forgets_states = forgets_states
 
     def __enter__(self) -> Tape | None:
         self._tape: Tape | None = None
@@ -162,6 +166,7 @@ class recording(Restoring):
         planned = self.plans is not None and torch._C._current_graph_task_id() == -1
         self._following = self.plans.begin() if planned and self.plans is not None else None
         tape = Tape(self.mode, self.check, self.observer, self._following)
+        tape.may_promise |= self.forgets_states
         following = self._following
         measured = None if following is None else following.measure()
         look: Any = unpack_in_slices if self.mode == "minimal" else unpack
@@ -191,7 +196,7 @@ class recording(Restoring):
             self.put_back(exc[0] is not None)
             if self._tape.slices is not None:
                 self._tape.slices.between.end()
-            self._tape.finish(_let_go(self._tape), self._look)
+            self._tape.finish(let_go_of_returned(self._tape), self._look)
             self._tape = self._look = None
             if self._following is not None:
                 self._following.finish(failed=exc[0] is not None)
@@ -214,9 +219,9 @@ def is_recording(eagerly: bool = False) -> bool:
 
 
 def may_promise() -> bool:
-    """Whether a tape records what outlives this call: it does not in a block that a backward rebuilds."""
+    """Whether a tape records, and not a block that a backward rebuilds, whose states are read at once."""
     tape = current()
-    return tape is not None and not tape.keeps_everything and not tape.in_backward
+    return tape is not None and not tape.keeps_everything and tape.may_promise
 
 
 def mode_inside(mode: str) -> str:
@@ -304,15 +309,6 @@ def hand_over(tensors: Iterable[torch.Tensor]) -> None:
                 enter(tensor, None)
 
 
-# NOTE [A state between two calls]
-#
-# A loop that calls a network once a step has a recording a call, and between them the states that neurons
-# hold are the user's, who may write to them under no_grad: episodes that are over are zeroed. No tape sees
-# it. So where a neuron took one step in a recording, what relies on the state after it is given a copy when
-# the recording ends: one state, which goes with the next step. Several steps in one recording are a loop
-# inside of it, and nothing is copied.
-
-
 def returns(key: object, state: torch.Tensor, taken: int = 1, held: bool = True) -> None:
     """Say that steps have left a state with the user, who may write to it once this recording is over.
 
@@ -322,9 +318,7 @@ def returns(key: object, state: torch.Tensor, taken: int = 1, held: bool = True)
         if not held:  # it was promised, and somebody reads it between two recordings
             sum_later(state, [])
         return
-    returned = _local.__dict__.setdefault("returned", {})
-    steps = returned[id(key)][0] if id(key) in returned else 0
-    returned[id(key)] = steps + taken, weakref.ref(state), held
+    note_returned(key, state, taken, held)
 
 
 def takes(size: float, lives: Iterable[torch.Tensor] = ()) -> None:
@@ -335,25 +329,6 @@ def takes(size: float, lives: Iterable[torch.Tensor] = ()) -> None:
     tape = current()
     if tape is not None and tape.sizes is not None:
         tape.sizes.takes(size, lives)
-
-
-def _let_go(tape: Tape) -> set[int]:
-    """The recording is over; the storages of states that a loop inside of it left."""
-    of_loops = set()
-    for steps, ref, held in _local.__dict__.pop("returned", {}).values():
-        state = ref()
-        if state is not None and not held:
-            sum_later(state, followed_among(tape.kept_by_storage, storage_key(state)))
-        elif state is not None and steps <= 1:
-            storage = storage_key(state)
-            followed = followed_among(tape.kept_by_storage, storage)
-            kept = tape.kept_by_storage.get(storage, [])
-            tape.before_write(state)
-            compare_later(state, kept, followed)
-            tape.kept_by_storage.setdefault(storage, []).extend(followed)
-        elif state is not None:
-            of_loops.add(storage_key(state))
-    return of_loops
 
 
 def mark_spikes(spikes: torch.Tensor) -> None:
@@ -374,6 +349,17 @@ def mark_opaque(*tensors: torch.Tensor) -> None:
     if current() is not None:
         for tensor in tensors:
             enter(tensor, None)
+
+
+def mark_put_together(out: torch.Tensor, parts: Sequence[torch.Tensor], dim: int) -> None:
+    """Say that what was computed under :func:`paused` is parts put together, which somebody holds anyway,
+    and will write over in a backward when nobody else does."""
+    if (tape := current()) is not None:
+        tape.record(aten.cat.default, operator_of(aten.cat.default), ([*parts], dim), {}, out)
+        recipe = look_up(out)
+        for part in recipe.operands() if isinstance(recipe, Replayed) else ():
+            if isinstance(part, Kept):
+                part.goes = True
 
 
 def mark_state(key: object, state: torch.Tensor) -> None:

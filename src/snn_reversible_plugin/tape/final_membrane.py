@@ -113,6 +113,8 @@ class FinalMembrane:
         """
         if self._run is None or not self._held:
             return False
+        if any(isinstance(handle, Kept) and handle.goes for handle in behind(self._held)):
+            return False
         if lean and self.goes_unread:
             return True
         kept: list[Kept] = []

@@ -29,12 +29,14 @@ class Recording(OwnMode, TorchDispatchMode):
 
     Attributes:
         pauses: how many want nothing recorded for the time being.
+        may_promise: whether states may be left as promises.
     """
 
     def __init__(self) -> None:
         super().__init__()
         # A block that is rebuilt records inside a backward; what a backward itself runs is not recorded.
         self._graph_task = _graph_task()
+        self.may_promise = not self.in_backward
         self._rules: dict[Any, Rule] = {}  # of operators that somebody else runs for the time being
         self._suspended = 0
         self.pauses = 0
