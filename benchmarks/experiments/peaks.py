@@ -20,6 +20,7 @@ from ..workloads import NETWORKS, WORKLOADS
 STEPPED = "minimal, stepped"  # with step_in_backward, which frees parameters' gradients
 FORWARD = "stock's forward"  # without a gradient, so that nothing is held for a backward
 METHODS = ("stock", "memory", "auto", STEPPED, FORWARD)
+LARGER = {"rev-s-resnet37": 32}  # images, for what each takes where gradients of parameters are few
 LEAST = re.compile(r"takes at least ([\d,]+)")  # of the error of a budget that can't be met
 
 
@@ -27,6 +28,9 @@ def works(options: Options) -> Iterator[Work]:
     for workload in NETWORKS:
         if shape := workload.shape(options.quick):
             yield Work(workload.name, METHODS, {"network": workload.name, "shape": list(shape)})
+        if (images := LARGER.get(workload.name)) and not options.quick:
+            settings = {"network": workload.name, "shape": [shape[0], images, *shape[2:]]}
+            yield Work(f"{workload.name}, {images} images", METHODS, settings)
     for family in FAMILIES.values():
         width, shape = family.small if options.quick else family.large
         settings = {"family": family.name, "width": width, "shape": list(shape)}
