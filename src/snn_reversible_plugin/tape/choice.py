@@ -107,8 +107,11 @@ def choose(layers: Sequence[Layer], limit: int | None = None) -> list[bool]:
     candidates = [at for at, layer in enumerate(layers) if layer.needed and layer.result]
     for at in sorted(candidates, key=lambda at: (-layers[at].work / layers[at].result, -at)):
         result = layers[at].result
-        after = range(at + 1, len(layers))
-        others = [*chain(*((owns if kept[later] else rooms)[later] for later in after))]
+        others: list[_Room] = []
+        for later in range(at + 1, len(layers)):
+            # What was measured while a kept product ran again is no more; a bound holds from there on.
+            others += rooms[later] if not kept[later] or layers[later].forward is None else []
+            others += owns[later] if kept[later] else []
         if all(one.left >= 0 for one in owns[at]) and all(one.has(at, result) for one in others):
             kept[at] = True
             for one in chain(*rooms[at + 1 :], *owns[at + 1 :]):
