@@ -135,6 +135,20 @@ def foreseen(layers: Sequence[Layer], kept: Sequence[bool]) -> int | None:
     return peak
 
 
+def refuse(budget: int, lives: int, measured: int) -> None:
+    """Where a step was measured that takes more, with nothing kept.
+
+    Raises:
+        RuntimeError: so it is.
+    """
+    if lives + measured > budget:
+        raise RuntimeError(
+            f"budget={budget:,} bytes: a training step of this shape takes {lives + measured:,}, with "
+            f"nothing kept, as measured in its first step; {lives:,} of them live anyway (parameters, "
+            f"inputs). {_HELP}"
+        )
+
+
 def within(budget: int, lives: int, layers: Sequence[Layer]) -> int:
     """Bytes that the step may have alive within a budget, of which some are what lives anyway.
 
@@ -143,12 +157,7 @@ def within(budget: int, lives: int, layers: Sequence[Layer]) -> int:
     """
     measured = foreseen(layers, [False] * len(layers))
     if measured is not None:
-        if lives + measured > budget:
-            raise RuntimeError(
-                f"budget={budget:,} bytes: a training step of this shape takes {lives + measured:,}, with "
-                f"nothing kept, as measured in its first step; {lives:,} of them live anyway (parameters, "
-                f"inputs). {_HELP}"
-            )
+        refuse(budget, lives, measured)
         return budget - lives
     standing = _gradients(layers, all_of_them=False)
     taken = [layer.least + layer.held + one for layer, one in zip(layers, standing, strict=True)]
