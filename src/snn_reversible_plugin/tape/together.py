@@ -19,8 +19,8 @@ from snn_reversible_plugin.tape.sizes import Sizes
 # 1. All of its forwards are on the thread of the first one: a profiler is a thread's own.
 # 2. Between two of them none is on. What was given out there has been so by the allocator's count, and what
 #    of it goes while a later forward runs counts on: what is foreseen may be too much by that.
-# 3. States that only the end of a step leaves, as resets to zeros of their size do, are not in it, nor are
-#    gradients that stand from an earlier backward, as in BPTT that is truncated.
+# 3. Membranes that a later step starts from are not in it, nor are gradients that stand from an earlier
+#    backward: both, as in BPTT that is truncated, are missing from what is foreseen.
 
 
 class Together:
