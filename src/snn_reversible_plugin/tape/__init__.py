@@ -177,7 +177,7 @@ class recording(Restoring):
 
         def put_back(how: Left) -> None:
             _local.tape = None
-            if following is not None:
+            if following is not None and how is not Left.PLAINLY:  # what leaves copies states, which counts
                 following.computed_all()
             on_thread.take_off(how is Left.BY_EXCEPTION)
 
@@ -192,14 +192,19 @@ class recording(Restoring):
         return tape
 
     def __exit__(self, *exc: object) -> None:
-        if self._tape is not None:
+        if self._tape is None:
+            return
+        try:
             self.put_back(exc[0] is not None)
             if self._tape.slices is not None:
                 self._tape.slices.between.end()
             self._tape.finish(let_go_of_returned(self._tape), self._look)
             self._tape = self._look = None
+        finally:
             if self._following is not None:
-                self._following.finish(failed=exc[0] is not None)
+                self._following.computed_all()
+        if self._following is not None:
+            self._following.finish(failed=exc[0] is not None)
 
 
 def may_record() -> bool:

@@ -107,8 +107,11 @@ def choose(layers: Sequence[Layer], limit: int | None = None) -> list[bool]:
     candidates = [at for at, layer in enumerate(layers) if layer.needed and layer.result]
     for at in sorted(candidates, key=lambda at: (-layers[at].work / layers[at].result, -at)):
         result = layers[at].result
-        after = range(at + 1, len(layers))
-        others = [*chain(*((owns if kept[later] else rooms)[later] for later in after))]
+        others: list[_Room] = []
+        for later in range(at + 1, len(layers)):
+            # What was measured while a kept product ran again is no more; a bound holds from there on.
+            others += rooms[later] if not kept[later] or layers[later].forward is None else []
+            others += owns[later] if kept[later] else []
         if all(one.left >= 0 for one in owns[at]) and all(one.has(at, result) for one in others):
             kept[at] = True
             for one in chain(*rooms[at + 1 :], *owns[at + 1 :]):
@@ -132,6 +135,20 @@ def foreseen(layers: Sequence[Layer], kept: Sequence[bool]) -> int | None:
     return peak
 
 
+def refuse(budget: int, lives: int, measured: int) -> None:
+    """Where a step was measured that takes more, with nothing kept.
+
+    Raises:
+        RuntimeError: so it is.
+    """
+    if lives + measured > budget:
+        raise RuntimeError(
+            f"budget={budget:,} bytes: a training step of this shape takes {lives + measured:,}, with "
+            f"nothing kept, as measured in its first step; {lives:,} of them live anyway (parameters, "
+            f"inputs). {_HELP}"
+        )
+
+
 def within(budget: int, lives: int, layers: Sequence[Layer]) -> int:
     """Bytes that the step may have alive within a budget, of which some are what lives anyway.
 
@@ -140,12 +157,7 @@ def within(budget: int, lives: int, layers: Sequence[Layer]) -> int:
     """
     measured = foreseen(layers, [False] * len(layers))
     if measured is not None:
-        if lives + measured > budget:
-            raise RuntimeError(
-                f"budget={budget:,} bytes: a training step of this shape takes {lives + measured:,}, with "
-                f"nothing kept, as measured in its first step; {lives:,} of them live anyway (parameters, "
-                f"inputs). {_HELP}"
-            )
+        refuse(budget, lives, measured)
         return budget - lives
     standing = _gradients(layers, all_of_them=False)
     taken = [layer.least + layer.held + one for layer, one in zip(layers, standing, strict=True)]

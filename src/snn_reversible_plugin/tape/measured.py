@@ -82,7 +82,7 @@ class _Window(NamedTuple):
 
 
 class Measured:
-    """One forward, and its backward. Made by :meth:`begin`.
+    """One forward, and its backward; or several with one backward. Made by :meth:`begin`.
 
     Attributes:
         gradients: bytes of parameters' gradients, of all and of those that stood before the forward.
@@ -90,7 +90,7 @@ class Measured:
     """
 
     def __init__(self, before: dict[str, int], running: Any) -> None:
-        self._before, self._running = before, running
+        self._before, self._running, self._alive = before, running, 0
         self._device = "cpu"
         self.gradients = 0, 0
         self.is_awaited = False
@@ -191,8 +191,26 @@ class Measured:
             return
         events = stop(running, self._device)
         del running
-        self._forward = of_forward(events)
-        self._others = self._now() - sum(event.size for event in events) if self._device == "cpu" else 0
+        self._forward += [
+            [one._replace(alive=self._alive + one.alive) for one in moments]
+            for moments in of_forward(events)
+        ]
+        if self._device == "cpu":
+            self._others = self._now() - self._alive - sum(event.size for event in events)
+
+    def goes_on(self) -> bool:
+        """Another forward begins, of which the same backward is to come; False: that can't be measured."""
+        if self._done or self._task is not None or self.is_blind or torch.autograd._profiler_enabled():
+            self.is_blind = True
+            return False
+        self._alive = self._now() - self._others
+        self._running = start()
+        return True
+
+    def peak(self, lives: int) -> int | None:
+        """The most that was alive; None: nobody knows. As for :meth:`layers`."""
+        found = self.layers(lives, set())
+        return None if found is None else max(one.alive for pair in found for part in pair for one in part)
 
     def unpacking(self, unpack: Callable[[Any], torch.Tensor]) -> Callable[[Any], torch.Tensor]:
         """An unpack hook that looks who asks, and so finds the nodes."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from snn_reversible_plugin.tape.choice import choose, foreseen, within
+from snn_reversible_plugin.tape.choice import choose, foreseen, refuse, within
 from snn_reversible_plugin.tape.measured import Measured
 from snn_reversible_plugin.tape.operators import Operator
 from snn_reversible_plugin.tape.origins import look_up
@@ -21,6 +21,7 @@ from snn_reversible_plugin.tape.outsiders import alias
 from snn_reversible_plugin.tape.recipes import tensors_among
 from snn_reversible_plugin.tape.replayed import Replayed
 from snn_reversible_plugin.tape.sizes import Layer, Sizes
+from snn_reversible_plugin.tape.together import Together
 
 # NOTE [When a plan holds]
 #
@@ -31,7 +32,9 @@ from snn_reversible_plugin.tape.sizes import Layer, Sizes
 #    that product runs as "memory" from then on.
 # 3. Where a forward begins and the backward of an earlier one is still to come (a network that is called
 #    once a time step, two calls and one loss), what both keep is alive at once, and neither's sizes
-#    say how much. The model runs as "memory" from then on.
+#    say how much. The model runs as "memory" from then on. Within a budget all forwards of the first such
+#    step are measured, and its backward: a budget below that is refused when the next step begins, which
+#    is where no backward is to come.
 # 4. That is seen by products that the backward will ask for and has not: alive, needed, not served. The
 #    first forward keeps nothing, so the first training step says it before anything is kept.
 # 5. What is in somebody's hand when the forward is over, an output above all, may be written to past the
@@ -70,6 +73,8 @@ class Pending(NamedTuple):
     layers: list[Layer]
     lives: int
     measured: Measured | None
+    sizes: Sizes
+    before: int  # bytes that a GPU's allocator had given out
 
 
 class Plans:
@@ -86,7 +91,9 @@ class Plans:
         self.pending: dict[Product, Pending] = {}
         self.measuring = budget is not None  # a forward may be of a shape that is not measured yet
         self.tries = TRIES
+        self.together: Together | None = None  # forwards that overlap, within a budget
         self._awaited: dict[int, list[weakref.ref[Replayed]]] = {}  # of each thread's last forward
+        self._measured: dict[int, Pending] = {}  # and what is known of that, where it was measured
 
     def __reduce__(self) -> Any:
         return Plans, (self.budget,)
@@ -94,14 +101,34 @@ class Plans:
     def begin(self) -> Following:
         """A forward begins on this thread."""
         thread = threading.get_ident()
+        first = self._measured.pop(thread, None)
         if any(_is_awaited(ref()) for ref in self._awaited.pop(thread, ())):
+            if not self.overlapping and first is not None and first.measured is not None:
+                self.together = Together(first.products, first.measured, first.sizes, first.before)
             self.overlapping = True
+            self.pending.clear()
+        elif self.together is not None and self.together.is_here:
+            self._meets_budget(self.together)
         return Following(self)
+
+    def waits(self, pending: Pending) -> None:
+        """A forward was measured, and its backward is to come."""
+        self.pending[pending.products[0]] = self._measured[threading.get_ident()] = pending
+
+    def _meets_budget(self, together: Together) -> None:
+        """A step of several forwards begins; or another forward of one that isn't measured any more."""
+        if together.is_open:
+            together.step_begins()
+            first, peak = together.products, together.peak
+            self.by_first[first[0]] = Plan(first, (False,) * len(first), peak, peak)
+        if together.peak is not None and self.budget is not None:
+            refuse(self.budget, together.lives, together.peak - together.lives)
 
     def over(self, awaited: list[weakref.ref[Replayed]]) -> None:
         """A forward on this thread is over; the backward will ask for these."""
         if len(self._awaited) > 64:  # of threads that are no more
             self._awaited.clear()
+            self._measured.clear()
         self._awaited[threading.get_ident()] = awaited
 
 
@@ -122,7 +149,11 @@ class Following:
         self._awaited: list[weakref.ref[Replayed]] = []
         self._standing: list[tuple[weakref.ref[Replayed], weakref.ref[torch.Tensor]]] = []
         self._strayed = False
-        self._idle = plans.overlapping  # it keeps nothing, and has nothing to note
+        together = plans.together
+        goes_on = together is not None and together.is_here and together.is_open
+        self._together = together if goes_on else None
+        # It keeps nothing, and has nothing to note.
+        self._idle = plans.overlapping and self._together is None
         # A GPU's allocator knows at once, and of what no forward meets, an optimizer's state above all.
         self._before = torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0
         self.sizes: Sizes | None = None if plans.overlapping else Sizes()
@@ -131,7 +162,9 @@ class Following:
 
     def measure(self) -> Measured | None:
         """The forward that begins is measured, where it may be of a shape that was not."""
-        if self._plans.measuring and not self._plans.overlapping:
+        if self._together is not None:
+            self._measured = self._together.goes_on()
+        elif self._plans.measuring and not self._plans.overlapping:
             self._measured = Measured.begin()
             self._can_be_measured = self._measured is not None
         return self._measured
@@ -151,10 +184,12 @@ class Following:
                 self._standing.append((weakref.ref(recipe), weakref.ref(out)))
             if recipe is not None and len(self._awaited) < MANY:
                 self._awaited.append(weakref.ref(recipe))
-            if self._measured is not None and self.sizes is not None:
+            if self._measured is not None and self.sizes is not None:  # its layers count
                 self._measured.product(tensors_among((out,))[0], recipe)
         if self.sizes is not None:
             self.sizes.computed(operator, args, out)
+        elif self._together is not None:
+            self._together.computed(args)
         return None if self._idle else self
 
     def _keeps(self, product: Product) -> bool:
@@ -228,11 +263,20 @@ class Following:
         if self._idle:
             return
         self._plans.over(self._awaited)
+        if failed and self._together is not None:
+            self._together.failed()
         if failed or self._plans.overlapping or self._strayed or not self._products:
             return
         if self._plan is None:
             assert self.sizes is not None
-            found = Pending(tuple(self._products), self.sizes.read(), self._lives(), self._measured)
+            found = Pending(
+                tuple(self._products),
+                self.sizes.read(),
+                self._lives(),
+                self._measured,
+                self.sizes,
+                self._before,
+            )
             if self._plans.budget is not None:
                 within(self._plans.budget, found.lives, found.layers)
             if self._measured is not None:
@@ -241,7 +285,7 @@ class Following:
                     sum(layer.learned for layer in found.layers),
                     self.sizes.gradients,
                 )
-                self._plans.pending[self._products[0]] = found
+                self._plans.waits(found)
             elif self._can_be_measured:
                 self._plans.measuring = True  # from its next forward on
             else:

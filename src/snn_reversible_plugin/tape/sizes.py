@@ -144,6 +144,17 @@ class Sizes:
                 self._relied_on.append((weakref.ref(one), len(self._layers) - 1))
             waiting += one.relies_on()
 
+    def meets(self, args: Iterable[Any]) -> None:
+        """An operation of another forward, which is of the same step, takes these."""
+        for tensor in tensors_among(args):
+            if is_plain(tensor) and look_up(tensor) is OUTSIDE:
+                self._meets(tensor, 0)
+
+    @property
+    def learned(self) -> int:
+        """Bytes of the gradients of all parameters that were met."""
+        return sum(size for size, _ in self._parameters.values())
+
     def takes(self, size: float, lives: Iterable[torch.Tensor]) -> None:
         """The backward of something in this layer will have so many bytes alive; ``lives``: what it met
         that lives anyway."""

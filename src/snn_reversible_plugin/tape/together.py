@@ -1,0 +1,80 @@
+"""Several forwards before one backward: what the step takes that they are of.
+
+The one idea: nothing is kept of them, so that what the first such step took is what the next ones take.
+
+Source: this package's own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+from snn_reversible_plugin.tape.measured import Measured
+from snn_reversible_plugin.tape.sizes import Sizes
+
+# NOTE [The first step of several forwards]
+#
+# 1. All of its forwards are on the thread of the first one: a profiler is a thread's own.
+# 2. Between two of them none is on. What was given out there has been so by the allocator's count, and what
+#    of it goes while a later forward runs counts on: what is foreseen may be too much by that.
+# 3. Membranes that a later step starts from are not in it, nor are gradients that stand from an earlier
+#    backward: both, as in BPTT that is truncated, are missing from what is foreseen.
+
+
+class Together:
+    """The first step with several forwards, all of them on the thread that this is made on.
+
+    Args:
+        products: of the first forward.
+        measured: that one.
+        sizes: what it met.
+        before: bytes that a GPU's allocator had given out before it.
+
+    Attributes:
+        lives: bytes that live beside what the step takes.
+        peak: what it takes in all, where that is known.
+    """
+
+    def __init__(self, products: tuple[Any, ...], measured: Measured, sizes: Sizes, before: int) -> None:
+        self.products = products
+        self._measured: Measured | None = measured
+        self._sizes, self._before = sizes, before
+        self._thread = threading.get_ident()
+        self.lives = 0
+        self.peak: int | None = None
+
+    @property
+    def is_here(self) -> bool:
+        """Whether its forwards are this thread's."""
+        return self._thread == threading.get_ident()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the step is not over, as far as anybody knows."""
+        return self._measured is not None
+
+    def goes_on(self) -> Measured | None:
+        """Another forward of the step begins; None: it is not measured."""
+        if self._measured is not None and not self._measured.goes_on():
+            self._measured = None
+        return self._measured
+
+    def computed(self, args: Iterable[Any]) -> None:
+        """An operation of it takes these."""
+        self._sizes.meets(args)
+
+    def failed(self) -> None:
+        """A forward of the step raised."""
+        self._measured = None
+
+    def step_begins(self) -> None:
+        """The next step does, so that the first is over."""
+        measured, self._measured = self._measured, None
+        if measured is None or not measured.is_whole:
+            return
+        measured.gradients = self._sizes.learned, self._sizes.gradients
+        self.lives = max(self._sizes.lives, self._before - self._sizes.gradients)
+        taken = measured.peak(self.lives)
+        self.peak = None if taken is None else self.lives + taken
