@@ -76,8 +76,13 @@ class RevSFormer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = over_time(x, self.T, self.in_channels, "RevSFormer")
         with fresh_states(self):
-            streams = self.encoder(self.embed(x).repeat(1, 1, 2, 1))
-            return self.head(self.fire(streams).mean(3)).mean(0)  # type: ignore[no-any-return]
+            return self._from_steps(x)
+
+    def _from_steps(self, x: Tensor) -> Tensor:
+        # A function without a handler: each layer is the last to use its input (`modules/last_use.py`).
+        x = self.encoder(self.embed(x).repeat(1, 1, 2, 1))
+        x = self.fire(x)
+        return self.head(x.mean(3)).mean(0)  # type: ignore[no-any-return]
 
 
 class PatchSplitting(nn.Module):
