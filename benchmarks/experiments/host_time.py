@@ -24,7 +24,8 @@ from ..workloads import WORKLOADS
 
 HOME = str(Path(srp.__file__).parent)
 NOTHING = "stock, watched"  # by a mode and hooks that do nothing, which is what any tape begins with
-METHODS = ("stock", NOTHING, "memory", "speed")  # by the defaults of a conversion: loops run on the grid
+AGAIN = "stock, products again"  # and nothing else: the least that a step takes which keeps none of them
+METHODS = ("stock", NOTHING, AGAIN, "memory", "speed")  # by the defaults of a conversion: on the grid
 
 
 class Tiny(NamedTuple):
@@ -39,6 +40,7 @@ class Tiny(NamedTuple):
 NETWORKS = {
     "SpikingJelly loop": Tiny("lif-loop", (100, 2, 8), (5, 2, 8), partial(LIFLoop, 8)),
     "snnTorch loop": Tiny("leaky-loop", (100, 2, 8), (5, 2, 8), partial(LeakyLoop, 8)),
+    "snnTorch loop, 256 wide": Tiny("leaky-loop", (100, 32, 256), (5, 2, 16), partial(LeakyLoop, 256)),
     "SEW-ResNet18": Tiny("sew-resnet18", (4, 1, 3, 32, 32), (2, 1, 3, 32, 32)),
     "VGG": Tiny("vgg", (4, 1, 2, 32, 32), (2, 1, 2, 32, 32)),
 }
@@ -65,9 +67,11 @@ def together(
         forward = partial(workload.loss_of, model, x)
         if method == NOTHING:
             forward = partial(watched, forward)
-        elif method != "stock":
+        elif method not in ("stock", AGAIN):
             srp.convert_to_reversible(model, mode=method)
         steps[method] = lambda forward=forward: forward().backward()
+        if method == AGAIN:
+            steps[method] = partial(with_products_again, forward, products_of(model, forward))
     gc.collect()
     gc.disable()
     try:
@@ -100,6 +104,32 @@ def watched(forward: Callable[[], Tensor]) -> Tensor:
     """Run a forward whose operations and saved tensors come by Python, which leaves them as they are."""
     with torch.autograd.graph.saved_tensors_hooks(_itself, _itself), _Nothing():
         return forward()
+
+
+Product = tuple[nn.Module, Tensor]
+
+
+def products_of(model: nn.Module, forward: Callable[[], Tensor]) -> list[Product]:
+    """The convolutions and linear layers that a neuron comes after, with what goes into each call."""
+    found: list[Product] = []
+    # What the last one gives is read by the loss, and by no neuron.
+    layers = [one for one in model.modules() if isinstance(one, (nn.Linear, nn.modules.conv._ConvNd))][:-1]
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, args: found.append((layer, args[0].detach())))
+        for layer in layers
+    ]
+    forward()
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def with_products_again(forward: Callable[[], Tensor], products: Sequence[Product]) -> None:
+    """A training step, and these products once more."""
+    forward().backward()
+    with torch.no_grad():
+        for layer, x in products:
+            layer(x)
 
 
 def own_calls(run: Callable[[], Any]) -> int:

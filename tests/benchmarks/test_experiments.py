@@ -5,12 +5,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as command
 from benchmarks import pages, running, store, targets
 from benchmarks.experiment import Experiment, Options, Work
-from benchmarks.experiments import EXPERIMENTS, peaks
+from benchmarks.experiments import EXPERIMENTS, host_time, peaks
+from benchmarks.networks import LeakyLoop
 from benchmarks.tables import markdown, note
 from tests.examples.test_examples import nmnist_folder  # noqa: F401
 
@@ -316,3 +318,15 @@ def test_a_peak_is_not_that_of_networks_before_it():
     found = [peaks.measure(mode, Options(quick=True), str, **work.settings) for mode in ("memory", "auto")]
     assert found[0]["held"] == found[1]["held"]
     assert found[1]["peak"] <= found[0]["peak"]
+
+
+def test_the_products_that_run_again_are_those_in_front_of_neurons():
+    net, x = LeakyLoop(8), torch.rand(5, 2, 8)
+    products = host_time.products_of(net, lambda: net(x).sum())
+    assert [layer for layer, _ in products] == [net.fc1, net.fc2] * 5
+    assert all(map(torch.equal, [given for layer, given in products if layer is net.fc1], x))
+    calls = []
+    for layer in net.children():
+        layer.register_forward_hook(lambda layer, *_: calls.append(layer))
+    host_time.with_products_again(lambda: net(x).sum(), products)
+    assert calls[-10:] == [net.fc1, net.fc2] * 5 and len(calls) == 5 * 5 + 10

@@ -466,8 +466,8 @@ class Chain(nn.Module):
         torch.manual_seed(0)
 
         def branch():
-            parts = neuron.LIFNode(), layer.Conv2d(C // 2, C // 2, 3, padding=1), layer.BatchNorm2d(C // 2)
-            return nn.Sequential(*parts)
+            conv = layer.Conv2d(C // 2, C // 2, 3, padding=1, bias=False)
+            return nn.Sequential(neuron.LIFNode(), conv, layer.BatchNorm2d(C // 2))
 
         blocks = [srp.RevSBlock(branch(), branch()) for _ in range(2)]
         if raises:

@@ -12,8 +12,7 @@ Example:
 
     >>> import torch
     >>> from snn_reversible_plugin import tape
-    >>> from snn_reversible_plugin.tape.operators import aten, operator_of
-from snn_reversible_plugin.tape.origins import look_up
+    >>> from snn_reversible_plugin.tape.origins import look_up
     >>> x, weight = torch.arange(8.0).reshape(2, 4), torch.ones(4, 3, requires_grad=True)
     >>> with tape.recording():
     ...     spikes = x.gt(2.5).float()

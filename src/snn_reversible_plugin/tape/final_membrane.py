@@ -113,16 +113,14 @@ class FinalMembrane:
         """
         if self._run is None or not self._held:
             return False
-        if any(isinstance(handle, Kept) and handle.goes for handle in behind(self._held)):
-            return False
         if lean and self.goes_unread:
-            return True
+            return not any(_goes(handle) for handle in behind(self._held))
         kept: list[Kept] = []
         seen, place = set[int](), self._place
         size, room = 0, place.numel() * place.element_size()
         for handle in behind(self._held):
-            if not isinstance(handle, (Kept, Packed, Replayed)) or handle.treatment == "reversed":
-                return False  # what a stream is undone from goes with the backward
+            if not isinstance(handle, (Kept, Packed, Replayed)) or _goes(handle):
+                return False
             is_kept = isinstance(handle, Kept) and (handle.parameter or not lean)
             if is_kept:
                 kept.append(handle)  # type: ignore[arg-type]
@@ -169,6 +167,11 @@ class FinalMembrane:
             v: Tensor = _Read.apply(self._place, [self._v])
         tape.mark_opaque(v)
         return v
+
+
+def _goes(handle: Handle) -> bool:
+    """Whether it goes with the backward, as what a stream is undone from, or in place of."""
+    return handle.treatment == "reversed" or (isinstance(handle, Kept) and handle.goes)
 
 
 def behind(handles: tuple[Handle, ...]) -> Iterator[Handle]:

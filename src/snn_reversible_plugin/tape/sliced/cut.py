@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate, pairwise
-from operator import mul
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,9 +25,10 @@ from snn_reversible_plugin.tape.replayed import PLAIN, Replayed
 from snn_reversible_plugin.tape.sliced import forward, norm
 from snn_reversible_plugin.tape.sliced.alone import try_out_operators
 from snn_reversible_plugin.tape.sliced.between import POOLINGS, Between
+from snn_reversible_plugin.tape.sliced.groups import groups_of
 from snn_reversible_plugin.tape.sliced.noted import Noted, note, note_taken, size_of
 from snn_reversible_plugin.tape.sliced.room import Room
-from snn_reversible_plugin.tape.sliced.rows import MOST_OPERATIONS, Part, Whole, is_repeated, rows_of
+from snn_reversible_plugin.tape.sliced.rows import MOST_OPERATIONS, Part, Whole, rows_of
 from snn_reversible_plugin.tape.sliced.sources import last_product
 
 # NOTE [What is cut]
@@ -304,7 +304,7 @@ class Slices:
         is_deep = isinstance(handle, Replayed) and handle.depth > MOST_OPERATIONS
         if is_deep or (isinstance(handle, Kept) and handle.parameter):
             return None
-        for groups in _groups(tensor.size(), handle):
+        for groups in groups_of(tensor.size(), handle):
             cut = Cut(handle, tensor, groups, self)
             if len(cut.parts()) < 2:
                 continue
@@ -346,29 +346,6 @@ def _compared(cut: Cut, tensor: Tensor, parts: Iterable[Part]) -> bool | None:
             if not bool(off <= CLOSE * scale):
                 return None
     return exact
-
-
-def _groups(size: torch.Size, handle: Handle) -> Iterator[tuple[int, int]]:
-    """How many groups of how many rows: of time steps' samples, if a layer that sees no time led to it; of
-    its first dimension; of what that was in what led to it, as where an attention tells heads apart."""
-    one: Any = handle
-    coarser: list[int] = []
-    while one.__class__ in PLAIN and one.args:
-        before, (one, *how) = size_of(one), one.args
-        if isinstance(one, list):  # of what is put together
-            if before and len(before) == len(size) > 2 and how and how[0] > 1:  # in each step's samples
-                yield size[0], size[1]
-                return
-            one = one[0]
-        before = size_of(one)
-        if not before:  # small, or one number
-            continue
-        if len(size) > 2 and (before[0] == size[0] * size[1] or is_repeated(before, size)):
-            yield size[0], size[1]
-            return
-        coarser += [rows for rows in accumulate(before, mul) if 1 < rows < size[0] and not size[0] % rows]
-    yield 1, size[0]
-    yield from ((1, rows) for rows in sorted({*coarser}, reverse=True)[:4])
 
 
 def _signature(handle: Any) -> Any:
