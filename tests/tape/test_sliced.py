@@ -549,6 +549,32 @@ def test_only_what_is_large_beside_the_largest_is_cut(monkeypatch):
     assert any(taken for _, taken in cuts)
 
 
+@pytest.mark.parametrize("learns", [True, False])
+def test_large_weights_make_a_small_layer_a_large_one(learns, monkeypatch):
+    """What a kernel lays out of them may be more than all that goes through any layer."""
+    ran, by_channels = [], gradients._weights_by_channels
+
+    def noting(*how):
+        ran.append(how)
+        return by_channels(*how)
+
+    monkeypatch.setattr(gradients, "_weights_by_channels", noting)
+    deep = nn.Conv2d(256, 64, 3, padding=1, bias=False).requires_grad_(learns)
+    net = nn.Sequential(
+        nn.Conv2d(2, 64, 3, padding=1), nn.ReLU(), nn.AvgPool2d(16), nn.Conv2d(64, 256, 1), deep
+    )
+    x = torch.rand(64, 2, 32, 32)
+    entering = x[:, :1, :4, :4].numel() // 4 * 256 * 4
+    assert cut.SMALL * entering < x.numel() // 2 * 64 * 4 < cut.SMALL * deep.weight.nbytes
+    with tape.recording("minimal"):
+        loss = net(x).square().mean()
+    loss.backward()
+    assert (
+        any(weight is deep.weight or weight.shape == deep.weight.shape for _, _, _, weight, *_ in ran)
+        == learns
+    )
+
+
 def test_verify_names_it_and_finds_a_slice_that_is_wrong(monkeypatch):
     net, x = srp.convert_to_reversible(network(), mode="minimal"), torch.rand(4, 5, 2, 16, 16)
     found = srp.verify(net, x, repeats=1)

@@ -160,8 +160,11 @@ def _is_sum_large(cut: Cut, node: Any) -> bool:
 
 
 def _laid_out(node: Any) -> int:
-    """The bytes of a gradient that a node's kernel may lay out anew."""
-    return _gradient_of(node) if node.name() == "ConvolutionBackward0" else 0
+    """The bytes of a gradient, or of weights that get one, that a node's kernel may lay out anew."""
+    if node.name() != "ConvolutionBackward0":
+        return 0
+    of_weights = node.next_functions[1][0]
+    return max(_gradient_of(node), 0 if of_weights is None else _gradient_of(of_weights))
 
 
 def _gradient_of(node: Any) -> int:
