@@ -241,3 +241,18 @@ def test_a_branch_that_is_rebuilt_leaves_no_membrane(monkeypatch):
         model = RevSSequence([RevSBlock(first, nn.Identity())], states="reset", mode="minimal")
         _, peaks[forgets] = peaks_of(model, x)
     assert peaks[True] <= peaks[False] - 3 * x.nbytes / 2
+
+
+def test_where_nothing_is_replayed_the_output_is_held(monkeypatch):
+    said = []
+    monkeypatch.setattr(tape, "mark_put_together", lambda *how: said.append(how))
+    stock, ours = pair()
+    x, found = inputs(), []
+    for net, mode in ((stock, "memory"), (ours, "minimal")):
+        out = net.stem(x)
+        with tape.recording(mode), tape.suspended():
+            loss = net.pool(net.fire(net.chain(out))).square().sum()
+        loss.backward()
+        found.append(gradients_of(net))
+    assert_close(*found)
+    assert not said

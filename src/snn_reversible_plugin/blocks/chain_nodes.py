@@ -126,7 +126,7 @@ class _Nodes:
 
 def _is_sole(tensors: list[Tensor], index: int) -> bool:
     """Whether nobody but the list holds a tensor."""
-    found, fresh = tape.references(tensors[index]), [torch.empty(1)]
+    found, fresh = tape.references(tensors[index]), [torch.empty(1, device="cpu")]
     return found is not None and found == tape.references(fresh[0])
 
 
