@@ -310,8 +310,8 @@ def test_only_steps_that_are_measured_have_a_profiler_on(monkeypatch):
         step(model, x)
         counts.append(len(started))
     assert counts[0] > 10
-    assert counts[1] <= 1
-    assert counts[2:] == [0, 0]
+    assert max(counts[1:3]) <= 1  # up to the first product, where a plan is found
+    assert counts[3] == 0
 
 
 def test_a_budget_that_can_t_be_met_is_refused_before_the_backward():

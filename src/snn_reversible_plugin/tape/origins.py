@@ -81,6 +81,13 @@ def enter(
     _entries[id(tensor)] = entry
 
 
+def forget(tensor: torch.Tensor) -> None:
+    """Let go of a tensor's handle, and of what is known of its values; when it was made is known still."""
+    entry = _entries.get(id(tensor))
+    if entry is not None and entry() is tensor:
+        entry.handle, entry.span, entry.ended = None, None, False
+
+
 def look_up(tensor: torch.Tensor) -> Any:
     """A tensor's handle; None if it was made under a tape and has none; else ``OUTSIDE``."""
     entry = _entries.get(id(tensor))

@@ -21,6 +21,7 @@ from snn_reversible_plugin.tape.operators import aten
 from snn_reversible_plugin.tape.origins import (
     enter,
     entered_between,
+    forget,
     is_ended,
     look_up,
     now,
@@ -95,7 +96,7 @@ def forget_spent_graphs() -> None:
     for tensor in entered_between(began, ended):  # a network called step by step leaves many at once
         handle = look_up(tensor)
         if isinstance(handle, Replayed) and not is_from_bits(handle, tensor.nbytes):
-            enter(tensor, None)
+            forget(tensor)
 
 
 def pass_on_the_end(tensors: Iterable[torch.Tensor], out: torch.Tensor, base: torch.Tensor | None) -> None:

@@ -13,14 +13,16 @@ from typing import Any, NamedTuple
 
 import torch
 
+from snn_reversible_plugin.ops.layouts import is_plain
 from snn_reversible_plugin.tape.choice import choose, foreseen, refuse, within
 from snn_reversible_plugin.tape.measured import Measured
 from snn_reversible_plugin.tape.operators import Operator
-from snn_reversible_plugin.tape.origins import look_up
+from snn_reversible_plugin.tape.origins import entered_between, look_up, now
 from snn_reversible_plugin.tape.outsiders import alias
+from snn_reversible_plugin.tape.pending import Pending
 from snn_reversible_plugin.tape.recipes import tensors_among
 from snn_reversible_plugin.tape.replayed import Replayed
-from snn_reversible_plugin.tape.sizes import Layer, Sizes
+from snn_reversible_plugin.tape.sizes import Sizes
 from snn_reversible_plugin.tape.together import Together
 
 # NOTE [When a plan holds]
@@ -46,10 +48,14 @@ from snn_reversible_plugin.tape.together import Together
 #    forwards had no backward), bounds decide, as without a budget.
 # 9. The hooks that measure change which sums of gradients autograd forms in place, so that later steps may
 #    take a tensor more than the one that was measured. What is kept leaves RESERVE for that.
+# 10. Nor is a plan made of a step that the next one outgrows by what it starts from (pending.py): that one
+#    is measured in its place, TRIES times at most. The third step is looked at, too, though it has a plan:
+#    the second is the first that reads what was promised, and what it reads stands in the third.
 
 Product = tuple[Any, ...]
 TRIES = 3
 RESERVE = 0.05  # of a budget
+MANY_SPANS = 4096  # of forwards, which are taken as one then
 MANY = 64  # products whose backward says that all is over: the first ones come last
 
 
@@ -66,17 +72,6 @@ class Plan(NamedTuple):
     least: int | None = None
 
 
-class Pending(NamedTuple):
-    """What is known of a forward whose plan waits for its backward."""
-
-    products: tuple[Product, ...]
-    layers: list[Layer]
-    lives: int
-    measured: Measured | None
-    sizes: Sizes
-    before: int  # bytes that a GPU's allocator had given out
-
-
 class Plans:
     """The plans of one model.
 
@@ -90,7 +85,8 @@ class Plans:
         self.by_first: dict[Product, Plan | None] = {}  # None: goes several ways
         self.pending: dict[Product, Pending] = {}
         self.measuring = budget is not None  # a forward may be of a shape that is not measured yet
-        self.tries = TRIES
+        self.tries = self.starts = TRIES
+        self._spans: list[tuple[int, int]] = []  # when forwards began and ended, while they are measured
         self.together: Together | None = None  # forwards that overlap, within a budget
         self._awaited: dict[int, list[weakref.ref[Replayed]]] = {}  # of each thread's last forward
         self._measured: dict[int, Pending] = {}  # and what is known of that, where it was measured
@@ -104,12 +100,28 @@ class Plans:
         first = self._measured.pop(thread, None)
         if any(_is_awaited(ref()) for ref in self._awaited.pop(thread, ())):
             if not self.overlapping and first is not None and first.measured is not None:
-                self.together = Together(first.products, first.measured, first.sizes, first.before)
+                self.together = Together(first)
             self.overlapping = True
             self.pending.clear()
         elif self.together is not None and self.together.is_here:
             self._meets_budget(self.together)
         return Following(self)
+
+    def ran(self, began: int) -> None:
+        """A forward that began then is over."""
+        if self.measuring or (self.together is not None and self.together.is_open):
+            self._spans.append((began, now()))
+            if len(self._spans) > MANY_SPANS:
+                self._spans = [(self._spans[0][0], now())]
+        else:
+            self._spans.clear()
+
+    def standing(self) -> list[torch.Tensor]:
+        """What forwards have made since they are measured, and is alive still."""
+        if not self._spans:
+            return []
+        began, ended = zip(*sorted(self._spans), strict=True)
+        return [tensor for tensor in entered_between(began, ended) if is_plain(tensor)]
 
     def waits(self, pending: Pending) -> None:
         """A forward was measured, and its backward is to come."""
@@ -118,11 +130,15 @@ class Plans:
     def _meets_budget(self, together: Together) -> None:
         """A step of several forwards begins; or another forward of one that isn't measured any more."""
         if together.is_open:
-            together.step_begins()
+            together.step_begins(Sizes().stood(self.standing()))
             first, peak = together.products, together.peak
             self.by_first[first[0]] = Plan(first, (False,) * len(first), peak, peak)
         if together.peak is not None and self.budget is not None:
             refuse(self.budget, together.lives, together.peak - together.lives)
+        if together.is_outgrown and self.starts > 1:  # this one is measured as the first was
+            self.starts -= 1
+            self.together, self.overlapping, self.measuring = None, False, True
+            self.by_first.clear()
 
     def over(self, awaited: list[weakref.ref[Replayed]]) -> None:
         """A forward on this thread is over; the backward will ask for these."""
@@ -146,6 +162,7 @@ class Following:
         self._plans = plans
         self._products: list[Product] = []
         self._plan: Plan | None = None
+        self._began, self._left = now(), 0  # a moment; bytes that earlier forwards made
         self._awaited: list[weakref.ref[Replayed]] = []
         self._standing: list[tuple[weakref.ref[Replayed], weakref.ref[torch.Tensor]]] = []
         self._strayed = False
@@ -164,7 +181,8 @@ class Following:
         """The forward that begins is measured, where it may be of a shape that was not."""
         if self._together is not None:
             self._measured = self._together.goes_on()
-        elif self._plans.measuring and not self._plans.overlapping:
+        elif self._plans.measuring and self.sizes is not None:
+            self._left = self.sizes.stood(self._plans.standing())
             self._measured = Measured.begin()
             self._can_be_measured = self._measured is not None
         return self._measured
@@ -207,11 +225,16 @@ class Following:
         return self._plan.kept[at]
 
     def _begin(self, first: Product) -> None:
-        plans = self._plans.by_first
-        if (pending := self._plans.pending.get(first)) is not None:
-            self._settle(pending)
-            del self._plans.pending[first]
-            self._plans.measuring = bool(self._plans.pending) or first not in plans
+        plans, waiting = self._plans.by_first, self._plans.pending
+        if (pending := waiting.get(first)) is not None:
+            if first not in plans:
+                self._settle(pending)
+                waiting[first] = pending.starting_from(self._left)
+            elif plans[first] is not None and self._outgrows(pending):
+                del plans[first], waiting[first]
+            else:
+                del waiting[first]
+            self._plans.measuring = bool(waiting) or first not in plans
         self._plan, self._strayed = plans.get(first), plans.get(first, self) is None
         if first in plans:
             self.sizes = None
@@ -219,7 +242,8 @@ class Following:
             self._idle = not any(plan and any(plan.kept) for plan in plans.values())
 
     def _settle(self, pending: Pending) -> None:
-        """The plan of a shape whose first step is over; none yet where its backward never came."""
+        """The plan of a shape whose first step is over; none yet where its backward never came, or where
+        this forward starts from more than that one did."""
         plans, measured = self._plans, pending.measured
         assert measured is not None
         if measured.is_whole:
@@ -231,12 +255,24 @@ class Following:
             plans.tries -= 1
             return
         plans.tries = TRIES
-        self._make(pending)
+        if self._outgrows(pending):
+            self._limit(pending)  # more is no less
+        else:
+            self._make(pending.starting_from(self._left))
+
+    def _outgrows(self, pending: Pending) -> bool:
+        """Whether this forward, which starts from more, is to be measured in place of that one."""
+        does = self._plans.starts > 1 and pending.is_outgrown(self._left, pending.takes())
+        self._plans.starts -= does
+        return does
+
+    def _limit(self, of: Pending) -> int | None:
+        """Bytes that a step may have alive beside what lives anyway; None: without a budget."""
+        budget = self._plans.budget
+        return None if budget is None else within(budget, of.lives, of.layers) - int(RESERVE * budget)
 
     def _make(self, of: Pending) -> None:
-        budget, limit = self._plans.budget, None
-        if budget is not None:
-            limit = within(budget, of.lives, of.layers) - int(RESERVE * budget)
+        limit = self._limit(of)
         kept = choose(of.layers, limit)
         peak, least = (
             None if beyond is None else of.lives + beyond
@@ -255,6 +291,7 @@ class Following:
 
     def finish(self, failed: bool) -> None:
         """The forward is over."""
+        self._plans.ran(self._began)
         for recipe, out in self._standing:
             handle = recipe()
             # Somebody has it in hand, and may write to it; or no backward will ask for it.
@@ -276,6 +313,8 @@ class Following:
                 self._measured,
                 self.sizes,
                 self._before,
+                self._left,
+                self.sizes.gradients,
             )
             if self._plans.budget is not None:
                 within(self._plans.budget, found.lives, found.layers)

@@ -124,11 +124,13 @@ class Sizes:
         self._lives: dict[int, _Life] = {}  # by storage
         self._ended: list[_Life] = []
         self._parameters: dict[int, tuple[int, list[int]]] = {}  # bytes, and the layers that use it
+        self._refs: list[weakref.ref[torch.Tensor]] = []  # to them
         self.lives = self.gradients = 0
         self._outside: set[int] = set()
         self._held: weakref.WeakSet[Handle] = weakref.WeakSet()
         self._relied_on: list[tuple[weakref.ref[Handle], int]] = []  # and in which layer first
         self._last = 0
+        self._began = torch.autograd._get_sequence_nr()
         self._packs = 0
 
     def packed(self, handle: Handle) -> None:
@@ -149,6 +151,17 @@ class Sizes:
         for tensor in tensors_among(args):
             if is_plain(tensor) and look_up(tensor) is OUTSIDE:
                 self._meets(tensor, 0)
+
+    def stood(self, tensors: Iterable[torch.Tensor]) -> int:
+        """Bytes of tensors that earlier forwards have made, and that live anyway."""
+        before = self.lives
+        for tensor in tensors:
+            self.lives += storage_once(tensor, self._outside)
+        return self.lives - before
+
+    def gradients_now(self) -> int:
+        """Bytes of the parameters' gradients that stand by now."""
+        return sum(_gradient(parameter) for ref in self._refs if (parameter := ref()) is not None)
 
     @property
     def learned(self) -> int:
@@ -240,6 +253,8 @@ class Sizes:
     def _meets(self, tensor: torch.Tensor, here: int) -> None:
         """A layer met something that lives anyway."""
         whole = tensor if tensor._base is None else tensor._base
+        if whole.grad_fn is not None and whole.grad_fn._sequence_nr() >= self._began:
+            return  # a neuron's own arithmetic, which is not recorded, made it in this forward
         self.lives += storage_once(whole, self._outside)
         if whole.requires_grad and whole.is_leaf:
             self._uses(whole, here)
@@ -248,8 +263,8 @@ class Sizes:
         """A layer uses a parameter."""
         if id(parameter) not in self._parameters:
             self._parameters[id(parameter)] = parameter.nbytes, []
-            if parameter.grad is not None and is_plain(parameter.grad):
-                self.gradients += parameter.grad.nbytes
+            self._refs.append(weakref.ref(parameter))
+            self.gradients += _gradient(parameter)
         _, layers = self._parameters[id(parameter)]
         if not layers or layers[-1] != here:
             layers.append(here)
@@ -287,6 +302,12 @@ class Sizes:
                 layers[at].most += 2 * size
                 layers[at].needed = layers[last].needed = False
         return layers
+
+
+def _gradient(parameter: torch.Tensor) -> int:
+    """Bytes of a parameter's gradient."""
+    gradient = parameter.grad
+    return 0 if gradient is None or not is_plain(gradient) else gradient.nbytes
 
 
 def multiplications(operator: Operator, operands: list[torch.Tensor], outputs: list[torch.Tensor]) -> int:

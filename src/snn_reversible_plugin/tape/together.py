@@ -12,38 +12,39 @@ from collections.abc import Iterable
 from typing import Any
 
 from snn_reversible_plugin.tape.measured import Measured
-from snn_reversible_plugin.tape.sizes import Sizes
+from snn_reversible_plugin.tape.pending import Pending
 
 # NOTE [The first step of several forwards]
 #
 # 1. All of its forwards are on the thread of the first one: a profiler is a thread's own.
 # 2. Between two of them none is on. What was given out there has been so by the allocator's count, and what
 #    of it goes while a later forward runs counts on: what is foreseen may be too much by that.
-# 3. Membranes that a later step starts from are not in it, nor are gradients that stand from an earlier
-#    backward: both, as in BPTT that is truncated, are missing from what is foreseen.
 
 
 class Together:
     """The first step with several forwards, all of them on the thread that this is made on.
 
     Args:
-        products: of the first forward.
-        measured: that one.
-        sizes: what it met.
-        before: bytes that a GPU's allocator had given out before it.
+        first: the first forward.
 
     Attributes:
         lives: bytes that live beside what the step takes.
         peak: what it takes in all, where that is known.
+        is_outgrown: whether the next step starts from more than this one, and is to be measured itself.
     """
 
-    def __init__(self, products: tuple[Any, ...], measured: Measured, sizes: Sizes, before: int) -> None:
-        self.products = products
-        self._measured: Measured | None = measured
-        self._sizes, self._before = sizes, before
+    def __init__(self, first: Pending) -> None:
+        self.first = first
+        self._measured = first.measured
         self._thread = threading.get_ident()
         self.lives = 0
         self.peak: int | None = None
+        self.is_outgrown = False
+
+    @property
+    def products(self) -> tuple[Any, ...]:
+        """Of the first forward."""
+        return self.first.products
 
     @property
     def is_here(self) -> bool:
@@ -63,18 +64,20 @@ class Together:
 
     def computed(self, args: Iterable[Any]) -> None:
         """An operation of it takes these."""
-        self._sizes.meets(args)
+        self.first.sizes.meets(args)
 
     def failed(self) -> None:
         """A forward of the step raised."""
         self._measured = None
 
-    def step_begins(self) -> None:
-        """The next step does, so that the first is over."""
+    def step_begins(self, left: int) -> None:
+        """The next step does, so that the first is over. ``left``: bytes that forwards left alive."""
         measured, self._measured = self._measured, None
         if measured is None or not measured.is_whole:
             return
-        measured.gradients = self._sizes.learned, self._sizes.gradients
-        self.lives = max(self._sizes.lives, self._before - self._sizes.gradients)
+        sizes = self.first.sizes
+        measured.gradients = sizes.learned, sizes.gradients
+        self.lives = max(sizes.lives, self.first.before - sizes.gradients)
         taken = measured.peak(self.lives)
         self.peak = None if taken is None else self.lives + taken
+        self.is_outgrown = self.first.is_outgrown(left, self.peak)

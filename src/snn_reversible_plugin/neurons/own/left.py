@@ -25,7 +25,7 @@ from snn_reversible_plugin.modules.swap import SwappedClass, parts_of, swap, swa
 from snn_reversible_plugin.ops.layouts import is_dense, is_plain
 from snn_reversible_plugin.tape.final_membrane import FinalMembrane, behind, promise_among
 from snn_reversible_plugin.tape.handles import Handle, Kept
-from snn_reversible_plugin.tape.origins import enter, look_up
+from snn_reversible_plugin.tape.origins import forget, look_up
 from snn_reversible_plugin.tape.replayed import PLAIN, Replayed
 
 # NOTE [What is let go of]
@@ -264,7 +264,7 @@ def _promised(module: nn.Module, table: dict[str, Any]) -> list[tuple[str, LeftS
                 found.append((name, promise))
                 continue
         if any(isinstance(one, Kept) and one.ended for one in behind((handle,))):
-            enter(tensor, None)
+            forget(tensor)
     return found
 
 
