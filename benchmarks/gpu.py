@@ -199,7 +199,7 @@ def measured(run: Run, training: Any, x: torch.Tensor) -> dict[str, Any]:
     found: dict[str, Any] = {"ms": round(1e3 * statistics.median(times), 2)}
     for name, size in (("held_mib", result.held), ("peak_mib", result.peak)):
         if size is not None:
-            found[name] = round(size / 2**20, 1)
+            found[name] = round(size / 2**20, 3)
     return found
 
 
