@@ -22,6 +22,7 @@ from snn_reversible_plugin.blocks.chain_function import WAITING, ChainRun, Updat
 from snn_reversible_plugin.grid.range import when_over
 from snn_reversible_plugin.modules.states import Key
 from snn_reversible_plugin.ops.batched import comes_again, one_by_one
+from snn_reversible_plugin.tape.replayed import keeps_graph
 
 # NOTE [Segments]
 #
@@ -32,7 +33,11 @@ from snn_reversible_plugin.ops.batched import comes_again, one_by_one
 # 3. Whether parameters are unchanged is looked at once, at the exit: those of later segments may have been
 #    stepped when an earlier one runs, and nobody needs them any more.
 # 4. A node costs time: a segment goes on until its parameters are worth one.
-# 5. In mode "minimal" a branch with several large weights is several segments. The first of them to run
+# 5. A state is an input, whether the branch reads it or not: only the second run tells. A loop whose
+#    neurons are reset inside of a branch (snnTorch's `mem = self.lif.reset_mem()`) would go back through
+#    all steps before it. So a state whose graph has gone with its backward goes in without one, and if it
+#    was read after all, the backward raises, as autograd does there.
+# 6. In mode "minimal" a branch with several large weights is several segments. The first of them to run
 #    undoes and differentiates the branch, where a convolution's weight that is larger than what goes
 #    through it gets no gradient, but how to compute it (tape.sliced.later): its own segment does. For
 #    example a branch of two convolutions of 448 channels, [4 * 8, 448, 4, 4]: weights' gradients are 7.2 MB
@@ -53,7 +58,7 @@ def run_reversibly(
     parameters = [p for p in chain.parameters() if p.requires_grad]
     nodes = _Nodes(ChainRun(chain, updates, dim, parameters), (x1, x2))
     run = nodes.run
-    inputs: tuple[Tensor, ...] = (x1, x2, *(state for _, state in run.states))
+    inputs: tuple[Tensor, ...] = (x1, x2, *nodes.starts())
     *before, last = nodes.segments(parameters)
     for index, (first, of_segment) in enumerate(before):
         inputs = (_Entry.apply(nodes, index, first, len(inputs), *inputs, *of_segment),)  # type: ignore[no-untyped-call]
@@ -78,6 +83,17 @@ class _Nodes:
     def __init__(self, run: ChainRun, streams: tuple[Tensor, Tensor]) -> None:
         self.run, self.streams, self.dtype = run, streams, streams[0].dtype
         self.walks: dict[int, deque[Walk]] = {}  # by backward
+        self.is_over = False  # its graph has gone with a backward
+        self.from_the_past: set[Key] = set()  # states that the graph of an earlier run gave, which is over
+
+    def starts(self) -> list[Tensor]:
+        """The states that the run starts from, without the graphs that are over."""
+        found = []
+        for key, state in self.run.states:
+            if is_over := _is_over(state):
+                self.from_the_past.add(key)
+            found.append(state.detach() if is_over else state)
+        return found
 
     def segments(self, parameters: Sequence[nn.Parameter]) -> list[tuple[int, list[nn.Parameter]]]:
         """The first branch of each segment, and the parameters whose gradients it returns."""
@@ -119,6 +135,14 @@ class _Nodes:
             return (None, None, None, None, _number(walk.b), *of_parameters)
         if ctx.index:  # nothing before needs a gradient
             return (None, None, None, None, None, *of_parameters)
+        if used := self.from_the_past & walk.g_states.keys():
+            raise RuntimeError(
+                "Trying to backward through the graph a second time: RevSSequence starts from the state "
+                f"{min(name for _, name in used)!r} that an earlier step has left, whose backward is over. "
+                "Reset its neurons before each step, or detach their states (functional.reset_net and "
+                "detach_net of SpikingJelly, utils.reset and detach_hidden of snnTorch), or keep the "
+                "earlier graph with retain_graph=True."
+            )
         g_streams = (None if g is None else g.to(self.dtype) for g in (walk.g_a, walk.g_b))
         g_states = (walk.g_states.get(key) for key, _ in self.run.states)
         return (None, None, None, None, *g_streams, *g_states, *of_parameters)
@@ -128,6 +152,15 @@ def _is_sole(tensors: list[Tensor], index: int) -> bool:
     """Whether nobody but the list holds a tensor."""
     found, fresh = tape.references(tensors[index]), [torch.empty(1, device="cpu")]
     return found is not None and found == tape.references(fresh[0])
+
+
+def _is_over(state: Tensor) -> bool:
+    """Whether the graph that gave a state, a chain's, has gone with a backward."""
+    node: Any = state.grad_fn
+    if node is not None and node.name() == "_ReadBackward":  # of a promise
+        node = node.next_functions[0][0]
+    nodes = getattr(node, "nodes", None)
+    return isinstance(nodes, _Nodes) and nodes.is_over
 
 
 def _number(like: Tensor) -> Tensor:
@@ -193,6 +226,7 @@ class _Exit(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         run: ChainRun = ctx.nodes.run
+        ctx.nodes.is_over = not (keeps_graph() or comes_again())
         if all(g is None for g in grads):  # reached through a state that nobody used
             return (None,) * len(ctx.needs_input_grad)
         run.unchanged.check()
@@ -203,7 +237,9 @@ class _Exit(torch.autograd.Function):
         count = 2 if run.dim is None else 1
         g_outs, g_exits = grads[:count], grads[count:]
         count = 2 if run.holds_streams else 1
-        held, saved = list(ctx.saved_tensors[:count]), list(ctx.saved_tensors[count:])
+        tensors = list(ctx.saved_tensors)  # once: a checkpoint around the chain gives them once
+        held, saved = tensors[:count], tensors[count:]
+        tensors.clear()
         if run.dim is not None:
             g_outs = (None, None) if g_outs[0] is None else g_outs[0].chunk(2, run.dim)
         g_states: dict[Key, Tensor] = {

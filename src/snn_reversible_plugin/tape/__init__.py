@@ -50,7 +50,7 @@ from snn_reversible_plugin.tape.findings import Observer
 from snn_reversible_plugin.tape.handles import ComputedState, Handle, Kept, owns, peek, unpack
 from snn_reversible_plugin.tape.mode import Rule
 from snn_reversible_plugin.tape.off_stack import OffStack, set_compiler
-from snn_reversible_plugin.tape.on_stack import OnThread
+from snn_reversible_plugin.tape.on_stack import OnThread, are_on_top
 from snn_reversible_plugin.tape.operators import aten, operator_of
 from snn_reversible_plugin.tape.origins import OUTSIDE, enter, look_up
 from snn_reversible_plugin.tape.outlived import forget_spent_graphs
@@ -100,6 +100,7 @@ __all__ = [
     "references",
     "returns",
     "runs_eagerly",
+    "saves",
     "set_compiler",
     "sums_for_norm",
     "suspended",
@@ -220,6 +221,12 @@ def is_recording(eagerly: bool = False) -> bool:
     if tape is None or tape.keeps_everything or not torch.is_grad_enabled():
         return False
     return eagerly or runs_eagerly()
+
+
+def saves() -> bool:
+    """Whether a tape has what autograd saves here, and not hooks of somebody else's, as a checkpoint's."""
+    tape = current()
+    return tape is not None and are_on_top(tape.pack)
 
 
 def may_promise() -> bool:

@@ -228,11 +228,12 @@ def _never(*_: Any) -> Tensor:
 
 class _Read(torch.autograd.Function):
     @staticmethod
-    def forward(_ctx: Any, _place: Tensor, membrane: list[Tensor]) -> Tensor:
+    def forward(ctx: Any, _place: Tensor, membrane: list[Tensor]) -> Tensor:
+        ctx.set_materialize_grads(False)  # a state that is handed on and that nobody uses has none
         return membrane[0]  # in a list, so that it is an output and no view of an input
 
     @staticmethod
-    def backward(_ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(_ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:  # type: ignore[override]
         return grad, None
 
 

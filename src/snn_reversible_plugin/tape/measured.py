@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from snn_reversible_plugin.tape.moments import (
     PRODUCT,
     REBUILDS,
     REBUILT,
+    gone,
     made,
     of_forward,
     of_node,
@@ -55,7 +56,9 @@ from snn_reversible_plugin.tape.sizes import Moment
 # 5. Of the nodes after the first MANY, a loop's, those of a kind and size that was seen are taken to need
 #    what the largest of these did beyond what was alive before it and after: the first node of a layer
 #    rebuilds all of it, which stands afterwards, and the same node of its other steps finds it.
-# 6. A parameter that several nodes use, as in a loop, has its gradients summed up behind a node, where no
+# 6. What stood before and goes while it is measured, as states that an earlier backward has left, lives
+#    anyway: without it the rest would count for too little.
+# 7. A parameter that several nodes use, as in a loop, has its gradients summed up behind a node, where no
 #    profiler is on: a third tensor stands beside the two for that.
 #
 # For example, two layers, numbers 0 to 2 and 3 to 5: the second's begin at 3. A node with number 4 that
@@ -87,10 +90,12 @@ class Measured:
     Attributes:
         gradients: bytes of parameters' gradients, of all and of those that stood before the forward.
         is_awaited: whether somebody wants to know what the backward takes.
+        gone: bytes on a CPU that stood before, beside what was told, and have been let go of since.
     """
 
-    def __init__(self, before: dict[str, int], running: Any) -> None:
+    def __init__(self, before: dict[str, int], standing: set[int], running: Any) -> None:
         self._before, self._running, self._alive = before, running, 0
+        self._here, self.gone = standing, 0
         self._device = "cpu"
         self.gradients = 0, 0
         self.is_awaited = False
@@ -117,10 +122,11 @@ class Measured:
         return self._done and not self._waiting and not self.is_blind
 
     @classmethod
-    def begin(cls) -> Measured | None:
-        """A forward begins on this thread; None where nothing can be measured."""
+    def begin(cls, standing: Iterable[torch.Tensor] = ()) -> Measured | None:
+        """A forward begins on this thread, and these stand; None where nothing can be measured."""
         before = {one: bytes_ for one in ("cpu", "cuda") if (bytes_ := given_out(one)) is not None}
-        return None if torch.autograd._profiler_enabled() else cls(before, start())
+        addresses = {tensor.untyped_storage().data_ptr() for tensor in standing}
+        return None if torch.autograd._profiler_enabled() else cls(before, addresses, start())
 
     def layers(self, lives: int, results: set[int]) -> list[tuple[list[Moment], list[Moment]]] | None:
         """What was alive in each layer's forward and backward, beyond what was before the step, gradients
@@ -197,6 +203,7 @@ class Measured:
         ]
         if self._device == "cpu":
             self._others = self._now() - self._alive - sum(event.size for event in events)
+            self.gone += gone(events, self._here)
 
     def goes_on(self) -> bool:
         """Another forward begins, of which the same backward is to come; False: that can't be measured."""
@@ -298,6 +305,7 @@ class Measured:
             self._note(number, one._replace(alive=alive + one.alive))
         if self._device == "cpu":
             self._others = self._now() - alive - net
+            self.gone += gone(events, self._here)
         self._adds_up(number, parameters, gradients)
 
     def _adds_up(self, number: int, parameters: Sequence[int | None], gradients: Any) -> None:

@@ -48,6 +48,20 @@ def made(events: Iterable[Allocation]) -> set[int]:
     return addresses
 
 
+def gone(events: Sequence[Allocation], here: set[int]) -> int:
+    """Bytes of what was let go of and had not come since somebody listens.
+
+    ``here``: addresses of what has, or is accounted for; those of what comes are added.
+    """
+    found = 0
+    for event in events:
+        if event.size > 0:
+            here.add(event.address)
+        elif event.size < 0 and event.address not in here:
+            found -= event.size
+    return found
+
+
 def of_node(
     events: Sequence[Allocation], results: dict[int, int], before: dict[int, Early], still: dict[int, Early]
 ) -> list[Moment]:

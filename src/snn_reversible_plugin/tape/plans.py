@@ -182,8 +182,9 @@ class Following:
         if self._together is not None:
             self._measured = self._together.goes_on()
         elif self._plans.measuring and self.sizes is not None:
-            self._left = self.sizes.stood(self._plans.standing())
-            self._measured = Measured.begin()
+            standing = self._plans.standing()
+            self._left = self.sizes.stood(standing)
+            self._measured = Measured.begin(standing)
             self._can_be_measured = self._measured is not None
         return self._measured
 
@@ -228,8 +229,7 @@ class Following:
         plans, waiting = self._plans.by_first, self._plans.pending
         if (pending := waiting.get(first)) is not None:
             if first not in plans:
-                self._settle(pending)
-                waiting[first] = pending.starting_from(self._left)
+                waiting[first] = self._settle(pending).starting_from(self._left)
             elif plans[first] is not None and self._outgrows(pending):
                 del plans[first], waiting[first]
             else:
@@ -241,24 +241,26 @@ class Following:
             self.computed_all()
             self._idle = not any(plan and any(plan.kept) for plan in plans.values())
 
-    def _settle(self, pending: Pending) -> None:
-        """The plan of a shape whose first step is over; none yet where its backward never came, or where
-        this forward starts from more than that one did."""
+    def _settle(self, pending: Pending) -> Pending:
+        """Make the plan of a shape whose first step is over; none yet where its backward never came, or
+        where this forward starts from more than that one did. Returns what is known by now."""
         plans, measured = self._plans, pending.measured
         assert measured is not None
         if measured.is_whole:
+            pending = pending._replace(lives=pending.lives + measured.gone)
             results = {at for at, layer in enumerate(pending.layers) if layer.needed}
             found = measured.layers(pending.lives, results) or ()
             for layer, one in zip(pending.layers, found, strict=False):
                 layer.forward, layer.backward = one
         elif not measured.is_blind and plans.tries > 1:
             plans.tries -= 1
-            return
+            return pending
         plans.tries = TRIES
         if self._outgrows(pending):
             self._limit(pending)  # more is no less
         else:
             self._make(pending.starting_from(self._left))
+        return pending
 
     def _outgrows(self, pending: Pending) -> bool:
         """Whether this forward, which starts from more, is to be measured in place of that one."""

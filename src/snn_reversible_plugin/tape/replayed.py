@@ -202,7 +202,7 @@ class Replayed(Handle):
         self.enter(walk)
         value, owned = self.get(self.needs <= 1)
         self.release()
-        if not _keeps_graph():
+        if not keeps_graph():
             self.packs = max(0, self.packs - 1)
             self.spend()
         note_ownership(value, owned)
@@ -248,7 +248,7 @@ class _OneOfSeveral(Replayed):
 
 PLAIN = (Replayed, _OneOfSeveral)  # what is rebuilt here; what derives from it knows how itself
 _walk = torch._C._current_graph_task_id
-_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
+keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 _held: dict[int, list[weakref.ref[Any]]] = {}
 
 

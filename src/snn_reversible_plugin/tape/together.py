@@ -77,7 +77,7 @@ class Together:
             return
         sizes = self.first.sizes
         measured.gradients = sizes.learned, sizes.gradients
-        self.lives = max(sizes.lives, self.first.before - sizes.gradients)
+        self.lives = max(sizes.lives, self.first.before - sizes.gradients) + measured.gone
         taken = measured.peak(self.lives)
         self.peak = None if taken is None else self.lives + taken
         self.is_outgrown = self.first.is_outgrown(left, self.peak)
