@@ -162,7 +162,8 @@ class Following:
         self._plans = plans
         self._products: list[Product] = []
         self._plan: Plan | None = None
-        self._began, self._left = now(), 0  # a moment; bytes that earlier forwards made
+        self._began = 0 if plans.budget is None else now()
+        self._left = 0  # bytes that earlier forwards made and that were alive then
         self._awaited: list[weakref.ref[Replayed]] = []
         self._standing: list[tuple[weakref.ref[Replayed], weakref.ref[torch.Tensor]]] = []
         self._strayed = False
@@ -293,7 +294,8 @@ class Following:
 
     def finish(self, failed: bool) -> None:
         """The forward is over."""
-        self._plans.ran(self._began)
+        if self._began:
+            self._plans.ran(self._began)
         for recipe, out in self._standing:
             handle = recipe()
             # Somebody has it in hand, and may write to it; or no backward will ask for it.

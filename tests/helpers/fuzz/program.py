@@ -38,6 +38,25 @@ def detach(net):
         for name, value in module._buffers.items():
             if value is not None and value.grad_fn is not None: module._buffers[name] = value.detach()
 
+class Loop(nn.Module):  # snnTorch's usual one, and one whose membrane stays
+    def __init__(self, goes_on, **how):
+        super().__init__()
+        self.lif = snntorch.Leaky(beta=0.9, init_hidden=goes_on, **how)
+
+    def forward(self, x):
+        if self.lif.init_hidden: return torch.stack([self.lif(y) for y in x])
+        mem, spikes = self.lif.reset_mem(), []
+        for y in x:
+            spike, mem = self.lif(y, mem)
+            spikes.append(spike)
+        return torch.stack(spikes)
+
+converted = False
+
+def plainly(net):  # a chain of reversible blocks runs as any module where nothing is converted
+    for module in net.modules():
+        if isinstance(module, srp.RevSSequence): module.reversible = converted
+
 def recorded(net):
     return contextlib.nullcontext()
 
@@ -55,6 +74,8 @@ def in_thread(function):
     thread.join()
     return found[0]
 """
+
+SMALL_SLICES = "from snn_reversible_plugin.tape.sliced import cut; cut.STEP['cpu'] = 1 << 10"
 
 
 @dataclass
@@ -106,26 +127,27 @@ def script(source: str, settings: Settings, seed: int) -> str:
     lines = [
         f"# seed {seed}",
         HEADER,
+        *([SMALL_SLICES] if settings.mode == "minimal" else []),
         source,
         "found = []",
-        "for reversibly in (False, True):",
+        "for converted in (False, True):",
         "    torch.manual_seed(0), random.seed(0), numpy.random.seed(0)",
         "    net = make()",
     ]
     if on_grid:
         lines += [
             f"    srp.convert_to_reversible(net, {how})",
-            "    around = contextlib.nullcontext() if reversibly else srp.convert.differentiated(net)",
+            "    around = contextlib.nullcontext() if converted else srp.convert.differentiated(net)",
         ]
     else:
         lines += [
-            "    if reversibly:",
+            "    if converted:",
             f"        srp.convert_to_reversible(net, {how})",
             "    around = contextlib.nullcontext()",
         ]
     lines += [
-        "    recorded = srp.reversible if reversibly else lambda net: contextlib.nullcontext()",
-        f"    again = (lambda net: srp.convert_to_reversible(net, {how})) if reversibly else again",
+        "    recorded = srp.reversible if converted else lambda net: contextlib.nullcontext()",
+        f"    again = (lambda net: srp.convert_to_reversible(net, {how})) if converted else again",
         "    with around:",
         "        torch.manual_seed(1)",
         "        seen = train(net)",

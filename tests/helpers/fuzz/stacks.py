@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fuzz.chains import chain
 from fuzz.program import Program, Settings
 
 STEPS, BATCH = 4, 2
@@ -52,12 +53,19 @@ EDITS = (
     ("checkpoint", "x = checkpoint(torch.tanh, x, use_reentrant=False)"),
     ("fancy index", "x = x[torch.tensor([3, 1, 2, 0])]"),
 )
+CALLS = (
+    "x = {0}(x)",
+    "x = {0}(x)",
+    "x = {0}(x) + x",
+    "h = {0}(x); x = h * 0.5 + h.detach()",
+    "h = {0}(x); x = h + 0.1 * h.square().mean()",
+)
 
 
 def stack_program(seed: int) -> Program:
     """A network of random blocks on images over time."""
     program = Program(seed, Settings("memory", "stock"))
-    program.settings.mode = program.pick(("memory", "speed"), "mode")
+    program.settings.mode = program.pick(("memory", "speed", "auto", "minimal"), "mode")
     program.settings.arithmetic = program.pick(("stock", "stock", "auto"), "arithmetic")
     program.features.add("stack program")
     channels, size = program.pick((2, 4)), 8
@@ -68,9 +76,12 @@ def stack_program(seed: int) -> Program:
     stack.neuron()
     for _ in range(program.pick((1, 2, 3, 4))):
         block = program.pick(
-            ("residual", "pool", "convolution", "dropout", "attention", "edit", "concatenation", "grouped"),
+            (
+                "residual", "pool", "convolution", "dropout", "attention", "edit", "concatenation",
+                "grouped", "chain", "chain",
+            ),
             "block",
-        )
+        )  # fmt: skip
         getattr(stack, block)()
     features = stack.channels * stack.size * stack.size
     program.write(f"self.fc = layer.Linear({features}, 5, step_mode='m')", indent=2)
@@ -88,6 +99,20 @@ def stack_program(seed: int) -> Program:
     program.write(f"return {ending}", indent=2)
     _make_and_train(program, channels, size, pair=ending.startswith("("))
     return program
+
+
+def neuron(program: Program) -> str:
+    """A neuron of SpikingJelly's over all time steps."""
+    surrogate = program.pick(SURROGATES, "surrogate")
+    common = f"surrogate_function=surrogate.{surrogate}, step_mode='m'"
+    common += f", detach_reset={program.pick((True, False))}"
+    if program.maybe(0.1, "store_v_seq"):
+        common += ", store_v_seq=True"
+    levels = f"v_threshold={program.pick((0.5, 1.0))}, v_reset={program.pick((None, 0.0, 0.0), 'v_reset')}"
+    kinds = NEURONS[:4] * 4 + NEURONS[4:]
+    template = program.pick(kinds)
+    program.features.add(f"neuron: {template.partition('(')[0]}")
+    return "neuron." + template.format(common=common, levels=levels)
 
 
 class _Stack:
@@ -125,19 +150,11 @@ class _Stack:
             )
 
     def neuron(self, of: str = "x") -> None:
-        program = self.program
-        surrogate = program.pick(SURROGATES, "surrogate")
-        common = f"surrogate_function=surrogate.{surrogate}, step_mode='m'"
-        common += f", detach_reset={program.pick((True, False))}"
-        if program.maybe(0.1, "store_v_seq"):
-            common += ", store_v_seq=True"
-        levels = (
-            f"v_threshold={program.pick((0.5, 1.0))}, v_reset={program.pick((None, 0.0, 0.0), 'v_reset')}"
-        )
-        kinds = NEURONS[:4] * 4 + NEURONS[4:]
-        template = program.pick(kinds)
-        program.features.add(f"neuron: {template.partition('(')[0]}")
-        self._call("lif", "neuron." + template.format(common=common, levels=levels), of)
+        self._call("lif", neuron(self.program), of)
+
+    def chain(self) -> None:
+        name = self._made("chain", chain(self.program, self.channels // 2, neuron))
+        self.calls.append(self.program.pick(CALLS, "call of a chain").format(name))
 
     def convolution(self) -> None:
         self.conv(self.program.pick((8, 8, 16)), self.program.pick((1, 1, 2)) if self.size > 2 else 1)
@@ -221,7 +238,7 @@ class _Stack:
 
 
 def _make_and_train(program: Program, channels: int, size: int, pair: bool) -> None:
-    program.write("", "def make():", "    net = Net()")
+    program.write("", "def make():", "    net = Net()", "    plainly(net)")
     dtype = program.pick(("float32",) * 6 + ("float64", "bfloat16"), "dtype")
     if dtype != "float32":
         program.write(f"net = net.to(torch.{dtype})", indent=1)
@@ -231,7 +248,9 @@ def _make_and_train(program: Program, channels: int, size: int, pair: bool) -> N
         program.write("net.conv1.requires_grad_(False)", indent=1)
     program.write("return net", indent=1)
     program.write("", "def train(net):", "    seen = []")
-    program.write("optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)", indent=1)
+    # In mode minimal gradients are others by rounding, and so would spikes be after a step.
+    rate = 0.0 if program.settings.mode == "minimal" else 0.05
+    program.write(f"optimizer = torch.optim.SGD(net.parameters(), lr={rate}, momentum=0.9)", indent=1)
     program.write("for epoch in range(2):", "    torch.manual_seed(epoch)", indent=1)
     program.write(
         f"x = torch.rand({STEPS}, {BATCH}, {channels}, {size}, {size}, dtype=torch.{dtype}) * 2", indent=2
