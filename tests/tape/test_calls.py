@@ -112,18 +112,18 @@ def counts(tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "most"),
     [
-        ("OfSpikingJelly memory", 223),
+        ("OfSpikingJelly memory", 225),
         ("OfSpikingJelly speed", 198),
-        ("OfSpikingJelly auto", 226),
+        ("OfSpikingJelly auto", 228),
         ("OfSpikingJelly minimal", 266),
         ("OfSpikingJelly minimal, wide", 303),
         ("OfSnnTorch memory", 238),
         ("OfSnnTorch speed", 214),
         ("OfSnnTorch minimal", 269),
         ("OfSnnTorch minimal, wide", 307),
-        ("Sequence memory", 707),
-        ("Sequence speed", 702),
-        ("Sequence auto", 718),
+        ("Sequence memory", 708),
+        ("Sequence speed", 704),
+        ("Sequence auto", 721),
         ("Sequence minimal", 905),
     ],
 )

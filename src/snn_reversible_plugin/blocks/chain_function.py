@@ -102,7 +102,7 @@ class ChainRun:
             inspect=chain.check or not chain._inspected,
         )
         self.branches = [BranchRun(*update, how) for update in updates]
-        recorded = tape.is_recording() and tape.saves() and tape.mode_inside("") == "minimal"
+        recorded = tape.is_recording() and tape.mode_inside("") == "minimal"
         self.holds_streams = dim is None or recorded  # and not what they are put together to
         self.in_slices = how.mode == "minimal"
         self.shared = shared_parameters(self.branches)

@@ -228,7 +228,7 @@ def _start_to_save(x_seq: Tensor, v: Tensor | float, call: Call) -> Tensor | Non
     """The membrane that a sequence starts from, for its backward; see note 5."""
     if isinstance(v, Tensor):
         return v
-    if tape.current() is not None:
+    if tape.saves():
         return None
     dtype = torch.float32 if call.neuron.wide else x_seq.dtype
     return x_seq.new_full((), v, dtype=dtype).expand(x_seq.shape[1:])

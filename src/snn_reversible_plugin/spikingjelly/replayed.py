@@ -65,7 +65,7 @@ class Replayed(ServedInTorch, SwappedClass):
 
 
 def as_stock(module: nn.Module, mixin: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The forward that ``mixin`` stands in front of, as it is, for a call that no gradient goes through."""
+    """The forward that ``mixin`` stands in front of, as it is: no gradient goes through, or no tape's."""
     with tape.paused(), InTorch(module):
         out = super(mixin, module).forward(*args, **kwargs)
     _mark(module, out, _fires(module))
@@ -74,6 +74,8 @@ def as_stock(module: nn.Module, mixin: Any, args: tuple[Any, ...], kwargs: dict[
 
 def replayed(module: nn.Module, mixin: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The forward that ``mixin`` stands in front of, with as little kept as can be."""
+    if tape.is_left_to_others():
+        return as_stock(module, mixin, args, kwargs)
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with InTorch(module):

@@ -50,7 +50,7 @@ from snn_reversible_plugin.tape.findings import Observer
 from snn_reversible_plugin.tape.handles import ComputedState, Handle, Kept, owns, peek, unpack
 from snn_reversible_plugin.tape.mode import Rule
 from snn_reversible_plugin.tape.off_stack import OffStack, set_compiler
-from snn_reversible_plugin.tape.on_stack import OnThread, are_on_top
+from snn_reversible_plugin.tape.on_stack import OnThread, has_others
 from snn_reversible_plugin.tape.operators import aten, operator_of
 from snn_reversible_plugin.tape.origins import OUTSIDE, enter, look_up
 from snn_reversible_plugin.tape.outlived import forget_spent_graphs
@@ -79,6 +79,7 @@ __all__ = [
     "hand_over",
     "handle_of",
     "is_alone",
+    "is_left_to_others",
     "is_recording",
     "keep",
     "let_go",
@@ -220,19 +221,28 @@ def is_recording(eagerly: bool = False) -> bool:
     tape = current()
     if tape is None or tape.keeps_everything or not torch.is_grad_enabled():
         return False
-    return eagerly or runs_eagerly()
+    return (eagerly or runs_eagerly()) and not has_others(tape.pack)
+
+
+def is_left_to_others() -> bool:
+    """Whether autograd saves by hooks of somebody else's here. A checkpoint's run its part again where no tape
+    records: what a neuron saves must be as much, and as large, in both runs."""
+    tape = current()
+    return has_others(None if tape is None else tape.pack)
 
 
 def saves() -> bool:
-    """Whether a tape has what autograd saves here, and not hooks of somebody else's, as a checkpoint's."""
+    """Whether a tape is given what autograd saves here."""
     tape = current()
-    return tape is not None and are_on_top(tape.pack)
+    return tape is not None and not has_others(tape.pack)
 
 
 def may_promise() -> bool:
     """Whether a tape records, and not a block that a backward rebuilds, whose states are read at once."""
     tape = current()
-    return tape is not None and not tape.keeps_everything and tape.may_promise
+    if tape is None or tape.keeps_everything or not tape.may_promise:
+        return False
+    return not has_others(tape.pack)
 
 
 def mode_inside(mode: str) -> str:

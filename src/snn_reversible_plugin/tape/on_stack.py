@@ -53,6 +53,12 @@ def are_on_top(pack: Callable[..., Any]) -> bool:
     return top is not None and top[0] == pack
 
 
+def has_others(pack: Callable[..., Any] | None) -> bool:
+    """Whether autograd asks other hooks than those with this one to pack; False where nobody tells."""
+    top = None if _top_hooks is None else _top_hooks(False)
+    return top is not None and top[0] != pack
+
+
 class OnThread:
     """A mode and a pair of hooks on this thread, and what it had on before them."""
 

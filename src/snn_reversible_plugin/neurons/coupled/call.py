@@ -41,7 +41,7 @@ class _Sequence(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.node, ctx.dtype = node, x_seq.dtype
-        recorded = undoable and tape.current() is not None
+        recorded = undoable and tape.saves()
         with tape.paused():
             y_seq, s_out, remainders = forward(
                 x_seq, s, node._replace(leak=leak), undoable=undoable, coupled=not recorded
