@@ -225,7 +225,7 @@ def is_recording(eagerly: bool = False) -> bool:
 
 
 def is_left_to_others() -> bool:
-    """Whether autograd saves by hooks of somebody else's here. A checkpoint's run its part again where no tape
+    """Whether autograd saves by hooks of somebody else's here. A checkpoint's run a part again where no tape
     records: what a neuron saves must be as much, and as large, in both runs."""
     tape = current()
     return has_others(None if tape is None else tape.pack)
