@@ -225,8 +225,8 @@ def is_recording(eagerly: bool = False) -> bool:
 
 
 def is_left_to_others() -> bool:
-    """Whether autograd saves by hooks of somebody else's here. A checkpoint's run a part again where no tape
-    records: what a neuron saves must be as much, and as large, in both runs."""
+    """Whether autograd saves by hooks of somebody else's here: a checkpoint's, say, which runs a part again
+    off the tape, and wants as many tensors then, of the same sizes."""
     tape = current()
     return has_others(None if tape is None else tape.pack)
 

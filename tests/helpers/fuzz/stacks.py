@@ -157,8 +157,13 @@ class _Stack:
         self.calls.append(self.program.pick(CALLS, "call of a chain").format(name))
 
     def convolution(self) -> None:
+        at = len(self.calls)
         self.conv(self.program.pick((8, 8, 16)), self.program.pick((1, 1, 2)) if self.size > 2 else 1)
         self.neuron()
+        if self.program.maybe(0.25, "checkpoint around a convolution and its neuron"):
+            names = [line.removeprefix("x = ").partition("(")[0] for line in self.calls[at:]]
+            part = f"nn.Sequential({', '.join(names)})"
+            self.calls[at:] = [f"x = checkpoint({part}, x, use_reentrant=False)"]
 
     def pool(self) -> None:
         if self.size < 2:
