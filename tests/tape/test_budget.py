@@ -1,8 +1,8 @@
 """A budget: as many products are kept as it takes, and what can't be met is refused before the backward."""
 
 import copy
-import gc
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +10,9 @@ from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import peak_of_step
 import snn_reversible_plugin as srp
+from peak_of_step import train
 from snn_reversible_plugin.convert import settings_of
 from snn_reversible_plugin.ops import allocations
 from snn_reversible_plugin.reports.measure import AllocationCounter
@@ -47,24 +49,16 @@ class Stream(nn.Module):
         return self.head(x)
 
 
-def step(model, x):
-    functional.reset_net(model)
-    model.zero_grad()
+def run(model, x):
     model(x).square().sum().backward()
+
+
+def step(model, x):
+    train(run, model, x)
     return [parameter.grad.clone() for parameter in model.parameters()]
 
 
-def total(model, x):
-    """The allocator's peak of a step, what lives anyway included."""
-    step(model, x)
-    model.zero_grad()
-    gc.collect()
-    with AllocationCounter() as counter:
-        functional.reset_net(model)
-        model(x).square().sum().backward()
-        peak = counter.peak
-    lives = (x, *model.parameters(), *model.buffers())
-    return peak + sum(tensor.nbytes for tensor in lives)
+total = partial(peak_of_step.total, run)
 
 
 def kept(model):

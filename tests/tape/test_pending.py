@@ -1,7 +1,6 @@
 """A budget foresees a step that starts from what an earlier one has left: membranes, outputs, gradients."""
 
 import copy
-import gc
 import re
 
 import pytest
@@ -10,8 +9,8 @@ from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 
 import snn_reversible_plugin as srp
+from peak_of_step import total, train
 from snn_reversible_plugin.convert import settings_of
-from snn_reversible_plugin.reports.measure import AllocationCounter
 
 
 class Detaching(neuron.LIFNode):
@@ -86,24 +85,6 @@ def build_of_weights():
     model = nn.Sequential(layer.Flatten(), *wide, layer.Linear(1024, 10))
     functional.set_step_mode(model, "m")
     return model
-
-
-def train(run, model, x):
-    functional.reset_net(model)
-    model.zero_grad()
-    run(model, x)
-
-
-def total(run, model, x):
-    """The allocator's peak of a step, what lives anyway included."""
-    train(run, model, x)
-    model.zero_grad()
-    functional.reset_net(model)
-    gc.collect()
-    with AllocationCounter() as counter:
-        run(model, x)
-        peak = counter.peak
-    return peak + sum(tensor.nbytes for tensor in (x, *model.parameters(), *model.buffers()))
 
 
 CASES = {

@@ -1,7 +1,6 @@
 """A network that is called several times before one backward, within a budget: all its step is measured."""
 
 import copy
-import gc
 import re
 import threading
 
@@ -12,8 +11,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import snn_reversible_plugin as srp
+from peak_of_step import total, train
 from snn_reversible_plugin.convert import settings_of
-from snn_reversible_plugin.reports.measure import AllocationCounter
 
 
 def build(step_mode="s"):
@@ -57,22 +56,8 @@ def in_contexts(model, x):
 
 
 def step(run, model, x):
-    functional.reset_net(model)
-    model.zero_grad()
-    run(model, x)
+    train(run, model, x)
     return [parameter.grad.clone() for parameter in model.parameters()]
-
-
-def total(run, model, x):
-    """The allocator's peak of a step, what lives anyway included."""
-    step(run, model, x)
-    model.zero_grad()
-    functional.reset_net(model)
-    gc.collect()
-    with AllocationCounter() as counter:
-        run(model, x)
-        peak = counter.peak
-    return peak + sum(tensor.nbytes for tensor in (x, *model.parameters(), *model.buffers()))
 
 
 RUNS = once_a_step, two_calls, two_backwards, truncated

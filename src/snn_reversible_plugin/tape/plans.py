@@ -162,7 +162,7 @@ class Following:
         self._plans = plans
         self._products: list[Product] = []
         self._plan: Plan | None = None
-        self._began = 0 if plans.budget is None else now()
+        self._began = None if plans.budget is None else now()
         self._left = 0  # bytes that earlier forwards made and that were alive then
         self._awaited: list[weakref.ref[Replayed]] = []
         self._standing: list[tuple[weakref.ref[Replayed], weakref.ref[torch.Tensor]]] = []
@@ -258,7 +258,7 @@ class Following:
             return pending
         plans.tries = TRIES
         if self._outgrows(pending):
-            self._limit(pending)  # more is no less
+            self._limit(pending)  # what that one took is refused already
         else:
             self._make(pending.starting_from(self._left))
         return pending
@@ -294,7 +294,7 @@ class Following:
 
     def finish(self, failed: bool) -> None:
         """The forward is over."""
-        if self._began:
+        if self._began is not None:
             self._plans.ran(self._began)
         for recipe, out in self._standing:
             handle = recipe()

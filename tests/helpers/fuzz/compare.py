@@ -13,14 +13,16 @@ import traceback
 import warnings
 from contextlib import nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import numpy
 import torch
 
 import snn_reversible_plugin as srp
-from fuzz.program import HEADER, SMALL_SLICES, Settings
+from fuzz.program import HEADER, SMALL_SLICE, Settings
 from snn_reversible_plugin.convert import differentiated
 from snn_reversible_plugin.neurons.on_grid import switches
+from snn_reversible_plugin.tape.sliced import cut
 
 SAME, REFUSED = "same", "refused by stock"
 ROUNDING, HALF = 1e-4, 3e-2  # of a gradient in mode minimal, and of the largest one; in half precision
@@ -73,13 +75,12 @@ def _outcome(source: str, settings: Settings, reversibly: bool) -> list[Any]:
     convert = functools.partial(
         srp.convert_to_reversible, mode=settings.mode, arithmetic=settings.arithmetic
     )
-    with warnings.catch_warnings():
+    small = patch.dict(cut.STEP, cpu=SMALL_SLICE) if settings.mode == "minimal" else nullcontext()
+    with warnings.catch_warnings(), small:
         warnings.simplefilter("ignore")
         exec(HEADER, names)
         exec(source, names)
         names["converted"] = reversibly
-        if settings.mode == "minimal":
-            exec(SMALL_SLICES, names)
         torch.manual_seed(0)
         random.seed(0)
         numpy.random.seed(0)  # noqa: NPY002

@@ -75,7 +75,7 @@ def in_thread(function):
     return found[0]
 """
 
-SMALL_SLICES = "from snn_reversible_plugin.tape.sliced import cut; cut.STEP['cpu'] = 1 << 10"
+SMALL_SLICE = 1 << 10  # bytes: mode minimal cuts small layers, too
 
 
 @dataclass
@@ -123,11 +123,12 @@ class Program:
 def script(source: str, settings: Settings, seed: int) -> str:
     """A program as a file that runs by itself and prints what differs."""
     on_grid = settings.arithmetic != "stock"
+    small = "from snn_reversible_plugin.tape.sliced import cut", f"cut.STEP['cpu'] = {SMALL_SLICE}"
     how = f"mode={settings.mode!r}, arithmetic={settings.arithmetic!r}"
     lines = [
         f"# seed {seed}",
         HEADER,
-        *([SMALL_SLICES] if settings.mode == "minimal" else []),
+        *(small if settings.mode == "minimal" else ()),
         source,
         "found = []",
         "for converted in (False, True):",
